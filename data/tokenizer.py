@@ -1,0 +1,224 @@
+"""Tokenizer: text to token ids and back, byte for byte, on a SentencePiece model.
+
+A batch's journey begins here: `prepare` encodes every document once, training reads only ids, and
+generation decodes them. SentencePiece keeps a space as U+2581 (▁) inside its pieces, so a ▁ that
+stands in a text would come back as a space. Two private-use characters make the code reversible:
+
+    ▁ -> A        A -> BA        B -> BB        (A = U+F4A1, B = U+F4A2)
+
+Roles (pad, mask, …) are control pieces: no text can produce them, `<mask>` in a corpus is plain
+text. A model trained elsewhere is taken as it is; its roles are found by the names of its pieces.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pathlib
+import re
+import unicodedata
+
+import numpy as np
+import sentencepiece
+
+from nanolm.errors import UserError
+
+MODEL_FILE = "tokenizer.model"
+SPACE = "\u2581"
+STAND_IN, ESCAPE = "\uf4a1", "\uf4a2"
+
+ROLES = ("pad", "unk", "bos", "eos", "cls", "sep", "mask")
+ROLE_PIECES = {role: f"<{role}>" for role in ROLES}
+EXTRA_PIECES = tuple(f"<extra_{index}>" for index in range(32))
+# What other people's models call the same roles.
+FOREIGN_PIECES = {
+    "pad": ("<pad>", "[PAD]"),
+    "unk": ("<unk>", "[UNK]"),
+    "bos": ("<bos>", "<s>", "[BOS]", "<|startoftext|>"),
+    "eos": ("<eos>", "</s>", "[EOS]", "<|endoftext|>"),
+    "cls": ("<cls>", "[CLS]"),
+    "sep": ("<sep>", "[SEP]"),
+    "mask": ("<mask>", "[MASK]"),
+}
+# Scripts written without spaces: one character is one word, unless a segmenter says otherwise.
+UNSPACED = re.compile(
+    "[\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f"
+    "\U00020000-\U0003ffff]"
+)
+PROBE = "  \uff21\ufb01\tx \n\u4e00"
+
+
+def escape(text: str) -> str:
+    """The reversible form of `text` that holds no literal ▁."""
+    if ESCAPE in text:
+        text = text.replace(ESCAPE, ESCAPE + ESCAPE)
+    if STAND_IN in text:
+        text = text.replace(STAND_IN, ESCAPE + STAND_IN)
+    return text.replace(SPACE, STAND_IN) if SPACE in text else text
+
+
+def unescape(text: str) -> str:
+    """The inverse of `escape`."""
+    if STAND_IN not in text and ESCAPE not in text:
+        return text
+    return re.sub(
+        f"{ESCAPE}([{STAND_IN}{ESCAPE}])|{STAND_IN}", lambda match: match[1] or SPACE, text
+    )
+
+
+def joins_word(character: str) -> bool:
+    """Whether a character continues the word of a letter beside it."""
+    letter = character.isalnum() or unicodedata.category(character)[0] == "M"
+    return letter and not UNSPACED.match(character)
+
+
+class Tokenizer:
+    """A SentencePiece model, its roles, and what each piece is worth in text.
+
+    special_mask, joins_left, joins_right: bool[V]; byte_length: int32[V], the UTF-8 bytes of text
+    that a piece stands for (a literal U+F4A1 or U+F4A2 counts double). Token i continues the word
+    of token i - 1 iff `joins_left[i] and joins_right[i - 1]`; byte pieces join on both sides, so a
+    character is never split.
+    """
+
+    def __init__(self, model_bytes: bytes, path: str = "") -> None:
+        self.model_bytes = model_bytes
+        self.path = path
+        self.hash = hashlib.sha256(model_bytes).hexdigest()
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.LoadFromSerializedProto(model_bytes)
+        except RuntimeError as error:
+            raise UserError(
+                f"{path or 'the tokenizer'} is no SentencePiece model; "
+                f"give the .model file of a trained tokenizer"
+            ) from error
+        self.vocab_size = self._processor.get_piece_size()
+        self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+        self.lossless = self._processor.decode(self._processor.encode(PROBE)) == PROBE
+        self._roles = {role: self._find_role(role) for role in ROLES}
+        self.extra_ids = self._find_extra_ids()
+        self._describe_pieces()
+
+    @classmethod
+    def load(cls, path: str | pathlib.Path) -> Tokenizer:
+        """Open a `.model` file, or the tokenizer of a prepared directory.
+
+        Raises UserError when there is none or it is no SentencePiece model.
+        """
+        file = pathlib.Path(path)
+        if file.is_dir():
+            file = file / MODEL_FILE
+        try:
+            return cls(file.read_bytes(), str(file))
+        except OSError as error:
+            raise UserError(
+                f"cannot read the tokenizer {file} ({error.strerror}); "
+                f"give a .model file or a directory written by `nanolm prepare`"
+            ) from error
+
+    def __reduce__(self) -> tuple:
+        return (Tokenizer, (self.model_bytes, self.path))
+
+    def encode(self, text: str) -> np.ndarray:
+        """The ids of a text: [n] uint16 (uint32 when V > 65536), without special pieces."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """The ids of each text; much faster than `encode` one by one."""
+        if self.lossless:
+            texts = [escape(text) for text in texts]
+        arrays = self._processor.encode(texts, return_type="numpy", num_threads=1)
+        return [array.astype(self.dtype) for array in arrays]
+
+    def decode(self, ids: np.ndarray | list[int], *, specials: bool = False) -> str:
+        """The text of ids; special pieces are left out, or shown by name when asked for.
+
+        Bytes that form no character (possible only in sampled ids) become U+FFFD.
+        """
+        ids = np.asarray(ids, dtype=np.int64)
+        if ids.size and not (0 <= ids.min() and ids.max() < self.vocab_size):
+            raise ValueError(
+                f"ids run from {ids.min()} to {ids.max()}, not 0…{self.vocab_size - 1}"
+            )
+        hidden = self.special_mask[ids] & (ids != self._roles["unk"])
+        if not specials:
+            return self._decode_text(ids[~hidden])
+        cuts = np.flatnonzero(hidden)
+        parts, begin = [], 0
+        for cut in cuts:
+            parts += [self._decode_text(ids[begin:cut]), self.piece(int(ids[cut]))]
+            begin = cut + 1
+        return "".join([*parts, self._decode_text(ids[begin:])])
+
+    def piece(self, index: int) -> str:
+        """The piece of an id as SentencePiece writes it (▁ for a space)."""
+        return self._processor.id_to_piece(index)
+
+    def role(self, name: str) -> int:
+        """The id of a role; raises UserError when this model has no piece for it."""
+        index = self._roles[name]
+        if index is None:
+            raise UserError(
+                f"the tokenizer {self.path} has no {name} piece (looked for "
+                f"{', '.join(FOREIGN_PIECES[name])}); train one with `nanolm prepare` instead"
+            )
+        return index
+
+    def roles(self) -> dict[str, int]:
+        """The roles that this model has, with their ids."""
+        return {role: index for role, index in self._roles.items() if index is not None}
+
+    pad = property(lambda self: self.role("pad"), doc="Fills short rows; never a target.")
+    unk = property(lambda self: self.role("unk"), doc="Unused where there is byte fallback.")
+    bos = property(lambda self: self.role("bos"), doc="Begins a text.")
+    eos = property(lambda self: self.role("eos"), doc="Ends every document.")
+    cls = property(lambda self: self.role("cls"), doc="Begins a BERT row; pooled heads read it.")
+    sep = property(lambda self: self.role("sep"), doc="Ends a segment of a BERT row.")
+    mask = property(lambda self: self.role("mask"), doc="Stands where a token is hidden.")
+
+    def _decode_text(self, ids: np.ndarray) -> str:
+        text = self._processor.decode(ids.tolist()) if ids.size else ""
+        return unescape(text) if self.lossless else text
+
+    def _lookup(self, piece: str) -> int | None:
+        index = self._processor.piece_to_id(piece)
+        return index if self._processor.id_to_piece(index) == piece else None
+
+    def _find_role(self, role: str) -> int | None:
+        if role in ("pad", "unk", "bos", "eos"):
+            index = getattr(self._processor, f"{role}_id")()
+            if index >= 0:
+                return index
+        found = (self._lookup(piece) for piece in FOREIGN_PIECES[role])
+        return next((index for index in found if index is not None), None)
+
+    def _find_extra_ids(self) -> tuple[int, ...]:
+        count = len(EXTRA_PIECES)
+        for names in (EXTRA_PIECES, [f"<extra_id_{index}>" for index in range(count)]):
+            found = [index for name in names if (index := self._lookup(name)) is not None]
+            if found:
+                return tuple(found)
+        return ()
+
+    def _describe_pieces(self) -> None:
+        processor, size = self._processor, self.vocab_size
+        self.special_mask = np.zeros(size, bool)
+        self.byte_length = np.zeros(size, np.int32)
+        self.joins_left = np.zeros(size, bool)
+        self.joins_right = np.zeros(size, bool)
+        reserved = {*self.roles().values(), *self.extra_ids}
+        for index in range(size):
+            if (
+                index in reserved
+                or processor.is_control(index)
+                or processor.is_unknown(index)
+                or processor.is_unused(index)
+            ):
+                self.special_mask[index] = True
+            elif processor.is_byte(index):
+                self.byte_length[index] = 1
+                self.joins_left[index] = self.joins_right[index] = True
+            elif text := processor.id_to_piece(index).replace(SPACE, " "):
+                self.byte_length[index] = len(text.encode())
+                self.joins_left[index] = joins_word(text[0])
+                self.joins_right[index] = joins_word(text[-1])
