@@ -1,0 +1,120 @@
+"""From a config's names to objects: the one place where registries are asked.
+
+Importing this module registers everything that is built in. `train.py`, `finetune` and the commands
+that use a model all come through here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import nn
+
+import nanolm.gradient
+import nanolm.objectives.clm
+import nanolm.objectives.mlm
+import nanolm.objectives.pair
+import nanolm.objectives.prefix
+import nanolm.optim
+import nanolm.schedules  # noqa: F401  (imported for what they register)
+from nanolm.config import Config, ModelConfig, require
+from nanolm.data.stream import RowStream
+from nanolm.data.tokenizer import Tokenizer
+from nanolm.learner import Learner
+from nanolm.model import Trunk, init_weights
+from nanolm.objectives.base import Objective
+from nanolm.ops import Kernels, Phase
+from nanolm.registry import HEADS, OBJECTIVES, TRUNKS
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def build_tokenizer(config: Config) -> Tokenizer:
+    """The tokenizer of the first corpus (the stream checks that all corpora share it)."""
+    return Tokenizer.load(config.data.mixture[0][0])
+
+
+def resolve(config: Config, tokenizer: Tokenizer) -> Config:
+    """The config with everything that depends on the data filled in, ready to be saved.
+
+    Raises UserError when the vocabulary, the row length or the trunk cannot serve.
+    """
+    model = config.model
+    known = tokenizer.vocab_size
+    size = -(-known // 64) * 64 if model.vocab_size is None else model.vocab_size
+    require(
+        size >= known,
+        f"model.vocab_size={size} is smaller than the tokenizer's {known}; set it to null",
+    )
+    require(
+        config.data.row_length <= model.max_length,
+        f"data.row_length={config.data.row_length} exceeds model.max_length={model.max_length}",
+    )
+    TRUNKS.get(model.trunk)
+    trunks = OBJECTIVES.get(config.objective.name).build.trunks
+    require(
+        model.trunk in trunks,
+        f"objective={config.objective.name} trains {' or '.join(trunks)} trunks, but "
+        f"model.trunk={model.trunk}",
+    )
+    return dataclasses.replace(config, model=dataclasses.replace(model, vocab_size=size))
+
+
+def build_objective(config: Config, tokenizer: Tokenizer) -> Objective:
+    """The objective that the config names."""
+    entry = OBJECTIVES.get(config.objective.name)
+    return entry.build(config.objective, config, tokenizer)
+
+
+def build_stream(config: Config, objective: Objective, split: str) -> RowStream:
+    """The rows of a split ("train", "val", "test") as this objective cuts them."""
+    return RowStream(
+        config.data.mixture,
+        split,
+        stride=objective.stride,
+        span=objective.span,
+        seed=config.run.seed,
+    )
+
+
+def build_kernels(config: Config, device: torch.device | str, phase: Phase = "train") -> Kernels:
+    """The chooser of kernels for this run's precision and device."""
+    return Kernels(
+        dataclasses.asdict(config.kernels),
+        dtype=DTYPES[config.train.precision],
+        device=torch.device(device).type,
+        phase=phase,
+    )
+
+
+def build_trunk(model: ModelConfig, kernels: Kernels, masks: frozenset[str]) -> Trunk:
+    """The trunk that the config names, with uninitialised weights."""
+    return TRUNKS.get(model.trunk).build(model, kernels, masks)
+
+
+def build_learner(
+    config: Config,
+    objective: Objective,
+    device: torch.device | str = "cpu",
+    phase: Phase = "train",
+) -> Learner:
+    """Trunk, heads and objective with initial weights from run.seed, on the device.
+
+    `config` must be resolved (see `resolve`). The weights are drawn on the CPU, so they are the
+    same on every device.
+    """
+    kernels = build_kernels(config, device, phase)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.run.seed)
+        trunk = build_trunk(config.model, kernels, objective.masks)
+        heads = nn.ModuleDict(
+            {
+                name: HEADS.get(request.kind).build(config.model, kernels, trunk, **request.options)
+                for name, request in objective.heads.items()
+            }
+        )
+        learner = Learner(trunk, heads, objective)
+        init_weights(learner, config.model)
+    trunk.stack.recompute = config.train.activation_checkpointing
+    return learner.to(device)

@@ -1,0 +1,49 @@
+"""The key/value cache of incremental decoding: what earlier tokens left for later ones to attend to.
+
+Each block's keys and values are kept in one preallocated buffer, so that a step copies only the new
+token. Bytes: 2 x layers x B x capacity x G x K x element size.
+
+Shapes: B batch, T new tokens, S tokens so far, G key/value heads, K head width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class KeyValueCache:
+    """Keys and values of every block, for up to `capacity` tokens."""
+
+    def __init__(
+        self,
+        n_layers: int,
+        batch: int,
+        capacity: int,
+        n_kv_heads: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        shape = (n_layers, 2, batch, capacity, n_kv_heads, head_dim)
+        self.buffer = torch.empty(shape, dtype=dtype, device=device)
+        self.lengths = [0] * n_layers
+
+    @property
+    def length(self) -> int:
+        """Tokens that every block has seen."""
+        return self.lengths[-1]
+
+    def extend(self, layer: int, k_BTGK: Tensor, v_BTGK: Tensor) -> tuple[Tensor, Tensor]:
+        """Append T tokens to block `layer`; all its keys and values so far, [B, S, G, K].
+
+        Raises ValueError when the capacity is exceeded.
+        """
+        start, stop = self.lengths[layer], self.lengths[layer] + k_BTGK.shape[1]
+        keys, values = self.buffer[layer]
+        if stop > keys.shape[1]:
+            raise ValueError(f"the cache holds {keys.shape[1]} tokens, {stop} were asked for")
+        keys[:, start:stop], values[:, start:stop] = k_BTGK, v_BTGK
+        self.lengths[layer] = stop
+        return keys[:, :stop], values[:, :stop]

@@ -1,0 +1,65 @@
+"""The command line: `nanolm COMMAND …`, the same as `python -m nanolm COMMAND …`.
+
+A command is a module with an `Arguments` dataclass (whose fields' docstrings are its `--help`) and
+`run(arguments)`. Only the command's own module is imported, so `nanolm prepare` needs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from nanolm.errors import UserError
+
+COMMANDS = {
+    "prepare": ("nanolm.commands.prepare", "text -> tokenizer and token shards"),
+    "data inspect": ("nanolm.commands.data_inspect", "what a prepared folder holds"),
+    "data verify": ("nanolm.commands.data_verify", "re-check every checksum and token id"),
+    "train": ("nanolm.commands.train", "pretrain a model"),
+    "evaluate": ("nanolm.commands.evaluate", "loss of a checkpoint on a prepared split"),
+    "generate": ("nanolm.commands.generate", "write text with a decoder"),
+    "fill": ("nanolm.commands.fill", "fill masks with an encoder"),
+    "runs": ("nanolm.commands.runs", "runs as a table"),
+    "plot": ("nanolm.commands.plot", "curves of one or several runs as PNG"),
+    "bench data": ("nanolm.commands.bench_data", "loader throughput beside other loaders"),
+    "bench train": ("nanolm.commands.bench_train", "step throughput beside other models"),
+}
+
+
+def usage() -> str:
+    """One line per command."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(["usage: nanolm COMMAND [--help] …", "", *lines])
+
+
+def run(argv: list[str]) -> None:
+    """Run one command; raises UserError for bad input."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return
+    if argv[0] == "--version":
+        import nanolm  # noqa: PLC0415
+
+        print(f"nanolm {nanolm.__version__}")
+        return
+    n_words = 2 if " ".join(argv[:2]) in COMMANDS else 1
+    name = " ".join(argv[:n_words])
+    if name not in COMMANDS:
+        raise UserError(f"there is no command {name!r}; choose from {', '.join(COMMANDS)}")
+    module = importlib.import_module(COMMANDS[name][0])
+    if hasattr(module, "main"):  # reads its own command line (the config of a run)
+        module.main(argv[n_words:])
+        return
+    from nanolm.arguments import parse  # noqa: PLC0415
+
+    module.run(parse(module.Arguments, argv[n_words:], prog=f"nanolm {name}"))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point: a user's mistake is one sentence on stderr and exit status 2."""
+    try:
+        run(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(f"nanolm: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -1,0 +1,365 @@
+"""The whole schema of a run: what (model), on what (data), how (objective, optim, schedule, train),
+with what (kernels, distributed), and the run itself. Plain frozen dataclasses; a field's docstring
+is its `--help`. Nothing here builds anything: names resolve in `build.py`.
+
+Four fields are *choices*: a registered name decides which options dataclass stands there
+(`objective`, `optim`, `schedule`, `model.positions`, `train.rule`). `choose` swaps the matching
+dataclass in, so that the keys of a choice, a plug-in's included, are typed like all others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from nanolm.errors import UserError
+from nanolm.registry import OBJECTIVES, OPTIMIZERS, POSITIONS, RULES, SCHEDULES, Options, Registry
+
+
+def require(condition: bool, sentence: str) -> None:
+    """Raises UserError(sentence) unless the condition holds."""
+    if not condition:
+        raise UserError(sentence)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What is trained: the Transformer's shape."""
+
+    trunk: str = "decoder"
+    """Which trunk: decoder (causal) or encoder (bidirectional)."""
+    d_model: int = 384
+    """Width of the residual stream."""
+    n_layers: int = 6
+    """Number of blocks."""
+    n_heads: int = 6
+    """Query heads per attention."""
+    n_kv_heads: int | None = None
+    """Key/value heads: n_heads gives MHA, 1 MQA, between them GQA; null means n_heads."""
+    head_dim: int | None = None
+    """Width of one head; null means d_model / n_heads."""
+    d_ff: int | None = None
+    """Hidden width of the feed-forward; null means 4 d_model (8/3 d_model, rounded up to a
+    multiple of 64, when it is gated)."""
+    feed_forward: Literal["gelu", "gelu_tanh", "relu2", "swiglu", "geglu"] = "gelu"
+    """Feed-forward kind: GELU (exact or tanh), ReLU squared, or the gated SwiGLU and GeGLU."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Normalisation of the residual stream."""
+    norm_position: Literal["pre", "post"] = "pre"
+    """Norm before each sub-layer (GPT-2) or after each residual sum (BERT)."""
+    norm_eps: float = 1e-5
+    """Epsilon inside the norm's square root."""
+    norm_bias: bool = True
+    """Whether a LayerNorm has a bias."""
+    embedding_norm: bool = False
+    """Norm right after the embeddings (BERT, ModernBERT); with pre-norm the first attention then
+    needs no norm of its own and has none."""
+    positions: Options = dataclasses.field(default_factory=lambda: Options(name="learned"))
+    """Position encoding and its options."""
+    max_length: int = 1024
+    """Longest sequence that the model is built for, in tokens."""
+    bias: bool = True
+    """Whether the linear layers of the blocks have biases."""
+    qk_norm: bool = False
+    """RMS-normalise queries and keys per head before the product."""
+    window: list[int | None] = dataclasses.field(default_factory=lambda: [None])
+    """Sliding window by layer, repeated as a pattern: a query sees keys less than this many tokens
+    away; null is global. [128, 128, null] makes every third layer global."""
+    n_segments: int = 0
+    """Number of segment (token type) embeddings; 0 for none."""
+    embedding_scale: bool = False
+    """Multiply token embeddings by sqrt(d_model), as in Vaswani et al. (2017)."""
+    dropout: float = 0.0
+    """Dropout after embeddings and each sub-layer."""
+    attention_dropout: float = 0.0
+    """Dropout on attention weights."""
+    attention_softcap: float | None = None
+    """Soft-cap c on attention scores: c tanh(score / c)."""
+    logit_softcap: float | None = None
+    """Soft-cap on the vocabulary logits."""
+    tied: bool = True
+    """Whether the vocabulary head shares the token embedding."""
+    vocab_size: int | None = None
+    """Rows of the token embedding; null means the tokenizer's size rounded up to a multiple of
+    64."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.head_dim is not None or self.d_model % self.n_heads == 0,
+            f"model.n_heads={self.n_heads} does not divide model.d_model={self.d_model}; change "
+            f"one of them or set model.head_dim",
+        )
+        require(
+            self.n_heads % self.kv_heads == 0,
+            f"model.n_kv_heads={self.n_kv_heads} does not divide model.n_heads={self.n_heads}",
+        )
+        for key in ("d_model", "n_layers", "n_heads", "kv_heads", "max_length"):
+            value = getattr(self, key)
+            require(value > 0, f"model.{key.replace('kv', 'n_kv')}={value} must be positive")
+        for key in ("dropout", "attention_dropout"):
+            value = getattr(self, key)
+            require(0 <= value < 1, f"model.{key}={value} must lie in [0, 1)")
+        for key in ("attention_softcap", "logit_softcap"):
+            value = getattr(self, key)
+            require(value is None or value > 0, f"model.{key}={value} must be positive or null")
+        require(len(self.window) > 0, "model.window is empty; use [null] for global attention")
+        for width in self.window:
+            require(width is None or width > 0, f"model.window has {width}; widths are positive")
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key/value heads."""
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def head_width(self) -> int:
+        """Width of one head."""
+        return self.head_dim or self.d_model // self.n_heads
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward has a gate."""
+        return self.feed_forward in ("swiglu", "geglu")
+
+    @property
+    def ff_width(self) -> int:
+        """Hidden width of the feed-forward."""
+        if self.d_ff is not None:
+            return self.d_ff
+        return -(-8 * self.d_model // (3 * 64)) * 64 if self.gated else 4 * self.d_model
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CorpusConfig:
+    """One prepared corpus in the mixture."""
+
+    path: str
+    """Folder that `nanolm prepare` wrote."""
+    weight: float = 1.0
+    """Its share of the training rows, relative to the other corpora."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What it is trained on."""
+
+    corpora: list[CorpusConfig] = dataclasses.field(default_factory=list)
+    """Prepared corpora with their mixture weights."""
+    path: str | None = None
+    """Shorthand for a single corpus: the folder that `nanolm prepare` wrote."""
+    row_length: int = 256
+    """Tokens per training row, T."""
+    document_mask: bool = False
+    """Documents packed in one row do not see each other, and positions restart in each."""
+    workers: int = 0
+    """Loader processes per rank; 0 reads in the training process."""
+
+    def __post_init__(self) -> None:
+        require(self.row_length > 1, f"data.row_length={self.row_length} must be at least 2")
+        require(
+            self.path is None or not self.corpora,
+            "data.path and data.corpora are both set; keep one of them",
+        )
+        for corpus in self.corpora:
+            require(corpus.weight > 0, f"data.corpora: the weight of {corpus.path} must be > 0")
+
+    @property
+    def mixture(self) -> list[tuple[str, float]]:
+        """(folder, weight) of each corpus; raises UserError when there is none."""
+        if self.path is not None:
+            return [(self.path, 1.0)]
+        require(len(self.corpora) > 0, "no data: set data.path to a folder that prepare wrote")
+        return [(corpus.path, corpus.weight) for corpus in self.corpora]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How one step is taken."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+    global_batch: int = 16
+    """Rows per optimizer step over all ranks: *the* batch size, whatever the number of ranks."""
+    micro_batch: int | None = None
+    """Rows per forward pass on one rank, at most; null means the rank's whole share."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of forward and backward: fp32, bf16 autocast, or fp16 autocast with loss
+    scaling; weights and optimizer stay fp32."""
+    clip: float | None = 1.0
+    """Largest global gradient norm; null for no clipping."""
+    ema: float | None = None
+    """Decay of an exponential moving average of the weights, used for evaluation; null for
+    none."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass instead of keeping its activations."""
+    compile: bool = False
+    """torch.compile the trunk's blocks."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """What to do on a non-finite loss or gradient, agreed over ranks."""
+    max_skips: int = 10
+    """With nonfinite=skip: stop after this many skipped steps in a row."""
+    rule: Options = dataclasses.field(default_factory=lambda: Options(name="plain"))
+    """Gradient rule: how one optimizer step gets its gradient."""
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 0, f"train.steps={self.steps} must not be negative")
+        require(self.global_batch > 0, f"train.global_batch={self.global_batch} must be positive")
+        require(
+            self.micro_batch is None or self.micro_batch > 0,
+            f"train.micro_batch={self.micro_batch} must be positive or null",
+        )
+        require(self.clip is None or self.clip > 0, f"train.clip={self.clip} must be > 0 or null")
+        require(self.ema is None or 0 < self.ema < 1, f"train.ema={self.ema} must lie in (0, 1)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Evaluation during training."""
+
+    every: int = 250
+    """Steps between evaluations on the validation split; 0 for none but the last."""
+    batches: int | None = None
+    """Batches of the validation split to use; null for all of it."""
+    batch: int | None = None
+    """Rows per evaluation batch; null means train.global_batch."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KernelsConfig:
+    """Which implementation computes each op: `auto`, or a registered kernel's name."""
+
+    attention: str = "auto"
+    """auto | reference | sdpa | a plug-in's name."""
+    linear_cross_entropy: str = "auto"
+    """auto | reference | chunked | torch | a plug-in's name."""
+    norm: str = "auto"
+    """auto | reference | a plug-in's name."""
+    rotary: str = "auto"
+    """auto | reference | a plug-in's name."""
+    glu: str = "auto"
+    """auto | reference | a plug-in's name."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistributedConfig:
+    """How ranks work together."""
+
+    strategy: Literal["ddp"] = "ddp"
+    """ddp: every rank holds the whole model and gradients are averaged."""
+    timeout: float = 600.0
+    """Seconds after which a collective that a peer never joins is an error."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WandbConfig:
+    """Weights & Biases: offline unless the user is logged in; never blocks or fails a run."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: online when logged in, else offline files under the run's folder."""
+    project: str = "nanolm"
+    """Project name."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The run itself: where it writes, how often, from which seed."""
+
+    dir: str = "runs/run"
+    """Folder of the run: config, metrics, checkpoints, summary."""
+    seed: int = 0
+    """Seed of weights, data order, masks and dropout."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA when there is any."""
+    threads: int | None = None
+    """Intra-op CPU threads per rank; null leaves torch's choice."""
+    log_every: int = 10
+    """Steps between metric lines."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; 0 for none but the last."""
+    keep_last: int = 2
+    """Newest checkpoints to keep."""
+    keep_best: bool = True
+    """Also keep the checkpoint with the lowest validation loss."""
+    tensorboard: bool = False
+    """Also write TensorBoard event files."""
+    wandb: WandbConfig = dataclasses.field(default_factory=WandbConfig)
+    """Weights & Biases."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """One training run."""
+
+    plugins: list[str] = dataclasses.field(default_factory=list)
+    """Modules imported first; their decorators register names and options."""
+    resume: str = "never"
+    """never | auto (continue run.dir when it holds a checkpoint) | a checkpoint's folder."""
+    init_from: str | None = None
+    """Checkpoint whose trunk (and matching heads) are the initial weights of a fresh run."""
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    """What is trained."""
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    """On what."""
+    objective: Options = dataclasses.field(default_factory=lambda: Options(name="clm"))
+    """The training objective and its options."""
+    optim: Options = dataclasses.field(default_factory=lambda: Options(name="adamw"))
+    """The optimizer and its options."""
+    schedule: Options = dataclasses.field(default_factory=lambda: Options(name="cosine"))
+    """Learning-rate schedule: a pure function of the step."""
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    """How one step is taken."""
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    """Evaluation in the loop."""
+    kernels: KernelsConfig = dataclasses.field(default_factory=KernelsConfig)
+    """Implementations of the ops."""
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
+    """Ranks."""
+    run: RunConfig = dataclasses.field(default_factory=RunConfig)
+    """The run itself."""
+
+
+CHOICES: dict[str, Registry] = {
+    "objective": OBJECTIVES,
+    "optim": OPTIMIZERS,
+    "schedule": SCHEDULES,
+    "model.positions": POSITIONS,
+    "train.rule": RULES,
+}
+"""Keys of the schema where a registered name decides which options dataclass stands."""
+
+
+def narrow(schema: type, **fields: type) -> type:
+    """A dataclass like `schema` in which the named fields have more specific dataclass types."""
+    items = [(key, kind, dataclasses.field(default_factory=kind)) for key, kind in fields.items()]
+    return dataclasses.make_dataclass(
+        schema.__name__,
+        items,
+        bases=(schema,),
+        frozen=True,
+        kw_only=True,
+        namespace={"__doc__": schema.__doc__},
+    )
+
+
+def choose(names: dict[str, str], schema: type = Config) -> type:
+    """The schema whose choices are fixed to the given names, e.g. {"objective": "mlm"}.
+
+    Choices that are not named keep the schema's default. Raises UserError for unknown names.
+    """
+    options = {
+        key: registry.get(names.get(key, _default_name(schema, key))).options or Options
+        for key, registry in CHOICES.items()
+    }
+    model = narrow(ModelConfig, positions=options["model.positions"])
+    train = narrow(TrainConfig, rule=options["train.rule"])
+    tops = {key: kind for key, kind in options.items() if "." not in key}
+    return narrow(schema, model=model, train=train, **tops)
+
+
+def _default_name(schema: type, key: str) -> str:
+    value = schema()
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value.name

@@ -1,0 +1,295 @@
+"""The Transformer's layers: Norm, MultiHeadAttention, FeedForward, Block, Stack.
+
+    pre-norm   x = x + Attention(Norm(x));  x = x + FeedForward(Norm(x))     (GPT-2, Llama)
+    post-norm  x = Norm(x + Attention(x));  x = Norm(x + FeedForward(x))     (Vaswani et al., BERT)
+
+In a batch's journey: Stack.forward -> Block.forward -> MultiHeadAttention.forward -> the attention
+kernel that `ops.choose` picked when the model was built.
+
+Shapes: B batch, T tokens (queries), S source tokens (keys), D model width, H query heads, G
+key/value heads, K head width, F feed-forward width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from nanolm.bias import Bias
+from nanolm.cache import KeyValueCache
+from nanolm.config import ModelConfig
+from nanolm.masks import Mask
+from nanolm.ops import AttentionSpec, GluSpec, Kernels, NormSpec
+from nanolm.positions import Positions
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm over the last axis, by the kernel chosen at build."""
+
+    def __init__(self, model: ModelConfig, kernels: Kernels, width: int | None = None) -> None:
+        super().__init__()
+        width = width or model.d_model
+        has_bias = model.norm == "layernorm" and model.norm_bias
+        self.kind, self.eps = model.norm, model.norm_eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if has_bias else None
+        self.kernel = kernels.choose("norm", NormSpec, kind=self.kind, width=width, bias=has_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """norm(x), in x's shape."""
+        return self.kernel.run(x, self.weight, self.bias, kind=self.kind, eps=self.eps)[0]
+
+    def after_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm(x + residual), x + residual): what a kernel can fuse."""
+        return self.kernel.run(
+            x, self.weight, self.bias, kind=self.kind, eps=self.eps, residual=residual
+        )
+
+
+class HeadNorm(nn.Module):
+    """RMSNorm of every query or key head, against logits that grow (Dehghani et al. 2023)."""
+
+    def __init__(self, model: ModelConfig, kernels: Kernels) -> None:
+        super().__init__()
+        width = model.head_width
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), model.norm_eps
+        self.kernel = kernels.choose("norm", NormSpec, kind="rmsnorm", width=width)
+
+    def forward(self, x_BTHK: Tensor) -> Tensor:
+        """Each head's vector divided by its root mean square, in the input's shape and dtype."""
+        y_BTHK = self.kernel.run(x_BTHK, self.weight, None, kind="rmsnorm", eps=self.eps)[0]
+        return y_BTHK.to(x_BTHK.dtype)
+
+
+class MultiHeadAttention(nn.Module):
+    """softmax(q k^T / sqrt(K)) v per head, concatenated and projected; self or cross.
+
+    One weight holds the rows of queries, keys and values, in this order. With `source` the queries
+    come from x and the keys and values from source (cross-attention: no causality, no rotation).
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        layer: int,
+        kernels: Kernels,
+        *,
+        causal: bool,
+        bias_kind: str | None,
+        masks: frozenset[str],
+        cross: bool = False,
+    ) -> None:
+        super().__init__()
+        self.layer, self.causal = layer, causal
+        self.window = None if cross else model.window[layer % len(model.window)]
+        self.n_heads, self.n_kv_heads = model.n_heads, model.kv_heads
+        self.head_dim = model.head_width
+        n_rows = (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
+        self.qkv = nn.Linear(model.d_model, n_rows, bias=model.bias)
+        self.out = nn.Linear(self.n_heads * self.head_dim, model.d_model, bias=model.bias)
+        self.q_norm = HeadNorm(model, kernels) if model.qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(model, kernels) if model.qk_norm else nn.Identity()
+        self.kernel = kernels.choose(
+            "attention",
+            AttentionSpec,
+            n_heads=self.n_heads,
+            n_kv_heads=self.n_kv_heads,
+            head_dim=self.head_dim,
+            causal=causal,
+            window=self.window,
+            masks=masks,
+            bias=bias_kind,
+            softcap=model.attention_softcap,
+            dropout=model.attention_dropout,
+            cross=cross,
+        )
+        self.dropout = model.attention_dropout
+        self.run = functools.partial(
+            self.kernel.run, scale=self.head_dim**-0.5, softcap=model.attention_softcap
+        )
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        mask: Mask,
+        positions: Positions,
+        prepared: Any,
+        bias: Bias | None,
+        cache: KeyValueCache | None = None,
+        source_BSD: Tensor | None = None,
+    ) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        q_BTHK, k_BSGK, v_BSGK = self.project(x_BTD, source_BSD)
+        q_BTHK, k_BSGK = self.q_norm(q_BTHK), self.k_norm(k_BSGK)
+        if source_BSD is None:
+            q_BTHK, k_BSGK = positions.rotate(q_BTHK, k_BSGK, prepared, self.layer)
+        if cache is not None:
+            k_BSGK, v_BSGK = cache.extend(self.layer, k_BSGK, v_BSGK)
+        mask = mask.at(causal=self.causal, window=self.window)
+        dropout = self.dropout if self.training else 0.0
+        out_BTHK = self.run(q_BTHK, k_BSGK, v_BSGK, mask, bias=bias, dropout=dropout)
+        return self.out(out_BTHK.flatten(2))
+
+    def project(self, x_BTD: Tensor, source_BSD: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, T, H, K], keys and values [B, S, G, K]."""
+        n_query, n_kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        if source_BSD is None:
+            q, k, v = self.qkv(x_BTD).split([n_query, n_kv, n_kv], dim=-1)
+        else:
+            w_q, w_kv = self.qkv.weight.split([n_query, 2 * n_kv])
+            b_q, b_kv = (
+                (None, None) if self.qkv.bias is None else self.qkv.bias.split([n_query, 2 * n_kv])
+            )
+            q = F.linear(x_BTD, w_q, b_q)
+            k, v = F.linear(source_BSD, w_kv, b_kv).chunk(2, dim=-1)
+        return tuple(x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
+
+
+class FeedForward(nn.Module):
+    """W2 act(W1 x) (Vaswani et al. 2017, section 3.3), act = GELU or ReLU^2 (So et al. 2021)."""
+
+    ACTIVATIONS = {
+        "gelu": F.gelu,
+        "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+        "relu2": lambda x: F.relu(x).square(),
+    }
+
+    def __init__(self, model: ModelConfig, kernels: Kernels) -> None:
+        super().__init__()
+        self.up = nn.Linear(model.d_model, model.ff_width, bias=model.bias)
+        self.activation = self.ACTIVATIONS[model.feed_forward]
+        self.down = nn.Linear(model.ff_width, model.d_model, bias=model.bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        return self.down(self.activation(self.up(x_BTD)))
+
+
+class GatedFeedForward(nn.Module):
+    """W2 (act(Wg x) * Wu x): SwiGLU and GeGLU (Shazeer 2020). Wg stands above Wu in one weight."""
+
+    def __init__(self, model: ModelConfig, kernels: Kernels) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(model.d_model, 2 * model.ff_width, bias=model.bias)
+        self.down = nn.Linear(model.ff_width, model.d_model, bias=model.bias)
+        kernel = kernels.choose("glu", GluSpec, kind=model.feed_forward, width=model.ff_width)
+        self.glu = functools.partial(kernel.run, kind=model.feed_forward)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        return self.down(self.glu(self.gate_up(x_BTD)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StackSpec:
+    """What tells one stack from another: causal or not, which masks batches may bring, and whether
+    its blocks read a source (the decoder of an encoder-decoder)."""
+
+    causal: bool
+    masks: frozenset[str]
+    cross: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Context:
+    """What every block of a stack needs besides x, computed once per forward pass."""
+
+    mask: Mask
+    positions: Positions
+    prepared: Any
+    bias: Bias | None
+    cache: KeyValueCache | None = None
+    source_BSD: Tensor | None = None
+    source_mask: Mask | None = None
+
+
+class Block(nn.Module):
+    """Attention, cross-attention if the stack has a source, and feed-forward, each with its norm
+    and residual sum."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        layer: int,
+        spec: StackSpec,
+        kernels: Kernels,
+        bias_kind: str | None,
+    ) -> None:
+        super().__init__()
+        self.attention = MultiHeadAttention(
+            model, layer, kernels, causal=spec.causal, bias_kind=bias_kind, masks=spec.masks
+        )
+        # After an embedding norm the first pre-norm would norm twice; ModernBERT drops it too.
+        normed = model.norm_position == "pre" and model.embedding_norm and layer == 0
+        self.attention_norm = nn.Identity() if normed else Norm(model, kernels)
+        if spec.cross:
+            self.cross_attention = MultiHeadAttention(
+                model,
+                layer,
+                kernels,
+                causal=False,
+                bias_kind=None,
+                masks=frozenset({"lengths"}),
+                cross=True,
+            )
+            self.cross_attention_norm = Norm(model, kernels)
+        feed_forward = GatedFeedForward if model.gated else FeedForward
+        self.feed_forward = feed_forward(model, kernels)
+        self.feed_forward_norm = Norm(model, kernels)
+        self.dropout = nn.Dropout(model.dropout) if model.dropout else nn.Identity()
+        self.sublayer = self.pre_norm if model.norm_position == "pre" else self.post_norm
+
+    def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+
+        def attend(x: Tensor) -> Tensor:
+            c = context
+            return self.attention(x, c.mask, c.positions, c.prepared, c.bias, c.cache)
+
+        def attend_to_source(x: Tensor) -> Tensor:
+            c = context
+            return self.cross_attention(
+                x, c.source_mask, c.positions, None, None, source_BSD=c.source_BSD
+            )
+
+        x_BTD = self.sublayer(x_BTD, self.attention_norm, attend)
+        if context.source_BSD is not None:
+            x_BTD = self.sublayer(x_BTD, self.cross_attention_norm, attend_to_source)
+        return self.sublayer(x_BTD, self.feed_forward_norm, self.feed_forward)
+
+    def pre_norm(self, x_BTD: Tensor, norm: nn.Module, layer: Any) -> Tensor:
+        """x + layer(norm(x)) (Xiong et al. 2020)."""
+        return x_BTD + self.dropout(layer(norm(x_BTD)))
+
+    def post_norm(self, x_BTD: Tensor, norm: Norm, layer: Any) -> Tensor:
+        """norm(x + layer(x)) (Vaswani et al. 2017, section 3.1)."""
+        return norm.after_sum(self.dropout(layer(x_BTD)), x_BTD)[0]
+
+
+class Stack(nn.Module):
+    """n_layers blocks, with the final norm that pre-norm needs."""
+
+    def __init__(
+        self, model: ModelConfig, spec: StackSpec, kernels: Kernels, bias_kind: str | None
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            Block(model, layer, spec, kernels, bias_kind) for layer in range(model.n_layers)
+        )
+        self.final_norm = Norm(model, kernels) if model.norm_position == "pre" else nn.Identity()
+        self.recompute = False  # activation checkpointing (Chen et al. 2016)
+
+    def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        for block in self.blocks:
+            if self.recompute and self.training:
+                x_BTD = checkpoint(block, x_BTD, context, use_reentrant=False)
+            else:
+                x_BTD = block(x_BTD, context)
+        return self.final_norm(x_BTD)

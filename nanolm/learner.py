@@ -1,0 +1,27 @@
+"""Learner: trunk + heads + objective, the one module that DDP or FSDP2 wraps.
+
+Its forward turns a batch into named (sum, count) terms, so everything that has parameters, the
+vocabulary projection with its loss included, runs inside the wrapped module.
+
+State-dict keys are `trunk.…` and `heads.<name>.…`.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from nanolm.model import Trunk
+from nanolm.objectives.base import Objective, Term
+
+
+class Learner(nn.Module):
+    """What is trained; the objective itself has no parameters."""
+
+    def __init__(self, trunk: Trunk, heads: nn.ModuleDict, objective: Objective) -> None:
+        super().__init__()
+        self.trunk, self.heads, self.objective = trunk, heads, objective
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Term]:
+        """The objective's terms for one micro-batch."""
+        hidden_BTD = self.trunk(self.objective.inputs(batch))
+        return self.objective.loss(hidden_BTD, self.heads, batch)

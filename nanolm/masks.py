@@ -1,0 +1,82 @@
+"""Mask: who may attend to whom, as data that can be drawn, never as a [B, 1, T, S] tensor.
+
+A mask is the conjunction of small conditions on a query index t and a key index s. With t' =
+t + (S - T), the query's index among the keys (bottom-right alignment, so that T queries that extend
+a cache of S - T keys see what they should):
+
+    causal      s <= t', or s < prefix_lengths[b]        (prefix-LM: Raffel et al. 2020, section 3.2)
+    window      |t' - s| < window                        (Beltagy et al. 2020)
+    lengths     s < key_lengths[b]                       (padding)
+    documents   documents[b, t] == key_documents[b, s]   (packed rows)
+    order       key_order[b, s] <= order[b, t], or <     (permutation LM: Yang et al. 2019)
+
+`dense` is the definition: every kernel is tested against it. Kernels read the fields.
+
+Shapes: B batch, T queries, S keys.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+KINDS = ("causal", "window", "lengths", "documents", "prefix", "order")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mask:
+    """Which keys each query may see; all integer tensors are int64 or int32.
+
+    Fields that are None (or False) do not restrict anything.
+    """
+
+    causal: bool = False
+    window: int | None = None
+    key_lengths: Tensor | None = None  # [B]
+    documents: Tensor | None = None  # [B, T]
+    key_documents: Tensor | None = None  # [B, S]; None means documents (T == S)
+    prefix_lengths: Tensor | None = None  # [B], used with causal
+    order: Tensor | None = None  # [B, T]
+    key_order: Tensor | None = None  # [B, S]; None means order
+    strict: bool = False  # order: < (the query stream of XLNet) instead of <=
+
+    def kinds(self) -> frozenset[str]:
+        """The names, out of KINDS, of the conditions that this mask has."""
+        present = {
+            "causal": self.causal,
+            "window": self.window is not None,
+            "lengths": self.key_lengths is not None,
+            "documents": self.documents is not None,
+            "prefix": self.prefix_lengths is not None,
+            "order": self.order is not None,
+        }
+        return frozenset(kind for kind in KINDS if present[kind])
+
+    def at(self, *, causal: bool, window: int | None) -> Mask:
+        """This mask in a layer that is causal or not and has a sliding window or not."""
+        return dataclasses.replace(self, causal=causal, window=window)
+
+    def dense(self, n_queries: int, n_keys: int, device: torch.device | str = "cpu") -> Tensor:
+        """The definition: bool [B or 1, 1, T, S], True where the query may see the key."""
+        t = torch.arange(n_queries, device=device)[:, None] + (n_keys - n_queries)
+        s = torch.arange(n_keys, device=device)[None, :]
+        allowed = torch.ones(1, 1, n_queries, n_keys, dtype=torch.bool, device=device)
+        if self.causal:
+            causal = (s <= t)[None, None]
+            if self.prefix_lengths is not None:
+                causal = causal | (s < self.prefix_lengths[:, None, None])[:, None]
+            allowed = allowed & causal
+        if self.window is not None:
+            allowed = allowed & ((t - s).abs() < self.window)[None, None]
+        if self.key_lengths is not None:
+            allowed = allowed & (s < self.key_lengths[:, None, None])[:, None]
+        if self.documents is not None:
+            keys = self.documents if self.key_documents is None else self.key_documents
+            allowed = allowed & (self.documents[:, :, None] == keys[:, None, :])[:, None]
+        if self.order is not None:
+            keys = self.order if self.key_order is None else self.key_order
+            before = torch.lt if self.strict else torch.le
+            allowed = allowed & before(keys[:, None, :], self.order[:, :, None])[:, None]
+        return allowed

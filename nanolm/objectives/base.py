@@ -1,0 +1,104 @@
+"""What an objective is: numpy on the data side, torch on the loss side, never a model.
+
+    RowStream --row--> example(row, rng, draw) --> collate(examples) --> batch --> inputs(batch)
+    --> trunk --> hidden --> loss(hidden, heads, batch) --> {term: (sum, count)}
+
+All randomness is in `example`, from a generator keyed by (seed, epoch, row id): what a row becomes
+does not depend on workers, ranks or resumes. The loss returns *sums with their counts*; the trainer
+divides once, by the count over all micro-batches and ranks, so that uneven target counts give the
+gradient of one big batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from torch import Tensor, nn
+
+from nanolm.config import Config
+from nanolm.data.rows import Row
+from nanolm.data.tokenizer import Tokenizer
+from nanolm.heads import HeadRequest
+from nanolm.model import Inputs
+from nanolm.registry import Options
+
+IGNORED = -100
+"""Target value of positions that are not predicted."""
+
+Example = dict[str, np.ndarray]
+Draw = Callable[[int], Row]
+
+
+class Term(NamedTuple):
+    """A sum over targets (scalar, float32) and the number of targets it runs over."""
+
+    sum: Tensor
+    count: Tensor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenLossOptions(Options):
+    """Options that every loss over the vocabulary shares."""
+
+    label_smoothing: float = 0.0
+    """Share of the target distribution spread evenly over the vocabulary."""
+    z_loss: float = 0.0
+    """Weight of the squared log-partition, which keeps logits from drifting (try 1e-4)."""
+
+
+class Objective(Protocol):
+    """The contract. Built as `build(options, config, tokenizer)`."""
+
+    trunks: tuple[str, ...]
+    """Registered trunks that it can train."""
+    heads: dict[str, HeadRequest]
+    """The heads that it needs, by name: their weights are saved as `heads.<name>.…`."""
+    masks: frozenset[str]
+    """Mask kinds (nanolm.masks.KINDS) that its batches may bring."""
+    weights: dict[str, float]
+    """Terms to be minimised with their weights; other terms are metrics only."""
+    stride: int
+    """Raw tokens that each row advances in the token stream."""
+    span: int
+    """Raw tokens that each row reads; span - stride of them belong to the next row too."""
+
+    def example(self, row: Row, rng: np.random.Generator, draw: Draw) -> Example:
+        """One row made ready; `draw(k)` gives the k-th keyed other row."""
+
+    def collate(self, examples: list[Example]) -> dict[str, np.ndarray]:
+        """Examples of equal or unequal length as one batch; no randomness."""
+
+    def counts(self, batch: dict[str, np.ndarray]) -> dict[str, int]:
+        """Number of targets of each term in `weights`."""
+
+    def inputs(self, batch: dict[str, Tensor]) -> Inputs:
+        """What the trunk reads."""
+
+    def targets(self, batch: dict[str, Tensor]) -> Tensor:
+        """The token ids [N] that the main term predicts, for bits per byte and unigram models."""
+
+    def loss(
+        self, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: dict[str, Tensor]
+    ) -> dict[str, Term]:
+        """Terms by name; "nll" and "accuracy" are always among them, as metrics."""
+
+
+Build = Callable[[Options, Config, Tokenizer], Objective]
+
+
+def token_terms(
+    name: str, head: nn.Module, hidden_ND: Tensor, targets_N: Tensor, options: TokenLossOptions
+) -> dict[str, Term]:
+    """The terms of a loss over the vocabulary: `name` (optimised), nll and accuracy (metrics)."""
+    count = (targets_N != IGNORED).sum()
+    out = head.cross_entropy(
+        hidden_ND, targets_N, label_smoothing=options.label_smoothing, z_loss=options.z_loss
+    )
+    return {
+        name: Term(out.loss, count),
+        "nll": Term(out.nll.sum(), count),
+        "accuracy": Term(out.correct.sum(), count),
+    }

@@ -1,0 +1,87 @@
+"""Causal language modelling: predict every next token (Radford et al. 2019).
+
+    loss = - sum_t log p(x_{t+1} | x_1 .. x_t)
+
+A row of T inputs reads T + 1 raw tokens and advances by T, so each token of the stream is a target
+exactly once in an epoch.
+
+Shapes: B batch, T tokens, D model width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from torch import Tensor, nn
+
+from nanolm.config import Config
+from nanolm.data.rows import Row, fill_blocks
+from nanolm.data.tokenizer import Tokenizer
+from nanolm.heads import HeadRequest
+from nanolm.masks import Mask
+from nanolm.model import Inputs
+from nanolm.objectives.base import (
+    IGNORED,
+    Draw,
+    Term,
+    TokenLossOptions,
+    token_terms,
+)
+from nanolm.registry import OBJECTIVES
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClmOptions(TokenLossOptions):
+    """Causal language modelling."""
+
+    name: str = "clm"
+
+
+@OBJECTIVES.register("clm", options=ClmOptions)
+class Clm:
+    """Every token predicts the next one."""
+
+    trunks = ("decoder",)
+
+    def __init__(self, options: ClmOptions, config: Config, tokenizer: Tokenizer) -> None:
+        self.options = options
+        self.length = config.data.row_length
+        self.documents = config.data.document_mask
+        self.stride, self.span = self.length, self.length + 1
+        self.heads = {"lm": HeadRequest("token_logits", {})}
+        self.masks = frozenset({"documents"} if self.documents else ())
+        self.weights = {"clm": 1.0}
+
+    def example(self, row: Row, rng: np.random.Generator, draw: Draw) -> Row:
+        """The row as it is: nothing about it is random."""
+        return row
+
+    def collate(self, examples: list[Row]) -> dict[str, np.ndarray]:
+        """tokens, targets [B, T], and with the document mask positions and documents [B, T]."""
+        return fill_blocks(examples, self.length, with_documents=self.documents)
+
+    def counts(self, batch: dict[str, np.ndarray]) -> dict[str, int]:
+        """Targets that are not padding."""
+        return {"clm": int(np.count_nonzero(batch["targets"] != IGNORED))}
+
+    def inputs(self, batch: dict[str, Tensor]) -> Inputs:
+        """Tokens; with the document mask also positions that restart in each document."""
+        if not self.documents:
+            return Inputs(tokens_BT=batch["tokens"])
+        return Inputs(
+            tokens_BT=batch["tokens"],
+            positions_BT=batch["positions"],
+            mask=Mask(documents=batch["documents"]),
+        )
+
+    def targets(self, batch: dict[str, Tensor]) -> Tensor:
+        """The next tokens that are predicted, [N]."""
+        return batch["targets"][batch["targets"] != IGNORED]
+
+    def loss(
+        self, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: dict[str, Tensor]
+    ) -> dict[str, Term]:
+        """The clm term with nll and accuracy."""
+        hidden_ND, targets_N = hidden_BTD.flatten(0, 1), batch["targets"].flatten()
+        return token_terms("clm", heads["lm"], hidden_ND, targets_N, self.options)

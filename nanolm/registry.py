@@ -1,0 +1,86 @@
+"""Registry: names in a config become builders in code, and plug-ins add names of their own.
+
+Each pluggable thing (objective, head, position encoding, optimizer, kernel, data source, …) has one
+`Registry`. A decorator adds an entry together with its *options dataclass*, so that the keys of a
+plug-in are typed, documented and refused exactly like the built-in ones:
+
+    @OBJECTIVES.register("clm", options=CausalOptions)
+    class CausalObjective: ...
+
+Checkpoints and configs store these names, never import paths.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from nanolm.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Base of every options dataclass: the registered name that chooses it."""
+
+    name: str
+    """Which registered implementation to use."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What a registry knows of one name: what builds it, and the dataclass of its options."""
+
+    name: str
+    build: Callable[..., Any]
+    options: type[Options] | None
+
+
+class Registry:
+    """A table of named builders of one kind; duplicates and unknown names raise.
+
+    `kind` is the word that error messages use, e.g. "objective".
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._entries: dict[str, Entry] = {}
+
+    def register(self, name: str, *, options: type[Options] | None = None) -> Callable:
+        """Decorator that adds a builder (class or function) under `name`.
+
+        Raises ValueError when the name is taken or the options' default name differs from it.
+        """
+
+        def add(build: Callable[..., Any]) -> Callable[..., Any]:
+            if name in self._entries:
+                taken = self._entries[name].build
+                raise ValueError(
+                    f"{self.kind} {name!r} is registered already, by {taken.__module__}"
+                )
+            self._entries[name] = Entry(name, build, options)
+            return build
+
+        return add
+
+    def get(self, name: str) -> Entry:
+        """The entry of `name`; raises UserError listing the choices when there is none."""
+        if name not in self._entries:
+            raise UserError(
+                f"unknown {self.kind} {name!r}; choose from {', '.join(self.names())}, "
+                f"or name the plug-in that registers it under `plugins:`"
+            )
+        return self._entries[name]
+
+    def names(self) -> list[str]:
+        """All registered names, in the order of registration."""
+        return list(self._entries)
+
+
+TRUNKS = Registry("trunk")
+POSITIONS = Registry("position encoding")
+OBJECTIVES = Registry("objective")
+HEADS = Registry("head")
+OPTIMIZERS = Registry("optimizer")
+SCHEDULES = Registry("learning-rate schedule")
+RULES = Registry("gradient rule")

@@ -1,0 +1,56 @@
+"""Packaging. `kernels/` and `data/` stand at the top of the repository but install as
+`nanolm.kernels` and `nanolm.data`; the wheel holds nothing but `nanolm`."""
+
+import pathlib
+
+from setuptools import setup
+
+DEV = [
+    "datasets",
+    "hypothesis",
+    "pytest",
+    "pytest-xdist",
+    "ruff",
+    "scikit-learn",
+    "setuptools",
+    "transformers",
+    "wheel",
+]
+
+setup(
+    name="nanolm",
+    version="0.1.0",
+    description="A from-scratch transformer pretraining framework, small enough to read",
+    long_description=pathlib.Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.12",
+    packages=[
+        "nanolm",
+        "nanolm.commands",
+        "nanolm.data",
+        "nanolm.kernels",
+        "nanolm.objectives",
+    ],
+    package_dir={"nanolm.data": "data", "nanolm.kernels": "kernels"},
+    install_requires=[
+        "jsonargparse[signatures]>=4.50",
+        "numpy",
+        "pyarrow",
+        "PyYAML",
+        "rich",
+        "safetensors",
+        "sentencepiece",
+        "torch>=2.13",
+        "triton>=3.7.1; sys_platform == 'linux'",
+        "wandb",
+    ],
+    extras_require={
+        "dev": DEV,
+        "hf": ["datasets", "transformers"],
+        "plot": ["matplotlib"],
+        "tensorboard": ["tensorboard"],
+        "zstd": ["zstandard"],
+    },
+    entry_points={"console_scripts": ["nanolm = nanolm.cli:main"]},
+)
