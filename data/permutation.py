@@ -1,21 +1,24 @@
 """Keyed permutation: a shuffle of range(size) that is never stored.
 
 Shuffling 10^12 rows must cost neither memory nor start-up time, and must be the same on every
-machine. So the shuffled order is a *function*: a Feistel network over the next power of two,
+machine. So the shuffled order is a *function*: a generalised Feistel network. Write an index as
+left * b + right with a, b close to sqrt(size) and a b >= size, then in each of eight rounds
 
-    (left, right) -> (right, left XOR F_key(right)),        eight rounds,
+    (left, right) -> (right, left + F_key(right) mod the range of left)
 
-which is a bijection for any round function F, and *cycle walking*: while the result falls outside
-range(size), apply the network again (less than two rounds of walking on average). `Permutation`
-turns the running number of a row into the block that it reads; it is the second step of a batch's
-journey (mixture -> permutation -> stream -> loader). `fold_key` makes one 64-bit word of a tuple of
-integers, for every keyed choice in `nanolm.data`.
+which is a bijection for any round function F. A result in the little gap between size and a b goes
+through the network again until it is inside (*cycle walking*; fewer than one in sqrt(size) do).
+`Permutation` turns the running number of a row into the block that it reads; it is the second step
+of a batch's journey (mixture -> permutation -> stream -> loader). `fold_key` makes one 64-bit word
+of a tuple of integers, for every keyed choice in `nanolm.data`.
 
-Sources: J. Black and P. Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002 (cycle
-walking); the mixing constants are those of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014).
+Source: J. Black and P. Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002, sections 3
+and 5. The mixing constants are those of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014).
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 
@@ -51,9 +54,9 @@ class Permutation:
         if not 1 <= size <= 1 << 62:
             raise ValueError(f"a permutation's size must be between 1 and 2^62, not {size}")
         self.size = size
-        bits = (size - 1).bit_length()
-        # The halves swap widths with every round; an even number of rounds restores them.
-        self._widths = (bits // 2, bits - bits // 2)
+        left = math.isqrt(size - 1) + 1
+        # The two ranges swap with every round; an even number of rounds restores them.
+        self._ranges = np.uint64(left), np.uint64(-(-size // left))
         word = fold_key(*key)
         self._round_keys = [np.uint64(mix64((word + r * GOLDEN) & MASK64)) for r in range(ROUNDS)]
 
@@ -79,29 +82,34 @@ class Permutation:
         return words.astype(np.int64).reshape(indices.shape)
 
     def _forward(self, words: np.ndarray) -> np.ndarray:
-        low, high = self._widths
-        left, right = words >> np.uint64(high), words & _ones(high)
+        low, high = self._ranges
+        left = words // high
+        right = words - left * high
         for round_key in self._round_keys:
-            left, right = right, left ^ _scramble(right, round_key, low)
+            moved = left + _scramble(right, round_key, low)
+            # An unsigned difference below zero wraps to a huge number: this is moved mod low.
+            left, right = right, np.minimum(moved, moved - low)
             low, high = high, low
-        return (left << np.uint64(high)) | right
+        return left * high + right
 
     def _backward(self, words: np.ndarray) -> np.ndarray:
-        low, high = self._widths
-        left, right = words >> np.uint64(high), words & _ones(high)
+        low, high = self._ranges
+        left = words // high
+        right = words - left * high
         for round_key in reversed(self._round_keys):
-            left, right = right ^ _scramble(left, round_key, high), left
+            moved = right - _scramble(left, round_key, high)
+            left, right = np.minimum(moved, moved + high), left
             low, high = high, low
-        return (left << np.uint64(high)) | right
+        return left * high + right
 
 
-def _ones(bits: int) -> np.uint64:
-    return np.uint64((1 << bits) - 1)
-
-
-def _scramble(words: np.ndarray, key: np.uint64, bits: int) -> np.ndarray:
-    """The round function: `bits` pseudo-random bits of each word (uint64, wraps around)."""
-    words = (words + key) * np.uint64(MIX_A)
+def _scramble(words: np.ndarray, key: np.uint64, below: np.uint64) -> np.ndarray:
+    """The round function: a pseudo-random number in range(below <= 2^31) for each word (uint64)."""
+    words = words + key
+    words *= np.uint64(MIX_A)
     words ^= words >> np.uint64(32)
     words *= np.uint64(MIX_B)
-    return (words >> np.uint64(32)) & _ones(bits)
+    words >>= np.uint64(32)
+    words *= below
+    words >>= np.uint64(32)
+    return words

@@ -60,8 +60,8 @@ def test_images_and_neighbour_distances_look_uniform():
 def test_order_is_pinned_for_every_platform():
     # A changed order would silently break every resumed run, so the bytes are written down here.
     assert fold_key(1, 2, 3) == 0xb2569fbf4adae1b8
-    assert Permutation(10, (7,))(np.arange(10)).tolist() == [8, 3, 1, 7, 0, 9, 5, 6, 4, 2]
-    assert Permutation(10**12, (7, 1, 0))(np.arange(3)).tolist() == [830722088360, 875824214670, 796257761588]
+    assert Permutation(10, (7,))(np.arange(10)).tolist() == [3, 7, 9, 8, 0, 4, 2, 5, 1, 6]
+    assert Permutation(10**12, (7, 1, 0))(np.arange(3)).tolist() == [83628669528, 327805028021, 922673778126]
 
 
 def test_refuses_what_it_cannot_permute():

@@ -1,0 +1,202 @@
+"""The stream: rows of one or several corpora, in an order that is computed, never stored.
+
+The flat tokens of a corpus are cut in blocks of `stride` tokens; row k reads `span >= stride`
+tokens from the beginning of block k (a causal model of length T needs stride T and span T + 1, so
+that every token is a target exactly once). Global row g of training is found in four steps:
+
+    schedule      step, rank  -> g
+    mixture       g           -> corpus c, the rank k of this row among the rows of c
+    permutation   k           -> epoch e = k // n_c, block = permutation_{seed, c, e}(k mod n_c)
+    flat tokens   block       -> a view of the shard, and where documents begin in it
+
+All four are O(1): starting at step 10^6 does the same work as starting at step 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from nanolm.data.flat import FlatTokens
+from nanolm.data.mixture import Mixture
+from nanolm.data.permutation import Permutation, fold_key
+from nanolm.data.rows import Row, fill_blocks
+from nanolm.data.schedule import shard_rows, share_of
+from nanolm.data.shards import open_split
+from nanolm.errors import UserError
+
+__all__ = ["Row", "RowStream", "fill_blocks", "shard_rows", "share_of"]
+
+LONGEST_PAGE = 1024
+"""Rows that are located at once: a permutation costs as much for one row as for hundreds."""
+EVALUATION_PIECE = 64
+"""Rows that `eval_rows` reads at once."""
+
+
+@dataclasses.dataclass(slots=True)
+class Places:
+    """Where rows stand: int64 arrays of equal length."""
+
+    corpus: np.ndarray
+    block: np.ndarray
+    epoch: np.ndarray
+
+    def __getitem__(self, part: slice) -> Places:
+        return Places(self.corpus[part], self.block[part], self.epoch[part])
+
+
+class RowStream:
+    """The rows of a split.
+
+    corpora: (prepared directory, weight) pairs. partial=False (training) drops a block whose span
+    would overrun the end; partial=True (evaluation) keeps the last row, shorter than span, so that
+    every token of the split is read. `len(stream)` is the number of rows in one pass over all
+    corpora, `blocks` the number in each, `tokens` the total of tokens; `manifests` are the
+    corpora's. A stream can be pickled: the copy opens the same files again.
+
+    Raises UserError when the corpora have different tokenizers or one has not a single row.
+    """
+
+    def __init__(
+        self,
+        corpora: Sequence[tuple[str, float]],
+        split: str,
+        *,
+        stride: int,
+        span: int,
+        seed: int,
+        partial: bool = False,
+    ) -> None:
+        if not 1 <= stride <= span:
+            raise ValueError(f"a row reads span={span} tokens and advances stride={stride}")
+        if not corpora:
+            raise UserError("data.corpora is empty: name at least one prepared directory")
+        self.corpora, self.split = [(str(where), weight) for where, weight in corpora], split
+        self.stride, self.span, self.seed, self.partial = stride, span, seed, partial
+        self.mixture = Mixture([weight for _, weight in corpora])
+        opened = [open_split(where, split) for where, _ in corpora]
+        self.manifests = [manifest for manifest, _ in opened]
+        self._flat = [FlatTokens(shards) for _, shards in opened]
+        self._check_tokenizers()
+        self.blocks = [self._count_blocks(corpus) for corpus in range(len(corpora))]
+        self.tokens = sum(flat.total for flat in self._flat)
+        self._first_id = np.cumsum([0, *self.blocks])
+        # Each epoch of each corpus in a page costs a permutation: tiny corpora get short pages.
+        self._page_rows = min(LONGEST_PAGE, 4 + 4 * min(self.blocks))
+        self._page: tuple[int, Places] | None = None
+
+    def __len__(self) -> int:
+        return sum(self.blocks)
+
+    def row(self, g: int) -> Row:
+        """Row g of training, g = 0, 1, 2, … without end."""
+        return self.rows(g, g + 1)[0]
+
+    def rows(self, start: int, stop: int) -> list[Row]:
+        """Rows [start, stop) of training, in order."""
+        rows: list[Row] = []
+        while start < stop:
+            number, offset = divmod(start, self._page_rows)
+            count = min(stop - start, self._page_rows - offset)
+            rows += self._read(self._located(number)[offset : offset + count])
+            start += count
+        return rows
+
+    def eval_rows(self, start: int = 0, stop: int | None = None) -> Iterator[Row]:
+        """Rows [start, stop) in natural order, epoch 0: corpus by corpus, block by block.
+
+        The number of a row in this order is its `row_id`.
+        """
+        stop = len(self) if stop is None else min(stop, len(self))
+        for first in range(start, stop, EVALUATION_PIECE):
+            yield from self.by_id(np.arange(first, min(first + EVALUATION_PIECE, stop)))
+
+    def by_id(self, row_ids: np.ndarray, epoch: int = 0) -> list[Row]:
+        """The rows with these ids (int64, in range(len(stream)))."""
+        corpus = np.searchsorted(self._first_id, row_ids, side="right") - 1
+        block = row_ids - self._first_id[corpus]
+        return self._read(Places(corpus, block, np.full(len(row_ids), epoch)))
+
+    def draw(self, row: Row, k: int) -> Row:
+        """The k-th keyed other row of the same corpus: a function of (seed, epoch, row id, k).
+
+        It is never the same block. Raises UserError when the corpus has only one row.
+        """
+        others = self.blocks[row.corpus] - 1
+        if others < 1:
+            raise UserError(
+                f"the {self.split} split of {self.corpora[row.corpus][0]} has a single row, and "
+                "another one is to be drawn: prepare more text or shorten data.row_length"
+            )
+        other = fold_key(self.seed, row.epoch, row.row_id, k) % others
+        other += other >= row.block
+        return self.by_id(self._first_id[row.corpus : row.corpus + 1] + other, row.epoch)[0]
+
+    def _located(self, number: int) -> Places:
+        """Places of the rows of one page; the last page is kept."""
+        if self._page is None or self._page[0] != number:
+            first = number * self._page_rows
+            self._page = number, self._locate(np.arange(first, first + self._page_rows))
+        return self._page[1]
+
+    def _locate(self, rows: np.ndarray) -> Places:
+        corpora, ranks = self.mixture.locate(rows)
+        epochs, blocks = np.divmod(ranks, np.array(self.blocks)[corpora])
+        for corpus in range(len(self.blocks)):
+            here = np.flatnonzero(corpora == corpus)
+            # Ranks ascend, so the rows of one epoch are neighbours.
+            cuts = np.flatnonzero(np.diff(epochs[here])) + 1
+            for part in np.split(here, cuts) if len(here) else ():
+                key = (self.seed, corpus, int(epochs[part[0]]))
+                blocks[part] = Permutation(self.blocks[corpus], key)(blocks[part])
+        return Places(corpora, blocks, epochs)
+
+    def _read(self, places: Places) -> list[Row]:
+        row_ids = (self._first_id[places.corpus] + places.block).tolist()
+        corpora = places.corpus.tolist()
+        firsts = places.block * self.stride
+        if len(self._flat) == 1:
+            stretches = self._flat[0].read(firsts, self.span)
+        else:
+            stretches = self._read_several(corpora, firsts)
+        named = zip(
+            stretches, corpora, places.block.tolist(), places.epoch.tolist(), row_ids, strict=True
+        )
+        return [
+            Row(tokens, starts, corpus, block, epoch, row_id)
+            for (tokens, starts), corpus, block, epoch, row_id in named
+        ]
+
+    def _read_several(self, corpora: list[int], firsts: np.ndarray) -> list:
+        """As FlatTokens.read, where the rows come from different corpora."""
+        stretches: list = [None] * len(corpora)
+        for corpus in set(corpora):
+            places = [i for i, other in enumerate(corpora) if other == corpus]
+            found = self._flat[corpus].read(firsts[places], self.span)
+            for place, stretch in zip(places, found, strict=True):
+                stretches[place] = stretch
+        return stretches
+
+    def _count_blocks(self, corpus: int) -> int:
+        total = self._flat[corpus].total
+        if self.partial:
+            # Rows until the last token is read; what a row only looks ahead at is not its own.
+            blocks = -(-(total - (self.span - self.stride)) // self.stride)
+        else:
+            blocks = (total - self.span) // self.stride + 1
+        if blocks < 1:
+            raise UserError(
+                f"the {self.split} split of {self.corpora[corpus][0]} has {total} tokens, too few "
+                f"for one row of {self.span}: prepare more text or shorten data.row_length"
+            )
+        return blocks
+
+    def _check_tokenizers(self) -> None:
+        for (where, _), manifest in zip(self.corpora[1:], self.manifests[1:], strict=True):
+            if manifest.tokenizer_hash != self.manifests[0].tokenizer_hash:
+                raise UserError(
+                    f"{where} was prepared with another tokenizer than {self.corpora[0][0]}: "
+                    "prepare it again with --tokenizer and the first one's model"
+                )
