@@ -1,4 +1,4 @@
-"""The key/value cache of incremental decoding: what earlier tokens left for later ones to attend to.
+"""The key/value cache of incremental decoding: what earlier tokens left for later ones to see.
 
 Each block's keys and values are kept in one preallocated buffer, so that a step copies only the new
 token. Bytes: 2 x layers x B x capacity x G x K x element size.

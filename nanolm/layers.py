@@ -95,7 +95,8 @@ class MultiHeadAttention(nn.Module):
         self.out = nn.Linear(self.n_heads * self.head_dim, model.d_model, bias=model.bias)
         self.q_norm = HeadNorm(model, kernels) if model.qk_norm else nn.Identity()
         self.k_norm = HeadNorm(model, kernels) if model.qk_norm else nn.Identity()
-        self.kernel = kernels.choose(
+        choose = functools.partial(
+            kernels.choose,
             "attention",
             AttentionSpec,
             n_heads=self.n_heads,
@@ -109,10 +110,12 @@ class MultiHeadAttention(nn.Module):
             dropout=model.attention_dropout,
             cross=cross,
         )
+        constants = {"scale": self.head_dim**-0.5, "softcap": model.attention_softcap}
+        self.attend = functools.partial(choose().run, **constants)
+        # A model built to generate also has a kernel for one query against a cache.
+        decode = choose(phase="decode").run if kernels.phase == "prefill" else None
+        self.attend_to_cache = functools.partial(decode, **constants) if decode else self.attend
         self.dropout = model.attention_dropout
-        self.run = functools.partial(
-            self.kernel.run, scale=self.head_dim**-0.5, softcap=model.attention_softcap
-        )
 
     def forward(
         self,
@@ -133,7 +136,8 @@ class MultiHeadAttention(nn.Module):
             k_BSGK, v_BSGK = cache.extend(self.layer, k_BSGK, v_BSGK)
         mask = mask.at(causal=self.causal, window=self.window)
         dropout = self.dropout if self.training else 0.0
-        out_BTHK = self.run(q_BTHK, k_BSGK, v_BSGK, mask, bias=bias, dropout=dropout)
+        attend = self.attend_to_cache if q_BTHK.shape[1] == 1 else self.attend
+        out_BTHK = attend(q_BTHK, k_BSGK, v_BSGK, mask, bias=bias, dropout=dropout)
         return self.out(out_BTHK.flatten(2))
 
     def project(self, x_BTD: Tensor, source_BSD: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

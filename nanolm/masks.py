@@ -4,7 +4,7 @@ A mask is the conjunction of small conditions on a query index t and a key index
 t + (S - T), the query's index among the keys (bottom-right alignment, so that T queries that extend
 a cache of S - T keys see what they should):
 
-    causal      s <= t', or s < prefix_lengths[b]        (prefix-LM: Raffel et al. 2020, section 3.2)
+    causal      s <= t', or s < prefix_lengths[b]       (prefix-LM: Raffel et al. 2020, 3.2)
     window      |t' - s| < window                        (Beltagy et al. 2020)
     lengths     s < key_lengths[b]                       (padding)
     documents   documents[b, t] == key_documents[b, s]   (packed rows)

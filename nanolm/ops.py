@@ -200,9 +200,14 @@ class Kernels:
         self.common = {"dtype": dtype, "device": device, "phase": phase}
         self.choices: dict[Spec, Choice] = {}
 
+    @property
+    def phase(self) -> Phase:
+        """The phase that the model is built for."""
+        return self.common["phase"]
+
     def choose(self, op: str, spec_class: type[Spec], **details: Any) -> Kernel:
         """The kernel of `op` for a layer described by `details`; logged once per spec."""
-        spec = spec_class(**self.common, **details)
+        spec = spec_class(**self.common | details)
         if spec not in self.choices:
             choice = choose(op, spec, self.requested.get(op, "auto"))
             why = "; ".join(f"not {name}: {reason}" for name, reason in choice.refused.items())

@@ -1,0 +1,57 @@
+# Two commands do everything on a fresh machine that has Python 3.11 and make:
+#   make demo    install, prepare the embedded corpus, train, evaluate, sample    (minutes)
+#   make test    install the development tools too, run the tests                 (under 10 minutes)
+# make check is the full, long version of the tests (under an hour).
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+NANOLM := $(BIN)/nanolm
+DEMO := runs/demo
+DEMO_DATA := runs/demo-data
+
+.PHONY: demo demo-mlm test check lint clean constraints
+
+$(VENV)/base: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	$(PIP) -e '.[plot]'
+	touch $@
+
+$(VENV)/dev: $(VENV)/base
+	$(PIP) -e '.[dev,plot,tensorboard,zstd]'
+	touch $@
+
+$(DEMO_DATA)/manifest.json: | $(VENV)/base
+	$(NANOLM) prepare --out $(DEMO_DATA) --sources+ stdlib --vocab_size 4096
+
+demo: $(VENV)/base $(DEMO_DATA)/manifest.json
+	rm -rf $(DEMO)
+	$(BIN)/python train.py --config configs/pretrain/demo_clm.yaml
+	$(NANOLM) evaluate --run $(DEMO)
+	$(NANOLM) generate --run $(DEMO) --prompt 'def ' --count 2 --max_tokens 120
+	$(NANOLM) plot $(DEMO)
+
+demo-mlm: $(VENV)/base $(DEMO_DATA)/manifest.json
+	rm -rf runs/demo-mlm
+	$(BIN)/python train.py --config configs/pretrain/demo_mlm.yaml
+	$(NANOLM) evaluate --run runs/demo-mlm
+	$(NANOLM) fill --run runs/demo-mlm --text 'def __init__(<mask>, name):'
+
+test: $(VENV)/dev lint
+	$(BIN)/python -m pytest -m 'not slow' -n 2 --dist worksteal
+
+check: $(VENV)/dev lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+constraints: $(VENV)/dev
+	{ echo "# What the tests ran with: 'make' installs exactly these. Regenerate with 'make constraints'."; \
+	  $(BIN)/python -m pip freeze --exclude-editable | sed -e 's/ @ .*torch-\([0-9.]*\).*/==\1/' -e 's/+cpu//'; } > constraints.txt
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

@@ -1,0 +1,92 @@
+"""`nanolm fill`: what an encoder believes stands where <mask> is.
+
+The text is cut at <mask>, its parts are tokenized, and the spaces before a mask are left out, since
+a piece that begins a word carries its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from nanolm.commands.figures import write_json
+from nanolm.config import require
+from nanolm.model import Inputs
+from nanolm.saved import Saved, open_saved
+
+MASK = "<mask>"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Fill masks with an encoder."""
+
+    run: str
+    """Folder of a run or of a checkpoint."""
+    text: str
+    """Text with one or several <mask>."""
+    top: int = 5
+    """Candidates to show for each mask."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    plugins: list[str] = dataclasses.field(default_factory=list)
+    """Plug-ins that the checkpoint was trained with."""
+    json: str | None = None
+    """Also write the candidates to this file."""
+
+
+def mask_ids(text: str, saved: Saved) -> list[int]:
+    """<cls> text <sep> with the mask's id where <mask> stands."""
+    tokenizer = saved.tokenizer
+    parts = text.split(MASK)
+    require(len(parts) > 1, f"--text has no {MASK}; write it where a token is to be guessed")
+    ids = [tokenizer.cls]
+    for index, part in enumerate(parts):
+        last = index == len(parts) - 1
+        ids += tokenizer.encode(part if last else part.rstrip(" ")).tolist()
+        ids.append(tokenizer.sep if last else tokenizer.mask)
+    limit = saved.config.model.max_length
+    require(len(ids) <= limit, f"--text has {len(ids)} tokens; the model reads {limit} at most")
+    return ids
+
+
+@torch.no_grad()
+def fill(saved: Saved, text: str, top: int) -> list[list[dict]]:
+    """For each mask the `top` candidates: token, text, probability; each mask by itself."""
+    require(
+        saved.config.model.trunk == "encoder",
+        f"{saved.folder} holds a {saved.config.model.trunk}; only an encoder fills masks "
+        f"(a decoder writes: `nanolm generate`)",
+    )
+    tokenizer, learner = saved.tokenizer, saved.learner
+    ids = torch.tensor([mask_ids(text, saved)], device=learner.trunk.embedding.weight.device)
+    hidden_BTD = learner.trunk(Inputs(tokens_BT=ids))
+    hidden_MD = hidden_BTD[0, ids[0] == tokenizer.mask]
+    logits_MV = learner.heads["lm"](hidden_MD)[:, : tokenizer.vocab_size].float()
+    special_V = torch.from_numpy(tokenizer.special_mask).to(logits_MV.device)
+    probability_MV = logits_MV.masked_fill(special_V, -torch.inf).softmax(dim=-1)
+    values_MK, tokens_MK = probability_MV.topk(min(top, tokenizer.vocab_size), dim=-1)
+    return [
+        [
+            {"token": token, "text": tokenizer.decode([token]), "probability": value}
+            for token, value in zip(tokens, values, strict=True)
+        ]
+        for tokens, values in zip(tokens_MK.tolist(), values_MK.tolist(), strict=True)
+    ]
+
+
+def run(arguments: Arguments) -> None:
+    """Fill and print."""
+    saved = open_saved(arguments.run, device=arguments.device, plugins=arguments.plugins)
+    masks = fill(saved, arguments.text, arguments.top)
+    table = Table("mask", "probability", "text")
+    for index, candidates in enumerate(masks):
+        for c in candidates:
+            table.add_row(str(index + 1), f"{c['probability']:.3f}", repr(c["text"]))
+        table.add_section()
+    Console().print(arguments.text, markup=False)
+    Console().print(table)
+    write_json(arguments.json, {"text": arguments.text, "masks": masks})

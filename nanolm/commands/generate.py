@@ -1,0 +1,74 @@
+"""`nanolm generate`: write text with a decoder, to the terminal as it comes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from rich.console import Console
+
+from nanolm.commands.figures import write_json
+from nanolm.generate import Generator, write
+from nanolm.sampling import Sampling
+from nanolm.saved import open_saved
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments(Sampling):
+    """Write text with a decoder."""
+
+    run: str
+    """Folder of a run or of a checkpoint."""
+    prompt: list[str] = dataclasses.field(default_factory=lambda: [""])
+    """Texts to continue; '' writes from scratch."""
+    count: int = 1
+    """Continuations of each prompt."""
+    max_tokens: int = 200
+    """Tokens to write at most."""
+    stop: list[str] = dataclasses.field(default_factory=list)
+    """Strings that end a text."""
+    seed: int = 0
+    """Seed of the draws."""
+    cache: bool = True
+    """Keep keys and values instead of recomputing them."""
+    stream: bool = True
+    """Show a single text while it is written."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    plugins: list[str] = dataclasses.field(default_factory=list)
+    """Plug-ins that the checkpoint was trained with."""
+    json: str | None = None
+    """Also write prompts and texts to this file."""
+
+
+def run(arguments: Arguments) -> None:
+    """Generate and print."""
+    saved = open_saved(arguments.run, device=arguments.device, plugins=arguments.plugins)
+    prompts = [prompt for prompt in arguments.prompt for _ in range(arguments.count)]
+    shown = 0
+    alone = arguments.stream and len(prompts) == 1
+    if alone:
+        print(prompts[0], end="", flush=True)
+
+    def show(index: int, text: str) -> None:
+        nonlocal shown
+        if alone:
+            print(text[shown:], end="", flush=True)
+            shown = len(text)
+
+    texts = write(
+        Generator(saved, use_cache=arguments.cache),
+        prompts,
+        max_tokens=arguments.max_tokens,
+        sampling=arguments,
+        seed=arguments.seed,
+        stop=arguments.stop,
+        on_text=show,
+    )
+    console = Console(highlight=False)
+    if alone:
+        print()
+    else:
+        for index, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+            console.rule(f"sample {index + 1}")
+            console.print(prompt + text, markup=False)
+    write_json(arguments.json, [{"prompt": p, "text": t} for p, t in zip(prompts, texts)])

@@ -1,0 +1,67 @@
+"""Opening what a run has saved: config, tokenizer and weights, ready for use.
+
+A checkpoint carries all three, so every command that uses a model needs nothing but its folder.
+Plug-ins that the saved config names are imported only when the user names them too: opening a
+stranger's checkpoint runs no code of the stranger's choice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+import torch
+
+from nanolm import build, strict_yaml
+from nanolm.arguments import import_plugins, load_config
+from nanolm.checkpoint import load_weights, locate
+from nanolm.config import Config
+from nanolm.data.tokenizer import Tokenizer
+from nanolm.errors import UserError
+from nanolm.learner import Learner
+from nanolm.ops import Phase
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """A model as it was saved."""
+
+    folder: pathlib.Path
+    config: Config
+    tokenizer: Tokenizer
+    learner: Learner
+
+
+def read_config(folder: pathlib.Path, plugins: list[str] | None = None) -> Config:
+    """The resolved config of a checkpoint; raises UserError for plug-ins the user did not name."""
+    mapping = strict_yaml.read_mapping(folder / "config.yaml")
+    named = mapping.pop("plugins", None) or []
+    unnamed = [name for name in named if name not in (plugins or [])]
+    if unnamed:
+        raise UserError(
+            f"checkpoint {folder} was trained with the plug-ins {', '.join(unnamed)}; if you trust "
+            f"them, name them: --plugins '[{','.join(unnamed)}]'"
+        )
+    import_plugins(plugins or [])
+    return load_config([], base=mapping)
+
+
+def open_saved(
+    path: str | pathlib.Path,
+    *,
+    phase: Phase = "prefill",
+    device: str = "cpu",
+    plugins: list[str] | None = None,
+    ema: bool = True,
+) -> Saved:
+    """The model in a run's folder (its newest good checkpoint) or in a checkpoint's folder.
+
+    In eval mode, on the device, in float32. Raises UserError when there is none or it is damaged.
+    """
+    folder = locate(path)
+    config = read_config(folder, plugins)
+    tokenizer = Tokenizer.load(folder / "tokenizer.model")
+    objective = build.build_objective(config, tokenizer)
+    learner = build.build_learner(config, objective, torch.device(device), phase)
+    load_weights(folder, learner, ema=ema)
+    return Saved(folder, config, tokenizer, learner.eval())
