@@ -1,7 +1,7 @@
 """Files that are either whole or absent: written under a temporary name, synced, then renamed.
 
-Everything that `prepare` leaves on disk goes through `AtomicFile`, so a process killed at any moment
-never leaves a file that looks finished and is not, and a full disk is told in one sentence.
+Everything that `prepare` leaves on disk goes through `AtomicFile`: a process killed at any moment
+leaves no file that looks finished and is not, and a full disk is told in one sentence.
 """
 
 from __future__ import annotations

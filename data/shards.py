@@ -49,8 +49,9 @@ class Manifest:
     """What a prepared directory holds.
 
     splits: split -> list of {file, sha256, size, tokens, documents, bytes}; totals: split ->
-    {tokens, documents, bytes}; special_ids: role -> id; cleaning: reason -> count; `unigram` is the
-    file with int64 counts per token id over the train split (eos included).
+    {tokens, documents, bytes}; special_ids: role -> id; cleaning: `dropped/REASON` or
+    `changed/WHAT` -> count; `unigram` is the file with int64 counts per token id over the train split (eos
+    included); inputs: {source, pieces, bytes} of each source; config: what `prepare` was told.
     """
 
     format_version: int = FORMAT_VERSION
@@ -64,6 +65,7 @@ class Manifest:
     unigram: str
     unigram_sha256: str
     data_hash: str
+    inputs: list[dict]
     config: dict
 
     @classmethod
@@ -137,8 +139,8 @@ def open_split(
     manifest = Manifest.load(directory)
     if tokenizer_hash not in (None, manifest.tokenizer_hash):
         raise UserError(
-            f"the shards of {directory} were written with tokenizer {manifest.tokenizer_hash[:12]}, "
-            f"not {tokenizer_hash[:12]}; use its {manifest.tokenizer}, or prepare the data again "
+            f"the shards of {directory} were written with tokenizer {manifest.tokenizer_hash[:12]}"
+            f", not {tokenizer_hash[:12]}; use its {manifest.tokenizer}, or prepare the data again "
             f"with --tokenizer"
         )
     if not manifest.splits.get(split):

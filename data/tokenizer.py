@@ -136,7 +136,7 @@ class Tokenizer:
         Bytes that form no character (possible only in sampled ids) become U+FFFD.
         """
         ids = np.asarray(ids, dtype=np.int64)
-        if ids.size and not (0 <= ids.min() and ids.max() < self.vocab_size):
+        if ids.size and (ids.min() < 0 or ids.max() >= self.vocab_size):
             raise ValueError(
                 f"ids run from {ids.min()} to {ids.max()}, not 0…{self.vocab_size - 1}"
             )

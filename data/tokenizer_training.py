@@ -104,7 +104,7 @@ def explain(message: str, vocab_size: int) -> str:
         )
     if needed := re.search(r"smaller than required_chars. \d+ vs (\d+)", message):
         return (
-            f"vocab_size {vocab_size} is smaller than the {needed[1]} characters and special pieces "
-            f"of this corpus; raise it, or lower character_coverage"
+            f"vocab_size {vocab_size} is smaller than the {needed[1]} characters and special "
+            f"pieces of this corpus; raise it, or lower character_coverage"
         )
     return f"SentencePiece cannot train a tokenizer on this corpus: {message.strip()}"

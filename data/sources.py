@@ -1,0 +1,200 @@
+"""Sources: where raw text comes from, cut into pieces that separate processes can read.
+
+First stop of a batch's journey. A source is named in `PrepareConfig.sources` by a path (file, glob
+or folder), by `stdlib`, by `hf:NAME[:SPLIT[:CONFIG]]`, or by `NAME[:ARGUMENT]` of a plug-in that
+registers itself in `SOURCES`. It answers with `pieces()`, in an order that never varies; each piece
+is small, can be pickled, and yields its documents in order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import os
+import pathlib
+import sysconfig
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+from nanolm.data.readers import FilePiece, file_pieces, format_of
+from nanolm.errors import UserError
+from nanolm.registry import Options, Registry
+
+SOURCES = Registry("data source")
+# Directories of the standard library that are no library: installed packages and test suites.
+NOT_STDLIB = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "__pycache__",
+    "lib-dynload",
+}
+
+
+class Piece(Protocol):
+    """A run of documents that one process reads from beginning to end. Picklable."""
+
+    size: int
+    """About how many bytes it holds (balances work and drives the progress bar)."""
+    label: str
+    """What error messages call it."""
+
+    def documents(self, counts: Counter) -> Iterator[bytes | str]:
+        """The documents in order; what is left out is counted as `dropped/REASON` in `counts`."""
+        ...
+
+    def identity(self) -> list:
+        """What must not change between an interrupted preparation and its continuation."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceOptions(Options):
+    """What every source is told; a plug-in's own options dataclass extends it."""
+
+    argument: str = ""
+    """What stands after the name and a colon (for files: the path, glob or folder)."""
+    text_field: str = "text"
+    """Field or column that holds the text (.jsonl, .parquet, Hugging Face data sets)."""
+    txt_documents: str = "auto"
+    """What a document is in a .txt file: auto, file, line or paragraph."""
+
+
+class Source(Protocol):
+    """Built from its options dataclass."""
+
+    def pieces(self) -> Iterable[Piece]:
+        """All pieces, in an order that depends on nothing but the source."""
+        ...
+
+
+@SOURCES.register("files", options=SourceOptions)
+class Files:
+    """A file, a glob pattern or a folder (walked in sorted order, hidden names skipped)."""
+
+    def __init__(self, options: SourceOptions) -> None:
+        self.options = options
+
+    def pieces(self) -> Iterator[FilePiece]:
+        """Pieces of every file found; raises UserError when there is none."""
+        for path in self.paths():
+            yield from file_pieces(
+                path,
+                text_field=self.options.text_field,
+                txt_documents=self.options.txt_documents,
+            )
+
+    def paths(self) -> list[str]:
+        """The files, sorted; raises UserError when nothing readable is there."""
+        argument = self.options.argument
+        if os.path.isfile(argument):
+            if format_of(argument) is None:
+                raise UserError(f"{argument} is of no format that nanolm reads; {FORMATS_SENTENCE}")
+            return [argument]
+        if os.path.isdir(argument):
+            found = list(_walk(argument))
+        elif glob.has_magic(argument):
+            found = [path for path in sorted(glob.glob(argument, recursive=True))]
+            found = [path for path in found if os.path.isfile(path) and format_of(path)]
+        else:
+            raise UserError(
+                f"there is no file, folder or source {argument!r}; check the path, or choose a "
+                f"source from {', '.join(name for name in SOURCES.names() if name != 'files')}"
+            )
+        if not found:
+            raise UserError(f"{argument} holds nothing to read; {FORMATS_SENTENCE}")
+        return found
+
+
+FORMATS_SENTENCE = "use .txt, .md, .py, .jsonl or .json lines (also .gz or .zst), or .parquet files"
+
+
+def _walk(folder: str) -> Iterator[str]:
+    for root, directories, names in os.walk(folder, onerror=_raise_unreadable):
+        directories[:] = sorted(
+            name for name in directories if not name.startswith(".") and name != "__pycache__"
+        )
+        for name in sorted(names):
+            if not name.startswith(".") and format_of(name):
+                yield os.path.join(root, name)
+
+
+def _raise_unreadable(error: OSError) -> None:
+    raise UserError(f"cannot read the folder {error.filename}: {error.strerror}")
+
+
+@SOURCES.register("stdlib", options=SourceOptions)
+class StandardLibrary:
+    """The .py files of the running Python's own standard library, without its test suites.
+
+    Every installation carries them, so a fresh machine has a corpus (about 13 MB; it differs by
+    Python version).
+    """
+
+    def __init__(self, options: SourceOptions) -> None:
+        self.options = options
+        self.root = pathlib.Path(sysconfig.get_path("stdlib"))
+
+    def pieces(self) -> Iterator[FilePiece]:
+        """One piece a file, sorted by path relative to the library."""
+        for path in self.paths():
+            yield from file_pieces(
+                str(self.root / path),
+                text_field=self.options.text_field,
+                txt_documents="file",
+            )
+
+    def paths(self) -> list[str]:
+        """Relative paths; raises UserError when this Python carries no sources."""
+        found = []
+        for root, directories, names in os.walk(self.root):
+            # Build records (config-*, _sysconfigdata*) name the machine, not the language.
+            directories[:] = [
+                name
+                for name in directories
+                if name not in NOT_STDLIB and not name.startswith("config-")
+            ]
+            found += [
+                pathlib.Path(root, name).relative_to(self.root).as_posix()
+                for name in names
+                if name.endswith(".py") and not name.startswith("_sysconfigdata")
+            ]
+        if not found:
+            raise UserError(
+                f"this Python has no library sources under {self.root}; name files instead of "
+                f"`stdlib`"
+            )
+        return sorted(found)
+
+
+def build_source(spec: str, common: dict[str, Any], own: dict[str, dict[str, Any]]) -> Source:
+    """The source that a `sources` entry names.
+
+    common: fields of `SourceOptions` that hold for all; own: name -> keys of that source's own
+    options. Raises UserError for an unknown key, a wrong type or an unknown source.
+    """
+    name, _, argument = spec.partition(":")
+    if os.path.exists(spec) or name not in SOURCES.names() or name == "files":
+        name, argument = "files", spec.removeprefix("files:")
+    entry = SOURCES.get(name)
+    options = entry.options or SourceOptions
+    extra = own.get(name, {})
+    kinds = {field.name: field for field in dataclasses.fields(options)}
+    for key, value in extra.items():
+        if key not in kinds:
+            raise UserError(f"source_options.{name}.{key}: the source {name} has no such option")
+        default = kinds[key].default
+        if default is not dataclasses.MISSING and not _same_kind(value, default):
+            raise UserError(
+                f"source_options.{name}.{key} must be {type(default).__name__}, not {value!r}"
+            )
+    return entry.build(options(**{"name": name, "argument": argument, **common, **extra}))
+
+
+def _same_kind(value: Any, default: Any) -> bool:
+    if default is None or (isinstance(default, float) and isinstance(value, int)):
+        return True
+    return type(value) is type(default)
