@@ -1,0 +1,195 @@
+"""Checkpoints of a run: where they stand, which is the newest, the best, and which may go.
+
+    runs/x/checkpoints/step-00000015/    one complete checkpoint (`container.py`)
+    runs/x/checkpoints/latest            the name of the newest one
+    runs/x/checkpoints/best              the name of the one with the lowest validation loss
+    runs/x/checkpoints/preempted         present when the run was told to go and saved in time
+
+Rank 0 writes; all ranks learn whether it worked. `load_trunk` starts another run from one.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from nanolm.container import (
+    TEMPORARY,
+    read_json,
+    read_tensors,
+    remove_leftovers,
+    verify,
+    write_folder,
+    write_text,
+)
+from nanolm.distributed import World
+from nanolm.errors import UserError
+from nanolm.state import learner_tensors, load_named
+
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+class Checkpoints:
+    """The `checkpoints` folder of one run; methods that write are collective."""
+
+    def __init__(self, run: pathlib.Path, world: World, keep_last: int = 2) -> None:
+        self.run = run
+        self.folder = run / "checkpoints"
+        self.world = world
+        self.keep_last = max(keep_last, 1)
+
+    def steps(self) -> list[int]:
+        """Steps of which there is a folder, ascending."""
+        if not self.folder.is_dir():
+            return []
+        matches = [_NAME.fullmatch(path.name) for path in self.folder.iterdir()]
+        return sorted(int(match[1]) for match in matches if match)
+
+    def path(self, step: int) -> pathlib.Path:
+        """Folder of one step's checkpoint."""
+        return self.folder / f"step-{step:08d}"
+
+    def clean(self) -> None:
+        """Removes what killed writes and an earlier preemption left behind (rank 0)."""
+        if self.world.is_main and self.folder.is_dir():
+            remove_leftovers(self.folder)
+            (self.folder / "preempted").unlink(missing_ok=True)
+
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        trainer: Mapping[str, Any],
+        files: Mapping[str, bytes],
+    ) -> pathlib.Path:
+        """Writes one checkpoint, then moves `latest` to it and drops old ones; collective.
+
+        Raises UserError on every rank when rank 0 could not write it.
+        """
+        failure = None
+        if self.world.is_main:
+            try:
+                content = json.dumps(trainer, indent=2).encode() + b"\n"
+                write_folder(self.path(step), tensors, {**files, "trainer.json": content})
+                write_text(self.folder / "latest", f"{self.path(step).name}\n")
+                self._prune()
+            except UserError as error:
+                failure = str(error)
+        failure = self.world.broadcast(failure)
+        if failure:
+            raise UserError(failure)
+        return self.path(step)
+
+    def mark_best(self, step: int) -> None:
+        """Names the checkpoint of this step the best one (rank 0)."""
+        if self.world.is_main:
+            write_text(self.folder / "best", f"{self.path(step).name}\n")
+            self._prune()
+
+    def mark_preempted(self, step: int, reason: str) -> None:
+        """Leaves the marker that tells a scheduler to queue the run again (rank 0)."""
+        if self.world.is_main:
+            write_text(self.folder / "preempted", f"{reason} after step {step}\n")
+
+    def _prune(self) -> None:
+        keep = {self.path(step).name for step in self.steps()[-self.keep_last :]}
+        keep |= {name for name in (self._marked("latest"), self._marked("best")) if name}
+        for step in self.steps():
+            path = self.path(step)
+            if path.name not in keep:
+                # Renamed first: a kill half-way leaves a leftover, never half a checkpoint.
+                doomed = path.rename(self.folder / f"{TEMPORARY}old-{path.name}")
+                shutil.rmtree(doomed)
+
+    def _marked(self, marker: str) -> str | None:
+        path = self.folder / marker
+        name = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+        return name if _NAME.fullmatch(name) and (self.folder / name).is_dir() else None
+
+    def newest(self) -> tuple[pathlib.Path | None, list[str]]:
+        """The newest checkpoint that passes verification, and why newer ones did not.
+
+        Raises UserError when there are checkpoints and every one is damaged.
+        """
+        names = [self.path(step).name for step in reversed(self.steps())]
+        latest = self._marked("latest")
+        if latest:
+            names.remove(latest)
+            names.insert(0, latest)
+        problems: list[str] = []
+        for name in names:
+            try:
+                verify(self.folder / name)
+                return self.folder / name, problems
+            except UserError as error:
+                problems.append(str(error))
+        if problems:
+            raise UserError(f"no usable checkpoint in {self.folder}: {problems[0]}")
+        return None, problems
+
+
+def locate(path: str | pathlib.Path) -> pathlib.Path:
+    """The checkpoint folder that a path means: itself, or the newest good one of a run's folder.
+
+    Verified. Raises UserError when there is none or it is damaged.
+    """
+    folder = pathlib.Path(path)
+    if (folder / "checkpoints").is_dir():
+        found, _ = Checkpoints(folder, World()).newest()
+        if found is None:
+            raise UserError(f"run {folder} holds no checkpoint yet")
+        return found
+    verify(folder)
+    return folder
+
+
+def load_weights(folder: pathlib.Path, learner: nn.Module, *, ema: bool = True) -> None:
+    """Fills the learner with a verified checkpoint's weights (its EMA when it has one and `ema`).
+
+    Raises UserError naming the first key that differs.
+    """
+    saved = read_tensors(folder, "model")
+    if ema and (folder / "ema.safetensors").is_file():
+        saved.update(read_tensors(folder, "ema"))
+    load_named(learner_tensors(learner), saved, f"checkpoint {folder}")
+
+
+def load_trunk(path: str | pathlib.Path, learner: nn.Module, *, ema: bool = True) -> list[str]:
+    """Fills the trunk, and each head that matches in names and shapes, from a checkpoint.
+
+    `path` is a checkpoint's folder or a run's. Returns the names of the heads that start fresh.
+    Raises UserError when the trunk is of another shape.
+    """
+    folder = locate(path)
+    saved = read_tensors(folder, "model")
+    if ema and (folder / "ema.safetensors").is_file():
+        saved.update(read_tensors(folder, "ema"))
+    live = learner_tensors(learner)
+    load_named(_part(live, "trunk."), _part(saved, "trunk."), f"checkpoint {folder}")
+    fresh = []
+    for name in learner.heads:
+        mine, theirs = _part(live, f"heads.{name}."), _part(saved, f"heads.{name}.")
+        same = {k: v.shape for k, v in mine.items()} == {k: v.shape for k, v in theirs.items()}
+        if same:
+            load_named(mine, theirs, f"checkpoint {folder}")
+        else:
+            fresh.append(name)
+    return fresh
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def read_trainer(folder: pathlib.Path) -> dict[str, Any]:
+    """trainer.json of a checkpoint; raises UserError unless it says which step it is."""
+    trainer = read_json(folder, "trainer.json")
+    if not isinstance(trainer.get("step"), int):
+        raise UserError(f"checkpoint file {folder / 'trainer.json'} names no step")
+    return trainer

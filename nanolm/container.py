@@ -1,0 +1,197 @@
+"""The checkpoint container: a folder that is complete or not there, and cannot execute anything.
+
+    step-00000015/
+        model.safetensors  optimizer.safetensors  …     tensors by name
+        trainer.json  config.yaml  tokenizer.model      the rest
+        index.json                                      size and SHA-256 of every file above
+
+`write_folder` fills a temporary folder, forces it to disk and renames it; `verify` re-reads every
+byte. Who may write what into the folder is `checkpoint.py`'s business.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nanolm.errors import UserError
+
+INDEX = "index.json"
+FORMAT = 1
+TEMPORARY = ".tmp-"
+
+
+def write_folder(
+    folder: pathlib.Path,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    files: Mapping[str, bytes],
+) -> None:
+    """Writes `<part>.safetensors` for each part and the given files as one atomic folder.
+
+    Raises UserError when the disk is full or not writable; nothing of the attempt stays behind and
+    an existing folder of that name is only replaced by a complete one.
+    """
+    temporary = folder.parent / f"{TEMPORARY}{folder.name}-{os.getpid()}"
+    try:
+        temporary.mkdir(parents=True)
+        for part, named in tensors.items():
+            save_file(
+                {name: tensor.contiguous() for name, tensor in named.items()},
+                temporary / f"{part}.safetensors",
+                metadata={"format": "pt"},
+            )
+        for name, content in files.items():
+            (temporary / name).write_bytes(content)
+        _write_index(temporary)
+        for path in temporary.iterdir():
+            sync(path)
+        sync(temporary)
+        _rename(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"checkpoint {folder} not written: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+        return "the disk is full; free some space and run again with --resume auto"
+    return f"{error}; make the folder writable and run again with --resume auto"
+
+
+def _write_index(folder: pathlib.Path) -> None:
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": checksum(path)}
+        for path in sorted(folder.iterdir())
+    }
+    write_json(folder / INDEX, {"format": FORMAT, "files": files})
+
+
+def _rename(temporary: pathlib.Path, folder: pathlib.Path) -> None:
+    if folder.exists():
+        aside = folder.parent / f"{TEMPORARY}old-{folder.name}-{os.getpid()}"
+        folder.rename(aside)
+        temporary.rename(folder)
+        shutil.rmtree(aside)
+    else:
+        temporary.rename(folder)
+    sync(folder.parent)
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a small file atomically: readers see the old content or the new, never half."""
+    temporary = path.parent / f"{TEMPORARY}{path.name}-{os.getpid()}"
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path} not written: {_reason(error)}") from error
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes readable JSON."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def sync(path: pathlib.Path) -> None:
+    """Forces a file or folder to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checksum(path: pathlib.Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remove_leftovers(folder: pathlib.Path) -> list[str]:
+    """Deletes what killed writes left in `folder`; returns the names."""
+    names = sorted(path.name for path in folder.glob(f"{TEMPORARY}*"))
+    for name in names:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return names
+
+
+def verify(folder: pathlib.Path) -> None:
+    """Re-reads every file of the folder.
+
+    Raises UserError naming the first file that is missing, truncated or altered.
+    """
+    index = folder / INDEX
+    if not folder.is_dir():
+        raise UserError(f"no checkpoint at {folder}: there is no such folder")
+    if not index.is_file():
+        raise UserError(f"{folder} is not a checkpoint: it has no {INDEX}")
+    for name, expected in _index_files(index).items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"checkpoint file {path} is missing; use another checkpoint")
+        size = path.stat().st_size
+        if size != expected["bytes"]:
+            raise UserError(
+                f"checkpoint file {path} has {size} bytes instead of {expected['bytes']}; "
+                f"it is truncated or was written to; use another checkpoint"
+            )
+        if checksum(path) != expected["sha256"]:
+            raise UserError(
+                f"checkpoint file {path} is damaged (its SHA-256 differs from {INDEX}); "
+                f"use another checkpoint"
+            )
+
+
+def _index_files(index: pathlib.Path) -> dict[str, dict[str, Any]]:
+    try:
+        value = json.loads(index.read_text(encoding="utf-8"))
+        files = {
+            str(name): {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])}
+            for name, entry in value["files"].items()
+        }
+        version = value["format"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"checkpoint index {index} is damaged; use another checkpoint") from error
+    if version != FORMAT:
+        raise UserError(f"checkpoint index {index} has format {version}; this reads {FORMAT}")
+    for name in files:
+        if pathlib.PurePath(name).name != name:
+            raise UserError(f"checkpoint index {index} names {name!r}, outside its folder")
+    return files
+
+
+def read_tensors(folder: pathlib.Path, part: str) -> dict[str, Tensor]:
+    """The tensors of one part, on the CPU; raises UserError when the file cannot be read."""
+    path = folder / f"{part}.safetensors"
+    if not path.is_file():
+        raise UserError(f"checkpoint file {path} is missing; use another checkpoint")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"checkpoint file {path} is not safetensors: {error}") from error
+
+
+def read_json(folder: pathlib.Path, name: str) -> dict[str, Any]:
+    """A JSON object of the folder; raises UserError when it cannot be read."""
+    path = folder / name
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"checkpoint file {path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"checkpoint file {path} is damaged; use another checkpoint")
+    return value

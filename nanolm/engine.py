@@ -1,0 +1,74 @@
+"""Engine: the learner as a step calls it, on its device, in its precision, joined to other ranks.
+
+    batch of tensors -> device -> autocast -> (DDP) -> Learner.forward -> terms
+
+The learner itself is never replaced: it is wrapped from outside and compiled in place, so names in
+checkpoints carry no `module.` or `_orig_mod.`. Gradient rules and evaluation both call an Engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nanolm.config import Config
+from nanolm.distributed import World, synchronised, wrap
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Engine:
+    """Calls the learner on one rank's batches; `engine(batch)` returns its terms."""
+
+    def __init__(self, learner: nn.Module, world: World, config: Config) -> None:
+        self.learner = learner.to(world.device)
+        self.world = world
+        self.dtype = AUTOCAST.get(config.train.precision)
+        if config.train.compile:
+            for block in learner.trunk.blocks:
+                block.compile()
+        self.module = wrap(self.learner, world, config.distributed)
+
+    def __call__(self, batch: Any) -> Mapping[str, Any]:
+        """Terms of one micro-batch, through the distributed wrapper."""
+        with self._precision():
+            return self.module(self.move(batch))
+
+    def local(self, batch: Any) -> Mapping[str, Any]:
+        """Terms of one micro-batch on this rank alone: no collective, for evaluation."""
+        with self._precision():
+            return self.learner(self.move(batch))
+
+    def move(self, batch: Any) -> dict[str, Tensor]:
+        """The batch's tensors on the device; the copy overlaps when the loader pinned them."""
+        device = self.world.device
+        return {k: v.to(device, non_blocking=True) for k, v in batch.tensors.items()}
+
+    def synchronised(self, when: bool) -> contextlib.AbstractContextManager[None]:
+        """Gradients cross ranks only in passes inside with `when` true: the step's last."""
+        return synchronised(self.module, when)
+
+    @contextlib.contextmanager
+    def _precision(self) -> Iterator[None]:
+        if self.dtype is None:
+            yield
+        else:
+            with torch.autocast(self.world.device.type, dtype=self.dtype):
+                yield
+
+    def settle(self, batch: Any, weights: Mapping[str, float]) -> None:
+        """One discarded forward and backward of a zero loss, before the first step of a start.
+
+        DDP orders its gradient buckets anew after its first backward, and with three ranks or more
+        gloo's sums depend on that order; so the first step after a restart would differ from the
+        same step of an undisturbed run. After this pass every step sees the final order.
+        """
+        if self.world.size == 1:
+            return
+        terms = self(batch)
+        (sum(terms[name].sum for name in weights if name in terms) * 0.0).backward()
+        self.learner.zero_grad(set_to_none=True)

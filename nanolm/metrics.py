@@ -1,0 +1,119 @@
+"""What a run is measured by: tokens per second, model FLOPs utilisation, memory, data wait.
+
+    MFU = model FLOPs per second / peak FLOPs per second of all devices
+
+Model FLOPs are those of forward and backward by formula (`flops.py`), without recomputation. The
+peak is the device's dense matmul peak in the run's precision, from the makers' data sheets; on a
+CPU it is the rate of a matmul measured at the start. Both are assumptions, and are logged as such.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import resource
+import time
+from collections.abc import Iterator
+
+import torch
+
+TIMING = ("tokens_per_second", "mfu", "memory", "data_wait", "seconds")
+"""Keys of a metrics line that depend on the clock and the machine, not on the run."""
+
+PEAK_TFLOPS: dict[str, tuple[float, float]] = {
+    "A100": (312.0, 19.5),
+    "H100 PCIe": (756.0, 51.0),
+    "H100": (989.0, 67.0),
+    "H200": (989.0, 67.0),
+    "B200": (2250.0, 75.0),
+    "RTX 3090": (71.0, 35.6),
+    "RTX 4090": (165.2, 82.6),
+    "RTX 5090": (209.5, 104.8),
+    "MI300X": (1307.4, 163.4),
+}
+"""Device name part -> dense TFLOP/s with 16-bit inputs, and in float32 without TF32."""
+
+
+def peak_flops(device: torch.device, precision: str) -> tuple[float | None, str]:
+    """(peak FLOP/s of one device or None when unknown, where the figure is from)."""
+    if device.type == "cpu":
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+        return matmul_flops(dtype), f"{precision} matmul of 768 x 768 measured on this CPU"
+    name = torch.cuda.get_device_name(device)
+    for part, (half, single) in PEAK_TFLOPS.items():
+        if part in name:
+            peak = single if precision == "fp32" else half
+            return peak * 1e12, f"{name}: {peak:g} dense {precision} TFLOP/s by its data sheet"
+    return None, f"{name} is not in the table of peaks (nanolm/metrics.py), so MFU is not reported"
+
+
+def matmul_flops(dtype: torch.dtype, size: int = 768, repeats: int = 5) -> float:
+    """FLOP/s of the fastest of a few square matmuls on the CPU."""
+    left, right = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
+    left @ right
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        left @ right
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Bytes in use: peak allocation on CUDA, resident set of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    statm = pathlib.Path("/proc/self/statm")
+    if statm.is_file():
+        return int(statm.read_text().split()[1]) * resource.getpagesize()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Throughput:
+    """Clock of the training loop: rates over the steps since the last reading."""
+
+    def __init__(self, tokens_per_step: int, flops_per_step: float, peak: float | None) -> None:
+        self.tokens_per_step = tokens_per_step
+        self.flops_per_step = flops_per_step
+        self.peak = peak
+        self.total_seconds = 0.0
+        self.total_steps = 0
+        self._reset()
+
+    def _reset(self) -> None:
+        self._steps, self._waited, self._excluded = 0, 0.0, 0.0
+        self._start = time.perf_counter()
+
+    @contextlib.contextmanager
+    def excluded(self) -> Iterator[None]:
+        """Time inside (checkpoints, evaluation) counts for no rate."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._excluded += time.perf_counter() - start
+
+    def step(self, waited: float) -> None:
+        """One optimizer step is done, `waited` seconds of it spent waiting for data."""
+        self._steps += 1
+        self._waited += waited
+
+    def read(self, device: torch.device) -> dict[str, float | None]:
+        """Figures since the last reading: rates, memory in bytes, share of time without data."""
+        seconds = max(time.perf_counter() - self._start - self._excluded, 1e-9)
+        self.total_seconds += seconds
+        self.total_steps += self._steps
+        flops = self.flops_per_step * self._steps / seconds
+        figures = {
+            "tokens_per_second": self.tokens_per_step * self._steps / seconds,
+            "mfu": flops / self.peak if self.peak and self.flops_per_step else None,
+            "memory": memory_bytes(device),
+            "data_wait": self._waited / seconds,
+        }
+        self._reset()
+        return figures
+
+    @property
+    def overall(self) -> float:
+        """Tokens per second over all readings."""
+        return self.tokens_per_step * self.total_steps / max(self.total_seconds, 1e-9)

@@ -1,0 +1,285 @@
+"""Trainer: steps, checkpoints, evaluations. One for pretraining and fine-tuning; it knows no model.
+
+One optimizer step:
+
+    micro-batches -> count targets over all ranks -> gradient rule (forward, backward, all-reduce)
+    -> agree on loss, gradient norm and signals -> clip -> optimizers -> EMA
+
+After step s, in this order: its metrics line, its checkpoint, its evaluation. A resumed run repeats
+what may be missing of that, so its metrics file ends like an undisturbed run's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nanolm.checkpoint import Checkpoints
+from nanolm.config import Config
+from nanolm.distributed import World, peer_lost
+from nanolm.ema import ExponentialMovingAverage
+from nanolm.engine import Engine
+from nanolm.errors import UserError
+from nanolm.evaluation import Evaluator, total_loss
+from nanolm.gradient import Backward, build_rule
+from nanolm.metrics import Throughput
+from nanolm.nonfinite import NonFinitePolicy
+from nanolm.optim import build_optimizers
+from nanolm.preemption import Preemption
+from nanolm.schedules import build_schedule
+from nanolm.sinks import Sink
+from nanolm.snapshot import Snapshot
+
+LoaderFactory = Callable[[int], Iterator[Sequence[Any]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """What all ranks agree on after a step: means of the terms, and whether weights moved."""
+
+    loss: float
+    terms: dict[str, float]
+    lr: float
+    grad_norm: float
+    applied: bool
+    stop: bool
+
+
+class Trainer:
+    """Trains one learner. Every method that steps, saves or evaluates is collective.
+
+    `loader_factory(step)` iterates over lists of micro-batches from optimizer step `step` on: this
+    rank's share of each global batch, at least one (a stand-in without rows when it has none).
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        learner: nn.Module,
+        world: World,
+        loader_factory: LoaderFactory,
+        *,
+        checkpoints: Checkpoints,
+        evaluator: Evaluator | None = None,
+        sinks: Sequence[Sink] = (),
+        throughput: Throughput | None = None,
+        note: Callable[[str], None] = print,
+        files: Mapping[str, bytes] | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.config, self.world, self.note = config, world, note
+        self.engine = Engine(learner, world, config)
+        self.loader_factory = loader_factory
+        self.evaluator, self.sinks = evaluator, sinks
+        self.optimizers = build_optimizers(learner, config.optim)
+        self.factor = build_schedule(config.schedule, config.train.steps)
+        self.rule = build_rule(config.train.rule)
+        decay = config.train.ema
+        self.ema = ExponentialMovingAverage(learner, decay) if decay else None
+        fp16 = config.train.precision == "fp16"
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=fp16)
+        self.tokens_per_step = config.train.global_batch * config.data.row_length
+        self.throughput = throughput or Throughput(self.tokens_per_step, 0.0, None)
+        self.preemption = Preemption()
+        self.done = 0
+        self.preempted = False
+        self.best: float | None = None
+        self.policy = NonFinitePolicy(config.train, world, checkpoints.run)
+        self.snapshot = Snapshot(self, checkpoints, files or {}, facts or {})
+        self._resumed = False
+
+    def restore(self, checkpoint: Any) -> None:
+        """Continues from a verified checkpoint's folder: weights, optimizers, EMA, counters."""
+        self.snapshot.restore(checkpoint)
+        self._resumed = True
+
+    def fit(self) -> dict[str, float]:
+        """Trains up to train.steps; returns the last evaluation's figures.
+
+        Ends early, with a checkpoint, when a signal asks for it: `preempted` is then true. Raises
+        UserError when a loss is not finite, the disk is full or a peer is gone.
+        """
+        with self.preemption:
+            try:
+                return self._fit()
+            except RuntimeError as error:
+                if self.world.size == 1 or not peer_lost(error):
+                    raise
+                raise UserError(
+                    f"a peer of rank {self.world.rank} is gone during step {self.done + 1}; nothing"
+                    f" was saved since the last checkpoint; run again with --resume auto"
+                ) from error
+
+    def _fit(self) -> dict[str, float]:
+        figures: dict[str, float] = {}
+        if self._resumed and self._due(self.config.eval.every):
+            figures = self.evaluate(best=True)
+        steps = self.config.train.steps
+        if self.done == steps or self.preempted:
+            return figures
+        with contextlib.closing(iter(self.loader_factory(self.done))) as batches:
+            micro_batches, waited = self._next(batches)
+            self.engine.settle(micro_batches[0], self.weights)
+            while True:
+                result = self.step(micro_batches)
+                self.throughput.step(waited)
+                figures = self._after_step(result) or figures
+                if self.done == steps or self.preempted:
+                    return figures
+                micro_batches, waited = self._next(batches)
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """Weight of each optimised term."""
+        return self.engine.learner.objective.weights
+
+    def _next(self, batches: Iterator[Sequence[Any]]) -> tuple[Sequence[Any], float]:
+        start = time.perf_counter()
+        micro_batches = next(batches)
+        return micro_batches, time.perf_counter() - start
+
+    def seed(self) -> int:
+        """Seed of this rank's dropout in the next step: no generator state outlives a step."""
+        mixed = (self.config.run.seed * 1_000_003 + self.done) * 1_000_003 + self.world.rank
+        return mixed % (1 << 63)
+
+    def step(self, micro_batches: Sequence[Any]) -> StepResult:
+        """One optimizer step on this rank's share of a global batch; collective."""
+        torch.manual_seed(self.seed())
+        lr = self._set_learning_rates()
+        names = list(self.weights)
+        mine = [sum(batch.counts.get(name, 0) for batch in micro_batches) for name in names]
+        counts = dict(zip(names, self.world.all_sum(mine), strict=True))
+        backward = Backward(self.weights, counts, self.scaler.get_scale())
+        self.rule(self.engine, micro_batches, backward)
+        norm = self._gradient_norm()
+        terms, stop = self._agree(backward)
+        loss = total_loss(terms, self.weights)
+        applied = math.isfinite(loss) and math.isfinite(norm)
+        if applied:
+            self._apply(norm)
+            self.policy.skips = 0
+        else:
+            self._refuse(micro_batches, loss)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        self.done += 1
+        return StepResult(loss, terms, lr, norm, applied, stop)
+
+    def _set_learning_rates(self) -> float:
+        factor = self.factor(self.done)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * factor
+        return self.optimizers[0].param_groups[0]["lr"]
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for p in self.engine.learner.parameters() if p.grad is not None]
+
+    def _gradient_norm(self) -> float:
+        """Global norm of the step's gradient, the same on all ranks."""
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        return float(torch.nn.utils.get_total_norm([p.grad for p in self._parameters()]))
+
+    def _agree(self, backward: Backward) -> tuple[dict[str, float], bool]:
+        """Global means of all terms, and whether any rank was told to stop."""
+        names = sorted(backward.sums)
+        flat = [backward.sums[name] for name in names] + [backward.seen[name] for name in names]
+        values = torch.stack(flat).tolist()
+        total = self.world.all_sum([*values, float(self.preemption.requested)])
+        pairs = zip(names, total[: len(names)], total[len(names) : -1], strict=True)
+        return {name: value / max(count, 1) for name, value, count in pairs}, total[-1] > 0
+
+    def _apply(self, norm: float) -> None:
+        clip = self.config.train.clip
+        if clip is not None:
+            norm_ = torch.tensor(norm, dtype=torch.float64)
+            torch.nn.utils.clip_grads_with_norm_(self._parameters(), clip, norm_)
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
+        self.scaler.update()
+        if self.ema is not None:
+            self.ema.update()
+
+    def _refuse(self, micro_batches: Sequence[Any], loss: float) -> None:
+        """A step that is not finite moves no weight; the policy says whether the run goes on.
+
+        In fp16 a gradient that overflowed at a finite loss only means that the loss scale was too
+        high: it is halved.
+        """
+        scale = self.scaler.get_scale()
+        overflow = self.scaler.is_enabled() and math.isfinite(loss) and scale > 1
+        if self.scaler.is_enabled():
+            self.scaler.update(scale / 2 if overflow else scale)
+        if not overflow:
+            self.note(self.policy.refuse(self.engine, micro_batches, self.done + 1, self.seed()))
+
+    def _due(self, every: int) -> bool:
+        return self.done == self.config.train.steps or bool(every and self.done % every == 0)
+
+    def _after_step(self, result: StepResult) -> dict[str, float]:
+        """Metrics line, checkpoint, evaluation, as they are due; the evaluation's figures."""
+        config = self.config
+        if self._due(config.run.log_every) or self.done == 1:
+            self._write_train_line(result)
+        save = self._due(config.run.checkpoint_every)
+        if save or result.stop:
+            with self.throughput.excluded():
+                self.snapshot.save()
+        if result.stop:
+            self._leave()
+        elif self._due(config.eval.every):
+            with self.throughput.excluded():
+                return self.evaluate(best=save)
+        return {}
+
+    def _write_train_line(self, result: StepResult) -> None:
+        record = {"step": self.done, "kind": "train", "loss": result.loss, **result.terms}
+        record |= {"lr": result.lr, "grad_norm": result.grad_norm}
+        record |= {"tokens": self.done * self.tokens_per_step}
+        if not result.applied:
+            record["skipped"] = True
+        self._write(record | self.throughput.read(self.world.device))
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        for sink in self.sinks:
+            sink.write(record)
+
+    def evaluate(self, best: bool = False) -> dict[str, float]:
+        """Figures of the validation split, with the averaged weights when there are any.
+
+        With `best` the checkpoint of this step is named the best one when its loss is the lowest. A
+        signal ends the evaluation: the run is left then, and evaluates when it is resumed.
+        """
+        if self.evaluator is None:
+            return {}
+        with self.ema.swapped() if self.ema else contextlib.nullcontext():
+            figures = self.evaluator(self.engine, stop=lambda: self.preemption.requested)
+        if figures is None:
+            if not best:
+                self.snapshot.save()
+            self._leave()
+            return {}
+        self._write({"step": self.done, "kind": "val", **figures})
+        lowest = self.best is None or figures["loss"] < self.best
+        if best and lowest and self.config.run.keep_best:
+            self.best = figures["loss"]
+            self.snapshot.checkpoints.mark_best(self.done)
+        return figures
+
+    def _leave(self) -> None:
+        self.preempted = True
+        reason = self.preemption.signal or "a signal to another rank"
+        self.snapshot.checkpoints.mark_preempted(self.done, reason)
+        self.note(
+            f"{reason}: saved after step {self.done} of {self.config.train.steps}; the same "
+            f"command with --resume auto goes on from there"
+        )
