@@ -20,6 +20,9 @@ from nanolm.saved import Saved, open_saved
 MASK = "<mask>"
 
 
+POSITIONAL = "run"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
     """Fill masks with an encoder."""

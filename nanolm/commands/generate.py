@@ -11,6 +11,8 @@ from nanolm.generate import Generator, write
 from nanolm.sampling import Sampling
 from nanolm.saved import open_saved
 
+POSITIONAL = "run"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments(Sampling):

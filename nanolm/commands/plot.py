@@ -1,0 +1,59 @@
+"""`nanolm plot RUN…`: loss, learning rate and throughput of one or several runs as one PNG."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+from nanolm.errors import UserError
+from nanolm.runs import Run, read_run
+
+PANELS = (
+    ("loss", "loss (nats)", "linear"),
+    ("lr", "learning rate", "linear"),
+    ("grad_norm", "gradient norm", "log"),
+    ("tokens_per_second", "tokens per second", "linear"),
+)
+POSITIONAL = "runs"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Draw the curves of runs."""
+
+    runs: list[str]
+    """Folders of runs."""
+    out: str | None = None
+    """PNG to write; null means plot.png in the first run's folder."""
+
+
+def draw(runs: list[Run], out: pathlib.Path) -> None:
+    """Write the PNG; raises UserError when matplotlib is not installed."""
+    try:
+        import matplotlib  # noqa: PLC0415
+    except ImportError:
+        raise UserError("plots need matplotlib: pip install 'nanolm[plot]'") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt  # noqa: PLC0415
+
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
+    for axis, (key, title, scale) in zip(axes.flat, PANELS, strict=True):
+        for run in runs:
+            line = axis.plot(*run.curve("train", key), label=run.folder.name, linewidth=1.2)[0]
+            val = run.curve("val", key)
+            if val[0]:
+                label = f"{run.folder.name} (val)"
+                axis.plot(*val, "o--", color=line.get_color(), label=label, markersize=4)
+        axis.set(title=title, xlabel="step", yscale=scale)
+        axis.grid(alpha=0.3)
+    axes.flat[0].legend()
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
+
+
+def run(arguments: Arguments) -> None:
+    """Read the runs and draw."""
+    runs = [read_run(folder) for folder in arguments.runs]
+    out = pathlib.Path(arguments.out) if arguments.out else runs[0].folder / "plot.png"
+    draw(runs, out)
+    print(f"wrote {out}")

@@ -1,0 +1,33 @@
+"""`nanolm prepare`: raw text in, tokenizer and token shards out."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from rich.console import Console
+
+from nanolm.arguments import import_plugins
+from nanolm.commands.figures import write_json
+from nanolm.data.prepare import PrepareConfig, prepare
+from nanolm.data.report import figures, render
+
+POSITIONAL = "sources"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments(PrepareConfig):
+    """From raw text to a tokenizer and token shards."""
+
+    plugins: list[str] = dataclasses.field(default_factory=list)
+    """Modules imported first; their data sources can be named in sources."""
+    json: str | None = None
+    """Also write the summary to this file."""
+
+
+def run(arguments: Arguments) -> None:
+    """Prepare and print the summary."""
+    import_plugins(arguments.plugins)
+    keys = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(PrepareConfig)}
+    summary = prepare(PrepareConfig(**keys))
+    Console().print(render(summary))
+    write_json(arguments.json, figures(summary))

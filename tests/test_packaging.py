@@ -1,0 +1,75 @@
+"""Bare checkout, editable install and wheel all work, and install no top-level name but nanolm."""
+
+import pathlib
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+PROBE = """
+import nanolm, nanolm.data.permutation, nanolm.kernels
+from nanolm.errors import UserError
+print(nanolm.data.permutation.__file__)
+"""
+
+
+def python(*words: str, cwd: pathlib.Path, **env: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *words], cwd=cwd, capture_output=True, text=True, env=env or None
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def pip(*words: str, cwd: pathlib.Path) -> None:
+    python("-m", "pip", *words, "-q", "--no-deps", "--no-build-isolation", cwd=cwd)
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory) -> pathlib.Path:
+    """The project's own files, so that builds leave nothing in the checkout."""
+    copy = tmp_path_factory.mktemp("copy")
+    for name in ("nanolm", "kernels", "data", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, copy / name)
+    return copy
+
+
+def test_bare_checkout_works_from_any_directory(tmp_path):
+    found = python("-c", PROBE, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert found == str(ROOT / "data" / "permutation.py")
+
+
+def test_the_kernels_package_of_others_stays_importable(tmp_path):
+    (tmp_path / "site" / "kernels").mkdir(parents=True)
+    (tmp_path / "site" / "kernels" / "__init__.py").write_text("whose = 'theirs'\n")
+    code = f"import sys; sys.path.append({str(tmp_path / 'site')!r})\nimport kernels\n"
+    code += "import nanolm.kernels\nprint(kernels.whose)"
+    assert python("-c", code, cwd=ROOT) == "theirs"
+
+
+def test_the_wheel_installs_only_nanolm(copy, tmp_path):
+    pip("wheel", ".", "-w", str(tmp_path), cwd=copy)
+    (wheel,) = tmp_path.glob("nanolm-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"nanolm"}
+    modules = {name for name in names if name.endswith(".py")}
+    for folder, inside in (("nanolm", "nanolm"), ("data", "nanolm/data")):
+        for path in (copy / folder).rglob("*.py"):
+            assert f"{inside}/{path.relative_to(copy / folder)}" in modules
+    pip("install", "--target", str(tmp_path / "site"), str(wheel), cwd=tmp_path)
+    found = python("-c", PROBE, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    assert found == str(tmp_path / "site" / "nanolm" / "data" / "permutation.py")
+
+
+def test_the_editable_install_works(copy, tmp_path):
+    pip("install", "--prefix", str(tmp_path), "-e", ".", cwd=copy)
+    (site,) = tmp_path.glob("lib/python*/site-packages")
+    code = f"import site; site.addsitedir({str(site)!r})\n{PROBE}"
+    assert python("-c", code, cwd=tmp_path) == str(copy / "data" / "permutation.py")
