@@ -3,85 +3,118 @@
     YAML files, merged left to right  ->  dotted overrides  ->  frozen dataclasses
 
 The schema depends on names in the config itself (which objective, which plug-ins), so reading has
-two passes: the first looks only for `plugins` and for the names of choices, the second parses
-everything against the schema that these give. The parsing, `--help` and `--print_config` are
-jsonargparse's.
+two passes: the first looks only for `plugins` and for the names of choices, the second reads
+everything against the schema that these give (`typed.py`). `--help` is jsonargparse's.
+
+The grammar of every command: `--key value`, `--key=value`, `--list a b c`, `--flag`, and words
+without a key for the fields that have no default, in their order.
 """
 
 from __future__ import annotations
 
-import contextlib
+import argparse
 import dataclasses
 import importlib
-import io
-import re
 from typing import Any
 
-import jsonargparse
-
 from nanolm import strict_yaml
-from nanolm.config import CHOICES, Config, choose
+from nanolm.config import CHOICES, Config, choose, widen
 from nanolm.errors import UserError
+from nanolm.typed import dotted, fields_of, from_words, instance, n_words, unknown_key
 
-jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+Words = dict[str, list[str]]
+
+
+def load_config(
+    argv: list[str], *, schema: type = Config, prog: str = "nanolm train", base: dict | None = None
+) -> Config:
+    """The run's config from `--config` files and dotted overrides such as `--optim.lr 3e-4`.
+
+    `base` is a mapping that the files are merged onto. Raises UserError; prints and exits 0 for
+    --help and --print_config.
+    """
+    import nanolm.build  # noqa: F401, PLC0415  (registers the built-in names)
+
+    words = split_words(argv)
+    merged = read_files(words, base or {})
+    if "plugins" in words:
+        merged = merged | {"plugins": from_words(list[str], words["plugins"], "plugins")}
+    import_plugins(merged.get("plugins", []))
+    for key in CHOICES:
+        if f"{key}.name" in words:
+            name = from_words(str, words[f"{key}.name"], f"{key}.name")
+            merged = merge(merged, nest(f"{key}.name", name))
+    names = {key: name for key in CHOICES if isinstance(name := look_up(merged, key), str)}
+    return parse(choose(names, schema), argv, base=base, prog=prog)
 
 
 def parse(schema: type, argv: list[str], *, base: dict | None = None, prog: str) -> Any:
-    """An instance of the dataclass `schema` from a base mapping and dotted overrides.
+    """An instance of the dataclass `schema`: a base mapping, `--config` files, then overrides.
 
-    Raises UserError naming the key for an unknown key, a wrong type or a refused value; prints and
-    exits 0 for --help and --print_config.
+    Raises UserError naming the key; prints and exits 0 for --help and --print_config.
     """
-    parser = jsonargparse.ArgumentParser(prog=prog, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="append", help="YAML file; several merge, left to right")
-    parser.add_argument("--print_config", action="store_true", help="Print the config and exit")
-    parser.add_class_arguments(schema, None)
-    known = {action.dest for action in parser._actions}
-    refuse_unknown(flatten(base or {}), known)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            defaults = parser.parse_object(base or {}, defaults=True)
-            namespace = parser.parse_args(argv, namespace=defaults)
-            wants_print = namespace.pop("print_config")
-            namespace.pop("config", None)
-            value = parser.instantiate(namespace).as_dict()
-    except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
-        raise UserError(sentence(error)) from None
-    instance = schema(**value)
-    if wants_print:
-        print(dump(instance), end="")
+    if "-h" in argv or "--help" in argv:
+        print(help_text(schema, prog), end="")
         raise SystemExit(0)
-    return instance
+    words = split_words(argv)
+    merged = read_files(words, base or {})
+    wants_print = words.pop("print_config", None) is not None
+    for key, value in read_words(schema, words).items():
+        merged = merge(merged, nest(key, value))
+    value = widen(instance(schema, merged))
+    if wants_print:
+        print(dump(value), end="")
+        raise SystemExit(0)
+    return value
 
 
-def sentence(error: Exception) -> str:
-    """jsonargparse's message, of several lines, as one sentence that begins with the key."""
-    text = " ".join(str(error).split())
-    text = re.sub(r"^(error: )?Parser key \"([^\"]+)\":", r"\2:", text)
-    text = re.sub(r"<class '([^']+)'>", r"\1", text)
-    text = re.sub(r"[Uu]nrecognized arguments: --(\S+)(.*)", r"\1: there is no such key\2", text)
-    return text
+def read_words(schema: type, words: Words) -> dict[str, Any]:
+    """{dotted key: plain value} of a split command line; raises UserError naming the key."""
+    leaves, loose = leaf_kinds(schema), list(words.pop("", []))
+    for key in words:
+        if key not in leaves:
+            raise UserError(unknown_option(key, leaves))
+        count = n_words(leaves[key], words[key])
+        loose += words[key][count:]
+        words[key] = words[key][:count]
+    for key in required(schema):  # words without a key, in the order of the fields
+        if loose and key not in words:
+            count = n_words(leaves[key], loose)
+            words[key], loose = loose[:count], loose[count:]
+    if loose:
+        raise UserError(f"{loose[0]!r} belongs to no option; options are written --key value")
+    return {key: from_words(leaves[key], values, key) for key, values in words.items()}
 
 
-def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
-    """Nested mapping -> {"a.b": value}; lists and empty mappings are values."""
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
+def split_words(argv: list[str]) -> Words:
+    """{key: words} of a command line; "" holds the words that stand before any key.
+
+    A value that begins with two dashes is written --key=value. `--config` adds up; any other key
+    that stands twice means its last value.
+    """
+    words: Words = {"": []}
+    current = words[""]
+    for word in argv:
+        if word.startswith("--") and word != "--":
+            key, equals, value = word[2:].partition("=")
+            if key != "config":
+                words.pop(key, None)
+            current = words.setdefault(key, [])
+            if equals:
+                current.append(value)
+                current = words[""]
         else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+            current.append(word)
+    return words if words[""] else words | {"": []}
 
 
-def refuse_unknown(flat: dict[str, Any], known: set[str]) -> None:
-    """Raises UserError for the keys that the schema lacks, with those that stand beside them."""
-    unknown = [key for key in flat if key not in known]
-    if unknown:
-        group = unknown[0].rpartition(".")[0]
-        siblings = sorted(key for key in known if key.rpartition(".")[0] == group)
-        hint = f"; {group or 'the top level'} has: {', '.join(siblings)}" if siblings else ""
-        raise UserError(f"unknown key {', '.join(unknown)} in the config{hint}")
+def read_files(words: Words, base: dict) -> dict:
+    """`base` with the `--config` files merged onto it, left to right; takes them out of `words`."""
+    if words.get("config") == []:
+        raise UserError("config: expected a YAML file, got nothing")
+    for path in words.pop("config", []):
+        base = merge(base, strict_yaml.read_mapping(path))
+    return base
 
 
 def merge(left: dict, right: dict, path: str = "") -> dict:
@@ -97,21 +130,53 @@ def merge(left: dict, right: dict, path: str = "") -> dict:
     return merged
 
 
-def take_option(argv: list[str], option: str) -> list[str]:
-    """All values that the command line gives to `--option VALUE` or `--option=VALUE`."""
-    values = []
-    for index, word in enumerate(argv):
-        if word == f"--{option}" and index + 1 < len(argv):
-            values.append(argv[index + 1])
-        elif word.startswith(f"--{option}="):
-            values.append(word.partition("=")[2])
-    return values
+def nest(key: str, value: Any) -> dict:
+    """("a.b", v) -> {"a": {"b": v}}."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def look_up(mapping: dict, choice: str) -> Any:
+    """The name that a mapping gives to a choice, or None."""
+    value: Any = mapping
+    for part in [*choice.split("."), "name"]:
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def leaf_kinds(schema: type, prefix: str = "") -> dict[str, Any]:
+    """{dotted key: annotation} of every field that is not itself a group of fields."""
+    leaves = {}
+    for name, kind in fields_of(schema).items():
+        key = dotted(prefix, name)
+        leaves |= leaf_kinds(kind, key) if dataclasses.is_dataclass(kind) else {key: kind}
+    return leaves
+
+
+def required(schema: type) -> list[str]:
+    """The fields of a schema that have no default."""
+    return [
+        field.name
+        for field in dataclasses.fields(schema)
+        if field.default is field.default_factory is dataclasses.MISSING
+    ]
+
+
+def unknown_option(key: str, leaves: dict[str, Any]) -> str:
+    """The sentence for an option that the schema lacks, or that names a group."""
+    inside = [leaf for leaf in leaves if leaf.startswith(f"{key}.")]
+    if inside:
+        return f"{key}: this is a group of keys; give one of them, such as --{inside[0]}"
+    group = key.rpartition(".")[0]
+    beside = [leaf for leaf in leaves if leaf.rpartition(".")[0] == group]
+    return unknown_key(key, beside or list(leaves))
 
 
 def import_plugins(names: Any) -> None:
     """Import each plug-in module; raises UserError naming the one that cannot be imported."""
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise UserError(f"plugins must be a list of module names, not {names!r}")
+        raise UserError(f"plugins: expected a list of module names, got {names!r}")
     for name in names:
         try:
             importlib.import_module(name)
@@ -119,43 +184,22 @@ def import_plugins(names: Any) -> None:
             raise UserError(f"plugins: cannot import {name}: {error}") from error
 
 
-def load_config(
-    argv: list[str], *, schema: type = Config, prog: str = "nanolm train", base: dict | None = None
-) -> Config:
-    """The run's config from `--config` files and dotted overrides such as `--optim.lr 3e-4`.
+def help_text(schema: type, prog: str) -> str:
+    """Every option with its type, default and docstring."""
+    import jsonargparse  # noqa: PLC0415  (slow to import, and only needed here)
 
-    `base` is a mapping that the files are merged onto. Raises UserError.
-    """
-    import nanolm.build  # noqa: F401, PLC0415  (registers the built-in names)
-
-    merged: dict = base or {}
-    for path in take_option(argv, "config"):
-        merged = merge(merged, strict_yaml.read_mapping(path))
-    plugins = merged.get("plugins") or []
-    for text in take_option(argv, "plugins"):
-        value = strict_yaml.parse(text, "--plugins")
-        plugins = value if isinstance(value, list) else [value]
-    import_plugins(plugins)
-    names = {}
-    for key in CHOICES:
-        group = merged
-        for part in key.split("."):
-            group = group.get(part) if isinstance(group, dict) else None
-        given = group.get("name") if isinstance(group, dict) else None
-        chosen = (take_option(argv, f"{key}.name") or [given])[-1]
-        if chosen is not None:
-            names[key] = str(chosen)
-        if isinstance(group, dict) and given not in (None, chosen):
-            group_name = {"name": chosen}
-            merged = merge(merged, nest(key, group_name))
-    return parse(choose(names, schema), argv, base=merged, prog=prog)
-
-
-def nest(key: str, value: Any) -> dict:
-    """("a.b", v) -> {"a": {"b": v}}."""
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return value
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(
+        prog=prog, usage=f"{prog} [--config FILE …] [--KEY VALUE …]"
+    )
+    parser.add_argument("--config", help="YAML file; several merge, left to right", metavar="FILE")
+    parser.add_argument("--print_config", action="store_true", help="print the config and exit")
+    parser.add_class_arguments(schema, None)
+    for action in parser._actions:
+        if action.help == "Path to a configuration file." or action.dest.endswith(".help"):
+            action.help = argparse.SUPPRESS
+        action.option_strings = [s for s in action.option_strings if not s.endswith("+")]
+    return parser.format_help()
 
 
 def as_mapping(config: Any) -> dict:

@@ -10,7 +10,7 @@ dataclass in, so that the keys of a choice, a plug-in's included, are typed like
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from nanolm.errors import UserError
 from nanolm.registry import OBJECTIVES, OPTIMIZERS, POSITIONS, RULES, SCHEDULES, Options, Registry
@@ -339,8 +339,16 @@ def narrow(schema: type, **fields: type) -> type:
         bases=(schema,),
         frozen=True,
         kw_only=True,
-        namespace={"__doc__": schema.__doc__},
+        namespace={"__doc__": schema.__doc__, "narrowed_from": schema},
     )
+
+
+def widen(value: Any) -> Any:
+    """The same config in the plain classes that `narrow` started from."""
+    if not dataclasses.is_dataclass(value) or not hasattr(type(value), "narrowed_from"):
+        return value
+    fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return type(value).narrowed_from(**{key: widen(part) for key, part in fields.items()})
 
 
 def choose(names: dict[str, str], schema: type = Config) -> type:
