@@ -36,6 +36,8 @@ class PrefixOptions(TokenLossOptions):
 class Prefix(Clm):
     """Causal language modelling behind a bidirectional prefix of random length."""
 
+    batch = None  # the prefix is random: rows go through `example`
+
     def __init__(self, options: PrefixOptions, config: Config, tokenizer: Tokenizer) -> None:
         super().__init__(options, config, tokenizer)
         require(
