@@ -75,6 +75,7 @@ def build_stream(config: Config, objective: Objective, split: str) -> RowStream:
         stride=objective.stride,
         span=objective.span,
         seed=config.run.seed,
+        partial=split != "train",
     )
 
 

@@ -16,9 +16,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import yaml
 
 import nanolm
+from nanolm import strict_yaml
 from nanolm.checkpoint import Checkpoints, locate, read_trainer
 from nanolm.container import write_text
 from nanolm.distributed import World
@@ -111,7 +111,8 @@ def _same_run(checkpoint: pathlib.Path, config_text: str, facts: Mapping[str, An
 
 
 def _same_config(saved: pathlib.Path, config_text: str) -> None:
-    before, now = flatten(_read_yaml(saved)), flatten(yaml.safe_load(config_text) or {})
+    before = flatten(strict_yaml.read_mapping(saved))
+    now = flatten(strict_yaml.parse(config_text, "config"))
     changed = [
         f"{key} ({before.get(key)} there, {now.get(key)} here)"
         for key in sorted(before.keys() | now.keys())
@@ -122,13 +123,6 @@ def _same_config(saved: pathlib.Path, config_text: str) -> None:
             f"{saved.parent} was written with another config: {', '.join(changed)}; change it "
             f"back, or start a new run in another run.dir"
         )
-
-
-def _read_yaml(path: pathlib.Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def _harmless(key: str) -> bool:

@@ -2,8 +2,8 @@
 
 `build_schedule(options, steps)` returns `factor(step)`, the share of the peak learning rate that
 optimizer step `step` (counted from 0) of `steps` uses. All rise linearly over `warmup` steps,
-(step + 1) / warmup, and differ after: with u in [0, 1] the part of the way from the end of the
-warm-up to the last step, and f the floor,
+(step + 1) / warmup, and differ after: with u in [0, 1) the part of the way from the end of the
+warm-up to step `steps` (the one after the last), and f the floor,
 
     cosine        f + (1 - f) (1 + cos(pi u)) / 2        Loshchilov & Hutter 2017 (SGDR)
     linear        1 - (1 - f) u                          Devlin et al. 2018 (BERT)
@@ -41,7 +41,7 @@ class DecayOptions(WarmupOptions):
     """Schedules that end at a floor."""
 
     floor: float = 0.1
-    """The last step's learning rate as a share of the peak."""
+    """The learning rate at the very end, as a share of the peak."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,7 +62,7 @@ class LinearOptions(DecayOptions):
 
     name: str = "linear"
     floor: float = 0.0
-    """The last step's learning rate as a share of the peak."""
+    """The learning rate at the very end, as a share of the peak."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ class WsdOptions(DecayOptions):
 
     name: str = "wsd"
     floor: float = 0.0
-    """The last step's learning rate as a share of the peak."""
+    """The learning rate at the very end, as a share of the peak."""
     decay: float = 0.2
     """Share of all steps, at the end, over which the learning rate falls linearly."""
 
@@ -114,8 +114,8 @@ def build_schedule(options: Options, steps: int) -> Factor:
 
 
 def _way(step: int, start: int, steps: int) -> float:
-    """How much of the way from step `start` to the last step is done, in [0, 1]."""
-    return min(max((step - start) / max(steps - 1 - start, 1), 0.0), 1.0)
+    """How much of the way from step `start` to the end is done, in [0, 1]."""
+    return min(max((step - start) / max(steps - start, 1), 0.0), 1.0)
 
 
 @SCHEDULES.register("cosine", options=CosineOptions)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import secrets
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -197,7 +198,7 @@ class Wandb:
             mode = os.environ.get("WANDB_MODE") or (_logged_in(wandb) and "online") or "offline"
         identity = folder / "wandb" / "run_id"
         identity.parent.mkdir(parents=True, exist_ok=True)
-        run_id = identity.read_text() if identity.is_file() else wandb.util.generate_id()
+        run_id = identity.read_text() if identity.is_file() else secrets.token_hex(4)
         identity.write_text(run_id)
         settings = wandb.Settings(
             init_timeout=self.TIMEOUT, login_timeout=5, silent=True, console="off"

@@ -217,7 +217,7 @@ def in_ranks(size, function, *arguments, kill=False):
     With `kill` the ranks are expected to die by SIGKILL.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.tiny_run"])
+    context.set_forkserver_preload(["torch._dynamo", "tests.tiny_run"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,0 +1,225 @@
+"""`nanolm train`: pretrain a model. `torchrun train.py` is the same on many ranks.
+
+`run_train` is the table of contents of a run; each line is a chapter in a module of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from nanolm import build
+from nanolm.arguments import as_mapping, dump, load_config
+from nanolm.checkpoint import Checkpoints, load_trunk, read_trainer
+from nanolm.config import Config
+from nanolm.container import write_json
+from nanolm.data.shards import unigram_counts
+from nanolm.data.stream import RowStream
+from nanolm.data.tokenizer import MODEL_FILE, Tokenizer
+from nanolm.distributed import World, close, launch
+from nanolm.evaluation import Evaluator, Yardstick
+from nanolm.flops import train_flops_per_token
+from nanolm.loader import Loader, MicroBatch, eval_batches, micro_batch_of
+from nanolm.metrics import Throughput, peak_flops
+from nanolm.objectives.base import Objective
+from nanolm.runfolder import claim, cut_metrics
+from nanolm.sinks import Console, JsonLines, Sink, TensorBoard, Wandb
+from nanolm.trainer import Trainer
+
+
+def main(argv: list[str]) -> None:
+    """Reads the command line and trains."""
+    run_train(load_config(argv, prog="nanolm train"))
+
+
+def run_train(config: Config) -> dict[str, Any]:
+    """Trains as the config says; returns the summary, which is empty when a signal ended the run.
+
+    Raises UserError for anything the user can mend.
+    """
+    started = time.perf_counter()
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    world = launch(config.distributed, config.run.device)
+    tokenizer = build.build_tokenizer(config)
+    config = build.resolve(config, tokenizer)
+    objective = build.build_objective(config, tokenizer)
+    stream = build.build_stream(config, objective, "train")
+    facts = {"data_hash": data_hash(stream), "tokenizer_hash": tokenizer.hash}
+    start = claim(pathlib.Path(config.run.dir), config.resume, dump(config), facts, world)
+    learner = build.build_learner(config, objective, world.device)
+    fresh = start_from(config, learner) if start.checkpoint is None else []
+    done = read_trainer(start.checkpoint)["step"] if start.checkpoint else 0
+    sinks, note = open_sinks(config, world, done)
+    for line in [*start.notes, *fresh]:
+        note(line)
+    try:
+        trainer = Trainer(
+            config,
+            learner,
+            world,
+            functools.partial(steps, config, stream, objective, world),
+            checkpoints=Checkpoints(pathlib.Path(config.run.dir), world, config.run.keep_last),
+            evaluator=build_evaluator(config, objective, tokenizer, world, "val"),
+            sinks=sinks,
+            throughput=build_throughput(config, stream, objective, world, note),
+            note=note,
+            files={"config.yaml": dump(config).encode(), MODEL_FILE: tokenizer.model_bytes},
+            facts=facts,
+        )
+        if start.checkpoint:
+            trainer.restore(start.checkpoint)
+            note(f"resumed from {start.checkpoint} at step {trainer.done}")
+        figures = trainer.fit()
+        summary = {} if trainer.preempted else summarise(trainer, figures, facts, started)
+    finally:
+        for sink in sinks:
+            sink.close()
+    close(world)
+    return summary
+
+
+def data_hash(stream: RowStream) -> str:
+    """One hash of all corpora with their weights."""
+    parts = [
+        f"{manifest.data_hash} {weight!r}"
+        for manifest, (_, weight) in zip(stream.manifests, stream.corpora, strict=True)
+    ]
+    if len(parts) == 1:
+        return stream.manifests[0].data_hash
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def start_from(config: Config, learner: nn.Module) -> list[str]:
+    """Fills the trunk and matching heads from config.init_from; returns what to tell the user."""
+    if config.init_from is None:
+        return []
+    fresh = load_trunk(config.init_from, learner)
+    heads = f"; fresh heads: {', '.join(fresh)}" if fresh else ""
+    return [f"weights from {config.init_from}{heads}"]
+
+
+def steps(
+    config: Config, stream: RowStream, objective: Objective, world: World, start: int
+) -> Iterator[Sequence[MicroBatch]]:
+    """Micro-batches of each optimizer step from `start` on; a rank without rows gets a stand-in.
+
+    The stand-in has the tensors of a real row and no row ids: it makes the ranks' collectives match
+    and counts for nothing.
+    """
+    loader = Loader(
+        stream,
+        objective,
+        global_batch=config.train.global_batch,
+        micro_batch=config.train.micro_batch or config.train.global_batch,
+        rank=world.rank,
+        world=world.size,
+        seed=config.run.seed,
+        workers=config.data.workers,
+        start_step=start,
+        device=world.device,
+        pin=world.device.type == "cuda",
+    )
+    try:
+        stand_in = None
+        for micro_batches in loader:
+            if not micro_batches and stand_in is None:
+                row = loader.build(range(1)).to(world.device, pin=False)
+                stand_in = MicroBatch(row.tensors, {}, np.empty(0, dtype=np.int64))
+            yield micro_batches or [stand_in]
+    finally:
+        loader.close()
+
+
+def build_evaluator(
+    config: Config, objective: Objective, tokenizer: Tokenizer, world: World, split: str
+) -> Evaluator:
+    """The evaluator of a split, with bytes and unigram costs of every token."""
+    stream = build.build_stream(config, objective, split)
+    counts = sum(
+        unigram_counts(folder, manifest)
+        for (folder, _), manifest in zip(stream.corpora, stream.manifests, strict=True)
+    )
+    rows = config.eval.batch or config.train.global_batch
+    limit = config.eval.batches and config.eval.batches * rows
+    # The rank's share in pieces no larger than a training micro-batch: memory that is known to do.
+    piece = min(rows, config.train.micro_batch or config.train.global_batch)
+
+    def batches() -> Iterator[MicroBatch]:
+        return eval_batches(
+            stream,
+            objective,
+            piece,
+            world.rank,
+            world.size,
+            seed=config.run.seed,
+            limit=limit,
+            device=world.device,
+        )
+
+    return Evaluator(batches, world, Yardstick(tokenizer.byte_length, counts))
+
+
+def build_throughput(
+    config: Config,
+    stream: RowStream,
+    objective: Objective,
+    world: World,
+    note: Callable[[str], None],
+) -> Throughput:
+    """The clock, with model FLOPs by formula and the device's peak; says what it assumes."""
+    train, length = config.train, config.data.row_length
+    rows = min(train.global_batch, 16)
+    probe = micro_batch_of(stream.rows(0, rows), stream, objective, config.run.seed)
+    share = probe.counts[next(iter(objective.weights))] / (rows * length)
+    tokens = train.global_batch * length
+    flops = train_flops_per_token(config.model, length, predicted_share=share)
+    peak, origin = peak_flops(world.device, train.precision)
+    note(
+        f"model FLOPs per token {flops:.4g} (forward and backward, {share:.1%} of positions "
+        f"predicted); peak: {origin}"
+    )
+    return Throughput(tokens, flops * tokens, peak and peak * world.size)
+
+
+def open_sinks(config: Config, world: World, done: int) -> tuple[list[Sink], Callable[[str], None]]:
+    """The sinks of rank 0 and its way to tell the user something; other ranks are silent."""
+    if not world.is_main:
+        return [], lambda text: None
+    run = pathlib.Path(config.run.dir)
+    cut_metrics(run / "metrics.jsonl", done)
+    console = Console(config.train.steps, done)
+    sinks: list[Sink] = [console, JsonLines(run / "metrics.jsonl")]
+    if config.run.tensorboard:
+        sinks.append(TensorBoard(run))
+    if config.run.wandb.mode != "disabled":
+        sinks.append(Wandb(run, config.run.wandb, as_mapping(config), console.note))
+    return sinks, console.note
+
+
+def summarise(
+    trainer: Trainer, figures: dict[str, float], facts: dict[str, Any], started: float
+) -> dict[str, Any]:
+    """The run in a dozen figures, written to summary.json by rank 0."""
+    summary = {
+        "steps": trainer.done,
+        "tokens": trainer.done * trainer.tokens_per_step,
+        "params": sum(p.numel() for p in trainer.engine.learner.parameters()),
+        "val_loss": figures.get("loss"),
+        **{k: figures.get(k) for k in ("perplexity", "bits_per_byte", "unigram_bits_per_byte")},
+        "accuracy": figures.get("accuracy"),
+        "tokens_per_second": trainer.throughput.overall,
+        "seconds": time.perf_counter() - started,
+        **facts,
+    }
+    if trainer.world.is_main:
+        write_json(trainer.snapshot.checkpoints.run / "summary.json", summary)
+    return summary
