@@ -3,10 +3,10 @@
 With shares p_i / P (integers, sum P), rows repeat a pattern of P slots in which corpus i stands p_i
 times, so that for g = q P + r
 
-    corpus(g) = pattern[r]            rank(g) = q p_corpus + (earlier slots of that corpus in pattern)
+    corpus(g) = pattern[r]          rank(g) = q p_corpus + earlier slots of that corpus in pattern
 
-No state, no loop: any row is found in O(1). The pattern is made by *earliest deadline first*: item k
-of corpus i may not come before slot floor(k P / p_i) and not after ceil((k+1) P / p_i). Such a
+No state, no loop: any row is found in O(1). The pattern is made by *earliest deadline first*: item
+k of corpus i may not come before slot floor(k P / p_i) nor after ceil((k + 1) P / p_i). Such a
 schedule always exists and EDF finds it; it keeps the count of every corpus within one row of its
 share after every row, so within two rows over EVERY window.
 

@@ -19,6 +19,7 @@ and 5. The mixing constants are those of SplitMix64 (Steele, Lea, Flood, OOPSLA 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -71,9 +72,11 @@ class Permutation:
         """The indices whose images these are: inverse(permutation(i)) == i."""
         return self._walk(images, self._backward)
 
-    def _walk(self, indices: np.ndarray, network) -> np.ndarray:
+    def _walk(
+        self, indices: np.ndarray, network: Callable[[np.ndarray], np.ndarray]
+    ) -> np.ndarray:
         indices = np.asarray(indices)
-        if indices.size and not (0 <= indices.min() and indices.max() < self.size):
+        if indices.size and (indices.min() < 0 or indices.max() >= self.size):
             raise IndexError(f"index outside range({self.size})")
         words = network(indices.reshape(-1).astype(np.uint64))
         limit = np.uint64(self.size)

@@ -15,7 +15,7 @@ from nanolm.data.shards import open_split
 from nanolm.data.stream import RowStream, shard_rows
 from nanolm.errors import UserError
 
-PROPERTY = settings(deadline=None, derandomize=True, max_examples=60)
+PROPERTY = settings(deadline=None, derandomize=True, max_examples=30)
 
 
 def build(directory, seed, shard_tokens, mean_length=20, **kwargs):
@@ -83,7 +83,8 @@ def test_each_token_is_a_target_exactly_once_in_an_epoch(places, epoch):
 
 
 def test_epochs_seeds_and_corpora_have_their_own_order(places):
-    (first, second), _ = places
+    (first, _), _ = places
+
     def order(corpora, seed, start):
         stream = RowStream(corpora, "train", stride=16, span=16, seed=seed)
         return [row.block for row in stream.rows(start, start + 20)]
@@ -144,7 +145,7 @@ def test_every_world_and_every_cut_see_the_same_rows_and_a_pickled_stream_too(pl
     first = middle - 30
     names = [(row.epoch, row.row_id) for row in stream.rows(first, first + 64)]
     for world, micro in ((1, 64), (3, 5), (64, 1), (64, 7)):
-        again = pickle.loads(pickle.dumps(stream))
+        again = pickle.loads(pickle.dumps(stream))  # noqa: S301 (our own)
         got = []
         for step in (first // 2 + i for i in range(32)):
             for rank in range(world):
@@ -220,7 +221,7 @@ def test_bad_streams_are_refused(places, tmp_path):
         RowStream([(paths[0], 1), (str(tmp_path / "other"), 1)], "train", stride=8, span=8, seed=0)
     with pytest.raises(UserError, match="no test split"):
         RowStream([(paths[0], 1)], "test", stride=8, span=8, seed=0)
-    with pytest.raises(UserError, match="data.corpora is empty"):
+    with pytest.raises(UserError, match="is empty"):
         RowStream([], "train", stride=8, span=8, seed=0)
     with pytest.raises(ValueError, match="span=7"):
         RowStream([(paths[0], 1)], "train", stride=8, span=7, seed=0)

@@ -37,6 +37,7 @@ def write_prepared(
         special_ids={"eos": EOS},
         splits=entries,
         totals=split_totals(entries),
+        inputs=[],
         cleaning={},
         unigram="unigram.npy",
         unigram_sha256="",

@@ -1,0 +1,254 @@
+"""The loader: rows of the stream become torch batches, the last step before the model.
+
+    schedule (step -> rows of this rank) -> stream.rows -> objective.example -> objective.collate
+    -> MicroBatch (int64 tensors, target counts, row ids) -> device
+
+The order is arithmetic and all randomness is keyed by (seed, epoch, row id), so the loader's whole
+state is one integer, the next step, and a batch is the same bytes whatever the number of workers,
+ranks or restarts.
+
+What an objective brings: `example(row, rng, draw)` for one row, `collate(examples)` without
+randomness, `counts(batch)`, the number of targets of each loss term. An objective that needs no
+randomness may also have `batch(rows) -> dict of arrays`, which then stands for example and collate
+together and saves making a generator for each row; where it is missing or None they are used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from nanolm.data.permutation import Permutation
+from nanolm.data.schedule import cut, shard_rows, share_of
+from nanolm.data.stream import Row, RowStream
+from nanolm.errors import UserError
+
+PREFETCH = 4
+"""Micro-batches that each worker process prepares ahead."""
+
+
+class RowObjective(Protocol):
+    """The data side of an objective, all that the loader knows of it."""
+
+    def example(self, row: Row, rng: np.random.Generator, draw: functools.partial) -> Any:
+        """One row made ready; `draw(k)` gives the k-th keyed other row."""
+
+    def collate(self, examples: list) -> dict[str, np.ndarray]:
+        """Examples as one batch; no randomness."""
+
+    def counts(self, batch: dict[str, np.ndarray]) -> dict[str, int]:
+        """Number of targets of each loss term."""
+
+
+@dataclasses.dataclass(slots=True)
+class MicroBatch:
+    """What one forward pass reads: `tensors` by name (integers as int64), and on the host `counts`,
+    the targets of each loss term, and `row_ids` int64 [B], to name the rows of a bad step."""
+
+    tensors: dict[str, Tensor]
+    counts: dict[str, int]
+    row_ids: np.ndarray
+
+    def to(self, device: torch.device | str, pin: bool) -> MicroBatch:
+        """The same batch with its tensors on `device`; `pin` copies through page-locked memory,
+        without waiting."""
+        device = torch.device(device)
+        if device.type == "cpu":
+            return self
+        tensors = {
+            name: (tensor.pin_memory() if pin else tensor).to(device, non_blocking=pin)
+            for name, tensor in self.tensors.items()
+        }
+        return MicroBatch(tensors, self.counts, self.row_ids)
+
+
+def micro_batch_of(
+    rows: list[Row], stream: RowStream, objective: RowObjective, seed: int
+) -> MicroBatch:
+    """Rows -> examples -> batch; each row's generator is default_rng((seed, epoch, row_id))."""
+    whole = getattr(objective, "batch", None)
+    if whole is not None:
+        batch = whole(rows)
+    else:
+        batch = objective.collate([_example(row, stream, objective, seed) for row in rows])
+    return MicroBatch(
+        {name: _tensor(values) for name, values in batch.items()},
+        objective.counts(batch),
+        np.array([row.row_id for row in rows]),
+    )
+
+
+def _example(row: Row, stream: RowStream, objective: RowObjective, seed: int) -> Any:
+    rng = np.random.default_rng((seed, row.epoch, row.row_id))
+    return objective.example(row, rng, functools.partial(stream.draw, row))
+
+
+def _tensor(values: np.ndarray) -> Tensor:
+    """A tensor that shares the array's memory; integers of other types become int64."""
+    if values.dtype.kind in "iu" and values.dtype != np.int64:
+        values = values.astype(np.int64)
+    return torch.from_numpy(values)
+
+
+class Loader:
+    """Endless optimizer steps of one rank: iterating yields a list of MicroBatch for each step.
+
+    global_batch: rows of a step over all ranks; micro_batch: rows of one MicroBatch, at most. A
+    rank's list is empty when its share of the step is. seed: of the rows' generators, the stream's
+    own when None. workers: processes that prepare batches ahead (0: in this process). `step` is the
+    next step to be delivered and all the state there is. Raises ValueError for pin=True on the CPU.
+    """
+
+    def __init__(
+        self,
+        stream: RowStream,
+        objective: RowObjective,
+        *,
+        global_batch: int,
+        micro_batch: int,
+        rank: int = 0,
+        world: int = 1,
+        seed: int | None = None,
+        workers: int = 0,
+        start_step: int = 0,
+        device: torch.device | str = "cpu",
+        pin: bool = False,
+    ) -> None:
+        if pin and torch.device(device).type == "cpu":
+            raise ValueError("pin=True is for copies to an accelerator, and device is the CPU")
+        self.stream, self.objective = stream, objective
+        self.global_batch, self.micro_batch = global_batch, micro_batch
+        self.rank, self.world = rank, world
+        self.seed = stream.seed if seed is None else seed
+        self.workers, self.step = workers, start_step
+        self.device, self.pin = device, pin
+        self._source: Iterator[MicroBatch] | None = None
+        self._turn = 0
+        self.pieces(start_step)  # refuses a wrong rank or micro-batch now, not in a worker
+
+    def pieces(self, step: int) -> list[range]:
+        """Global rows of each micro-batch of this rank in `step`."""
+        return shard_rows(step, self.global_batch, self.rank, self.world, self.micro_batch)
+
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
+        self.close()
+        if not self.pieces(self.step):  # more ranks than rows: this one never has any
+            while True:
+                self.step += 1
+                yield []
+        self._source = self._from_workers() if self.workers else map(self.build, self._ahead())
+        self._turn += 1
+        turn = self._turn
+        try:
+            while True:
+                batches = [self._next(turn) for _ in self.pieces(self.step)]
+                self.step += 1
+                yield batches
+        finally:
+            if turn == self._turn:  # a later iteration keeps its own workers
+                self.close()
+
+    def build(self, rows: range) -> MicroBatch:
+        """The micro-batch of these global rows, on the CPU."""
+        return micro_batch_of(
+            self.stream.rows(rows.start, rows.stop), self.stream, self.objective, self.seed
+        )
+
+    def close(self) -> None:
+        """End the worker processes; iterating again starts new ones at `step`."""
+        self._source = None
+
+    def _next(self, turn: int) -> MicroBatch:
+        if self._source is None or turn != self._turn:
+            raise RuntimeError("the loader was closed, or iterated again, under this iterator")
+        batch = next(self._source)
+        if isinstance(batch, _Refusal):
+            raise UserError(batch.sentence)
+        return batch.to(self.device, self.pin)
+
+    def _ahead(self) -> Iterator[range]:
+        """Rows of all micro-batches from the present step on, without end."""
+        step = self.step
+        while True:
+            yield from self.pieces(step)
+            step += 1
+
+    def _from_workers(self) -> Iterator[MicroBatch]:
+        return iter(
+            DataLoader(
+                _Builder(self.stream, self.objective, self.seed),
+                sampler=self._ahead(),
+                batch_size=None,
+                collate_fn=_as_it_is,
+                num_workers=self.workers,
+                prefetch_factor=PREFETCH,
+                worker_init_fn=_leave_the_process_group,
+            )
+        )
+
+
+@dataclasses.dataclass
+class _Refusal:
+    """A UserError on its way out of a worker process, which would wrap it in its traceback."""
+
+    sentence: str
+
+
+class _Builder(Dataset):
+    """What a worker process holds: global rows -> MicroBatch."""
+
+    def __init__(self, stream: RowStream, objective: RowObjective, seed: int) -> None:
+        self.stream, self.objective, self.seed = stream, objective, seed
+
+    def __getitem__(self, rows: range) -> MicroBatch | _Refusal:
+        try:
+            read = self.stream.rows(rows.start, rows.stop)
+            return micro_batch_of(read, self.stream, self.objective, self.seed)
+        except UserError as error:
+            return _Refusal(str(error))
+
+
+def _as_it_is(batch: MicroBatch) -> MicroBatch:
+    return batch
+
+
+def _leave_the_process_group(worker: int) -> None:
+    """Signals to the whole group (Ctrl-C, a scheduler's SIGTERM) are the trainer's to answer: it
+    finishes its step and saves, for which it needs its workers. They end with it, and notice by
+    themselves within seconds when it is killed."""
+    os.setpgrp()
+
+
+def eval_batches(
+    stream: RowStream,
+    objective: RowObjective,
+    batch: int,
+    rank: int = 0,
+    world: int = 1,
+    *,
+    seed: int | None = None,
+    limit: int | None = None,
+    device: torch.device | str = "cpu",
+    pin: bool = False,
+) -> Iterator[MicroBatch]:
+    """Each row of one pass exactly once over the ranks, in batches of at most `batch` rows.
+
+    `stream` should be opened with partial=True. Row i has the generator of epoch 0, so its example
+    is the same for every world and batch size. limit: evaluate only so many rows, a keyed sample
+    that is also the same for all.
+    """
+    seed = stream.seed if seed is None else seed
+    row_ids = np.arange(len(stream))
+    if limit is not None and limit < len(stream):
+        row_ids = np.sort(Permutation(len(stream), (seed,))(row_ids[:limit]))
+    for piece in cut(share_of(0, len(row_ids), rank, world), batch):
+        rows = stream.by_id(row_ids[piece.start : piece.stop])
+        yield micro_batch_of(rows, stream, objective, seed).to(device, pin)
