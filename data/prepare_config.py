@@ -10,7 +10,7 @@ from nanolm.data.clean import CleaningOptions
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import UserError
 
-SAMPLE_BYTES_PER_PIECE = 500
+SAMPLE_BYTES_PER_PIECE = 300
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class PrepareConfig:
     character_coverage: float = 0.9995
     """Share of the sample's characters that get a piece; the others are written as bytes."""
     sample_bytes: int | None = None
-    """Text to train the tokenizer on; by default 500 bytes for each entry of the vocabulary."""
+    """Text to train the tokenizer on; by default 300 bytes for each entry of the vocabulary."""
     shard_tokens: int = 1 << 26
     """A shard holds at most so many tokens (unless one document alone is longer)."""
     seed: int = 0

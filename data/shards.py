@@ -50,8 +50,8 @@ class Manifest:
 
     splits: split -> list of {file, sha256, size, tokens, documents, bytes}; totals: split ->
     {tokens, documents, bytes}; special_ids: role -> id; cleaning: `dropped/REASON` or
-    `changed/WHAT` -> count; `unigram` is the file with int64 counts per token id over the train split (eos
-    included); inputs: {source, pieces, bytes} of each source; config: what `prepare` was told.
+    `changed/WHAT` -> count; unigram: the file with int64 counts per token id over the train split
+    (eos included); inputs: {source, pieces, bytes} of each source; config: what `prepare` was told.
     """
 
     format_version: int = FORMAT_VERSION
