@@ -1,0 +1,65 @@
+"""What many tests share: a tiny tokenizer, and learners built the way that a run builds them."""
+
+import functools
+import pathlib
+import sysconfig
+
+import pytest
+import torch
+
+from nanolm.arguments import load_config
+from nanolm.build import build_learner, build_objective, resolve
+from nanolm.data.tokenizer import Tokenizer
+from nanolm.data.tokenizer_training import sentences, train_tokenizer
+from nanolm.learner import Learner
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@functools.cache
+def tiny_tokenizer() -> Tokenizer:
+    """512 unigram pieces trained on a few modules of the standard library."""
+    library = pathlib.Path(sysconfig.get_paths()["stdlib"])
+    names = ("argparse.py", "textwrap.py", "statistics.py")
+    text = "".join((library / name).read_text(encoding="utf-8") for name in names)
+    return Tokenizer(train_tokenizer(sentences(text[:150_000]), vocab_size=512, kind="unigram"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return tiny_tokenizer()
+
+
+TINY = {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_length": 64, "vocab_size": 512}
+
+
+@pytest.fixture(scope="session")
+def make_learner(tokenizer):
+    """make_learner(model keys, objective keys, row_length=…, dtype=…) -> Learner in eval mode."""
+
+    def make(
+        model: dict | None = None,
+        objective: dict | None = None,
+        *,
+        row_length: int = 16,
+        document_mask: bool = False,
+        kernels: dict | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+    ) -> Learner:
+        config = load_config(
+            [],
+            base={
+                "model": {**TINY, **(model or {})},
+                "objective": objective or {"name": "clm"},
+                "data": {"row_length": row_length, "document_mask": document_mask},
+                "kernels": kernels or {},
+            },
+        )
+        config = resolve(config, tokenizer)
+        return build_learner(config, build_objective(config, tokenizer), device).to(dtype).eval()
+
+    return make

@@ -1,0 +1,74 @@
+"""The presets have exactly as many parameters as `transformers` counts for the published models.
+
+Everything is built on the meta device, so no weight is ever allocated.
+"""
+
+import pathlib
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    LlamaConfig,
+    ModernBertConfig,
+)
+
+from nanolm.arguments import load_config
+from nanolm.build import build_learner, build_objective, resolve
+
+PRESETS = pathlib.Path(__file__).parent.parent / "configs" / "pretrain"
+SMOL = LlamaConfig(
+    num_hidden_layers=30,
+    hidden_size=576,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    intermediate_size=1536,
+    vocab_size=49152,
+    tie_word_embeddings=True,
+)
+# preset: (the class of transformers that is compared, its config, the published count or None)
+PEERS = {
+    "gpt2_124m": (AutoModelForCausalLM, GPT2Config(), 124_439_808),
+    "bert_base": (AutoModelForPreTraining, BertConfig(), None),
+    "llama_135m": (AutoModelForCausalLM, SMOL, 134_515_008),
+    "modernbert_base": (AutoModelForMaskedLM, ModernBertConfig(), None),
+}
+
+
+def count(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def on_meta(preset, tokenizer):
+    config = load_config(["--config", str(PRESETS / f"{preset}.yaml"), "--data.path", "unused"])
+    config = resolve(config, tokenizer)
+    with torch.device("meta"):
+        return build_learner(config, build_objective(config, tokenizer), device="meta")
+
+
+@pytest.mark.parametrize("preset", PEERS)
+def test_parameter_count_is_transformers_own(preset, tokenizer):
+    auto, peer_config, published = PEERS[preset]
+    learner = on_meta(preset, tokenizer)
+    with torch.device("meta"):
+        peer = auto.from_config(peer_config)
+    assert all(parameter.is_meta for parameter in learner.parameters())
+    assert count(learner) == count(peer)
+    assert published is None or count(learner) == published
+
+
+def test_bert_trunk_with_pooler_is_bert_model(tokenizer):
+    learner = on_meta("bert_base", tokenizer)
+    with torch.device("meta"):
+        peer = BertModel(BertConfig())
+    ours = count(learner.trunk) + count(learner.heads["pair"].dense)
+    assert ours == count(peer) == 109_482_240
+
+
+def test_every_preset_has_a_peer():
+    assert {path.stem for path in PRESETS.glob("*.yaml")} >= set(PEERS)
