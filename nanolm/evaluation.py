@@ -13,7 +13,6 @@ split's token frequencies (add-one smoothed) achieve on the very same targets.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -84,16 +83,15 @@ class Evaluator:
             before = sums.get(name, (0.0, 0.0))
             sums[name] = (before[0] + value, before[1] + count)
 
-        with contextlib.closing(iter(self.batches())) as batches:
-            for batch in batches:
-                if stop():
-                    return sums, 1.0
-                for name, term in engine.local(batch).items():
-                    add(name, float(term.sum), float(term.count))
-                if self.yardstick is not None:
-                    targets = engine.learner.objective.targets(batch.tensors)
-                    text_bytes, nats = self.yardstick.measure(targets)
-                    add("unigram bytes", nats, text_bytes)
+        for batch in self.batches():
+            if stop():
+                return sums, 1.0
+            for name, term in engine.local(batch).items():
+                add(name, float(term.sum), float(term.count))
+            if self.yardstick is not None:
+                targets = engine.learner.objective.targets(batch.tensors)
+                text_bytes, nats = self.yardstick.measure(targets)
+                add("unigram bytes", nats, text_bytes)
         return sums, 0.0
 
 

@@ -10,7 +10,7 @@ accumulation; adversarial training, R-Drop or distillation wrap another rule, on
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -27,11 +27,15 @@ class Backward:
 
     C_t is the number of t's targets over all ranks and all micro-batches of the step, known before
     the first backward; so k micro-batches on w ranks add up to the gradient of one big batch.
-    The terms' sums are kept, as float64 scalars on the device, for the log.
+    `scale` is the loss scaling of fp16. The terms' sums are kept, as float64 scalars on the device,
+    for the log.
     """
 
     def __init__(
-        self, weights: Mapping[str, float], counts: Mapping[str, float], scale: float = 1.0
+        self,
+        weights: Mapping[str, float],
+        counts: Mapping[str, float],
+        scale: Callable[[Tensor], Tensor] = lambda total: total,
     ) -> None:
         self.weights = weights
         self.counts = counts
@@ -46,7 +50,7 @@ class Backward:
         collectives match, and it counts for nothing.
         """
         real = len(micro_batch.row_ids) > 0
-        (self.total(terms) * (self.scale if real else 0.0)).backward()
+        self.scale(self.total(terms) * (1.0 if real else 0.0)).backward()
         for name, term in terms.items():
             count = torch.as_tensor(term.count, device=term.sum.device).detach().double()
             value = term.sum.detach().double()

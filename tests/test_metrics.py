@@ -1,0 +1,43 @@
+"""Rates count only training time, and say so; the peak of a device is found by its name."""
+
+import time
+
+import torch
+
+from nanolm import metrics
+
+
+def test_rates_leave_out_what_is_excluded(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    clock = metrics.Throughput(tokens_per_step=100, flops_per_step=1e6, peak=4e6)
+    for _ in range(3):
+        now[0] += 2
+        clock.step(waited=0.5)
+    with clock.excluded():
+        now[0] += 100
+    figures = clock.read(torch.device("cpu"))
+    assert figures["tokens_per_second"] == 50
+    assert figures["mfu"] == 3e6 / 6 / 4e6
+    assert figures["data_wait"] == 0.25 and figures["memory"] > 10**6
+    now[0] += 1
+    clock.step(waited=0)
+    assert clock.read(torch.device("cpu"))["tokens_per_second"] == 100
+    assert clock.overall == 400 / 7
+
+
+def test_peaks_by_device_name(monkeypatch):
+    name = []
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name[0])
+    device = torch.device("cuda", 0)
+    for name[:], precision, peak in (
+        (["NVIDIA A100-SXM4-80GB"], "bf16", 312e12),
+        (["NVIDIA H100 80GB HBM3"], "bf16", 989e12),
+        (["NVIDIA H100 PCIe"], "fp32", 51e12),
+        (["NVIDIA GeForce RTX 4090"], "fp16", 165.2e12),
+        (["Nobody's GPU"], "bf16", None),
+    ):
+        found, origin = metrics.peak_flops(device, precision)
+        assert found == peak and name[0] in origin
+    found, origin = metrics.peak_flops(torch.device("cpu"), "fp32")
+    assert found > 1e8 and "measured" in origin

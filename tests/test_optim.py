@@ -1,0 +1,67 @@
+"""Optimizers: who decays, Muon against torch's own, state that survives by name."""
+
+import pytest
+import torch
+
+from nanolm import optim
+from nanolm.registry import OPTIMIZERS
+from nanolm.state import load_optimizers, optimizer_tensors
+from tests.tiny_run import batch_of, build_learner
+
+BUILT_IN = ["adamw", "muon", "sgd", "rmsprop", "adafactor"]
+
+
+def take_step(learner, optimizers, row=0):
+    terms = learner(batch_of([row, row + 1]).tensors)
+    sum(terms[name].sum for name in learner.objective.weights).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_every_parameter_once_decay_on_matrices_only_and_state_by_name(name):
+    options = OPTIMIZERS.get(name).options()
+    learner, other = build_learner(), build_learner()
+    optimizers = optim.build_optimizers(learner, options)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    names = [n for group in groups for n in group["names"]]
+    assert sorted(names) == sorted(n for n, _ in learner.named_parameters())
+    for group in groups:
+        assert all((p.ndim >= 2) == (group["weight_decay"] > 0) for p in group["params"])
+    take_step(learner, optimizers)
+    take_step(learner, optimizers)
+    saved = {k: v.clone() for k, v in optimizer_tensors(optimizers).items()}
+    if name not in ("sgd", "rmsprop"):
+        assert "trunk.blocks.0.1.weight" in {key.rpartition("/")[0] for key in saved}
+    other.load_state_dict(learner.state_dict())
+    continued = optim.build_optimizers(other, options)
+    load_optimizers(continued, saved, "it")
+    take_step(learner, optimizers, 5)
+    take_step(other, continued, 5)
+    for left, right in zip(learner.parameters(), other.parameters()):
+        assert torch.equal(left, right)
+
+
+def test_muon_takes_the_blocks_matrices_and_agrees_with_torch():
+    learner, oracle = build_learner(), build_learner()
+    muon, adamw = optim.build_optimizers(learner, optim.MuonOptions())
+    assert isinstance(muon, optim.Muon)
+    names = muon.param_groups[0]["names"]
+    assert names == [f"trunk.blocks.{i}.{j}.weight" for i in (0, 1) for j in (1, 3)]
+    assert "trunk.embedding.weight" in adamw.param_groups[0]["names"]
+    matrices = dict(oracle.named_parameters())
+    torchs = torch.optim.Muon([matrices[n] for n in names], lr=0.02, weight_decay=0.1)
+    for row in range(4):
+        for model, optimizers in ((learner, [muon]), (oracle, [torchs])):
+            take_step(model, optimizers, row)
+            model.zero_grad()
+    for name in names:
+        torch.testing.assert_close(learner.get_parameter(name), matrices[name])
+
+
+@pytest.mark.parametrize("shape", [(4, 16), (16, 4), (8, 8)])
+def test_newton_schulz_brings_singular_values_near_one(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(optim.orthogonalise(matrix).float())
+    assert values.min() > 0.6 and values.max() < 1.3
