@@ -54,6 +54,8 @@ class TokenLogits(nn.Module):
         *,
         transform: bool = False,
         bias: bool = False,
+        z_loss: bool = False,
+        label_smoothing: bool = False,
     ) -> None:
         super().__init__()
         self.transform = Transform(model, kernels) if transform else nn.Identity()
@@ -68,6 +70,8 @@ class TokenLogits(nn.Module):
             vocab_size=shape[0],
             bias=bias,
             softcap=model.logit_softcap,
+            z_loss=z_loss,
+            label_smoothing=label_smoothing,
         )
 
     def forward(self, hidden: Tensor) -> Tensor:

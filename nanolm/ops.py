@@ -67,6 +67,8 @@ class CrossEntropySpec(Spec):
     vocab_size: int
     bias: bool = False
     softcap: float | None = None
+    z_loss: bool = False
+    label_smoothing: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ D model width, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,14 +48,14 @@ class SdpaAttention:
         n_queries, n_keys = q_BHTK.shape[2], k_BGSK.shape[2]
         grouped = q_BHTK.shape[1] != k_BGSK.shape[1]
         kinds = mask.kinds()
-        plain = bias is None and (not kinds or (kinds == {"causal"} and n_queries == n_keys))
+        plain = bias is None and (not kinds or (kinds == {"causal"} and n_queries in (1, n_keys)))
         allowed = None if plain else self.scores_mask(mask, bias, n_queries, n_keys, q_BHTK)
         out_BHTK = F.scaled_dot_product_attention(
             q_BHTK,
             k_BGSK,
             v_BGSK,
             attn_mask=allowed,
-            is_causal=plain and mask.causal,
+            is_causal=plain and mask.causal and n_queries > 1,  # one query sees all keys
             dropout_p=dropout,
             scale=scale,
             enable_gqa=grouped,
@@ -87,14 +87,12 @@ class ChunkedLinearCrossEntropy(torch.autograd.Function):
         weight_VD: Tensor,
         bias_V: Tensor | None,
         targets_N: Tensor,
-        softcap: float | None,
-        label_smoothing: float,
-        z_loss: float,
-        chunk: int,
+        options: ChunkOptions,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        softcap, label_smoothing, z_loss = options.softcap, options.label_smoothing, options.z_loss
         n_tokens = hidden_ND.shape[0]
         wide = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
-        needs = ctx.needs_input_grad[:3]
+        needs = [needed and options.with_gradient for needed in ctx.needs_input_grad[:3]]
         grad_hidden = torch.empty_like(hidden_ND) if needs[0] else None
         grad_weight = torch.zeros_like(weight_VD, dtype=wide) if needs[1] else None
         grad_bias = torch.zeros_like(bias_V, dtype=wide) if needs[2] else None
@@ -102,10 +100,12 @@ class ChunkedLinearCrossEntropy(torch.autograd.Function):
         correct_N = torch.zeros(n_tokens, device=hidden_ND.device)
         lse_N = torch.zeros_like(nll_N)
         loss = torch.zeros((), dtype=wide, device=hidden_ND.device)
-        for start in range(0, n_tokens, chunk):
-            part = slice(start, min(start + chunk, n_tokens))
-            hidden, targets = hidden_ND[part], targets_N[part]
-            logits = F.linear(hidden, weight_VD, bias_V).to(wide)
+        weight, bias = weight_VD.to(options.dtype), bias_V
+        bias = None if bias is None else bias.to(options.dtype)
+        for start in range(0, n_tokens, options.chunk):
+            part = slice(start, min(start + options.chunk, n_tokens))
+            hidden, targets = hidden_ND[part].to(options.dtype), targets_N[part]
+            logits = F.linear(hidden, weight, bias).to(wide)
             slope = None  # of the soft-cap
             if softcap is not None:
                 logits = softcap * torch.tanh(logits / softcap)
@@ -133,31 +133,40 @@ class ChunkedLinearCrossEntropy(torch.autograd.Function):
                 grad *= slope
             if grad_bias is not None:
                 grad_bias += grad.sum(dim=0)
-            grad = grad.to(hidden.dtype)
+            grad = grad.to(options.dtype)
             if grad_hidden is not None:
-                grad_hidden[part] = grad @ weight_VD
+                grad_hidden[part] = grad @ weight
             if grad_weight is not None:
                 grad_weight += grad.mT @ hidden
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.weight_dtype = weight_VD.dtype
-        ctx.bias_dtype = None if bias_V is None else bias_V.dtype
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden_ND, weight_VD, bias_V)]
         ctx.mark_non_differentiable(nll_N, correct_N, lse_N)
         return loss, nll_N, correct_N, lse_N
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple:
-        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        scaled = [
+            None if grad is None else (grad * grad_loss).to(dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return (*scaled, None, None)
 
-        def scaled(grad: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
-            return None if grad is None else (grad * grad_loss).to(dtype)
 
-        hidden_dtype = None if grad_hidden is None else grad_hidden.dtype
-        return (
-            scaled(grad_hidden, hidden_dtype),
-            scaled(grad_weight, ctx.weight_dtype),
-            scaled(grad_bias, ctx.bias_dtype),
-            *[None] * 5,
-        )
+class ChunkOptions(NamedTuple):
+    """What the chunked loss needs besides its tensors; products are computed in `dtype`."""
+
+    softcap: float | None
+    label_smoothing: float
+    z_loss: float
+    dtype: torch.dtype
+    chunk: int
+    with_gradient: bool
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that autocast gives to matrix products of x; x's own without autocast."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 @kernel("linear_cross_entropy")
@@ -181,25 +190,71 @@ class ChunkedCrossEntropy:
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
     ) -> CrossEntropyOutput:
-        """As the reference, under autocast in its dtype with float32 weight gradients."""
-        device = hidden_ND.device.type
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-            hidden_ND = hidden_ND.to(dtype)
-            weight_VD = weight_VD.to(dtype)
-            bias_V = None if bias_V is None else bias_V.to(dtype)
-        with torch.autocast(device, enabled=False):
+        """As the reference; under autocast in its dtype, with weight gradients summed in float32.
+
+        The gradients can be taken once: there is no second derivative.
+        """
+        options = ChunkOptions(
+            softcap,
+            label_smoothing,
+            z_loss,
+            product_dtype(hidden_ND),
+            self.chunk,
+            torch.is_grad_enabled(),  # inside the Function it never is
+        )
+        with torch.autocast(hidden_ND.device.type, enabled=False):
             outputs = ChunkedLinearCrossEntropy.apply(
-                hidden_ND,
-                weight_VD,
-                bias_V,
-                targets_N,
-                softcap,
-                label_smoothing,
-                z_loss,
-                self.chunk,
+                hidden_ND, weight_VD, bias_V, targets_N, options
             )
         return CrossEntropyOutput(*outputs)
+
+
+@kernel("linear_cross_entropy")
+class TorchCrossEntropy:
+    """torch.nn.functional.linear_cross_entropy, chunked (torch 2.13).
+
+    It returns the loss alone, so the figures per token cost a second pass over the vocabulary.
+    """
+
+    name = "torch"
+
+    def why_not(self, spec: CrossEntropySpec) -> str | None:
+        if spec.softcap is not None:
+            return "torch's linear_cross_entropy has no soft-cap"
+        if spec.z_loss:
+            return "torch's linear_cross_entropy has no z-loss"
+        if spec.label_smoothing:
+            return "torch's linear_cross_entropy holds all logits when it smooths labels"
+        return None
+
+    def run(
+        self,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        targets_N: Tensor,
+        *,
+        softcap: float | None = None,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+    ) -> CrossEntropyOutput:
+        """As the reference, without soft-cap, z-loss and label smoothing."""
+        dtype = product_dtype(hidden_ND)
+        hidden, weight = hidden_ND.to(dtype), weight_VD.to(dtype)
+        bias = None if bias_V is None else bias_V.to(dtype)
+        with torch.no_grad():
+            figures = ChunkedCrossEntropy().run(hidden, weight, bias, targets_N)
+        with torch.autocast(hidden.device.type, enabled=False):
+            loss = F.linear_cross_entropy(
+                hidden,
+                weight,
+                targets_N,
+                linear_bias=bias,
+                reduction="sum",
+                ignore_index=-100,
+                options=torch.nn.LinearCrossEntropyOptions(),
+            )
+        return figures._replace(loss=loss)
 
 
 @kernel("norm")

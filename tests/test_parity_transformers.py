@@ -36,7 +36,7 @@ def randomized(model):
     return model.eval()
 
 
-def tokens_BT():
+def some_tokens():
     return torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(2))
 
 
@@ -53,10 +53,10 @@ def test_gpt2_hidden_states_and_logits(make_learner):
     )
     ours.load_state_dict(transformers_weights.gpt2(theirs))
     with torch.no_grad():
-        expected = theirs.transformer(tokens_BT()).last_hidden_state
-        hidden = ours.trunk(Inputs(tokens_BT=tokens_BT()))
+        expected = theirs.transformer(some_tokens()).last_hidden_state
+        hidden = ours.trunk(Inputs(tokens_BT=some_tokens()))
         agree(hidden, expected)
-        agree(ours.heads["lm"](hidden), theirs(tokens_BT()).logits)
+        agree(ours.heads["lm"](hidden), theirs(some_tokens()).logits)
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
@@ -91,11 +91,11 @@ def test_llama_with_grouped_queries(make_learner, kv_heads):
     )
     ours.load_state_dict(transformers_weights.llama(theirs))
     with torch.no_grad():
-        expected = theirs.model(tokens_BT(), attention_mask=PADDED).last_hidden_state
-        inputs = Inputs(tokens_BT=tokens_BT(), mask=Mask(key_lengths=LENGTHS))
+        expected = theirs.model(some_tokens(), attention_mask=PADDED).last_hidden_state
+        inputs = Inputs(tokens_BT=some_tokens(), mask=Mask(key_lengths=LENGTHS))
         hidden = ours.trunk(inputs)
         agree(hidden, expected, PADDED)
-        logits = theirs(tokens_BT(), attention_mask=PADDED).logits
+        logits = theirs(some_tokens(), attention_mask=PADDED).logits
         agree(ours.heads["lm"](hidden), logits, PADDED)
 
 
@@ -126,12 +126,12 @@ def test_bert_with_padding_segments_and_both_heads(make_learner):
     )
     ours.load_state_dict(transformers_weights.bert(theirs))
     segments = (torch.arange(T) >= LENGTHS[:, None] // 2).long()
-    inputs = Inputs(tokens_BT=tokens_BT(), segments_BT=segments, mask=Mask(key_lengths=LENGTHS))
+    inputs = Inputs(tokens_BT=some_tokens(), segments_BT=segments, mask=Mask(key_lengths=LENGTHS))
     with torch.no_grad():
         keys = {"attention_mask": PADDED, "token_type_ids": segments}
         hidden = ours.trunk(inputs)
-        agree(hidden, theirs.bert(tokens_BT(), **keys).last_hidden_state, PADDED)
-        out = theirs(tokens_BT(), **keys)
+        agree(hidden, theirs.bert(some_tokens(), **keys).last_hidden_state, PADDED)
+        out = theirs(some_tokens(), **keys)
         agree(ours.heads["lm"](hidden), out.prediction_logits, PADDED)
         pair = ours.heads["pair"](hidden)
     torch.testing.assert_close(pair, out.seq_relationship_logits, atol=1e-5, rtol=1e-5)
@@ -171,8 +171,8 @@ def test_modernbert_with_alternating_windows_and_bases(make_learner):
     )
     ours.load_state_dict(transformers_weights.modernbert(theirs))
     with torch.no_grad():
-        hidden = ours.trunk(Inputs(tokens_BT=tokens_BT(), mask=Mask(key_lengths=LENGTHS)))
-        expected = theirs.model(tokens_BT(), attention_mask=PADDED).last_hidden_state
+        hidden = ours.trunk(Inputs(tokens_BT=some_tokens(), mask=Mask(key_lengths=LENGTHS)))
+        expected = theirs.model(some_tokens(), attention_mask=PADDED).last_hidden_state
         agree(hidden, expected, PADDED)
-        logits = theirs(tokens_BT(), attention_mask=PADDED).logits
+        logits = theirs(some_tokens(), attention_mask=PADDED).logits
         agree(ours.heads["lm"](hidden), logits, PADDED)

@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from torch import Tensor, nn
 
-from nanolm.config import Config
+from nanolm.config import Config, require
 from nanolm.data.rows import Row
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.heads import HeadRequest
@@ -47,6 +47,15 @@ class TokenLossOptions(Options):
     """Share of the target distribution spread evenly over the vocabulary."""
     z_loss: float = 0.0
     """Weight of the squared log-partition, which keeps logits from drifting (try 1e-4)."""
+
+    def __post_init__(self) -> None:
+        smoothing = self.label_smoothing
+        require(0 <= smoothing < 1, f"objective.label_smoothing={smoothing} must lie in [0, 1)")
+        require(self.z_loss >= 0, f"objective.z_loss={self.z_loss} must not be negative")
+
+    def used(self) -> dict[str, bool]:
+        """Which of them are in use: what a kernel must be able to do."""
+        return {"label_smoothing": self.label_smoothing > 0, "z_loss": self.z_loss > 0}
 
 
 class Objective(Protocol):

@@ -49,7 +49,7 @@ class Clm:
         self.length = config.data.row_length
         self.documents = config.data.document_mask
         self.stride, self.span = self.length, self.length + 1
-        self.heads = {"lm": HeadRequest("token_logits", {})}
+        self.heads = {"lm": HeadRequest("token_logits", options.used())}
         self.masks = frozenset({"documents"} if self.documents else ())
         self.weights = {"clm": 1.0}
 

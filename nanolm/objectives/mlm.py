@@ -44,6 +44,7 @@ class MlmOptions(TokenLossOptions):
     """Dense + GELU + norm before the vocabulary, and a bias on it, as in BERT."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         rate, kept = self.mask_rate, self.mask_share + self.random_share
         require(0 < rate < 1, f"objective.mask_rate={rate} must lie in (0, 1)")
         require(
@@ -65,8 +66,8 @@ class Mlm:
         self.documents = config.data.document_mask
         self.stride = self.span = self.length - self.n_specials
         require(self.stride > 0, f"data.row_length={self.length} leaves no room for tokens")
-        head = {"transform": options.transform, "bias": options.transform}
-        self.heads = {"lm": HeadRequest("token_logits", head)}
+        shape = {"transform": options.transform, "bias": options.transform}
+        self.heads = {"lm": HeadRequest("token_logits", shape | options.used())}
         self.masks = frozenset({"lengths", "documents"} if self.documents else {"lengths"})
         self.weights = {"mlm": 1.0}
 
