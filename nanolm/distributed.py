@@ -25,7 +25,6 @@ from torch.nn.parallel import DistributedDataParallel
 from nanolm.config import DistributedConfig
 from nanolm.errors import UserError
 
-
 CPU = torch.device("cpu")
 
 

@@ -26,9 +26,7 @@ class ExponentialMovingAverage:
 
     def update(self) -> None:
         """One step of the average."""
-        torch._foreach_lerp_(
-            list(self.tensors.values()), list(self._live.values()), 1 - self.decay
-        )
+        torch._foreach_lerp_(list(self.tensors.values()), list(self._live.values()), 1 - self.decay)
 
     @contextlib.contextmanager
     def swapped(self) -> Iterator[None]:

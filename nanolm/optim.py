@@ -173,9 +173,7 @@ def rmsprop(learner: nn.Module, options: RmspropOptions) -> list[torch.optim.Opt
     """torch's RMSprop (its weight decay is the L2 penalty, not decoupled)."""
     groups = decay_groups(learner.named_parameters(), options.lr, options.weight_decay)
     return [
-        torch.optim.RMSprop(
-            groups, alpha=options.alpha, eps=options.eps, momentum=options.momentum
-        )
+        torch.optim.RMSprop(groups, alpha=options.alpha, eps=options.eps, momentum=options.momentum)
     ]
 
 
@@ -189,9 +187,9 @@ def adafactor(learner: nn.Module, options: AdafactorOptions) -> list[torch.optim
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is orthogonalised (Jordan et al. 2024, kellerjordan.github.io/posts).
 
-        m <- mu m + (1 - mu) g                        momentum
-        u  = orthogonalise((1 - mu) g + mu m)         Nesterov look-ahead, then U V^T of its SVD
-        w <- (1 - lr * weight_decay) w - lr sqrt(max(1, rows / columns)) u
+    m <- mu m + (1 - mu) g                        momentum
+    u  = orthogonalise((1 - mu) g + mu m)         Nesterov look-ahead, then U V^T of its SVD
+    w <- (1 - lr * weight_decay) w - lr sqrt(max(1, rows / columns)) u
     """
 
     def __init__(self, groups: list[dict], momentum: float = 0.95, steps: int = 5) -> None:

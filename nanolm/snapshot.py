@@ -1,10 +1,10 @@
 """Snapshot: everything of a trainer that a checkpoint holds, and how it goes back in.
 
-    model.safetensors      weights, by name, tied ones once
-    optimizer.safetensors  <parameter name>/<key>
-    ema.safetensors        averaged weights, when there are any
-    trainer.json           step (which is the data position too: order and masks follow from it),
-                           loss scaler, random scheme, environment, hashes of data and tokenizer
+model.safetensors      weights, by name, tied ones once
+optimizer.safetensors  <parameter name>/<key>
+ema.safetensors        averaged weights, when there are any
+trainer.json           step (which is the data position too: order and masks follow from it),
+                       loss scaler, random scheme, environment, hashes of data and tokenizer
 """
 
 from __future__ import annotations

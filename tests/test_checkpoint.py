@@ -157,5 +157,11 @@ def test_nothing_in_the_package_can_unpickle():
     root = pathlib.Path(__file__).parent.parent
     for path in [*root.glob("nanolm/**/*.py"), *root.glob("data/*.py")]:
         text = path.read_text(encoding="utf-8")
-        for word in ("import pickle", "torch.load(", "torch.save(", "gather_object(", "yaml.unsafe"):
+        for word in (
+            "import pickle",
+            "torch.load(",
+            "torch.save(",
+            "gather_object(",
+            "yaml.unsafe",
+        ):
             assert word not in text, f"{path} uses {word}"

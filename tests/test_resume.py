@@ -28,7 +28,8 @@ def fit(world, config, kill_after=None):
 
 def tensors(run):
     return {
-        part: load_file(run / LAST / f"{part}.safetensors") for part in ("model", "optimizer", "ema")
+        part: load_file(run / LAST / f"{part}.safetensors")
+        for part in ("model", "optimizer", "ema")
     }
 
 
@@ -122,5 +123,3 @@ def resume_with_notes(world, config):
     notes, log = [], []
     build_trainer(config, world, notes=notes, log=log).fit()
     return notes, log
-
-

@@ -1,5 +1,6 @@
 """Learning-rate schedules are pure functions with the shapes that their formulas promise."""
 
+import itertools
 import math
 
 import pytest
@@ -22,7 +23,7 @@ def test_rises_to_the_peak_then_never_rises_again(name, steps, data):
     assert all(0 < value <= 1 for value in values)
     assert values[:warmup] == [(step + 1) / warmup for step in range(warmup)]
     after = values[warmup:]
-    assert all(a >= b for a, b in zip(after, after[1:]))
+    assert all(a >= b for a, b in itertools.pairwise(after))
 
 
 def test_known_values():

@@ -19,15 +19,14 @@ from torch.nn import functional as F
 
 from nanolm.checkpoint import Checkpoints
 from nanolm.config import Config, DataConfig, DistributedConfig, EvalConfig, RunConfig, TrainConfig
-from nanolm.data.schedule import share_of
 from nanolm.distributed import close, launch
 from nanolm.errors import UserError
 from nanolm.evaluation import Evaluator
+from nanolm.gradient import PlainOptions
 from nanolm.optim import AdamWOptions
 from nanolm.runfolder import claim, cut_metrics
 from nanolm.schedules import CosineOptions
 from nanolm.sinks import JsonLines
-from nanolm.gradient import PlainOptions
 from nanolm.trainer import Trainer
 
 T, V, D = 6, 17, 8
@@ -259,6 +258,6 @@ def _rank(rank, size, port, queue, function, arguments):
         close(world)
     except UserError as error:
         answer = f"UserError: {error}"
-    except BaseException:
+    except Exception:  # noqa: BLE001 (the parent raises it)
         answer = traceback.format_exc()
     queue.put((rank, answer))
