@@ -22,16 +22,21 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Engine:
-    """Calls the learner on one rank's batches; `engine(batch)` returns its terms."""
+    """Calls the learner on one rank's batches; `engine(batch)` returns its terms.
 
-    def __init__(self, learner: nn.Module, world: World, config: Config) -> None:
+    With trains=False the learner is not joined to other ranks: only `local` is meant to be used.
+    """
+
+    def __init__(
+        self, learner: nn.Module, world: World, config: Config, *, trains: bool = True
+    ) -> None:
         self.learner = learner.to(world.device)
         self.world = world
         self.dtype = AUTOCAST.get(config.train.precision)
         if config.train.compile:
             for block in learner.trunk.blocks:
                 block.compile()
-        self.module = wrap(self.learner, world, config.distributed)
+        self.module = wrap(self.learner, world, config.distributed) if trains else self.learner
 
     def __call__(self, batch: Any) -> Mapping[str, Any]:
         """Terms of one micro-batch, through the distributed wrapper."""
