@@ -52,7 +52,7 @@ def _replace(pattern: re.Pattern, word: str, text: str, counts: Counter) -> str:
 
 
 def _address(match: re.Match, counts: Counter) -> str:
-    if match[0] == "::":  # the unspecified address, and a mark in many languages
+    if ":" in match[0] and len(match[0].replace(":", "")) < 4:  # slices, scopes: x[::2], a::b
         return match[0]
     try:
         ipaddress.ip_address(match[0])

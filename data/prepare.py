@@ -69,20 +69,18 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> Summary:
     """
     config.check()
     fingerprint = config.fingerprint()
+    pieces, inputs = list_pieces(config)
     with Workspace(config.out) as workspace, Jobs(config.processes()) as jobs:
-        pieces, inputs = list_pieces(config)
         if manifest := workspace.finished(fingerprint):
             if manifest.inputs != inputs:
                 raise UserError(
                     f"the input changed since {config.out} was prepared; delete it to prepare "
                     f"again, or choose another --out"
                 )
-            workspace.remove()
             return Summary(config.out, manifest, config.processes(), {}, 0, reused=True)
         units = workspace.adopt_plan(fingerprint, pieces)
         run = Preparation(config, workspace, jobs, units, progress or default_progress())
         manifest = run.run(fingerprint, inputs)
-        workspace.remove()
         return Summary(
             config.out,
             manifest,

@@ -76,7 +76,7 @@ class PrepareConfig:
                 or self.val_fraction + self.test_fraction >= 1,
                 "val_fraction and test_fraction must be at least 0 and together below 1",
             ),
-            (not 0 < self.character_coverage <= 1, "character_coverage must be above 0, at most 1"),
+            (not 0.98 <= self.character_coverage <= 1, "character_coverage must be in 0.98…1"),
             (
                 self.max_characters is not None and self.max_characters < self.min_characters,
                 "max_characters is smaller than min_characters, which would drop everything",

@@ -225,17 +225,17 @@ def blocks(file: IO[bytes], counts: Counter, limit: int = DOCUMENT_BYTES) -> Ite
     """A stream as one document, cut into several when it is longer than the limit."""
     rest = b""
     first = True
-    while block := file.read(limit - len(rest)):
+    while block := file.read(limit + 1 - len(rest)):
         rest += block
         if first and looks_binary(rest):
             counts["dropped/binary file"] += 1
             return
         first = False
-        if len(rest) == limit:
-            cut = cut_point(rest)
+        if len(rest) > limit:
+            cut = cut_point(rest[:limit])
             yield rest[:cut]
             rest = rest[cut:]
-            counts["changed/long documents cut"] += bool(rest)
+            counts["changed/long documents cut"] += 1
     if rest:
         yield rest
 
@@ -264,11 +264,11 @@ def lines(
         return
     rest = b""
     while position < end or rest:
-        block = file.readline(limit - len(rest))
+        block = file.readline(limit + 1 - len(rest))
         position += len(block)
         line = rest + block
-        if len(line) == limit and not line.endswith(b"\n"):
-            cut = cut_point(line)
+        if len(line) > limit and not line.endswith(b"\n"):
+            cut = cut_point(line[:limit])
             line, rest = line[:cut], line[cut:]
             counts["changed/long documents cut"] += 1
         elif not line:

@@ -16,11 +16,11 @@ from nanolm.data.dedup import kept
 from nanolm.data.split import HASHES, TRAIN, Split, mix
 from nanolm.data.spool import Unit, read_spool
 
-CHUNK_CHARACTERS = 4096
+CHUNK_CHARACTERS = 1000
 
 
 def chunks(text: str) -> Iterator[str]:
-    """Cut a text into chunks of about 4,096 characters, at a newline or space if there is one."""
+    """Cut a text into chunks of about 1,000 characters, at a newline or space if there is one."""
     begin = 0
     while len(text) - begin > CHUNK_CHARACTERS:
         middle, end = begin + CHUNK_CHARACTERS // 2, begin + CHUNK_CHARACTERS

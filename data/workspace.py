@@ -62,11 +62,9 @@ class Workspace:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if (self.out / MANIFEST_FILE).exists():  # the result is whole and needs no workspace
+            shutil.rmtree(self.work)
         self._lock.close()
-
-    def remove(self) -> None:
-        """Delete everything but the result."""
-        shutil.rmtree(self.work)
 
     def finished(self, config: dict[str, Any]) -> Manifest | None:
         """The manifest when this directory is whole already, of the same configuration."""

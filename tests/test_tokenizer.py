@@ -1,0 +1,139 @@
+"""The tokenizer: byte-exact both ways, roles out of reach of text, words known by their pieces."""
+
+import pickle
+import random
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanolm.data.tokenizer import EXTRA_PIECES, ROLES, Tokenizer, escape, unescape
+from nanolm.data.tokenizer_training import sentences, train_tokenizer
+from nanolm.errors import UserError
+
+CODE = "def add(a, b):\n\treturn a + b  # 加法\n\n\nclass Größe:\n    pass\n"
+WORDS = "quick brown fox jumps over lazy dogs while many small birds sing in old trees"
+CHINESE = "秦川雄帝宅，函谷壯皇居。綺殿千尋起，離宮百雉餘。"
+
+
+def corpus() -> list[str]:
+    rng = random.Random(0)
+    text = [" ".join(rng.choices(WORDS.split(), k=12)) + "." for _ in range(200)]
+    return [s for part in [*text, *[CODE] * 10, *[CHINESE] * 10] for s in sentences(part)]
+
+
+@pytest.fixture(scope="module", params=["unigram", "bpe"])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    return Tokenizer(train_tokenizer(corpus(), vocab_size=390, kind=request.param), "test.model")
+
+
+TEXTS = st.text() | st.text(alphabet="▁\uf4a1\uf4a2 \t\n\r\0a<mask>é漢😀▅\u2047\ufeff")
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(text=TEXTS)
+def test_round_trip_is_exact_and_meets_no_special_piece(tokenizer: Tokenizer, text: str):
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.uint16
+    assert tokenizer.decode(ids) == text
+    assert not tokenizer.special_mask[ids].any()
+    assert unescape(escape(text)) == text
+    doubled = text.count("\uf4a1") + text.count("\uf4a2")
+    assert tokenizer.byte_length[ids].sum() == len(text.encode()) + 3 * doubled
+
+
+def test_batch_equals_one_by_one(tokenizer: Tokenizer):
+    texts = [CODE, "", CHINESE, "a ▁ b"]
+    for batch, text in zip(tokenizer.encode_batch(texts), texts, strict=True):
+        np.testing.assert_array_equal(batch, tokenizer.encode(text))
+
+
+def test_roles_have_fixed_ids_and_show_only_when_asked(tokenizer: Tokenizer):
+    assert [getattr(tokenizer, role) for role in ROLES] == list(range(7))
+    assert tokenizer.extra_ids == tuple(range(7, 7 + len(EXTRA_PIECES)))
+    assert tokenizer.special_mask.sum() == 7 + len(EXTRA_PIECES)
+    ids = [tokenizer.bos, *tokenizer.encode("the <mask> fox").tolist(), tokenizer.mask, 3]
+    assert tokenizer.decode(ids) == "the <mask> fox"
+    assert tokenizer.decode(ids, specials=True) == "<bos>the <mask> fox<mask><eos>"
+    with pytest.raises(ValueError, match="ids run"):
+        tokenizer.decode([tokenizer.vocab_size])
+
+
+def words(tokenizer: Tokenizer, text: str) -> list[str]:
+    """Cut a text where token i does not continue the word of token i - 1."""
+    ids = tokenizer.encode(text)
+    joined = tokenizer.joins_left[ids[1:]] & tokenizer.joins_right[ids[:-1]]
+    groups = np.split(ids, np.flatnonzero(~joined) + 1)
+    return [tokenizer.decode(group).strip(" ") for group in groups]
+
+
+def test_words_are_known_from_pieces(tokenizer: Tokenizer):
+    text = "quickish foxes, dogs (unsung)"
+    assert [w for w in words(tokenizer, text) if w.isalpha()] == [
+        "quickish",
+        "foxes",
+        "dogs",
+        "unsung",
+    ]
+    # Chinese characters are words of their own unless the vocabulary itself joined them.
+    found = words(tokenizer, CHINESE)
+    assert "".join(found) == CHINESE and len(found) > len(CHINESE) / 3
+    # A character written as bytes is never split.
+    assert "🜚" in words(tokenizer, "the 🜚 fox")
+
+
+def test_training_is_deterministic_and_sentences_drop_nothing():
+    one, two = (train_tokenizer(corpus(), vocab_size=390, kind="unigram") for _ in range(2))
+    assert one == two
+    long = "word " * 5000 + "x" * 9000 + CHINESE * 300 + CODE
+    parts = list(sentences(long))
+    assert "".join(parts) == long
+    assert max(len(part.encode()) for part in parts) <= 4000
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_vocabularies_that_do_not_fit_are_refused_in_words(kind: str):
+    with pytest.raises(UserError, match=r"vocab_size 9000 is larger.*use at most \d+"):
+        train_tokenizer(corpus(), vocab_size=9000, kind=kind)
+    with pytest.raises(UserError, match="vocab_size 100 is too small"):
+        train_tokenizer(corpus(), vocab_size=100, kind=kind)
+    with pytest.raises(UserError, match="vocab_size 300 is smaller than"):
+        train_tokenizer(
+            ["".join(map(chr, range(0x4E00, 0x4E60)))] * 9,
+            vocab_size=300,
+            kind=kind,
+            character_coverage=1.0,
+        )
+
+
+def test_foreign_models_are_mapped_by_their_pieces(tmp_path):
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus()),
+        model_prefix=str(tmp_path / "foreign"),
+        vocab_size=140,
+        character_coverage=0.98,
+        hard_vocab_limit=False,
+        user_defined_symbols=["[MASK]", "[CLS]"],
+        minloglevel=2,
+    )
+    foreign = Tokenizer.load(tmp_path / "foreign.model")
+    assert not foreign.lossless
+    assert (foreign.unk, foreign.bos, foreign.eos) == (0, 1, 2)
+    assert foreign.special_mask[[0, 1, 2, foreign.mask, foreign.cls]].all()
+    with pytest.raises(UserError, match="has no pad piece"):
+        _ = foreign.pad
+    assert foreign.extra_ids == ()
+
+
+def test_loading(tokenizer: Tokenizer, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer.model_bytes)
+    for path in (tmp_path, tmp_path / "tokenizer.model"):
+        assert Tokenizer.load(path).hash == tokenizer.hash
+    assert pickle.loads(pickle.dumps(tokenizer)).hash == tokenizer.hash  # noqa: S301
+    (tmp_path / "bad.model").write_bytes(b"no model")
+    with pytest.raises(UserError, match=r"bad\.model is no SentencePiece model"):
+        Tokenizer.load(tmp_path / "bad.model")
+    with pytest.raises(UserError, match="cannot read the tokenizer"):
+        Tokenizer.load(tmp_path / "missing.model")
