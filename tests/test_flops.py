@@ -1,0 +1,44 @@
+"""FLOPs by formula against PyTorch's counter and against counting visible keys one by one."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from nanolm.config import ModelConfig
+from nanolm.flops import forward_flops_per_token, keys_seen, train_flops_per_token
+from nanolm.masks import Mask
+from nanolm.model import Inputs
+
+T = 24
+
+
+@pytest.mark.parametrize("trunk", ["decoder", "encoder"])
+@pytest.mark.parametrize("window", [None, 1, 5, 24, 100])
+def test_keys_seen_is_the_mean_row_of_the_mask(trunk, window):
+    model = ModelConfig(trunk=trunk, window=[None, window])
+    mask = Mask(causal=trunk == "decoder", window=window)
+    expected = mask.dense(T, T).sum().item() / T
+    assert keys_seen(model, T, layer=1) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("feed_forward", ["gelu", "swiglu"])
+@pytest.mark.parametrize("kv_heads", [4, 1])
+def test_forward_flops_are_what_pytorch_counts(make_learner, feed_forward, kv_heads):
+    keys = {"trunk": "encoder", "n_kv_heads": kv_heads, "feed_forward": feed_forward, "d_ff": 40}
+    learner = make_learner(
+        {**keys, "positions": {"name": "rotary"}},
+        {"name": "mlm", "transform": False},
+        kernels={"attention": "reference"},  # the counter does not know the fused CPU kernel
+    )
+    tokens = torch.zeros(2, T, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        learner.heads["lm"](learner.trunk(Inputs(tokens_BT=tokens)))
+    model = ModelConfig(**keys, d_model=32, n_layers=2, n_heads=4, vocab_size=512)
+    assert counter.get_total_flops() == pytest.approx(2 * T * forward_flops_per_token(model, T))
+
+
+def test_training_costs_three_forwards_and_the_head_its_share():
+    model = ModelConfig(vocab_size=1000)
+    whole, none = (forward_flops_per_token(model, T, predicted_share=share) for share in (1.0, 0.0))
+    assert whole - none == 2 * model.d_model * 1000
+    assert train_flops_per_token(model, T) == 3 * whole

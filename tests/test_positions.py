@@ -1,0 +1,98 @@
+"""Position encodings against their formulas, and the options that cannot be."""
+
+import math
+
+import pytest
+import torch
+
+from nanolm.bias import AlibiBias, BucketBias
+from nanolm.config import ModelConfig
+from nanolm.errors import UserError
+from nanolm.ops import Kernels
+from nanolm.registry import POSITIONS
+
+POSITIONS_BT = torch.tensor([[0, 1, 2, 0, 1], [3, 4, 5, 6, 7]])
+SMALL = {"d_model": 8, "n_heads": 2, "max_length": 16}
+
+
+def build(name, model=None, **options):
+    entry = POSITIONS.get(name)
+    return entry.build(entry.options(**options), ModelConfig(**SMALL | (model or {})), Kernels())
+
+
+def test_learned_adds_its_row():
+    learned = build("learned")
+    x = torch.randn(2, 5, 8)
+    torch.testing.assert_close(
+        learned.embed(x, POSITIONS_BT), x + learned.table.weight[POSITIONS_BT]
+    )
+    assert learned.table.weight.shape == (16, 8)
+
+
+def test_sinusoidal_is_the_formula():
+    table = build("sinusoidal", base=100.0).embed(torch.zeros(2, 5, 8), POSITIONS_BT)
+    for b, t, i in ((0, 2, 0), (1, 4, 1), (1, 0, 3)):
+        angle = POSITIONS_BT[b, t].item() / 100.0 ** (2 * i / 8)
+        assert math.isclose(table[b, t, 2 * i], math.sin(angle), abs_tol=1e-6)
+        assert math.isclose(table[b, t, 2 * i + 1], math.cos(angle), abs_tol=1e-6)
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_rotary_products_depend_on_the_distance_only(fraction):
+    rotary = build("rotary", {"head_dim": 8}, fraction=fraction)
+    q, k = torch.randn(1, 1, 2, 8).double(), torch.randn(1, 1, 1, 8).double()
+
+    def product(t, s):
+        at = rotary.prepare(torch.tensor([[t, s]]))
+        pair = torch.cat([q[:, :, :1], k], dim=1)
+        turned, _ = rotary.rotate(pair, pair, at, layer=0)
+        return (turned[0, 0, 0] @ turned[0, 1, 0]).item()
+
+    assert math.isclose(product(9, 4), product(7, 2), rel_tol=1e-5)
+    assert math.isclose(product(5, 5), (q[0, 0, 0] @ k[0, 0, 0]).item(), rel_tol=1e-6)
+    assert not math.isclose(product(9, 4), product(9, 5), rel_tol=1e-3)
+    if fraction == 0.5:  # the second half of the head is left alone
+        turned, _ = rotary.rotate(q, k, rotary.prepare(torch.tensor([[3]])), layer=0)
+        assert torch.equal(turned[..., 4:], q[..., 4:])
+
+
+def test_rotary_bases_alternate_with_the_layers():
+    rotary = build("rotary", base=[100.0, 10.0])
+    prepared = rotary.prepare(POSITIONS_BT)
+    assert set(prepared) == {100.0, 10.0}
+    q = torch.randn(2, 5, 2, 4)
+    turned = [rotary.rotate(q, q, prepared, layer)[0] for layer in range(3)]
+    assert torch.equal(turned[0], turned[2]) and not torch.equal(turned[0], turned[1])
+
+
+def test_alibi_and_t5_give_a_bias_and_leave_everything_else_alone():
+    x, q = torch.randn(2, 5, 8), torch.randn(2, 5, 2, 4)
+    for name, kind in (("alibi", AlibiBias), ("t5", BucketBias)):
+        encoding = build(name)
+        assert isinstance(encoding.bias(), kind) and encoding.bias_kind == kind.kind
+        assert encoding.embed(x, POSITIONS_BT) is x
+        assert encoding.rotate(q, q, None, 0) == (q, q)
+    assert build("t5", {"trunk": "encoder"}).bias().bidirectional
+    assert not build("t5").bias().bidirectional
+    assert "slopes_H" not in build("alibi").state_dict()
+
+
+def test_none_is_the_identity():
+    none, x = build("none"), torch.randn(2, 5, 8)
+    assert none.embed(x, POSITIONS_BT) is x and none.bias() is None and not list(none.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "options", "key"),
+    [
+        ("sinusoidal", {"d_model": 9, "n_heads": 3}, {}, "model.d_model"),
+        ("rotary", {"head_dim": 5}, {}, "model.head_dim"),
+        ("rotary", {}, {"base": []}, "model.positions.base"),
+        ("rotary", {}, {"fraction": 0.0}, "model.positions.fraction"),
+        ("t5", {}, {"n_buckets": 6}, "model.positions.n_buckets"),
+        ("t5", {}, {"max_distance": 10}, "model.positions.max_distance"),
+    ],
+)
+def test_impossible_options_are_refused_by_key(name, model, options, key):
+    with pytest.raises(UserError, match=key):
+        build(name, model, **options)
