@@ -1,16 +1,18 @@
-"""`nanolm evaluate`: what a checkpoint achieves on a prepared split, off line.
+"""`nanolm evaluate RUN`: a checkpoint's loss, perplexity, bits per byte and accuracy on a split.
 
-Loss, perplexity, bits per byte beside a unigram model's, and accuracy, by the same code as in the
-training loop; one process or torchrun's many give the same figures.
+The same figures for every world and batch size; `torchrun -m nanolm evaluate RUN` shares the rows.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
+from rich.console import Console
+from rich.table import Table
+
 from nanolm.commands.figures import write_json
 from nanolm.commands.train import build_evaluator
-from nanolm.config import CorpusConfig, DistributedConfig
+from nanolm.config import Config
 from nanolm.distributed import close, launch
 from nanolm.engine import Engine
 from nanolm.saved import open_saved
@@ -25,15 +27,15 @@ class Arguments:
     run: str
     """Folder of a run or of a checkpoint."""
     split: str = "val"
-    """Split of the prepared data: train, val or test."""
+    """train, val or test."""
     data: str | None = None
-    """Folder that `nanolm prepare` wrote; null means the data the run was trained on."""
+    """Prepared folder to evaluate on; null means the one that the run was trained on."""
     batches: int | None = None
     """Batches to use; null for the whole split."""
     batch: int | None = None
-    """Rows per batch; null means the run's global batch."""
+    """Rows per batch; null means the run's own."""
     ema: bool = True
-    """Use the averaged weights when the checkpoint has any."""
+    """Use the moving average of the weights when the run kept one."""
     device: str = "auto"
     """auto, cpu or cuda."""
     plugins: list[str] = dataclasses.field(default_factory=list)
@@ -42,29 +44,32 @@ class Arguments:
     """Also write the figures to this file."""
 
 
-def run(arguments: Arguments) -> dict[str, float]:
-    """Evaluates and prints; raises UserError for a split or tokenizer that does not fit."""
-    world = launch(DistributedConfig(), arguments.device)
-    saved = open_saved(
-        arguments.run, device=str(world.device), plugins=arguments.plugins, ema=arguments.ema
-    )
-    config = saved.config
+def with_evaluation(config: Config, arguments: Arguments) -> Config:
+    """The run's config with the data and the batches that the user asked for."""
+    data = config.data
     if arguments.data is not None:
-        corpora = [CorpusConfig(path=arguments.data)]
-        data = dataclasses.replace(config.data, path=None, corpora=corpora)
-        config = dataclasses.replace(config, data=data)
-    evaluation = dataclasses.replace(config.eval, batches=arguments.batches, batch=arguments.batch)
-    train = dataclasses.replace(config.train, compile=False)
-    config = dataclasses.replace(config, eval=evaluation, train=train)
+        data = dataclasses.replace(data, path=arguments.data, corpora=[])
+    rows = dataclasses.replace(
+        config.eval,
+        batches=arguments.batches,
+        batch=arguments.batch or config.eval.batch,
+    )
+    return dataclasses.replace(config, data=data, eval=rows)
+
+
+def run(arguments: Arguments) -> None:
+    """Evaluate and print."""
+    saved = open_saved(arguments.run, phase="train", plugins=arguments.plugins, ema=arguments.ema)
+    config = with_evaluation(saved.config, arguments)
+    world = launch(config.distributed, arguments.device)
     objective = saved.learner.objective
-    evaluator = build_evaluator(config, objective, saved.tokenizer, world, arguments.split)
-    figures = evaluator(Engine(saved.learner, world, config, trains=False)) or {}
-    close(world)
-    report = {"checkpoint": str(saved.folder), "split": arguments.split, **figures}
+    evaluate = build_evaluator(config, objective, saved.tokenizer, world, arguments.split)
+    figures = evaluate(Engine(saved.learner.to(world.device), world, config)) or {}
     if world.is_main:
-        width = max(map(len, report))
-        for key, value in report.items():
-            shown = f"{value:.6f}" if isinstance(value, float) else value
-            print(f"{key:<{width}}  {shown}")
-        write_json(arguments.json, report)
-    return report
+        table = Table("figure", f"{arguments.split} split")
+        for name, value in figures.items():
+            table.add_row(name, f"{value:.6g}")
+        Console().print(table)
+        described = {"run": arguments.run, "checkpoint": saved.folder.name}
+        write_json(arguments.json, described | {"split": arguments.split} | figures)
+    close(world)

@@ -20,8 +20,8 @@ class Arguments(Sampling):
 
     run: str
     """Folder of a run or of a checkpoint."""
-    prompt: list[str] = dataclasses.field(default_factory=lambda: [""])
-    """Texts to continue; '' writes from scratch."""
+    prompt: list[str] | str = ""
+    """Text to continue, or a list of texts; '' writes from scratch."""
     count: int = 1
     """Continuations of each prompt."""
     max_tokens: int = 200
@@ -45,7 +45,8 @@ class Arguments(Sampling):
 def run(arguments: Arguments) -> None:
     """Generate and print."""
     saved = open_saved(arguments.run, device=arguments.device, plugins=arguments.plugins)
-    prompts = [prompt for prompt in arguments.prompt for _ in range(arguments.count)]
+    given = [arguments.prompt] if isinstance(arguments.prompt, str) else arguments.prompt
+    prompts = [prompt for prompt in given for _ in range(arguments.count)]
     shown = 0
     alone = arguments.stream and len(prompts) == 1
     if alone:

@@ -27,7 +27,8 @@ class Arguments(PrepareConfig):
 def run(arguments: Arguments) -> None:
     """Prepare and print the summary."""
     import_plugins(arguments.plugins)
-    keys = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(PrepareConfig)}
+    names = [field.name for field in dataclasses.fields(PrepareConfig)]
+    keys = {name: getattr(arguments, name) for name in names}
     summary = prepare(PrepareConfig(**keys))
     Console().print(render(summary))
     write_json(arguments.json, figures(summary))

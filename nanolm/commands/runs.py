@@ -6,7 +6,7 @@ import dataclasses
 import pathlib
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from nanolm.commands.figures import write_json
 from nanolm.errors import UserError
@@ -47,7 +47,7 @@ def run(arguments: Arguments) -> None:
     if not found:
         raise UserError(f"no runs below {arguments.folder}; name their folder with --folder")
     rows = [row(read_run(folder)) for folder in found]
-    table = Table(*rows[0])
+    table = Table(*(Column(name, overflow="fold") for name in rows[0]))
     for figures in rows:
         table.add_row(*(cell(value) for value in figures.values()))
     Console().print(table)
