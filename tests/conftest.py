@@ -33,6 +33,23 @@ def tokenizer() -> Tokenizer:
     return tiny_tokenizer()
 
 
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory, tokenizer) -> pathlib.Path:
+    """A prepared directory of a dozen modules of the standard library (about 150,000 tokens)."""
+    from nanolm.data.prepare import PrepareConfig, prepare
+
+    folder = tmp_path_factory.mktemp("corpus")
+    model = folder / "tiny.model"
+    model.write_bytes(tokenizer.model_bytes)
+    library = pathlib.Path(sysconfig.get_paths()["stdlib"])
+    sources = sorted(str(path) for path in library.glob("[cs]*.py"))[:24]
+    out = str(folder / "prepared")
+    prepare(
+        PrepareConfig(out=out, sources=sources, tokenizer=str(model), val_fraction=0.2, workers=1)
+    )
+    return pathlib.Path(out)
+
+
 TINY = {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_length": 64, "vocab_size": 512}
 
 
