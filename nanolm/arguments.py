@@ -7,7 +7,7 @@ two passes: the first looks only for `plugins` and for the names of choices, the
 everything against the schema that these give (`typed.py`). `--help` is jsonargparse's.
 
 The grammar of every command: `--key value`, `--key=value`, `--list a b c`, `--flag`, and words
-without a key for the fields that have no default, in their order.
+without a key for the fields that the command calls positional.
 """
 
 from __future__ import annotations
@@ -48,18 +48,29 @@ def load_config(
     return parse(choose(names, schema), argv, base=base, prog=prog)
 
 
-def parse(schema: type, argv: list[str], *, base: dict | None = None, prog: str) -> Any:
+def parse(
+    schema: type,
+    argv: list[str],
+    *,
+    base: dict | None = None,
+    prog: str,
+    positional: tuple[str, ...] = (),
+) -> Any:
     """An instance of the dataclass `schema`: a base mapping, `--config` files, then overrides.
+
+    `positional` names the fields that words without a key fill, in this order.
 
     Raises UserError naming the key; prints and exits 0 for --help and --print_config.
     """
     if "-h" in argv or "--help" in argv:
-        print(help_text(schema, prog), end="")
+        print(help_text(schema, prog, positional), end="")
         raise SystemExit(0)
     words = split_words(argv)
     merged = read_files(words, base or {})
     wants_print = words.pop("print_config", None) is not None
-    for key, value in read_words(schema, words).items():
+    overrides = read_words(schema, words, positional)
+    # Names first: an option of a choice must not be lost when the name that follows changes it.
+    for key, value in sorted(overrides.items(), key=lambda item: not item[0].endswith(".name")):
         merged = merge(merged, nest(key, value))
     value = widen(instance(schema, merged))
     if wants_print:
@@ -68,7 +79,7 @@ def parse(schema: type, argv: list[str], *, base: dict | None = None, prog: str)
     return value
 
 
-def read_words(schema: type, words: Words) -> dict[str, Any]:
+def read_words(schema: type, words: Words, positional: tuple[str, ...]) -> dict[str, Any]:
     """{dotted key: plain value} of a split command line; raises UserError naming the key."""
     leaves, loose = leaf_kinds(schema), list(words.pop("", []))
     for key in words:
@@ -77,7 +88,7 @@ def read_words(schema: type, words: Words) -> dict[str, Any]:
         count = n_words(leaves[key], words[key])
         loose += words[key][count:]
         words[key] = words[key][:count]
-    for key in required(schema):  # words without a key, in the order of the fields
+    for key in positional:
         if loose and key not in words:
             count = n_words(leaves[key], loose)
             words[key], loose = loose[:count], loose[count:]
@@ -123,7 +134,8 @@ def merge(left: dict, right: dict, path: str = "") -> dict:
     for key, value in right.items():
         where, old = f"{path}{key}", merged.get(key)
         if isinstance(value, dict) and isinstance(old, dict):
-            renamed = where in CHOICES and value.get("name", old.get("name")) != old.get("name")
+            named = where in CHOICES and "name" in old and "name" in value
+            renamed = named and value["name"] != old["name"]
             merged[key] = value if renamed else merge(old, value, f"{where}.")
         else:
             merged[key] = value
@@ -154,15 +166,6 @@ def leaf_kinds(schema: type, prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def required(schema: type) -> list[str]:
-    """The fields of a schema that have no default."""
-    return [
-        field.name
-        for field in dataclasses.fields(schema)
-        if field.default is field.default_factory is dataclasses.MISSING
-    ]
-
-
 def unknown_option(key: str, leaves: dict[str, Any]) -> str:
     """The sentence for an option that the schema lacks, or that names a group."""
     inside = [leaf for leaf in leaves if leaf.startswith(f"{key}.")]
@@ -184,13 +187,14 @@ def import_plugins(names: Any) -> None:
             raise UserError(f"plugins: cannot import {name}: {error}") from error
 
 
-def help_text(schema: type, prog: str) -> str:
+def help_text(schema: type, prog: str, positional: tuple[str, ...]) -> str:
     """Every option with its type, default and docstring."""
     import jsonargparse  # noqa: PLC0415  (slow to import, and only needed here)
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    words = "".join(f"[{key.upper()}] " for key in positional)
     parser = jsonargparse.ArgumentParser(
-        prog=prog, usage=f"{prog} [--config FILE …] [--KEY VALUE …]"
+        prog=prog, usage=f"{prog} {words}[--config FILE …] [--KEY VALUE …]"
     )
     parser.add_argument("--config", help="YAML file; several merge, left to right", metavar="FILE")
     parser.add_argument("--print_config", action="store_true", help="print the config and exit")

@@ -1,15 +1,14 @@
 """The command line: `nanolm COMMAND …`, the same as `python -m nanolm COMMAND …`.
 
-A command is a module with an `Arguments` dataclass (whose fields' docstrings are its `--help`) and
-`run(arguments)`. Only the command's own module is imported, so `nanolm prepare` needs no torch.
+A command is a module with an `Arguments` dataclass (whose fields' docstrings are its `--help`),
+`run(arguments)`, and perhaps `POSITIONAL`, the fields that words without a key fill. Only the
+command's own module is imported, so `nanolm prepare` needs no torch.
 """
 
 from __future__ import annotations
 
 import importlib
-import json
 import sys
-import types
 
 from nanolm.errors import UserError
 
@@ -55,22 +54,10 @@ def run(argv: list[str]) -> None:
         return
     from nanolm.arguments import parse  # noqa: PLC0415
 
-    words = place_positional(module, argv[n_words:])
-    module.run(parse(module.Arguments, words, prog=f"nanolm {name}"))
-
-
-def place_positional(module: types.ModuleType, argv: list[str]) -> list[str]:
-    """The bare words that a command begins with become the option that its module names as
-    `POSITIONAL` (`nanolm plot A B` is `nanolm plot --runs=[A,B]`)."""
-    n_bare = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
-    field = getattr(module, "POSITIONAL", None)
-    if n_bare == 0 or field is None:
-        return argv
-    many = module.Arguments.__dataclass_fields__[field].type.startswith("list")
-    if n_bare > 1 and not many:
-        raise UserError(f"expected one {field}, got {', '.join(argv[:n_bare])}")
-    value = json.dumps(argv[:n_bare]) if many else argv[0]
-    return [f"--{field}={value}", *argv[n_bare:]]
+    positional = getattr(module, "POSITIONAL", ())
+    module.run(
+        parse(module.Arguments, argv[n_words:], prog=f"nanolm {name}", positional=positional)
+    )
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -9,7 +9,7 @@ from rich.console import Console
 from nanolm.commands.figures import write_json
 from nanolm.data.report import inspect, inspection_figures, render_inspection
 
-POSITIONAL = "directory"
+POSITIONAL = ("directory",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import dataclasses
 from nanolm.commands.figures import write_json
 from nanolm.data.shards import verify
 
-POSITIONAL = "directory"
+POSITIONAL = ("directory",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

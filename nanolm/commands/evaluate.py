@@ -17,7 +17,7 @@ from nanolm.distributed import close, launch
 from nanolm.engine import Engine
 from nanolm.saved import open_saved
 
-POSITIONAL = "run"
+POSITIONAL = ("run",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from nanolm.saved import Saved, open_saved
 MASK = "<mask>"
 
 
-POSITIONAL = "run"
+POSITIONAL = ("run", "text")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

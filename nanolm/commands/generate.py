@@ -11,7 +11,7 @@ from nanolm.generate import Generator, write
 from nanolm.sampling import Sampling
 from nanolm.saved import open_saved
 
-POSITIONAL = "run"
+POSITIONAL = ("run",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ PANELS = (
     ("grad_norm", "gradient norm", "log"),
     ("tokens_per_second", "tokens per second", "linear"),
 )
-POSITIONAL = "runs"
+POSITIONAL = ("runs",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from nanolm.commands.figures import write_json
 from nanolm.data.prepare import PrepareConfig, prepare
 from nanolm.data.report import figures, render
 
-POSITIONAL = "sources"
+POSITIONAL = ("sources",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

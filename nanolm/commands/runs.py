@@ -12,7 +12,7 @@ from nanolm.commands.figures import write_json
 from nanolm.errors import UserError
 from nanolm.runs import Run, read_run
 
-POSITIONAL = "folder"
+POSITIONAL = ("folder",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
