@@ -1,8 +1,8 @@
 """Encoding: spooled text to token ids, one process a unit, and from there into shards.
 
-`encode` writes what a unit gives each split as two plain arrays. `plan_shards` then cuts the long
-row of all units into shards of the configured size at document ends, wherever units end; and
-`assemble` copies one such range into its Arrow shard.
+`encode` writes what a unit gives each split as plain arrays into one file. `plan_shards` then cuts
+the long row of all units into shards of the configured size at document ends, wherever units end;
+and `assemble` copies one such range into its Arrow shard.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from nanolm.data.tokenizer import Tokenizer
 
 # Tokens with eos, and bytes of text, of one document.
 LENGTH = np.dtype([("tokens", "<u4"), ("bytes", "<u4")])
-DONE = ".encoded.json"
+# For each split the lengths, then the ids; the JSON beside it says where, and that it is finished.
+ENCODED, DONE = ".encoded", ".encoded.json"
 
 
 def encode(
@@ -42,40 +43,54 @@ def encode(
     keep = kept(unit, documents, duplicates)
     tokens: list[list[np.ndarray]] = [[] for _ in SPLITS]
     lengths: list[list[np.ndarray]] = [[] for _ in SPLITS]
-    for first, texts, digests in read_spool(unit):
-        where = np.where(keep[first : first + len(texts)], split.of(digests), -1)
+    for batch in read_spool(unit):
+        stays = keep[batch.first : batch.first + len(batch.texts)]
+        where = np.where(stays, split.of(batch.digests), -1)
         for number in range(len(SPLITS)):
-            chosen = [texts[index] for index in np.flatnonzero(where == number)]
-            if chosen:
-                flat, sizes = encode_documents(chosen, tokenizer)
-                tokens[number].append(flat)
+            chosen = np.flatnonzero(where == number)
+            if len(chosen):
+                sizes = np.empty(len(chosen), LENGTH)
+                ids, sizes["tokens"] = tokenizer.encode_documents(
+                    [batch.texts[index] for index in chosen]
+                )
+                sizes["bytes"] = batch.sizes[chosen]
+                tokens[number].append(ids)
                 lengths[number].append(sizes)
     info = {}
-    for number, name in enumerate(SPLITS):
-        flat = np.concatenate([np.empty(0, tokenizer.dtype), *tokens[number]])
-        sizes = np.concatenate([np.empty(0, LENGTH), *lengths[number]])
-        for suffix, array in ((".tokens.npy", flat), (".lengths.npy", sizes)):
-            with AtomicFile(unit.path(f".{name}{suffix}")) as file:
-                np.lib.format.write_array(file, array)
-        info[name] = {"tokens": len(flat), "documents": len(sizes)}
+    with AtomicFile(unit.path(ENCODED)) as file:
+        for number, name in enumerate(SPLITS):
+            sizes = np.concatenate([np.empty(0, LENGTH), *lengths[number]])
+            flat = np.concatenate([np.empty(0, tokenizer.dtype), *tokens[number]])
+            file.write(sizes)
+            file.write(flat)
+            info[name] = {
+                "tokens": len(flat),
+                "documents": len(sizes),
+                "itemsize": flat.itemsize,
+                "end": file.size,
+            }
     write_json(done, info)
     return info
+
+
+def read_lengths(unit: Unit, split: str) -> np.ndarray:
+    """LENGTH[documents]: what `encode` found of a unit's documents in a split."""
+    info = json.loads(unit.path(DONE).read_bytes())[split]
+    begin = info["end"] - info["tokens"] * info["itemsize"] - info["documents"] * LENGTH.itemsize
+    return np.fromfile(unit.path(ENCODED), LENGTH, info["documents"], offset=begin)
+
+
+def read_tokens(unit: Unit, split: str, begin: int, end: int, dtype: np.dtype) -> np.ndarray:
+    """Token ids [begin, end) of those that `encode` wrote of a unit for a split."""
+    info = json.loads(unit.path(DONE).read_bytes())[split]
+    first = info["end"] - (info["tokens"] - begin) * dtype.itemsize
+    return np.fromfile(unit.path(ENCODED), dtype, end - begin, offset=first)
 
 
 @functools.lru_cache(maxsize=1)
 def cached_tokenizer(model: str) -> Tokenizer:
     """A worker's tokenizer: loaded once, not once a unit."""
     return Tokenizer.load(model)
-
-
-def encode_documents(texts: list[str], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of documents, each with its eos, end to end [n], and their lengths LENGTH[len(texts)]."""
-    arrays = tokenizer.encode_batch(texts)
-    lengths = np.empty(len(texts), LENGTH)
-    lengths["tokens"] = np.fromiter(map(len, arrays), np.int64, len(arrays)) + 1
-    lengths["bytes"] = [len(text.encode()) for text in texts]
-    end = np.array([tokenizer.eos], tokenizer.dtype)
-    return np.concatenate([part for array in arrays for part in (array, end)]), lengths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +124,7 @@ def plan_shards(units: list[Unit], split: str, shard_tokens: int) -> list[ShardP
         ranges, filled = [], 0
 
     for unit in units:
-        lengths = np.load(unit.path(f".{split}.lengths.npy"))
+        lengths = read_lengths(unit, split)
         ends = np.cumsum(lengths["tokens"], dtype=np.int64)
         begin = 0
         while begin < len(ends):
@@ -144,10 +159,10 @@ def assemble(
         path, vocab_size=tokenizer.vocab_size, tokenizer_hash=tokenizer.hash, source=source
     ) as writer:
         for unit, begin, end in plan.ranges:
-            lengths = np.load(unit.path(f".{plan.split}.lengths.npy"))
+            lengths = read_lengths(unit, plan.split)
             ends = np.cumsum(lengths["tokens"], dtype=np.int64)
-            tokens = np.load(unit.path(f".{plan.split}.tokens.npy"), mmap_mode="r")
-            tokens = np.asarray(tokens[ends[begin - 1] if begin else 0 : ends[end - 1]])
+            first = int(ends[begin - 1]) if begin else 0
+            tokens = read_tokens(unit, plan.split, first, int(ends[end - 1]), tokenizer.dtype)
             chosen = lengths[begin:end]
             writer.write(tokens, chosen["tokens"].astype(np.int64), int(chosen["bytes"].sum()))
             counts += np.bincount(tokens, minlength=len(counts))

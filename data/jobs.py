@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Self
 
+import pyarrow as pa
+
 from nanolm.errors import UserError
 
 QUEUED_PER_WORKER = 2
@@ -64,7 +66,7 @@ class Jobs:
             self._pool = concurrent.futures.ProcessPoolExecutor(
                 self.workers,
                 mp_context=multiprocessing.get_context("spawn"),
-                initializer=_follow_parent,
+                initializer=_start_worker,
             )
         running: dict[concurrent.futures.Future, int] = {}
         queue = iter(enumerate(calls))
@@ -89,8 +91,9 @@ class Jobs:
                 future.cancel()
 
 
-def _follow_parent() -> None:
-    """Make a worker end when its parent is killed: it would wait for work for ever otherwise."""
+def _start_worker() -> None:
+    """One thread a worker, and its end when its parent is killed: it would wait for ever."""
+    pa.set_cpu_count(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends the pool
     parent = multiprocessing.parent_process()
 

@@ -49,7 +49,8 @@ class PrepareConfig:
     tokenizer: str | None = None
     """An existing SentencePiece .model (or prepared directory) to use instead of training one."""
     tokenizer_type: Literal["unigram", "bpe"] = "unigram"
-    """Kind of tokenizer to train; unigram encodes four times as fast as bpe and trains slower."""
+    """Kind of tokenizer to train. unigram encodes five times as fast; bpe trains in a tenth of the
+    time, so below about 40 MB of text it is done sooner, and needs 1 or 2 % fewer tokens."""
     vocab_size: int = 8192
     """Size of the vocabulary to train, special pieces and 256 bytes included."""
     character_coverage: float = 0.9995

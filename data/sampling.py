@@ -37,11 +37,11 @@ def sample(
     keep = kept(unit, documents, duplicates)
     bound = int(rate * HASHES)
     found: list[str] = []
-    for first, texts, digests in read_spool(unit):
-        used = keep[first : first + len(texts)] & (split.of(digests) == TRAIN)
-        for index in np.flatnonzero(used):
-            parts = list(chunks(texts[index]))
+    for batch in read_spool(unit):
+        stays = keep[batch.first : batch.first + len(batch.texts)]
+        for index in np.flatnonzero(stays & (split.of(batch.digests) == TRAIN)):
+            parts = list(chunks(batch.texts[index]))
             # The split used mix(digest, seed); another stream of the same hash decides here.
-            values = mix(digests[index] + np.arange(len(parts), dtype=np.uint64), ~split.seed)
+            values = mix(batch.digests[index] + np.arange(len(parts), dtype=np.uint64), ~split.seed)
             found += [part for part, u in zip(parts, values.tolist(), strict=True) if u < bound]
     return found

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from nanolm.data.clean import CleaningOptions, clean
 from nanolm.data.files import AtomicFile, write_json
@@ -118,13 +119,29 @@ def split_digests(digests: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
     return pairs[:, 0], pairs[:, 1]
 
 
-def read_spool(unit: Unit) -> Iterator[tuple[int, list[str], np.ndarray]]:
-    """Batches of a unit in order: number of its first document, texts, high digest halves [n]."""
+@dataclasses.dataclass(frozen=True)
+class SpoolBatch:
+    """Consecutive documents of a unit: number of the first, texts, high digest halves uint64[n],
+    and UTF-8 sizes int32[n]."""
+
+    first: int
+    texts: list[str]
+    digests: np.ndarray
+    sizes: np.ndarray
+
+
+def read_spool(unit: Unit) -> Iterator[SpoolBatch]:
+    """The documents of a unit in order, a batch at a time."""
     first = 0
     with pa.memory_map(str(unit.path(".text"))) as source:
         reader = pa.ipc.open_file(source)
         for index in range(reader.num_record_batches):
-            batch = reader.get_batch(index)
-            texts = batch.column(0).to_pylist()
-            yield first, texts, split_digests(batch.column(1).to_pylist())[0]
+            texts, digests = reader.get_batch(index).columns
+            halves = np.frombuffer(digests.buffers()[1], "<u8").reshape(-1, 2)
+            yield SpoolBatch(
+                first=first,
+                texts=texts.to_pylist(),
+                digests=halves[: len(texts), 0],
+                sizes=pc.binary_length(texts).to_numpy(),
+            )
             first += len(texts)

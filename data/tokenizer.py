@@ -125,10 +125,22 @@ class Tokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """The ids of each text; much faster than `encode` one by one."""
-        if self.lossless:
-            texts = [escape(text) for text in texts]
-        arrays = self._processor.encode(texts, return_type="numpy", num_threads=1)
-        return [array.astype(self.dtype) for array in arrays]
+        return [array.astype(self.dtype) for array in self._encode_int32(texts)]
+
+    def encode_documents(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of documents end to end, each closed by eos, and their lengths.
+
+        ids: [n] uint16|uint32; lengths: int64[len(texts)], eos included. Fastest of the three: the
+        work for each document is left to SentencePiece.
+        """
+        arrays = self._encode_int32(texts)
+        lengths = np.fromiter(map(len, arrays), np.int64, len(arrays)) + 1
+        ends = np.cumsum(lengths)
+        ids = np.full(int(ends[-1]) if len(ends) else 0, self.eos, self.dtype)
+        inside = np.ones(len(ids), bool)
+        inside[ends - 1] = False
+        ids[inside] = np.concatenate([np.empty(0, np.int32), *arrays])
+        return ids, lengths
 
     def decode(self, ids: np.ndarray | list[int], *, specials: bool = False) -> str:
         """The text of ids; special pieces are left out, or shown by name when asked for.
@@ -175,6 +187,13 @@ class Tokenizer:
     cls = property(lambda self: self.role("cls"), doc="Begins a BERT row; pooled heads read it.")
     sep = property(lambda self: self.role("sep"), doc="Ends a segment of a BERT row.")
     mask = property(lambda self: self.role("mask"), doc="Stands where a token is hidden.")
+
+    def _encode_int32(self, texts: list[str]) -> list[np.ndarray]:
+        if self.lossless:
+            whole = "".join(texts)
+            if any(mark in whole for mark in (SPACE, STAND_IN, ESCAPE)):
+                texts = [escape(text) for text in texts]
+        return self._processor.encode(texts, return_type="numpy", num_threads=1)
 
     def _decode_text(self, ids: np.ndarray) -> str:
         text = self._processor.decode(ids.tolist()) if ids.size else ""

@@ -48,6 +48,11 @@ def test_batch_equals_one_by_one(tokenizer: Tokenizer):
     texts = [CODE, "", CHINESE, "a ▁ b"]
     for batch, text in zip(tokenizer.encode_batch(texts), texts, strict=True):
         np.testing.assert_array_equal(batch, tokenizer.encode(text))
+    ids, lengths = tokenizer.encode_documents(texts)
+    documents = np.split(ids, np.cumsum(lengths))[:-1]
+    assert [tokenizer.decode(document[:-1]) for document in documents] == texts
+    assert all(document[-1] == tokenizer.eos for document in documents)
+    assert len(tokenizer.encode_documents([])[0]) == 0
 
 
 def test_roles_have_fixed_ids_and_show_only_when_asked(tokenizer: Tokenizer):
