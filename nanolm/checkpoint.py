@@ -32,6 +32,17 @@ from nanolm.distributed import World
 from nanolm.errors import UserError
 from nanolm.state import learner_tensors, load_named
 
+TRAINER_KEYS: dict[str, Any] = {
+    "step": int,
+    "skips": int,
+    "best": float | None,
+    "seconds": float,
+    "scaler": dict,
+    "environment": dict,
+    "facts": dict,
+}
+"""What trainer.json must hold for a run to go on."""
+
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -188,8 +199,9 @@ def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def read_trainer(folder: pathlib.Path) -> dict[str, Any]:
-    """trainer.json of a checkpoint; raises UserError unless it says which step it is."""
+    """trainer.json of a checkpoint; raises UserError unless it holds what a resume needs."""
     trainer = read_json(folder, "trainer.json")
-    if not isinstance(trainer.get("step"), int):
-        raise UserError(f"checkpoint file {folder / 'trainer.json'} names no step")
+    for key, kinds in TRAINER_KEYS.items():
+        if not isinstance(trainer.get(key), kinds):
+            raise UserError(f"checkpoint file {folder / 'trainer.json'} has no usable {key!r}")
     return trainer

@@ -69,10 +69,10 @@ def claim(
             checkpoint, notes = _find(run, resume)
             if checkpoint is not None:
                 _same_run(checkpoint, config_text, facts)
-                notes += differences(read_trainer(checkpoint).get("environment", {}), world)
+                notes += differences(read_trainer(checkpoint)["environment"], world)
             elif resume == "auto" and (run / "config.yaml").is_file():
                 _same_config(run / "config.yaml", config_text)
-            run.mkdir(parents=True, exist_ok=True)
+            _make(run)
             Checkpoints(run, world).clean()
             write_text(run / "config.yaml", config_text)
             answer = {"checkpoint": checkpoint and str(checkpoint), "notes": notes}
@@ -83,6 +83,13 @@ def claim(
         raise UserError(answer["error"])
     found = answer["checkpoint"]
     return Start(pathlib.Path(found) if found else None, answer["notes"])
+
+
+def _make(run: pathlib.Path) -> None:
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run.dir {run} cannot be made: {error.strerror}") from error
 
 
 def _find(run: pathlib.Path, resume: str) -> tuple[pathlib.Path | None, list[str]]:
@@ -101,7 +108,7 @@ def _find(run: pathlib.Path, resume: str) -> tuple[pathlib.Path | None, list[str
 
 def _same_run(checkpoint: pathlib.Path, config_text: str, facts: Mapping[str, Any]) -> None:
     _same_config(checkpoint / "config.yaml", config_text)
-    saved = read_trainer(checkpoint).get("facts", {})
+    saved = read_trainer(checkpoint)["facts"]
     for key, value in facts.items():
         if saved.get(key, value) != value:
             raise UserError(
@@ -184,6 +191,8 @@ def cut_metrics(path: pathlib.Path, step: int) -> None:
             record = json.loads(line)
         except ValueError:
             break
+        if not isinstance(record, dict) or not {"step", "kind"} <= record.keys():
+            raise UserError(f"{path} has a line that nanolm did not write; remove it: {line[:60]}")
         before = record["step"] < step or (record["step"] == step and record["kind"] == "train")
         if before and line.endswith("\n"):
             kept.append(line)

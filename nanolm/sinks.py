@@ -40,9 +40,16 @@ class JsonLines:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
-        """Appends the record; non-finite figures become null, which JSON can say."""
-        self._file.write(json.dumps({k: _plain(v) for k, v in record.items()}) + "\n")
-        self._file.flush()
+        """Appends the record; non-finite figures become null, which JSON can say.
+
+        Raises UserError when the disk is full.
+        """
+        try:
+            self._file.write(json.dumps({k: _plain(v) for k, v in record.items()}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            name = self._file.name
+            raise UserError(f"{name} not written: {error.strerror}; free some space") from error
 
     def close(self) -> None:
         """Closes the file."""

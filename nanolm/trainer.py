@@ -120,7 +120,7 @@ class Trainer:
     def _fit(self) -> dict[str, float]:
         figures: dict[str, float] = {}
         if self._resumed and self._due(self.config.eval.every):
-            figures = self.evaluate(best=True)
+            figures = self.evaluate(best=self._due(self.config.run.checkpoint_every))
         steps = self.config.train.steps
         if self.done == steps or self.preempted:
             return figures
@@ -200,9 +200,8 @@ class Trainer:
 
     def _apply(self, norm: float) -> None:
         clip = self.config.train.clip
-        if clip is not None:
-            norm_ = torch.tensor(norm, dtype=torch.float64)
-            torch.nn.utils.clip_grads_with_norm_(self._parameters(), clip, norm_)
+        if clip is not None and norm > clip:
+            torch._foreach_mul_([p.grad for p in self._parameters()], clip / norm)
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
         self.scaler.update()

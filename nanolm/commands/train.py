@@ -27,7 +27,7 @@ from nanolm.data.tokenizer import MODEL_FILE, Tokenizer
 from nanolm.distributed import World, close, launch
 from nanolm.evaluation import Evaluator, Yardstick
 from nanolm.flops import train_flops_per_token
-from nanolm.loader import Loader, MicroBatch, eval_batches, micro_batch_of
+from nanolm.loader import Loader, MicroBatch, eval_batches
 from nanolm.metrics import Throughput, peak_flops
 from nanolm.objectives.base import Objective
 from nanolm.runfolder import claim, cut_metrics
@@ -107,15 +107,11 @@ def start_from(config: Config, learner: nn.Module) -> list[str]:
     return [f"weights from {config.init_from}{heads}"]
 
 
-def steps(
-    config: Config, stream: RowStream, objective: Objective, world: World, start: int
-) -> Iterator[Sequence[MicroBatch]]:
-    """Micro-batches of each optimizer step from `start` on; a rank without rows gets a stand-in.
-
-    The stand-in has the tensors of a real row and no row ids: it makes the ranks' collectives match
-    and counts for nothing.
-    """
-    loader = Loader(
+def open_loader(
+    config: Config, stream: RowStream, objective: Objective, world: World, start: int = 0
+) -> Loader:
+    """This rank's loader, at optimizer step `start`."""
+    return Loader(
         stream,
         objective,
         global_batch=config.train.global_batch,
@@ -128,6 +124,17 @@ def steps(
         device=world.device,
         pin=world.device.type == "cuda",
     )
+
+
+def steps(
+    config: Config, stream: RowStream, objective: Objective, world: World, start: int
+) -> Iterator[Sequence[MicroBatch]]:
+    """Micro-batches of each optimizer step from `start` on; a rank without rows gets a stand-in.
+
+    The stand-in has the tensors of a real row and no row ids: it makes the ranks' collectives match
+    and counts for nothing.
+    """
+    loader = open_loader(config, stream, objective, world, start)
     try:
         stand_in = None
         for micro_batches in loader:
@@ -178,7 +185,7 @@ def build_throughput(
     """The clock, with model FLOPs by formula and the device's peak; says what it assumes."""
     train, length = config.train, config.data.row_length
     rows = min(train.global_batch, 16)
-    probe = micro_batch_of(stream.rows(0, rows), stream, objective, config.run.seed)
+    probe = open_loader(config, stream, objective, world).build(range(rows))
     share = probe.counts[next(iter(objective.weights))] / (rows * length)
     tokens = train.global_batch * length
     flops = train_flops_per_token(config.model, length, predicted_share=share)
