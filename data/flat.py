@@ -1,9 +1,9 @@
 """Flat tokens: the shards of one split read as one long array of tokens.
 
 The shards stand behind each other without a gap; token n of the split is token n - begins[s] of
-shard s. A stretch that lies inside one shard is a view of its memory map, one that crosses into
-the next shard is the only thing that is ever copied. Document boundaries come from the shards'
-offsets by binary search, so a read costs O(rows · log documents), wherever it is.
+shard s. A stretch that lies inside one shard is a view of its memory map; one that crosses into
+the next shard has to be copied. Document boundaries come from the shards' offsets by binary search,
+so a read costs O(rows · log documents), wherever it is.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from nanolm.data.rows import RowBlock
 from nanolm.data.shards import Shard
 
 Stretch = tuple[np.ndarray, np.ndarray]
@@ -22,52 +23,98 @@ AT_ZERO.flags.writeable = False  # shared by all rows that lie inside one docume
 
 
 class FlatTokens:
-    """One token array over many shards; `total` is its length."""
+    """One token array over many shards; `total` is its length and `dtype` its type."""
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         self.shards = list(shards)
         lengths = [len(shard.tokens) for shard in self.shards]
         self.total = sum(lengths)
+        self.dtype = self.shards[0].tokens.dtype
         self._begins = np.cumsum([0, *lengths[:-1]])
+        self._windows: dict[tuple[int, int], np.ndarray] = {}
+
+    def __reduce__(self) -> tuple:
+        return FlatTokens, (self.shards,)
 
     def read(self, firsts: np.ndarray, span: int) -> list[Stretch]:
         """For every start in `firsts` (int64, in range(total)): up to `span` tokens from there.
 
         A stretch is shorter only where the tokens end.
         """
-        homes = (np.searchsorted(self._begins, firsts, side="right") - 1).tolist()
-        if homes and homes.count(homes[0]) == len(homes):
-            return self._read_from(homes[0], firsts, span)
-        stretches: list[Stretch] = [(AT_ZERO, AT_ZERO)] * len(homes)
-        for home in set(homes):
-            places = [i for i, other in enumerate(homes) if other == home]
-            found = self._read_from(home, firsts[places], span)
-            for place, stretch in zip(places, found, strict=True):
+        groups = self._by_shard(firsts)
+        if len(groups) == 1:
+            return self._read_from(groups[0][0], firsts, span)
+        stretches: list[Stretch] = [(AT_ZERO, AT_ZERO)] * len(firsts)
+        for home, places in groups:
+            for place, stretch in zip(places.tolist(), self._read_from(home, firsts[places], span)):
                 stretches[place] = stretch
         return stretches
 
+    def read_block(self, firsts: np.ndarray, span: int) -> RowBlock:
+        """The same stretches as one block of width `span`."""
+        groups = self._by_shard(firsts)
+        if len(groups) == 1:
+            return self._block_from(groups[0][0], firsts, span)
+        block = RowBlock.empty(len(firsts), span, self.dtype)
+        for home, places in groups:
+            block.put_block(places, self._block_from(home, firsts[places], span))
+        return block
+
+    def _by_shard(self, firsts: np.ndarray) -> list[tuple[int, np.ndarray]]:
+        """Each shard in which a stretch begins, with the places of those stretches in `firsts`."""
+        if len(self.shards) == 1:
+            return [(0, firsts)]
+        homes = np.searchsorted(self._begins, firsts, side="right") - 1
+        return [(home, np.flatnonzero(homes == home)) for home in sorted(set(homes.tolist()))]
+
+    def _block_from(self, home: int, firsts: np.ndarray, span: int) -> RowBlock:
+        """The stretches that begin in shard `home`: by one call into numpy, if all end in it."""
+        shard, begins = self.shards[home], firsts - self._begins[home]
+        if begins.max() + span > len(shard.tokens):
+            block = RowBlock.empty(len(firsts), span, self.dtype)
+            for b, stretch in enumerate(self._read_from(home, firsts, span)):
+                block.put(b, *stretch)
+            return block
+        block = RowBlock(self._all_windows(home, span)[begins])
+        low, high = self._document_range(home, begins, begins + span)
+        for b in np.flatnonzero(low < high).tolist():
+            block.add_starts(b, shard.offsets[low[b] : high[b]] - begins[b])
+        return block
+
     def _read_from(self, home: int, firsts: np.ndarray, span: int) -> list[Stretch]:
         """The stretches that begin in shard `home`."""
-        shard = self.shards[home]
+        tokens, offsets = self.shards[home].tokens, self.shards[home].offsets
         begins = firsts - self._begins[home]
-        ends = np.minimum(begins + span, len(shard.tokens))
-        # Keys of the offsets' own type: with another, searchsorted would copy all offsets first.
-        kind = shard.offsets.dtype
-        low = np.searchsorted(shard.offsets, begins.astype(kind), side="right")
-        high = np.searchsorted(shard.offsets, ends.astype(kind), side="left")
+        ends = np.minimum(begins + span, len(tokens))
+        low, high = self._document_range(home, begins, ends).tolist()
         stretches = []
-        for begin, end, first, last in zip(
-            begins.tolist(), ends.tolist(), low.tolist(), high.tolist(), strict=True
-        ):
+        for begin, end, first, last in zip(begins.tolist(), ends.tolist(), low, high):
             starts = AT_ZERO
             if first < last:
                 starts = np.zeros(1 + last - first, dtype=np.int64)
-                np.subtract(shard.offsets[first:last], begin, out=starts[1:])
-            stretch = shard.tokens[begin:end], starts
+                np.subtract(offsets[first:last], begin, out=starts[1:])
+            stretch = tokens[begin:end], starts
             if end - begin < span and home + 1 < len(self.shards):
                 stretch = self._continued(stretch, home + 1, span - (end - begin))
             stretches.append(stretch)
         return stretches
+
+    def _document_range(self, home: int, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """int64 [2, rows]: the documents [low, high) that begin between `begins` and `ends`."""
+        offsets = self.shards[home].offsets
+        # Keys of the offsets' own type: with another, searchsorted would copy all offsets first.
+        keys = np.empty((2, len(begins)), dtype=offsets.dtype)
+        keys[0] = begins
+        keys[1] = ends - 1
+        return np.searchsorted(offsets, keys, side="right")
+
+    def _all_windows(self, home: int, span: int) -> np.ndarray:
+        """Every stretch of a shard as a row of an overlapping view, which takes no memory."""
+        if (home, span) not in self._windows:
+            self._windows[home, span] = np.lib.stride_tricks.sliding_window_view(
+                self.shards[home].tokens, span
+            )
+        return self._windows[home, span]
 
     def _continued(self, stretch: Stretch, home: int, missing: int) -> Stretch:
         """A stretch with the next tokens of shard `home` (and on) behind it: a copy."""

@@ -1,4 +1,4 @@
-"""A row, the unit that training reads, and the arrays that a batch of plain rows becomes.
+"""Rows, the unit that training reads, and the arrays that a batch of plain rows becomes.
 
 A row is a stretch of the flat token stream; it may hold the end of one document, some whole ones
 and the beginning of another. `fill_blocks` turns B rows into the four arrays of a causal model,
@@ -39,61 +39,112 @@ class Row:
     row_id: int
 
 
+@dataclasses.dataclass(slots=True, eq=False)
+class RowBlock:
+    """Many rows as arrays: what a batch needs of them when nothing is done to a single row.
+
+    `tokens` [B, span] uint16|uint32; `short` {row: its length} of the rows that are shorter, with
+    zeros behind them; the n-th document that begins inside a row (not at its 0) begins in row
+    `start_rows[n]` at offset `start_offsets[n]`, ascending within a row.
+    """
+
+    tokens: np.ndarray
+    short: dict[int, int] = dataclasses.field(default_factory=dict)
+    start_rows: list[int] = dataclasses.field(default_factory=list)
+    start_offsets: list[int] = dataclasses.field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @classmethod
+    def empty(cls, rows: int, span: int, dtype: np.dtype) -> RowBlock:
+        """A block of zeros, to be filled by `put` and `put_block`."""
+        return cls(np.zeros((rows, span), dtype))
+
+    @classmethod
+    def of(cls, rows: list[Row]) -> RowBlock:
+        """The block of these rows, as wide as the longest."""
+        block = cls.empty(len(rows), max(len(row.tokens) for row in rows), rows[0].tokens.dtype)
+        for b, row in enumerate(rows):
+            block.put(b, row.tokens, row.starts)
+        return block
+
+    def put(self, b: int, tokens: np.ndarray, starts: np.ndarray) -> None:
+        """Write row b."""
+        self.tokens[b, : len(tokens)] = tokens
+        if len(tokens) < self.tokens.shape[1]:
+            self.short[b] = len(tokens)
+        self.add_starts(b, starts[1:])
+
+    def put_block(self, rows: np.ndarray, block: RowBlock) -> None:
+        """Write the rows of another block of the same width as rows `rows` (int64) of this one."""
+        self.tokens[rows] = block.tokens
+        names = rows.tolist()
+        self.short |= {names[b]: length for b, length in block.short.items()}
+        self.start_rows += [names[b] for b in block.start_rows]
+        self.start_offsets += block.start_offsets
+
+    def add_starts(self, b: int, offsets: np.ndarray) -> None:
+        """Note that documents begin in row b at these offsets (all above 0)."""
+        self.start_rows += [b] * len(offsets)
+        self.start_offsets += offsets.tolist()
+
+
 def fill_blocks(
-    rows: list[Row], length: int, with_documents: bool = True
+    rows: list[Row] | RowBlock, length: int, with_documents: bool = True
 ) -> dict[str, np.ndarray]:
     """tokens, targets and, unless told otherwise, positions and documents: int64 [B, T = length].
 
     A row of fewer than T + 1 tokens (the last of an evaluation) is padded: token 0, target IGNORED,
-    document NO_DOCUMENT. Raises ValueError when there are no rows.
+    document NO_DOCUMENT. A longer row is cut. Raises ValueError when there are no rows.
     """
-    raw, lengths = _side_by_side(rows, length + 1)
-    blocks = {
-        "tokens": raw[:, :-1].astype(np.int64),
-        "targets": raw[:, 1:].astype(np.int64),
-    }
+    block = rows if isinstance(rows, RowBlock) else RowBlock.of(rows)
+    B, T = len(block), length
+    width = min(block.tokens.shape[1], T + 1)
+    tokens_BT, targets_BT = np.empty((B, T), np.int64), np.empty((B, T), np.int64)
+    np.copyto(tokens_BT[:, :width], block.tokens[:, : min(width, T)])
+    np.copyto(targets_BT[:, : width - 1], block.tokens[:, 1:width])
+    blocks = {"tokens": tokens_BT, "targets": targets_BT}
     if with_documents:
-        blocks["positions"], blocks["documents"] = _documents(rows, length)
-    for b in np.flatnonzero(lengths <= length):
-        blocks["targets"][b, max(lengths[b] - 1, 0) :] = IGNORED
+        blocks["positions"], blocks["documents"] = _documents(block, length)
+    if width <= T:
+        tokens_BT[:, width:] = 0
+    ends = dict.fromkeys(range(B), width) if width <= T else {}
+    for b, n_tokens in (ends | block.short).items():
+        targets_BT[b, max(n_tokens - 1, 0) :] = IGNORED
         if with_documents:
-            blocks["documents"][b, lengths[b] :] = NO_DOCUMENT
+            blocks["documents"][b, n_tokens:] = NO_DOCUMENT
     return blocks
 
 
-def _side_by_side(rows: list[Row], width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Raw tokens of all rows [B, width], zeros behind short ones, and each row's length [B].
-
-    One `concatenate` of the views is one call into C; the cast to int64 follows in two more.
-    """
-    pieces = [row.tokens for row in rows]
-    lengths = np.array([len(piece) for piece in pieces])
-    if lengths.min() == lengths.max() == width:
-        return np.concatenate(pieces).reshape(-1, width), lengths
-    raw = np.zeros((len(rows), width), dtype=pieces[0].dtype)
-    for line, piece in zip(raw, pieces, strict=True):
-        line[: len(piece)] = piece[:width]
-    return raw, lengths
-
-
-def _documents(rows: list[Row], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Restarting positions and document indices, int64 [B, T].
-
-    Most rows hold one document: all of the batch is filled as if every row did, and only the places
-    behind a further start are then written again.
-    """
-    positions = np.empty((len(rows), length), dtype=np.int64)
-    positions[:] = np.arange(length)
-    documents = np.zeros((len(rows), length), dtype=np.int64)
-    for b, row in enumerate(rows):
-        if len(row.starts) > 1:
-            _restart(positions[b], documents[b], row.starts)
+def _documents(block: RowBlock, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Restarting positions and document indices, int64 [B, T]."""
+    if len(block.start_rows) > 3 * len(block):
+        return _many_documents(block, length)
+    # Rows mostly lie inside one long document: all are filled as if they did, and what follows a
+    # further start is written again.
+    counting = np.arange(length)
+    positions = np.empty((len(block), length), dtype=np.int64)
+    positions[:] = counting
+    documents = np.empty((len(block), length), dtype=np.int64)
+    documents.fill(0)  # fresh zeros would come as untouched pages, and a page fault for each
+    for b, start in zip(block.start_rows, block.start_offsets, strict=True):
+        if start < length:
+            positions[b, start:] = counting[: length - start]
+            documents[b, start:] += 1
     return positions, documents
 
 
-def _restart(positions_T: np.ndarray, documents_T: np.ndarray, starts: np.ndarray) -> None:
-    """Write the positions and documents of one row that holds several documents."""
-    starts = starts[starts < len(positions_T)]
-    ends = np.append(starts[1:], len(positions_T))
-    documents_T[:] = np.repeat(np.arange(len(starts)), ends - starts)
-    positions_T -= np.repeat(starts, ends - starts)
+def _many_documents(block: RowBlock, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same from the lengths of all documents of the batch, for when they are short."""
+    offsets = np.array(block.start_offsets)
+    inside = offsets < length
+    rows = np.concatenate([np.arange(len(block)), np.array(block.start_rows)[inside]])
+    offsets = np.concatenate([np.zeros(len(block), dtype=np.int64), offsets[inside]])
+    order = np.argsort(rows * length + offsets)
+    rows, offsets = rows[order], offsets[order]
+    lengths = np.diff(rows * length + offsets, append=len(block) * length)
+    indices = np.arange(len(rows)) - np.searchsorted(rows, rows)
+    positions = np.arange(len(block) * length) - np.repeat(rows * length + offsets, lengths)
+    documents = np.repeat(indices, lengths)
+    return positions.reshape(-1, length), documents.reshape(-1, length)

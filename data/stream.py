@@ -14,20 +14,20 @@ All four are O(1): starting at step 10^6 does the same work as starting at step 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from nanolm.data.flat import FlatTokens
 from nanolm.data.mixture import Mixture
 from nanolm.data.permutation import Permutation, fold_key
-from nanolm.data.rows import Row, fill_blocks
+from nanolm.data.rows import Row, RowBlock, fill_blocks
 from nanolm.data.schedule import shard_rows, share_of
 from nanolm.data.shards import open_split
 from nanolm.errors import UserError
 
-__all__ = ["Row", "RowStream", "fill_blocks", "shard_rows", "share_of"]
+__all__ = ["Places", "Row", "RowBlock", "RowStream", "fill_blocks", "shard_rows", "share_of"]
 
 LONGEST_PAGE = 1024
 """Rows that are located at once: a permutation costs as much for one row as for hundreds."""
@@ -35,16 +35,15 @@ EVALUATION_PIECE = 64
 """Rows that `eval_rows` reads at once."""
 
 
-@dataclasses.dataclass(slots=True)
-class Places:
+class Places(NamedTuple):
     """Where rows stand: int64 arrays of equal length."""
 
     corpus: np.ndarray
     block: np.ndarray
     epoch: np.ndarray
-
-    def __getitem__(self, part: slice) -> Places:
-        return Places(self.corpus[part], self.block[part], self.epoch[part])
+    row_id: np.ndarray
+    first: np.ndarray
+    """The row's first token in its corpus."""
 
 
 class RowStream:
@@ -96,13 +95,42 @@ class RowStream:
 
     def rows(self, start: int, stop: int) -> list[Row]:
         """Rows [start, stop) of training, in order."""
-        rows: list[Row] = []
-        while start < stop:
-            number, offset = divmod(start, self._page_rows)
-            count = min(stop - start, self._page_rows - offset)
-            rows += self._read(self._located(number)[offset : offset + count])
-            start += count
-        return rows
+        return self.read(self.places(start, stop))
+
+    def places(self, start: int, stop: int) -> Places:
+        """Where rows [start, stop) of training stand: arithmetic only, nothing is read."""
+        number, offset = divmod(start, self._page_rows)
+        part = slice(offset, offset + stop - start)
+        page = self._page_of(number)
+        if part.stop > self._page_rows:  # beyond the page's end
+            rest = self.places((number + 1) * self._page_rows, stop)
+            return Places(*[np.concatenate([a[part], b]) for a, b in zip(page, rest, strict=True)])
+        return Places(*[values[part] for values in page])
+
+    def places_of(self, row_ids: np.ndarray, epoch: int = 0) -> Places:
+        """Where the rows with these ids (int64, in range(len(stream))) stand."""
+        corpus = np.searchsorted(self._first_id, row_ids, side="right") - 1
+        block = row_ids - self._first_id[corpus]
+        return self._places(corpus, block, np.full(len(row_ids), epoch))
+
+    def read(self, places: Places) -> list[Row]:
+        """The rows that stand at these places, as views of the shards."""
+        stretches: list = [None] * len(places.corpus)
+        for corpus, chosen in self._by_corpus(places):
+            found = self._flat[corpus].read(places.first[chosen], self.span)
+            for place, stretch in zip(chosen.tolist(), found):
+                stretches[place] = stretch
+        names = [values.tolist() for values in places[:4]]
+        return [Row(*stretch, *name) for stretch, *name in zip(stretches, *names)]
+
+    def read_block(self, places: Places) -> RowBlock:
+        """The same rows as one block, [rows, span], much faster than row by row."""
+        if len(self._flat) == 1:
+            return self._flat[0].read_block(places.first, self.span)
+        block = RowBlock.empty(len(places.corpus), self.span, self._flat[0].dtype)
+        for corpus, chosen in self._by_corpus(places):
+            block.put_block(chosen, self._flat[corpus].read_block(places.first[chosen], self.span))
+        return block
 
     def eval_rows(self, start: int = 0, stop: int | None = None) -> Iterator[Row]:
         """Rows [start, stop) in natural order, epoch 0: corpus by corpus, block by block.
@@ -111,13 +139,8 @@ class RowStream:
         """
         stop = len(self) if stop is None else min(stop, len(self))
         for first in range(start, stop, EVALUATION_PIECE):
-            yield from self.by_id(np.arange(first, min(first + EVALUATION_PIECE, stop)))
-
-    def by_id(self, row_ids: np.ndarray, epoch: int = 0) -> list[Row]:
-        """The rows with these ids (int64, in range(len(stream)))."""
-        corpus = np.searchsorted(self._first_id, row_ids, side="right") - 1
-        block = row_ids - self._first_id[corpus]
-        return self._read(Places(corpus, block, np.full(len(row_ids), epoch)))
+            ids = np.arange(first, min(first + EVALUATION_PIECE, stop))
+            yield from self.read(self.places_of(ids))
 
     def draw(self, row: Row, k: int) -> Row:
         """The k-th keyed other row of the same corpus: a function of (seed, epoch, row id, k).
@@ -132,9 +155,10 @@ class RowStream:
             )
         other = fold_key(self.seed, row.epoch, row.row_id, k) % others
         other += other >= row.block
-        return self.by_id(self._first_id[row.corpus : row.corpus + 1] + other, row.epoch)[0]
+        row_id = self._first_id[row.corpus : row.corpus + 1] + other
+        return self.read(self.places_of(row_id, row.epoch))[0]
 
-    def _located(self, number: int) -> Places:
+    def _page_of(self, number: int) -> Places:
         """Places of the rows of one page; the last page is kept."""
         if self._page is None or self._page[0] != number:
             first = number * self._page_rows
@@ -151,33 +175,17 @@ class RowStream:
             for part in np.split(here, cuts) if len(here) else ():
                 key = (self.seed, corpus, int(epochs[part[0]]))
                 blocks[part] = Permutation(self.blocks[corpus], key)(blocks[part])
-        return Places(corpora, blocks, epochs)
+        return self._places(corpora, blocks, epochs)
 
-    def _read(self, places: Places) -> list[Row]:
-        row_ids = (self._first_id[places.corpus] + places.block).tolist()
-        corpora = places.corpus.tolist()
-        firsts = places.block * self.stride
-        if len(self._flat) == 1:
-            stretches = self._flat[0].read(firsts, self.span)
-        else:
-            stretches = self._read_several(corpora, firsts)
-        named = zip(
-            stretches, corpora, places.block.tolist(), places.epoch.tolist(), row_ids, strict=True
-        )
-        return [
-            Row(tokens, starts, corpus, block, epoch, row_id)
-            for (tokens, starts), corpus, block, epoch, row_id in named
-        ]
+    def _places(self, corpus: np.ndarray, block: np.ndarray, epoch: np.ndarray) -> Places:
+        return Places(corpus, block, epoch, self._first_id[corpus] + block, block * self.stride)
 
-    def _read_several(self, corpora: list[int], firsts: np.ndarray) -> list:
-        """As FlatTokens.read, where the rows come from different corpora."""
-        stretches: list = [None] * len(corpora)
-        for corpus in set(corpora):
-            places = [i for i, other in enumerate(corpora) if other == corpus]
-            found = self._flat[corpus].read(firsts[places], self.span)
-            for place, stretch in zip(places, found, strict=True):
-                stretches[place] = stretch
-        return stretches
+    def _by_corpus(self, places: Places) -> Iterator[tuple[int, np.ndarray]]:
+        """Each corpus with the numbers of those places that are in it."""
+        for corpus in range(len(self._flat)):
+            chosen = np.flatnonzero(places.corpus == corpus)
+            if len(chosen):
+                yield corpus, chosen
 
     def _count_blocks(self, corpus: int) -> int:
         total = self._flat[corpus].total

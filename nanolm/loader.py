@@ -8,9 +8,10 @@ state is one integer, the next step, and a batch is the same bytes whatever the 
 ranks or restarts.
 
 What an objective brings: `example(row, rng, draw)` for one row, `collate(examples)` without
-randomness, `counts(batch)`, the number of targets of each loss term. An objective that needs no
-randomness may also have `batch(rows) -> dict of arrays`, which then stands for example and collate
-together and saves making a generator for each row; where it is missing or None they are used.
+randomness, `counts(batch)`, the number of targets of each loss term. An objective that does nothing
+to single rows may also have `batch(block: RowBlock) -> dict of arrays`, which then stands for
+example and collate together: no generator and no object is made for a row. Where `batch` is missing
+or None, they are used.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from nanolm.data.permutation import Permutation
 from nanolm.data.schedule import cut, shard_rows, share_of
-from nanolm.data.stream import Row, RowStream
+from nanolm.data.stream import Places, Row, RowStream
 from nanolm.errors import UserError
 
 PREFETCH = 4
@@ -58,11 +59,7 @@ class MicroBatch:
     row_ids: np.ndarray
 
     def to(self, device: torch.device | str, pin: bool) -> MicroBatch:
-        """The same batch with its tensors on `device`; `pin` copies through page-locked memory,
-        without waiting."""
-        device = torch.device(device)
-        if device.type == "cpu":
-            return self
+        """The same batch on an accelerator; `pin` copies by page-locked memory, not waiting."""
         tensors = {
             name: (tensor.pin_memory() if pin else tensor).to(device, non_blocking=pin)
             for name, tensor in self.tensors.items()
@@ -71,19 +68,17 @@ class MicroBatch:
 
 
 def micro_batch_of(
-    rows: list[Row], stream: RowStream, objective: RowObjective, seed: int
+    places: Places, stream: RowStream, objective: RowObjective, seed: int
 ) -> MicroBatch:
     """Rows -> examples -> batch; each row's generator is default_rng((seed, epoch, row_id))."""
     whole = getattr(objective, "batch", None)
     if whole is not None:
-        batch = whole(rows)
+        batch = whole(stream.read_block(places))
     else:
+        rows = stream.read(places)
         batch = objective.collate([_example(row, stream, objective, seed) for row in rows])
-    return MicroBatch(
-        {name: _tensor(values) for name, values in batch.items()},
-        objective.counts(batch),
-        np.array([row.row_id for row in rows]),
-    )
+    tensors = {name: _tensor(values) for name, values in batch.items()}
+    return MicroBatch(tensors, objective.counts(batch), places.row_id)
 
 
 def _example(row: Row, stream: RowStream, objective: RowObjective, seed: int) -> Any:
@@ -93,7 +88,7 @@ def _example(row: Row, stream: RowStream, objective: RowObjective, seed: int) ->
 
 def _tensor(values: np.ndarray) -> Tensor:
     """A tensor that shares the array's memory; integers of other types become int64."""
-    if values.dtype.kind in "iu" and values.dtype != np.int64:
+    if values.dtype != np.int64 and values.dtype.kind in "iu":
         values = values.astype(np.int64)
     return torch.from_numpy(values)
 
@@ -129,7 +124,7 @@ class Loader:
         self.rank, self.world = rank, world
         self.seed = stream.seed if seed is None else seed
         self.workers, self.step = workers, start_step
-        self.device, self.pin = device, pin
+        self.device, self.pin = torch.device(device), pin
         self._source: Iterator[MicroBatch] | None = None
         self._turn = 0
         self.pieces(start_step)  # refuses a wrong rank or micro-batch now, not in a worker
@@ -140,7 +135,8 @@ class Loader:
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         self.close()
-        if not self.pieces(self.step):  # more ranks than rows: this one never has any
+        per_step = len(self.pieces(self.step))  # the same in every step
+        if not per_step:  # more ranks than rows: this one never has any
             while True:
                 self.step += 1
                 yield []
@@ -149,7 +145,7 @@ class Loader:
         turn = self._turn
         try:
             while True:
-                batches = [self._next(turn) for _ in self.pieces(self.step)]
+                batches = [self._next(turn) for _ in range(per_step)]
                 self.step += 1
                 yield batches
         finally:
@@ -158,9 +154,8 @@ class Loader:
 
     def build(self, rows: range) -> MicroBatch:
         """The micro-batch of these global rows, on the CPU."""
-        return micro_batch_of(
-            self.stream.rows(rows.start, rows.stop), self.stream, self.objective, self.seed
-        )
+        places = self.stream.places(rows.start, rows.stop)
+        return micro_batch_of(places, self.stream, self.objective, self.seed)
 
     def close(self) -> None:
         """End the worker processes; iterating again starts new ones at `step`."""
@@ -172,7 +167,7 @@ class Loader:
         batch = next(self._source)
         if isinstance(batch, _Refusal):
             raise UserError(batch.sentence)
-        return batch.to(self.device, self.pin)
+        return batch if self.device.type == "cpu" else batch.to(self.device, self.pin)
 
     def _ahead(self) -> Iterator[range]:
         """Rows of all micro-batches from the present step on, without end."""
@@ -210,8 +205,8 @@ class _Builder(Dataset):
 
     def __getitem__(self, rows: range) -> MicroBatch | _Refusal:
         try:
-            read = self.stream.rows(rows.start, rows.stop)
-            return micro_batch_of(read, self.stream, self.objective, self.seed)
+            places = self.stream.places(rows.start, rows.stop)
+            return micro_batch_of(places, self.stream, self.objective, self.seed)
         except UserError as error:
             return _Refusal(str(error))
 
@@ -250,5 +245,6 @@ def eval_batches(
     if limit is not None and limit < len(stream):
         row_ids = np.sort(Permutation(len(stream), (seed,))(row_ids[:limit]))
     for piece in cut(share_of(0, len(row_ids), rank, world), batch):
-        rows = stream.by_id(row_ids[piece.start : piece.stop])
-        yield micro_batch_of(rows, stream, objective, seed).to(device, pin)
+        places = stream.places_of(row_ids[piece.start : piece.stop])
+        found = micro_batch_of(places, stream, objective, seed)
+        yield found if torch.device(device).type == "cpu" else found.to(device, pin)

@@ -56,13 +56,13 @@ class Noisy:
 
 
 class Failing(Causal):
-    """Raises for every row of one block."""
+    """Raises for every batch that holds a certain token."""
 
     def __init__(self, error):
         self.error = error
 
     def batch(self, rows):
-        if any(row.block == 5 for row in rows):
+        if (rows.tokens == 500).any():
             raise self.error
         return super().batch(rows)
 

@@ -225,3 +225,22 @@ def test_bad_streams_are_refused(places, tmp_path):
         RowStream([], "train", stride=8, span=8, seed=0)
     with pytest.raises(ValueError, match="span=7"):
         RowStream([(paths[0], 1)], "train", stride=8, span=7, seed=0)
+
+
+@PROPERTY
+@given(seed=st.integers(0, 10**6), start=st.integers(0, 3000), count=st.integers(1, 40),
+       partial=st.booleans())
+def test_a_block_equals_its_rows(places, seed, start, count, partial):
+    paths, _ = places
+    stream = RowStream([(path, 1) for path in paths], "train", stride=40, span=41, seed=seed,
+                       partial=partial)
+    where = stream.places(start, start + count)
+    block, rows = stream.read_block(where), stream.read(where)
+    for length in (30, 40, 50):
+        ours, theirs = fill_blocks(block, length), fill_blocks(rows, length)
+        assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+    for b, row in enumerate(rows):
+        assert np.array_equal(block.tokens[b, : len(row.tokens)], row.tokens)
+        assert block.short.get(b, 41) == len(row.tokens)
+        inside = [o for r, o in zip(block.start_rows, block.start_offsets) if r == b]
+        assert inside == row.starts[1:].tolist()
