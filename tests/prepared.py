@@ -1,0 +1,76 @@
+"""A small prepared corpus and a small trained run, made once per test process."""
+
+import functools
+import pathlib
+import sysconfig
+import tempfile
+
+from nanolm.arguments import load_config
+from nanolm.commands.train import run_train
+from nanolm.data.prepare import PrepareConfig, prepare
+from nanolm.data.progress import Silent
+
+MODULES = ("argparse.py", "textwrap.py", "statistics.py", "ast.py", "inspect.py", "typing.py")
+SMALL = [
+    "--model.d_model=32",
+    "--model.n_layers=2",
+    "--model.n_heads=4",
+    "--model.max_length=128",
+    "--data.row_length=32",
+    "--train.global_batch=8",
+    "--run.threads=1",
+    "--run.wandb.mode=disabled",
+    "--eval.batches=4",
+]
+
+STEPS = {"clm": 80, "prefix": 80, "mlm": 250, "mlm_pair": 250}
+
+
+@functools.cache
+def prepared_corpus() -> pathlib.Path:
+    """Six modules of the standard library, a vocabulary of 512, train, val and test splits."""
+    root = pathlib.Path(tempfile.mkdtemp(prefix="nanolm-prepared-"))
+    library = pathlib.Path(sysconfig.get_paths()["stdlib"])
+    for name in MODULES:  # in pieces, so that every split gets some
+        lines = (library / name).read_text(encoding="utf-8").splitlines(keepends=True)
+        for start in range(0, len(lines), 100):
+            (root / f"{start:05d}_{name}").write_text("".join(lines[start : start + 100]))
+    config = PrepareConfig(
+        out=str(root / "prepared"),
+        sources=[str(root / "*.py")],
+        vocab_size=512,
+        val_fraction=0.1,
+        test_fraction=0.1,
+        workers=1,
+    )
+    prepare(config, Silent())
+    return root / "prepared"
+
+
+def train(folder: pathlib.Path, *words: str) -> dict:
+    """A small run in this process; returns its summary."""
+    argv = [*SMALL, f"--data.path={prepared_corpus()}", f"--run.dir={folder}", *words]
+    return run_train(load_config(argv))
+
+
+@functools.cache
+def trained_run(objective: str = "clm") -> pathlib.Path:
+    """A small trained model: a decoder for clm and prefix, an encoder for mlm and mlm_pair."""
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="nanolm-run-")) / objective
+    trunk = "encoder" if objective.startswith("mlm") else "decoder"
+    segments = 2 if objective == "mlm_pair" else 0
+    train(
+        folder,
+        f"--objective.name={objective}",
+        f"--model.trunk={trunk}",
+        f"--model.n_segments={segments}",
+        "--model.positions.name=rotary",
+        "--data.row_length=64",
+        "--train.global_batch=16",
+        f"--train.steps={STEPS[objective]}",
+        "--optim.name=muon",
+        "--optim.adamw_lr=1e-2",
+        "--schedule.warmup=10",
+        *(["--objective.mask_rate=0.3"] if trunk == "encoder" else []),
+    )
+    return folder

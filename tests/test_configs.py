@@ -1,0 +1,34 @@
+"""Every YAML in configs/ is read, built, and takes two shrunken steps."""
+
+import pathlib
+
+import pytest
+
+from nanolm.arguments import load_config
+from nanolm.commands.train import run_train
+from tests.prepared import SMALL, prepared_corpus
+
+ROOT = pathlib.Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs" / "pretrain").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_two_shrunken_steps(path, tmp_path):
+    full = load_config([f"--config={path}"])
+    grouped = full.model.kv_heads < full.model.n_heads
+    argv = [
+        f"--config={path}",
+        *SMALL,
+        f"--model.n_kv_heads={2 if grouped else 'null'}",
+        "--model.head_dim=null",
+        "--model.d_ff=null",
+        "--model.vocab_size=null",
+        "--train.micro_batch=4",
+        "--train.steps=2",
+        "--schedule.warmup=0",
+        "--run.checkpoint_every=0",
+        f"--data.path={prepared_corpus()}",
+        f"--run.dir={tmp_path / 'run'}",
+    ]
+    summary = run_train(load_config(argv))
+    assert summary["steps"] == 2 and summary["val_loss"] > 0

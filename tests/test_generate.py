@@ -1,0 +1,151 @@
+"""Writing text: the cache changes nothing, sampling does what its paper says, stops are honoured."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanolm import sampling
+from nanolm.cli import main
+from nanolm.errors import UserError
+from nanolm.generate import Generator, cut_at, write
+from nanolm.sampling import Sampling
+from nanolm.saved import open_saved
+from tests.prepared import trained_run
+
+PROMPTS = ["def parse(", "class Action:\n    def", "x"]
+GREEDY = Sampling(temperature=0)
+
+
+@pytest.fixture(scope="module", params=["clm", "prefix"])
+def saved(request):
+    return open_saved(trained_run(request.param))
+
+
+def steps(generator, tokens, count):
+    logits = generator.logits(tokens, count + 1)
+    seen = [next(logits)]
+    for _ in range(count):
+        seen.append(logits.send(seen[-1].argmax(dim=-1)))
+    return torch.stack(seen)
+
+
+def test_cached_and_uncached_logits_agree(saved):
+    cached, uncached = Generator(saved), Generator(saved, use_cache=False)
+    prompts = [cached.prompt_ids(text) for text in PROMPTS]
+    torch.testing.assert_close(
+        steps(cached, prompts, 12), steps(uncached, prompts, 12), atol=1e-5, rtol=0
+    )
+
+
+def test_greedy_text_is_the_same_alone_in_a_batch_and_without_cache(saved):
+    batch = write(Generator(saved), PROMPTS, max_tokens=16, sampling=GREEDY)
+    bare = write(Generator(saved, use_cache=False), PROMPTS, max_tokens=16, sampling=GREEDY)
+    alone = [write(Generator(saved), [p], max_tokens=16, sampling=GREEDY)[0] for p in PROMPTS]
+    assert batch == bare == alone
+
+
+def test_a_seed_gives_the_same_text_and_another_seed_another(saved):
+    def text(seed):
+        generator = Generator(saved)
+        return write(generator, ["def "], max_tokens=24, sampling=Sampling(), seed=seed)
+
+    assert text(1) == text(1) != text(2)
+
+
+def test_stop_strings_end_the_text_and_are_left_out(saved):
+    free = write(Generator(saved), ["def "], max_tokens=24, sampling=GREEDY)[0]
+    stop = free[len(free) // 2 : len(free) // 2 + 2]
+    cut = write(Generator(saved), ["def "], max_tokens=24, sampling=GREEDY, stop=[stop])[0]
+    assert cut == free[: free.index(stop)]
+    assert cut_at("abcd", ["d", "bc"]) == ("a", True)
+    assert cut_at("abcd", ["x", ""]) == ("abcd", False)
+
+
+def test_text_grows_and_its_last_form_is_what_is_returned(saved):
+    seen = []
+    texts = write(
+        Generator(saved),
+        ["def "],
+        max_tokens=12,
+        sampling=GREEDY,
+        on_text=lambda index, text: seen.append(text),
+    )
+    assert seen[-1] == texts[0]
+    assert all(later.startswith(earlier) for earlier, later in zip(seen, seen[1:], strict=False))
+
+
+def test_specials_are_never_written(saved):
+    generator = Generator(saved)
+    special = torch.from_numpy(saved.tokenizer.special_mask)
+    forbidden = generator.forbidden_V[: len(special)]
+    assert not forbidden[saved.tokenizer.eos]
+    special[saved.tokenizer.eos] = False
+    assert torch.equal(forbidden, special)
+    assert generator.forbidden_V[len(special) :].all()
+
+
+def test_too_long_a_prompt_is_refused(saved):
+    with pytest.raises(UserError, match="max_length"):
+        write(Generator(saved), ["x" * 500], max_tokens=50, sampling=GREEDY)
+
+
+def test_an_encoder_does_not_write():
+    with pytest.raises(UserError, match="nanolm fill"):
+        Generator(open_saved(trained_run("mlm")))
+
+
+logits = st.lists(st.floats(-8, 8, width=32), min_size=2, max_size=20).map(
+    lambda values: torch.tensor([values])
+)
+
+
+@given(logits, st.integers(1, 20))
+def test_top_k_keeps_the_k_largest(x, k):
+    kept = sampling.keep_top_k(x, k).isfinite()[0]
+    k = min(k, x.shape[1])
+    assert kept.sum() >= k
+    assert x[0][kept].min() >= x[0].topk(k).values[-1]
+
+
+@given(logits, st.floats(0.05, 1.0))
+def test_top_p_keeps_the_smallest_nucleus(x, p):
+    kept = sampling.keep_top_p(x, p).isfinite()[0]
+    probability = x.softmax(dim=-1)[0]
+    assert kept.any()
+    # It reaches p, and without its least likely member it would not.
+    assert probability[kept].sum() >= min(p, 1.0) - 1e-5
+    assert probability[kept].sum() - probability[kept].min() < p + 1e-5
+
+
+@given(logits, st.floats(0.05, 1.0))
+def test_min_p_keeps_what_is_likely_enough(x, p):
+    kept = sampling.keep_min_p(x, p).isfinite()[0]
+    probability = x.softmax(dim=-1)[0]
+    assert torch.equal(kept, probability >= p * probability.max())
+
+
+def test_repetition_penalty_lowers_only_what_was_seen():
+    x, seen = torch.tensor([[2.0, -2.0, 1.0]]), torch.tensor([[True, True, False]])
+    assert sampling.penalise_repetition(x, seen, 2.0).tolist() == [[1.0, -4.0, 1.0]]
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_k": 0}, {"top_p": 0}, {"min_p": 2}])
+def test_impossible_sampling_is_refused(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        Sampling(**wrong)
+
+
+def test_command_writes_texts_and_json(tmp_path, capsys):
+    out = tmp_path / "texts.json"
+    run = str(trained_run("clm"))
+    main(["generate", run, "--prompt=def ", "--count=2", "--max_tokens=8", f"--json={out}"])
+    assert "sample 2" in capsys.readouterr().out
+    texts = json.loads(out.read_text())
+    assert [text["prompt"] for text in texts] == ["def ", "def "]
+    main(["generate", run, "--prompt=def ", "--max_tokens=8", "--temperature=0"])
+    streamed = capsys.readouterr().out
+    greedy = write(Generator(open_saved(run)), ["def "], max_tokens=8, sampling=GREEDY)[0]
+    assert streamed == f"def {greedy}\n"
