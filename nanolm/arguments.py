@@ -18,7 +18,8 @@ import importlib
 from typing import Any
 
 from nanolm import strict_yaml
-from nanolm.config import CHOICES, Config, choose, widen
+from nanolm.choices import CHOICES, choose, widen
+from nanolm.config import Config
 from nanolm.errors import UserError
 from nanolm.typed import dotted, fields_of, from_words, instance, n_words, unknown_key
 

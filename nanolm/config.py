@@ -2,9 +2,8 @@
 with what (kernels, distributed), and the run itself. Plain frozen dataclasses; a field's docstring
 is its `--help`. Nothing here builds anything: names resolve in `build.py`.
 
-Four fields are *choices*: a registered name decides which options dataclass stands there
-(`objective`, `optim`, `schedule`, `model.positions`, `train.rule`). `choose` swaps the matching
-dataclass in, so that the keys of a choice, a plug-in's included, are typed like all others.
+Five fields are *choices*: a registered name decides which options dataclass stands there
+(`objective`, `optim`, `schedule`, `model.positions`, `train.rule`; see `choices.py`).
 """
 
 from __future__ import annotations
@@ -13,13 +12,20 @@ import dataclasses
 from typing import Any, Literal
 
 from nanolm.errors import UserError
-from nanolm.registry import OBJECTIVES, OPTIMIZERS, POSITIONS, RULES, SCHEDULES, Options, Registry
+from nanolm.registry import Options
 
 
 def require(condition: bool, sentence: str) -> None:
     """Raises UserError(sentence) unless the condition holds."""
     if not condition:
         raise UserError(sentence)
+
+
+def require_at_least(group: str, config: Any, **least: float) -> None:
+    """Raises UserError for the first key whose value is neither null nor at least the given one."""
+    for key, bound in least.items():
+        value = getattr(config, key)
+        require(value is None or value >= bound, f"{group}.{key}={value} must be at least {bound}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,6 +92,9 @@ class ModelConfig:
     """Standard deviation of the initial weights."""
 
     def __post_init__(self) -> None:
+        sizes = ("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "max_length")
+        require_at_least("model", self, **dict.fromkeys((*sizes, "vocab_size"), 1))
+        require_at_least("model", self, n_segments=0, norm_eps=0, init_std=0)
         require(
             self.head_dim is not None or self.d_model % self.n_heads == 0,
             f"model.n_heads={self.n_heads} does not divide model.d_model={self.d_model}; change "
@@ -95,9 +104,6 @@ class ModelConfig:
             self.n_heads % self.kv_heads == 0,
             f"model.n_kv_heads={self.n_kv_heads} does not divide model.n_heads={self.n_heads}",
         )
-        for key in ("d_model", "n_layers", "n_heads", "kv_heads", "max_length"):
-            value = getattr(self, key)
-            require(value > 0, f"model.{key.replace('kv', 'n_kv')}={value} must be positive")
         for key in ("dropout", "attention_dropout"):
             value = getattr(self, key)
             require(0 <= value < 1, f"model.{key}={value} must lie in [0, 1)")
@@ -157,7 +163,7 @@ class DataConfig:
     """Loader processes per rank; 0 reads in the training process."""
 
     def __post_init__(self) -> None:
-        require(self.row_length > 1, f"data.row_length={self.row_length} must be at least 2")
+        require_at_least("data", self, row_length=2, workers=0)
         require(
             self.path is None or not self.corpora,
             "data.path and data.corpora are both set; keep one of them",
@@ -204,12 +210,7 @@ class TrainConfig:
     """Gradient rule: how one optimizer step gets its gradient."""
 
     def __post_init__(self) -> None:
-        require(self.steps >= 0, f"train.steps={self.steps} must not be negative")
-        require(self.global_batch > 0, f"train.global_batch={self.global_batch} must be positive")
-        require(
-            self.micro_batch is None or self.micro_batch > 0,
-            f"train.micro_batch={self.micro_batch} must be positive or null",
-        )
+        require_at_least("train", self, steps=0, global_batch=1, micro_batch=1, max_skips=0)
         require(self.clip is None or self.clip > 0, f"train.clip={self.clip} must be > 0 or null")
         require(self.ema is None or 0 < self.ema < 1, f"train.ema={self.ema} must lie in (0, 1)")
 
@@ -224,6 +225,9 @@ class EvalConfig:
     """Batches of the validation split to use; null for all of it."""
     batch: int | None = None
     """Rows per evaluation batch; null means train.global_batch."""
+
+    def __post_init__(self) -> None:
+        require_at_least("eval", self, every=0, batches=1, batch=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -250,6 +254,9 @@ class DistributedConfig:
     """ddp: every rank holds the whole model and gradients are averaged."""
     timeout: float = 600.0
     """Seconds after which a collective that a peer never joins is an error."""
+
+    def __post_init__(self) -> None:
+        require(self.timeout > 0, f"distributed.timeout={self.timeout} must be positive")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -287,6 +294,10 @@ class RunConfig:
     wandb: WandbConfig = dataclasses.field(default_factory=WandbConfig)
     """Weights & Biases."""
 
+    def __post_init__(self) -> None:
+        require_at_least("run", self, seed=0, threads=1, log_every=1)
+        require_at_least("run", self, checkpoint_every=0, keep_last=1)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
@@ -318,56 +329,3 @@ class Config:
     """Ranks."""
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
     """The run itself."""
-
-
-CHOICES: dict[str, Registry] = {
-    "objective": OBJECTIVES,
-    "optim": OPTIMIZERS,
-    "schedule": SCHEDULES,
-    "model.positions": POSITIONS,
-    "train.rule": RULES,
-}
-"""Keys of the schema where a registered name decides which options dataclass stands."""
-
-
-def narrow(schema: type, **fields: type) -> type:
-    """A dataclass like `schema` in which the named fields have more specific dataclass types."""
-    items = [(key, kind, dataclasses.field(default_factory=kind)) for key, kind in fields.items()]
-    return dataclasses.make_dataclass(
-        schema.__name__,
-        items,
-        bases=(schema,),
-        frozen=True,
-        kw_only=True,
-        namespace={"__doc__": schema.__doc__, "narrowed_from": schema},
-    )
-
-
-def widen(value: Any) -> Any:
-    """The same config in the plain classes that `narrow` started from."""
-    if not dataclasses.is_dataclass(value) or not hasattr(type(value), "narrowed_from"):
-        return value
-    fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    return type(value).narrowed_from(**{key: widen(part) for key, part in fields.items()})
-
-
-def choose(names: dict[str, str], schema: type = Config) -> type:
-    """The schema whose choices are fixed to the given names, e.g. {"objective": "mlm"}.
-
-    Choices that are not named keep the schema's default. Raises UserError for unknown names.
-    """
-    options = {
-        key: registry.get(names.get(key, _default_name(schema, key))).options or Options
-        for key, registry in CHOICES.items()
-    }
-    model = narrow(ModelConfig, positions=options["model.positions"])
-    train = narrow(TrainConfig, rule=options["train.rule"])
-    tops = {key: kind for key, kind in options.items() if "." not in key}
-    return narrow(schema, model=model, train=train, **tops)
-
-
-def _default_name(schema: type, key: str) -> str:
-    value = schema()
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value.name

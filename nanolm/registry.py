@@ -58,6 +58,9 @@ class Registry:
                 raise ValueError(
                     f"{self.kind} {name!r} is registered already, by {taken.__module__}"
                 )
+            default = dataclasses.fields(options)[0].default if options else name
+            if default != name:
+                raise ValueError(f"{options.__name__}.name must default to {name!r}")
             self._entries[name] = Entry(name, build, options)
             return build
 

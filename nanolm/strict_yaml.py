@@ -21,7 +21,13 @@ class StrictLoader(yaml.SafeLoader):
         """The mapping of a node; raises ConstructorError for a key that stands twice."""
         seen = set()
         for key_node, _ in node.value:
+            if key_node.tag.endswith(":merge"):  # <<: *anchor, whose keys may be overridden
+                continue
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, (str, int, float, bool, type(None))):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key!r} cannot be a key", key_node.start_mark
+                )
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} stands twice", key_node.start_mark

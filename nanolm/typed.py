@@ -33,6 +33,7 @@ def instance(schema: type, mapping: Any, key: str = "") -> Any:
     Raises UserError for an unknown or missing key, a wrong type, or whatever the dataclass refuses.
     """
     where = key or "the config"
+    mapping = {} if mapping is None else mapping  # a group whose keys are all commented out
     if not isinstance(mapping, dict):
         raise UserError(f"{where}: expected keys and values, got {mapping!r}")
     kinds = fields_of(schema)

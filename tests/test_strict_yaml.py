@@ -1,0 +1,93 @@
+"""YAML as people expect it."""
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanolm import strict_yaml
+from nanolm.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("3e-4", 3e-4),
+        ("1E5", 1e5),
+        ("-2.5e+3", -2500.0),
+        (".5", 0.5),
+        ("1.", 1.0),
+        ("10", 10),
+        ("1e", "1e"),
+        ("0x10", 16),
+        ("e4", "e4"),
+        ("1.2.3", "1.2.3"),
+        ("null", None),
+        ("true", True),
+        ("'3e-4'", "3e-4"),
+        ("2024-01-01x", "2024-01-01x"),
+    ],
+)
+def test_scalars(text, value):
+    parsed = strict_yaml.parse(text, "here")
+    assert parsed == value and type(parsed) is type(value)
+
+
+def test_infinities_are_numbers():
+    assert strict_yaml.parse("[.inf, -.inf]", "here") == [math.inf, -math.inf]
+    assert math.isnan(strict_yaml.parse(".nan", "here"))
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("a: 1\nb: 2\na: 3", "line 3 .*'a' stands twice"),
+        ("a:\n  b: 1\n  b: 1", "line 3 .*'b' stands twice"),
+        ("a: [1, 2", "not valid YAML"),
+        ("a: !!python/object/apply:os.system ['true']", "not valid YAML"),
+        ("\ta: 1", "line 1"),
+        ("? [1]\n: 2", "not valid YAML"),
+        ("a: \x00", "not valid YAML"),
+    ],
+)
+def test_refusals_name_the_place(text, problem):
+    with pytest.raises(UserError, match=f"conf.yaml.*{problem}"):
+        strict_yaml.parse(text, "conf.yaml")
+
+
+def test_anchors_merge():
+    text = "a: &base {x: 1, y: 2}\nb:\n  <<: *base\n  y: 3\n"
+    assert strict_yaml.parse(text, "here")["b"] == {"x": 1, "y": 3}
+
+
+def test_files(tmp_path):
+    path = tmp_path / "a.yaml"
+    for text, value in (("", {}), ("# only a comment", {}), ("lr: 3e-4", {"lr": 3e-4})):
+        path.write_text(text)
+        assert strict_yaml.read_mapping(path) == value
+    for content, problem in ((b"- 1", "keys and values"), (b"\xff\xfe\x00", "UTF-8")):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"a.yaml.*{problem}"):
+            strict_yaml.read_mapping(path)
+    with pytest.raises(UserError, match=r"none.yaml: No such file"):
+        strict_yaml.read_mapping(tmp_path / "none.yaml")
+
+
+values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**12), 10**12)
+    | st.floats(allow_nan=False)
+    | st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), max_size=12),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text("abcxyz_", min_size=1), inner)
+    ),
+    max_leaves=8,
+)
+
+
+@given(values)
+@settings(deadline=None, derandomize=True, max_examples=100)
+def test_what_is_dumped_is_parsed_again(value):
+    assert strict_yaml.parse(strict_yaml.dump(value), "round trip") == value
