@@ -68,7 +68,14 @@ class RowsPiece:
                     counts[f"dropped/no text in field {self.text_field}"] += 1
 
 
-@SOURCES.register("hf", options=SourceOptions)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HuggingFaceOptions(SourceOptions):
+    """Options of the source `hf`."""
+
+    name: str = "hf"
+
+
+@SOURCES.register("hf", options=HuggingFaceOptions)
 class HuggingFace:
     """A data set by name, split (default train) and configuration."""
 

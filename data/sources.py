@@ -71,7 +71,14 @@ class Source(Protocol):
         ...
 
 
-@SOURCES.register("files", options=SourceOptions)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FilesOptions(SourceOptions):
+    """Options of the source `files`."""
+
+    name: str = "files"
+
+
+@SOURCES.register("files", options=FilesOptions)
 class Files:
     """A file, a glob pattern or a folder (walked in sorted order, hidden names skipped)."""
 
@@ -126,7 +133,14 @@ def _raise_unreadable(error: OSError) -> None:
     raise UserError(f"cannot read the folder {error.filename}: {error.strerror}")
 
 
-@SOURCES.register("stdlib", options=SourceOptions)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StandardLibraryOptions(SourceOptions):
+    """Options of the source `stdlib`."""
+
+    name: str = "stdlib"
+
+
+@SOURCES.register("stdlib", options=StandardLibraryOptions)
 class StandardLibrary:
     """The .py files of the running Python's own standard library, without its test suites.
 

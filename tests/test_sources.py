@@ -175,6 +175,7 @@ def example_source():
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class CountdownOptions(SourceOptions):
+        name: str = "countdown"
         length: int = 3
 
     @dataclasses.dataclass
