@@ -29,6 +29,7 @@ setup(
         "nanolm",
         "nanolm.commands",
         "nanolm.data",
+        "nanolm.kernel_check",
         "nanolm.kernels",
         "nanolm.objectives",
     ],

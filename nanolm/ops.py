@@ -5,6 +5,7 @@ it: an object with
 
     name                      its registered name
     why_not(spec) -> str|None a reason in words why it cannot serve this spec, or None
+    only_by_name_on           (optional) device types on which `auto` passes it over
     run(...)                  the computation, with the op's signature (see `ops_reference.py`)
 
 A *spec* is what is known when the model is built: widths, masks that may occur, dtype, device and
@@ -116,7 +117,9 @@ class Kernel(Protocol):
 KERNELS: dict[str, Registry] = {op: Registry(f"{op} kernel") for op in OPS}
 
 # Modules that register kernels when imported, by op; imported on demand by `candidates`.
-BUILT_IN: dict[str, list[str]] = {op: ["nanolm.ops_reference", "nanolm.ops_torch"] for op in OPS}
+BUILT_IN: dict[str, list[str]] = {
+    op: ["nanolm.ops_reference", "nanolm.ops_torch", "nanolm.ops_triton"] for op in OPS
+}
 
 # `auto` tries these first, in this order; plug-ins are taken only by name.
 AUTO: dict[str, list[str]] = {
@@ -176,6 +179,8 @@ def choose(op: str, spec: Spec, requested: str = "auto") -> Choice:
         if name not in known:
             continue
         reason = known[name].why_not(spec)
+        if reason is None and spec.device in getattr(known[name], "only_by_name_on", ()):
+            reason = f"on {spec.device} it serves only when it is named"
         if reason is None:
             return Choice(op, spec, known[name], refused)
         refused[name] = reason

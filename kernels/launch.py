@@ -1,0 +1,126 @@
+"""How kernels are launched: tile sizes, warps and pipeline stages by (architecture, width, dtype).
+
+Nothing is tuned at run time: a wrong choice costs registers spilled to memory, and those can be
+counted without a GPU. The tables here are what `nanolm kernels compile` has compiled for each
+architecture and found to fit (see compile_matrix.json); a GPU that they do not name takes the
+entry of its nearest older relative.
+
+In a batch's journey: every Triton op asks here once per launch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    # The stock interpreter computes bfloat16 on bit patterns; no kernel may run before this.
+    from nanolm.kernels.interpreter import install
+
+    install()
+
+ACCUMULATORS = {torch.float64: tl.float64}
+_forced_arch: list[str] = []
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """m queries by n keys a tile, and how many warps and pipeline stages a program gets."""
+
+    m: int
+    n: int
+    warps: int = 4
+    stages: int = 2
+
+    def options(self) -> dict[str, int]:
+        """Keyword arguments of a Triton launch."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+# (architecture, COLUMNS) -> launches of 16-bit attention: forward, dK and dV, dQ, bias gradient.
+HALF = {
+    ("sm_80", 64): (Launch(128, 64, 4, 3), Launch(64, 64, 4, 2), Launch(64, 64, 4, 2)),
+    ("sm_80", 128): (Launch(128, 64, 8, 2), Launch(64, 64, 8, 2), Launch(64, 64, 8, 2)),
+    ("sm_80", 256): (Launch(64, 32, 8, 2), Launch(32, 32, 8, 1), Launch(32, 32, 8, 1)),
+}
+KINDS = ("forward", "key_value", "query", "bias")
+
+
+@functools.cache
+def device_arch(index: int) -> str:
+    """ "sm_90", "gfx942", …: the architecture of a CUDA or ROCm device."""
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip is not None:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def arch_of(device: torch.device) -> str:
+    """The architecture that a launch on this device is for; "cpu" in the interpreter."""
+    if _forced_arch:
+        return _forced_arch[-1]
+    if device.type == "cpu":
+        return "cpu"
+    return device_arch(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@contextlib.contextmanager
+def forced_arch(arch: str) -> Iterator[None]:
+    """Within it every launch is for `arch`, whatever the device: for compiling without a GPU."""
+    _forced_arch.append(arch)
+    try:
+        yield
+    finally:
+        _forced_arch.pop()
+
+
+def relative(arch: str) -> str:
+    """The architecture of the tables whose entries fit `arch`."""
+    if arch.startswith("gfx"):
+        return "gfx942"
+    number = int("".join(c for c in arch[3:] if c.isdigit()))
+    for known in (120, 100, 90, 89, 86, 80):
+        if number >= known:
+            return {120: "sm_86", 89: "sm_86"}.get(known, f"sm_{known}")
+    return "sm_80"
+
+
+# Few large tiles are fast in the interpreter; tests replace this to see several per axis.
+INTERPRETER = dict.fromkeys(KINDS, Launch(32, 32))
+
+
+def attention_launch(kind: str, device: torch.device, columns: int, dtype: torch.dtype) -> Launch:
+    """The launch of one attention kernel: "forward", "key_value", "query" or "bias"."""
+    arch = arch_of(device)
+    if arch == "cpu":
+        return INTERPRETER[kind]
+    columns = max(columns, 64)
+    if dtype.itemsize > 2:
+        # No 32-bit tensor cores are used (`ieee`), so tiles are small and registers the limit.
+        return Launch(32, 32, 4 if columns == 64 else 8, 1)
+    forward, key_value, query = HALF[relative(arch), columns]
+    return {"forward": forward, "key_value": key_value, "query": query, "bias": query}[kind]
+
+
+def accumulator(dtype: torch.dtype) -> tl.dtype:
+    """What sums are kept in: float32, and float64 for float64 inputs (gradient checks)."""
+    return ACCUMULATORS.get(dtype, tl.float32)
+
+
+def columns_of(width: int) -> int:
+    """A head width rounded up to what tl.dot takes: a power of two, 16 at least."""
+    return max(16, triton.next_power_of_2(width))
+
+
+def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Launches go to the current device: make it the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -1,0 +1,1 @@
+"""Tools that find wrong kernels without a GPU: sanitizer, conformance suite, compile matrix."""

@@ -1,0 +1,92 @@
+"""The Triton kernels as candidates: what they can serve, in words, without importing Triton.
+
+`nanolm.kernels.*` holds the kernels themselves. They are imported when one of them first runs, so
+that a machine without a GPU pays nothing for them; on a CPU they run only in Triton's interpreter
+(TRITON_INTERPRET=1, set before anything imports triton), slowly, for tests, and only when named.
+
+Shapes: B batch, T queries, S keys, H query heads, G key/value heads, K head width, N tokens,
+D model width, V vocabulary, F feed-forward width.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanolm.bias import Bias
+from nanolm.masks import Mask
+from nanolm.ops import AttentionSpec, Spec, kernel
+from nanolm.ops_reference import AttentionOutput
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+class TritonKernel:
+    """What all Triton kernels have in common."""
+
+    name = "triton"
+    only_by_name_on = frozenset({"cpu"})
+
+    def why_not(self, spec: Spec) -> str | None:
+        """No Triton, no device for it, or a dtype without kernels."""
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        if spec.device != "cuda" and not (spec.device == "cpu" and interpreted):
+            return (
+                f"it needs a CUDA or ROCm device, and this one is {spec.device} (on a CPU it runs "
+                f"only in Triton's interpreter: TRITON_INTERPRET=1, for tests)"
+            )
+        if spec.dtype not in DTYPES:
+            return f"it has no {spec.dtype} version"
+        return self.why_not_shape(spec)
+
+    def why_not_shape(self, spec: Any) -> str | None:
+        """What of the op's own spec it cannot serve."""
+        return None
+
+
+@kernel("attention")
+class TritonAttention(TritonKernel):
+    """FlashAttention-2, forward and backward (kernels/attention.py)."""
+
+    def why_not_shape(self, spec: AttentionSpec) -> str | None:
+        """Heads wider than one tile."""
+        if spec.head_dim > 256:
+            return f"its heads are at most 256 wide, not {spec.head_dim}"
+        return None
+
+    def run(
+        self,
+        q_BTHK: Tensor,
+        k_BSGK: Tensor,
+        v_BSGK: Tensor,
+        mask: Mask,
+        *,
+        bias: Bias | None = None,
+        scale: float,
+        softcap: float | None = None,
+        dropout: float = 0.0,
+        return_lse: bool = False,
+        seed: Tensor | None = None,
+    ) -> Tensor | AttentionOutput:
+        """Attention, [B, T, H, K]; `seed`, int64 [1], keys dropout (else torch's generator does).
+
+        Under autocast in its dtype. (PyTorch's register_autocast fixes one dtype for ever, so the
+        cast stands here.)
+        """
+        from nanolm.kernels.attention_op import attention  # noqa: PLC0415
+
+        device = q_BTHK.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            q_BTHK, k_BSGK, v_BSGK = (x.to(dtype) for x in (q_BTHK, k_BSGK, v_BSGK))
+        out_BTHK, lse_BHT = attention(
+            q_BTHK, k_BSGK, v_BSGK, mask,
+            bias=bias, scale=scale, softcap=softcap, dropout=dropout, seed=seed,
+        )  # fmt: skip
+        return AttentionOutput(out_BTHK, lse_BHT) if return_lse else out_BTHK
