@@ -16,7 +16,7 @@ import numpy as np
 
 from nanolm.data.dedup import kept
 from nanolm.data.files import AtomicFile, write_json
-from nanolm.data.shard_file import Shard, ShardWriter
+from nanolm.data.shard_file import Shard, ShardWriter, count_ids
 from nanolm.data.shards import SPLITS
 from nanolm.data.split import Split
 from nanolm.data.spool import Unit, read_spool
@@ -153,7 +153,7 @@ def assemble(
     tokenizer = cached_tokenizer(model)
     if note.exists() and path.exists():
         info = json.loads(note.read_bytes())
-        return info, np.bincount(Shard(path).tokens, minlength=tokenizer.vocab_size)
+        return info, count_ids(Shard(path).tokens, tokenizer.vocab_size)
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     with ShardWriter(
         path, vocab_size=tokenizer.vocab_size, tokenizer_hash=tokenizer.hash, source=source
@@ -165,6 +165,6 @@ def assemble(
             tokens = read_tokens(unit, plan.split, first, int(ends[end - 1]), tokenizer.dtype)
             chosen = lengths[begin:end]
             writer.write(tokens, chosen["tokens"].astype(np.int64), int(chosen["bytes"].sum()))
-            counts += np.bincount(tokens, minlength=len(counts))
+            counts += count_ids(tokens, len(counts))
     write_json(note, writer.info)
     return writer.info, counts

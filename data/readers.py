@@ -3,7 +3,7 @@
 Text formats: .txt (documents as configured), .md and .py (one document a file), .jsonl and .json
 (one object a line), each plain, .gz or .zst; and .parquet. Uncompressed files made of lines are cut
 into byte ranges, so that several processes share one file: a range owns what begins in it.
-No block held in memory is larger than `DOCUMENT_BYTES` (`RECORD_BYTES` for a line of JSON).
+No block held in memory is larger than 1 MiB (`RECORD_BYTES` for a line of JSON).
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ from typing import IO
 import pyarrow as pa
 import pyarrow.parquet
 
+from nanolm.data.documents import blocks, lines, paragraphs
 from nanolm.errors import UserError
 
-DOCUMENT_BYTES = 1 << 20
 RECORD_BYTES = 1 << 26
 PROBE_BYTES = 1 << 20
 LONG_LINE_BYTES = 400
-BINARY_PROBE_BYTES = 1 << 13
 
 TEXT_FORMATS = {".txt": "txt", ".md": "file", ".py": "file", ".jsonl": "json", ".json": "json"}
 COMPRESSIONS = {".gz", ".zst"}
@@ -203,126 +202,3 @@ def unreadable_is_told(path: str) -> Iterator[None]:
         raise UserError(
             f"cannot read {path} ({reason}); repair it or leave it out of the sources"
         ) from error
-
-
-def looks_binary(head: bytes) -> bool:
-    """Whether the first bytes of a file are no text: text holds no NUL."""
-    return b"\0" in head[:BINARY_PROBE_BYTES]
-
-
-def cut_point(block: bytes) -> int:
-    """Where to cut a block that is too long: after a newline or space, or between characters."""
-    for mark in (b"\n", b" "):
-        if (cut := block.rfind(mark, len(block) // 2)) > 0:
-            return cut + 1
-    cut = len(block) - 1
-    while cut > len(block) - 4 and block[cut] & 0xC0 == 0x80:
-        cut -= 1
-    return max(1, cut)
-
-
-def blocks(file: IO[bytes], counts: Counter, limit: int = DOCUMENT_BYTES) -> Iterator[bytes]:
-    """A stream as one document, cut into several when it is longer than the limit."""
-    rest = b""
-    first = True
-    while block := file.read(limit + 1 - len(rest)):
-        rest += block
-        if first and looks_binary(rest):
-            counts["dropped/binary file"] += 1
-            return
-        first = False
-        if len(rest) > limit:
-            cut = cut_point(rest[:limit])
-            yield rest[:cut]
-            rest = rest[cut:]
-            counts["changed/long documents cut"] += 1
-    if rest:
-        yield rest
-
-
-def bounded(raw: bytes | str, counts: Counter, limit: int = DOCUMENT_BYTES) -> Iterator[bytes]:
-    """A document as bytes, cut into several when it is longer than the limit."""
-    rest = raw.encode("utf-8", "surrogatepass") if isinstance(raw, str) else raw
-    while len(rest) > limit:
-        cut = cut_point(rest[:limit])
-        yield rest[:cut]
-        rest = rest[cut:]
-        counts["changed/long documents cut"] += 1
-    yield rest
-
-
-def lines(
-    file: IO[bytes], begin: int, end: int, counts: Counter, limit: int = DOCUMENT_BYTES
-) -> Iterator[bytes]:
-    """The lines that begin in [begin, end), without their ends; blank lines are no documents.
-
-    A line beyond the limit is cut into several.
-    """
-    position = seek_line(file, begin)
-    if begin == 0 and looks_binary(peek(file)):
-        counts["dropped/binary file"] += 1
-        return
-    rest = b""
-    while position < end or rest:
-        block = file.readline(limit + 1 - len(rest))
-        position += len(block)
-        line = rest + block
-        if len(line) > limit and not line.endswith(b"\n"):
-            cut = cut_point(line[:limit])
-            line, rest = line[:cut], line[cut:]
-            counts["changed/long documents cut"] += 1
-        elif not line:
-            return
-        else:
-            rest = b""
-        if line := line.rstrip(b"\r\n"):
-            yield line
-
-
-def paragraphs(file: IO[bytes], begin: int, end: int, counts: Counter) -> Iterator[bytes]:
-    """Runs of lines between blank lines; a range ends at the first blank line at or after `end`."""
-    position = seek_line(file, begin)
-    if begin == 0 and looks_binary(peek(file)):
-        counts["dropped/binary file"] += 1
-        return
-    skipping = begin > 0
-    held: list[bytes] = []
-    size = 0
-    while line := file.readline(DOCUMENT_BYTES):
-        starts_at = position
-        position += len(line)
-        if line.strip():
-            if skipping:
-                continue
-            if size + len(line) > DOCUMENT_BYTES and held:
-                counts["changed/long documents cut"] += 1
-                yield b"".join(held)
-                held, size = [], 0
-            held.append(line)
-            size += len(line)
-            continue
-        if held:
-            yield b"".join(held).rstrip(b"\r\n")
-            held, size = [], 0
-        skipping = False
-        if starts_at >= end:
-            return
-    if held:
-        yield b"".join(held).rstrip(b"\r\n")
-
-
-def seek_line(file: IO[bytes], begin: int) -> int:
-    """Go to the first line that begins at or after `begin`; returns its position."""
-    if begin == 0:
-        return 0
-    position = file.seek(begin - 1)
-    while block := file.readline(DOCUMENT_BYTES):
-        position += len(block)
-        if block.endswith(b"\n"):
-            break
-    return position
-
-
-def peek(file: IO[bytes]) -> bytes:
-    """The next bytes of a stream without moving on."""
-    return file.peek(BINARY_PROBE_BYTES)[:BINARY_PROBE_BYTES]

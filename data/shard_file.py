@@ -20,6 +20,7 @@ from nanolm.errors import UserError
 
 FORMAT_VERSION = 1
 MAX_SHARD_TOKENS = (1 << 31) - 1
+COUNTED_TOKENS = 1 << 22
 # The metadata keys that are whole numbers; the others are words.
 COUNTS = ("format_version", "vocab_size", "tokens", "documents", "bytes")
 
@@ -179,6 +180,14 @@ def check_ids(shard: Shard) -> None:
         raise damaged(shard.path, f"token id {shard.tokens.max()} with a vocabulary of {size}")
     if np.any(np.diff(shard.offsets) < 1):
         raise damaged(shard.path, "document boundaries do not increase")
+
+
+def count_ids(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
+    """How often each id occurs: int64[V]. In blocks, as bincount copies its input to int64."""
+    counts = np.zeros(vocab_size, np.int64)
+    for begin in range(0, len(tokens), COUNTED_TOKENS):
+        counts += np.bincount(tokens[begin : begin + COUNTED_TOKENS], minlength=vocab_size)
+    return counts
 
 
 def total(shards: Iterable[dict], key: str) -> int:

@@ -19,6 +19,7 @@ from nanolm.data.shard_file import (
     Shard,
     ShardWriter,
     check_ids,
+    count_ids,
     damaged,
     token_dtype,
     total,
@@ -195,7 +196,7 @@ def verify(directory: str | pathlib.Path) -> Manifest:
             if np.any(shard.tokens[shard.offsets[1:] - 1] != tokenizer.eos):
                 raise damaged(shard.path, "a document does not end with eos")
             if split == "train":
-                counts += np.bincount(shard.tokens, minlength=manifest.vocab_size)
+                counts += count_ids(shard.tokens, manifest.vocab_size)
     if file_sha256(directory / manifest.unigram) != manifest.unigram_sha256 or np.any(
         counts != unigram_counts(directory, manifest)
     ):

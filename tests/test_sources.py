@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import nanolm.data.huggingface  # noqa: F401
 from nanolm.data import readers
-from nanolm.data.readers import lines, paragraphs
+from nanolm.data.documents import blocks, bounded, lines, paragraphs
 from nanolm.data.sources import SOURCES, StandardLibrary, build_source
 from nanolm.errors import UserError
 
@@ -103,8 +103,8 @@ def test_long_documents_are_cut_between_characters():
     text = ("漢字 " * 40 + "漢" * 100 + "\n" + "x" * 50).encode()
     for limit in (16, 17, 18, 64):
         for reader in (
-            lambda limit, counts: readers.blocks(io.BytesIO(text), counts, limit),
-            lambda limit, counts: readers.bounded(text, counts, limit),
+            lambda limit, counts: blocks(io.BytesIO(text), counts, limit),
+            lambda limit, counts: bounded(text, counts, limit),
         ):
             counts = Counter()
             parts = list(reader(limit, counts))
