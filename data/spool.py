@@ -19,8 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from nanolm.data.clean import CleaningOptions, clean
-from nanolm.data.files import AtomicFile, write_json
 from nanolm.data.documents import bounded
+from nanolm.data.files import AtomicFile, write_json
 from nanolm.data.sources import Piece
 from nanolm.data.split import hash_range
 from nanolm.errors import UserError
