@@ -87,7 +87,7 @@ def nanolm_config(settings: dict[str, Any], shape: Shape, precision: str, folder
     """The run's config: GPT-2's block for CLM, BERT's for MLM."""
     from nanolm.arguments import parse  # noqa: PLC0415
     from nanolm.build import DTYPES  # noqa: F401, PLC0415  (registers what is built in)
-    from nanolm.config import choose  # noqa: PLC0415
+    from nanolm.choices import choose  # noqa: PLC0415
 
     model: dict[str, Any] = {
         "d_model": shape.d_model,
