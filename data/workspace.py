@@ -75,10 +75,13 @@ class Workspace:
         return manifest
 
     def adopt_plan(self, config: dict[str, Any], pieces: list[Piece]) -> list[Unit]:
-        """Record the plan, or check it against the recorded one; returns the units of work."""
+        """Record the plan, or check it against the recorded one; returns the units of work.
+
+        A plan under which nothing was finished yet is simply replaced.
+        """
         plan = {"config": config, "inputs": [piece.identity() for piece in pieces]}
         path = self.work / PLAN_FILE
-        if path.exists():
+        if path.exists() and any(self.work.glob("unit-*.json")):
             held = json.loads(path.read_bytes())
             self._refuse_other(held["config"], config)
             if held["inputs"] != json.loads(json.dumps(plan["inputs"])):

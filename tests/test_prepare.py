@@ -234,6 +234,10 @@ def test_an_interrupted_directory_is_never_mixed(tmp_path):
     options = {"sources": [str(tmp_path / "x.txt")], "vocab_size": 5000, "workers": 1}
     options["val_fraction"] = 0.0
     settings = PrepareConfig(out=str(tmp_path / "data"), **options)
+    (tmp_path / "x.txt").write_bytes(b"\xff")
+    with pytest.raises(UserError, match="undecodable bytes"):
+        prepare(dataclasses.replace(settings, undecodable="refuse"), Silent())
+    (tmp_path / "x.txt").write_text("some words " * 50)  # nothing was finished: free to change
     with pytest.raises(UserError, match="vocab_size 5000 is larger than this corpus supports"):
         prepare(settings, Silent())
     with pytest.raises(UserError, match="prepared with seed 0, not 1"):
