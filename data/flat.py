@@ -77,7 +77,7 @@ class FlatTokens:
             return block
         block = RowBlock(self._all_windows(home, span)[begins])
         low, high = self._document_range(home, begins, begins + span)
-        for b in np.flatnonzero(low < high).tolist():
+        for b in (low < high).nonzero()[0].tolist():
             block.add_starts(b, shard.offsets[low[b] : high[b]] - begins[b])
         return block
 
@@ -106,7 +106,7 @@ class FlatTokens:
         keys = np.empty((2, len(begins)), dtype=offsets.dtype)
         keys[0] = begins
         keys[1] = ends - 1
-        return np.searchsorted(offsets, keys, side="right")
+        return offsets.searchsorted(keys, side="right")
 
     def _all_windows(self, home: int, span: int) -> np.ndarray:
         """Every stretch of a shard as a row of an overlapping view, which takes no memory."""

@@ -20,6 +20,7 @@ IGNORED = -100
 """Target of a position that is not predicted; the same as `nanolm.objectives.base.IGNORED`."""
 NO_DOCUMENT = -1
 """Document index of padding: padding sees, and is seen by, padding only."""
+NAMES = ("tokens", "targets", "positions", "documents")
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -101,12 +102,14 @@ def fill_blocks(
     block = rows if isinstance(rows, RowBlock) else RowBlock.of(rows)
     B, T = len(block), length
     width = min(block.tokens.shape[1], T + 1)
-    tokens_BT, targets_BT = np.empty((B, T), np.int64), np.empty((B, T), np.int64)
+    # One piece of memory for all: the allocator takes and returns it at once.
+    arrays = np.empty((4 if with_documents else 2, B, T), dtype=np.int64)
+    blocks = dict(zip(NAMES, arrays))
+    tokens_BT, targets_BT = arrays[0], arrays[1]
     np.copyto(tokens_BT[:, :width], block.tokens[:, : min(width, T)])
     np.copyto(targets_BT[:, : width - 1], block.tokens[:, 1:width])
-    blocks = {"tokens": tokens_BT, "targets": targets_BT}
     if with_documents:
-        blocks["positions"], blocks["documents"] = _documents(block, length)
+        _fill_documents(block, *arrays[2:])
     if width <= T:
         tokens_BT[:, width:] = 0
     ends = dict.fromkeys(range(B), width) if width <= T else {}
@@ -117,34 +120,37 @@ def fill_blocks(
     return blocks
 
 
-def _documents(block: RowBlock, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Restarting positions and document indices, int64 [B, T]."""
+def _fill_documents(
+    block: RowBlock, positions_BT: np.ndarray, documents_BT: np.ndarray
+) -> None:
+    """Write restarting positions and document indices."""
     if len(block.start_rows) > 3 * len(block):
-        return _many_documents(block, length)
+        _fill_many_documents(block, positions_BT, documents_BT)
+        return
     # Rows mostly lie inside one long document: all are filled as if they did, and what follows a
     # further start is written again.
-    counting = np.arange(length)
-    positions = np.empty((len(block), length), dtype=np.int64)
-    positions[:] = counting
-    documents = np.empty((len(block), length), dtype=np.int64)
-    documents.fill(0)  # fresh zeros would come as untouched pages, and a page fault for each
-    for b, start in zip(block.start_rows, block.start_offsets, strict=True):
-        if start < length:
-            positions[b, start:] = counting[: length - start]
-            documents[b, start:] += 1
-    return positions, documents
+    T = positions_BT.shape[1]
+    counting = np.arange(T)
+    positions_BT[:] = counting
+    documents_BT.fill(0)
+    for b, start in zip(block.start_rows, block.start_offsets):
+        if start < T:
+            positions_BT[b, start:] = counting[: T - start]
+            documents_BT[b, start:] += 1
 
 
-def _many_documents(block: RowBlock, length: int) -> tuple[np.ndarray, np.ndarray]:
+def _fill_many_documents(
+    block: RowBlock, positions_BT: np.ndarray, documents_BT: np.ndarray
+) -> None:
     """The same from the lengths of all documents of the batch, for when they are short."""
-    offsets = np.array(block.start_offsets)
-    inside = offsets < length
-    rows = np.concatenate([np.arange(len(block)), np.array(block.start_rows)[inside]])
-    offsets = np.concatenate([np.zeros(len(block), dtype=np.int64), offsets[inside]])
-    order = np.argsort(rows * length + offsets)
-    rows, offsets = rows[order], offsets[order]
-    lengths = np.diff(rows * length + offsets, append=len(block) * length)
+    B, T = positions_BT.shape
+    starts = np.array(block.start_offsets)
+    inside = starts < T
+    rows = np.concatenate([np.arange(B), np.array(block.start_rows)[inside]])
+    firsts = rows * T + np.concatenate([np.zeros(B, dtype=np.int64), starts[inside]])
+    order = np.argsort(firsts)
+    rows, firsts = rows[order], firsts[order]
+    lengths = np.diff(firsts, append=B * T)
     indices = np.arange(len(rows)) - np.searchsorted(rows, rows)
-    positions = np.arange(len(block) * length) - np.repeat(rows * length + offsets, lengths)
-    documents = np.repeat(indices, lengths)
-    return positions.reshape(-1, length), documents.reshape(-1, length)
+    np.subtract(np.arange(B * T), np.repeat(firsts, lengths), out=positions_BT.reshape(-1))
+    documents_BT.reshape(-1)[:] = np.repeat(indices, lengths)

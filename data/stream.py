@@ -29,7 +29,7 @@ from nanolm.errors import UserError
 
 __all__ = ["Places", "Row", "RowBlock", "RowStream", "fill_blocks", "shard_rows", "share_of"]
 
-LONGEST_PAGE = 1024
+LONGEST_PAGE = 4096
 """Rows that are located at once: a permutation costs as much for one row as for hundreds."""
 EVALUATION_PIECE = 64
 """Rows that `eval_rows` reads at once."""

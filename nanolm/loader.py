@@ -171,9 +171,11 @@ class Loader:
 
     def _ahead(self) -> Iterator[range]:
         """Rows of all micro-batches from the present step on, without end."""
-        step = self.step
+        step, pieces = self.step, self.pieces(0)
         while True:
-            yield from self.pieces(step)
+            first = step * self.global_batch
+            for piece in pieces:
+                yield range(first + piece.start, first + piece.stop)
             step += 1
 
     def _from_workers(self) -> Iterator[MicroBatch]:
