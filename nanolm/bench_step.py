@@ -97,7 +97,7 @@ def nanolm_config(settings: dict[str, Any], shape: Shape, precision: str, folder
         "vocab_size": shape.vocab_size,
     }
     if settings["objective"] == "clm":
-        model |= {"trunk": "decoder", "feed_forward": "gelu_tanh"}
+        model |= {"trunk": "decoder"}
     else:
         model |= {"trunk": "encoder", "norm_position": "post", "embedding_norm": True}
         model |= {"norm_eps": 1e-12, "n_segments": 2}
