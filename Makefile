@@ -24,7 +24,7 @@ $(VENV)/dev: $(VENV)/base
 	touch $@
 
 $(DEMO_DATA)/manifest.json: | $(VENV)/base
-	$(NANOLM) prepare --out $(DEMO_DATA) --sources+ stdlib --vocab_size 4096
+	$(NANOLM) prepare stdlib --out $(DEMO_DATA) --vocab_size 4096 --tokenizer_type bpe
 
 demo: $(VENV)/base $(DEMO_DATA)/manifest.json
 	rm -rf $(DEMO)

@@ -41,7 +41,7 @@ setup(
         "PyYAML",
         "rich",
         "safetensors",
-        "sentencepiece",
+        "sentencepiece>=0.2.3",
         "torch>=2.13",
         "triton>=3.7.1; sys_platform == 'linux'",
         "wandb",

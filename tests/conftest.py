@@ -6,11 +6,11 @@ import sysconfig
 
 import pytest
 import torch
-from nanolm.data.tokenizer import Tokenizer
-from nanolm.data.tokenizer_training import sentences, train_tokenizer
 
 from nanolm.arguments import load_config
 from nanolm.build import build_learner, build_objective, resolve
+from nanolm.data.tokenizer import Tokenizer
+from nanolm.data.tokenizer_training import sentences, train_tokenizer
 from nanolm.learner import Learner
 
 

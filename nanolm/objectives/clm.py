@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from nanolm.config import Config
-from nanolm.data.rows import Row, fill_blocks
+from nanolm.data.rows import Row, RowBlock, fill_blocks
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.heads import HeadRequest
 from nanolm.masks import Mask
@@ -57,11 +57,11 @@ class Clm:
         """The row as it is: nothing about it is random."""
         return row
 
-    def collate(self, examples: list[Row]) -> dict[str, np.ndarray]:
+    def collate(self, examples: list[Row] | RowBlock) -> dict[str, np.ndarray]:
         """tokens, targets [B, T], and with the document mask positions and documents [B, T]."""
         return fill_blocks(examples, self.length, with_documents=self.documents)
 
-    def batch(self, rows: list[Row]) -> dict[str, np.ndarray]:
+    def batch(self, rows: RowBlock) -> dict[str, np.ndarray]:
         """`collate` of all rows' examples: the loader's short cut where nothing is random."""
         return self.collate(rows)
 
