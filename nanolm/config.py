@@ -235,9 +235,11 @@ class KernelsConfig:
     """Which implementation computes each op: `auto`, or a registered kernel's name."""
 
     attention: str = "auto"
-    """auto | reference | sdpa | a plug-in's name."""
+    """auto | reference | sdpa | wide | a plug-in's name."""
+    linear: str = "auto"
+    """auto | reference | wide | a plug-in's name."""
     linear_cross_entropy: str = "auto"
-    """auto | reference | chunked | torch | a plug-in's name."""
+    """auto | reference | chunked | wide | torch | a plug-in's name."""
     norm: str = "auto"
     """auto | reference | a plug-in's name."""
     rotary: str = "auto"

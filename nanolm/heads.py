@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanolm.config import ModelConfig
-from nanolm.layers import Norm
+from nanolm.layers import Linear, Norm
 from nanolm.model import Trunk
 from nanolm.ops import CrossEntropySpec, Kernels
 from nanolm.ops_reference import CrossEntropyOutput
@@ -34,7 +34,7 @@ class Transform(nn.Module):
 
     def __init__(self, model: ModelConfig, kernels: Kernels) -> None:
         super().__init__()
-        self.dense = nn.Linear(model.d_model, model.d_model, bias=model.bias)
+        self.dense = Linear(model.d_model, model.d_model, kernels, bias=model.bias)
         self.norm = Norm(model, kernels)
 
     def forward(self, hidden: Tensor) -> Tensor:

@@ -25,8 +25,20 @@ from nanolm.bias import Bias
 from nanolm.cache import KeyValueCache
 from nanolm.config import ModelConfig
 from nanolm.masks import Mask
-from nanolm.ops import AttentionSpec, GluSpec, Kernels, NormSpec
+from nanolm.ops import AttentionSpec, GluSpec, Kernels, LinearSpec, NormSpec
 from nanolm.positions import Positions
+
+
+class Linear(nn.Linear):
+    """x W^T + b, by the kernel chosen at build."""
+
+    def __init__(self, n_in: int, n_out: int, kernels: Kernels, *, bias: bool) -> None:
+        super().__init__(n_in, n_out, bias=bias)
+        self.kernel = kernels.choose("linear", LinearSpec)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., n_in] -> [..., n_out]."""
+        return self.kernel.run(x, self.weight, self.bias)
 
 
 class Norm(nn.Module):
@@ -91,8 +103,8 @@ class MultiHeadAttention(nn.Module):
         self.n_heads, self.n_kv_heads = model.n_heads, model.kv_heads
         self.head_dim = model.head_width
         n_rows = (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
-        self.qkv = nn.Linear(model.d_model, n_rows, bias=model.bias)
-        self.out = nn.Linear(self.n_heads * self.head_dim, model.d_model, bias=model.bias)
+        self.qkv = Linear(model.d_model, n_rows, kernels, bias=model.bias)
+        self.out = Linear(self.n_heads * self.head_dim, model.d_model, kernels, bias=model.bias)
         self.q_norm = HeadNorm(model, kernels) if model.qk_norm else nn.Identity()
         self.k_norm = HeadNorm(model, kernels) if model.qk_norm else nn.Identity()
         choose = functools.partial(
@@ -150,8 +162,8 @@ class MultiHeadAttention(nn.Module):
             b_q, b_kv = (
                 (None, None) if self.qkv.bias is None else self.qkv.bias.split([n_query, 2 * n_kv])
             )
-            q = F.linear(x_BTD, w_q, b_q)
-            k, v = F.linear(source_BSD, w_kv, b_kv).chunk(2, dim=-1)
+            q = self.qkv.kernel.run(x_BTD, w_q, b_q)
+            k, v = self.qkv.kernel.run(source_BSD, w_kv, b_kv).chunk(2, dim=-1)
         return tuple(x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
 
 
@@ -166,9 +178,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, model: ModelConfig, kernels: Kernels) -> None:
         super().__init__()
-        self.up = nn.Linear(model.d_model, model.ff_width, bias=model.bias)
+        self.up = Linear(model.d_model, model.ff_width, kernels, bias=model.bias)
         self.activation = self.ACTIVATIONS[model.feed_forward]
-        self.down = nn.Linear(model.ff_width, model.d_model, bias=model.bias)
+        self.down = Linear(model.ff_width, model.d_model, kernels, bias=model.bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
@@ -180,8 +192,8 @@ class GatedFeedForward(nn.Module):
 
     def __init__(self, model: ModelConfig, kernels: Kernels) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(model.d_model, 2 * model.ff_width, bias=model.bias)
-        self.down = nn.Linear(model.ff_width, model.d_model, bias=model.bias)
+        self.gate_up = Linear(model.d_model, 2 * model.ff_width, kernels, bias=model.bias)
+        self.down = Linear(model.ff_width, model.d_model, kernels, bias=model.bias)
         kernel = kernels.choose("glu", GluSpec, kind=model.feed_forward, width=model.ff_width)
         self.glu = functools.partial(kernel.run, kind=model.feed_forward)
 

@@ -32,7 +32,15 @@ from nanolm.registry import Registry
 log = logging.getLogger(__name__)
 
 Phase = Literal["train", "prefill", "decode"]
-OPS = ("attention", "linear_cross_entropy", "norm", "rotary", "glu", "symmetric_product")
+OPS = (
+    "attention",
+    "linear",
+    "linear_cross_entropy",
+    "norm",
+    "rotary",
+    "glu",
+    "symmetric_product",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +66,11 @@ class AttentionSpec(Spec):
     softcap: float | None = None
     dropout: float = 0.0
     cross: bool = False  # queries and keys come from different sequences
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearSpec(Spec):
+    """x W^T + b."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,13 +131,15 @@ KERNELS: dict[str, Registry] = {op: Registry(f"{op} kernel") for op in OPS}
 
 # Modules that register kernels when imported, by op; imported on demand by `candidates`.
 BUILT_IN: dict[str, list[str]] = {
-    op: ["nanolm.ops_reference", "nanolm.ops_torch", "nanolm.ops_triton"] for op in OPS
+    op: ["nanolm.ops_reference", "nanolm.ops_torch", "nanolm.ops_wide", "nanolm.ops_triton"]
+    for op in OPS
 }
 
 # `auto` tries these first, in this order; plug-ins are taken only by name.
 AUTO: dict[str, list[str]] = {
-    "attention": ["triton", "sdpa", "reference"],
-    "linear_cross_entropy": ["triton", "chunked", "reference"],
+    "attention": ["triton", "wide", "sdpa", "reference"],
+    "linear": ["wide", "reference"],
+    "linear_cross_entropy": ["triton", "wide", "chunked", "reference"],
     "norm": ["triton", "torch", "reference"],
     "rotary": ["triton", "reference"],
     "glu": ["triton", "reference"],

@@ -102,6 +102,20 @@ class CrossEntropyOutput(NamedTuple):
     lse: Tensor
 
 
+@kernel("linear")
+class ReferenceLinear:
+    """x W^T + b, in the dtype that autocast says."""
+
+    name = "reference"
+
+    def why_not(self, spec: Any) -> str | None:
+        return None
+
+    def run(self, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        """[..., I] -> [..., O]."""
+        return F.linear(x, weight_OI, bias_O)
+
+
 @kernel("linear_cross_entropy")
 class ReferenceCrossEntropy:
     """Vocabulary projection and its loss, summed over the tokens whose target is not -100."""
