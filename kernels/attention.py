@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from nanolm.kernels.attention_tiles import (
     LN2,
     head_pointer,

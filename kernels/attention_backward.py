@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from nanolm.kernels.attention_tiles import (
     LOG2E,
     head_pointer,

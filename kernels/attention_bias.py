@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from nanolm.kernels.attention_backward import load_row, weights_and_gradient
 from nanolm.kernels.attention_tiles import head_pointer, load_tile
 

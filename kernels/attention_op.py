@@ -14,6 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from nanolm.bias import AlibiBias, Bias, BucketBias
 from nanolm.kernels import attention_tiles as tiles
 from nanolm.kernels.attention import attention_forward_kernel
 from nanolm.kernels.attention_backward import (
@@ -27,11 +31,8 @@ from nanolm.kernels.launch import (
     attention_launch,
     columns_of,
     device_guard,
+    wide_dtype,
 )
-from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
-
-from nanolm.bias import AlibiBias, Bias, BucketBias
 from nanolm.masks import Mask
 
 LOG2E = 1 / math.log(2)
@@ -138,11 +139,6 @@ class Call:
     def arguments(self) -> tuple:
         """What every kernel takes after its tensors."""
         return self.shape, self.masks, self.bias, self.scores, self.dropout
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of lse and delta."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @torch.library.custom_op("nanolm::attention", mutates_args=())

@@ -116,6 +116,41 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
     return ACCUMULATORS.get(dtype, tl.float32)
 
 
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The same as a torch dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclasses.dataclass(frozen=True)
+class RowLaunch:
+    """How a kernel that holds whole rows takes them: so many at a time, this many columns."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+def row_launch(width: int) -> RowLaunch:
+    """About 2,048 numbers a program; wide rows come alone, with more warps."""
+    columns = triton.next_power_of_2(width)
+    rows = max(1, min(16, 2048 // columns))
+    return RowLaunch(rows, columns, min(16, max(4, columns // 1024)))
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of the device; 4 in the interpreter."""
+    if device.type == "cpu":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def product_launch(device: torch.device, dtype: torch.dtype) -> Launch:
+    """Tiles of the symmetric product: m rows on either side, n columns a step."""
+    if arch_of(device) == "cpu":
+        return Launch(32, 32)
+    return Launch(64, 32, 4, 3) if dtype.itemsize <= 2 else Launch(32, 32, 4, 2)
+
+
 def columns_of(width: int) -> int:
     """A head width rounded up to what tl.dot takes: a power of two, 16 at least."""
     return max(16, triton.next_power_of_2(width))

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from nanolm.bias import Bias
 from nanolm.masks import Mask
-from nanolm.ops import AttentionSpec, Spec, kernel
-from nanolm.ops_reference import AttentionOutput
+from nanolm.ops import AttentionSpec, GluSpec, NormSpec, Spec, kernel
+from nanolm.ops_reference import AttentionOutput, CrossEntropyOutput
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -90,3 +90,98 @@ class TritonAttention(TritonKernel):
             bias=bias, scale=scale, softcap=softcap, dropout=dropout, seed=seed,
         )  # fmt: skip
         return AttentionOutput(out_BTHK, lse_BHT) if return_lse else out_BTHK
+
+
+@kernel("linear_cross_entropy")
+class TritonCrossEntropy(TritonKernel):
+    """Chunks of logits, each replaced by its gradient in place (kernels/cross_entropy.py)."""
+
+    def run(
+        self,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        targets_N: Tensor,
+        *,
+        softcap: float | None = None,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+    ) -> CrossEntropyOutput:
+        """As the reference; under autocast in its dtype, with float32 gradients of W."""
+        from nanolm.kernels.cross_entropy import linear_cross_entropy  # noqa: PLC0415
+
+        device = hidden_ND.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            hidden_ND, weight_VD = hidden_ND.to(dtype), weight_VD.to(dtype)
+            bias_V = None if bias_V is None else bias_V.to(dtype)
+        with torch.autocast(device, enabled=False):
+            return CrossEntropyOutput(
+                *linear_cross_entropy(
+                    hidden_ND, weight_VD, bias_V, targets_N,
+                    softcap=softcap, label_smoothing=label_smoothing, z_loss=z_loss,
+                )
+            )  # fmt: skip
+
+
+@kernel("norm")
+class TritonNorm(TritonKernel):
+    """LayerNorm and RMSNorm with the residual sum in the same pass (kernels/norm.py)."""
+
+    def why_not_shape(self, spec: NormSpec) -> str | None:
+        """Rows that no program could hold."""
+        if spec.width > 16384:
+            return f"its rows are at most 16384 wide, not {spec.width}"
+        return None
+
+    def run(
+        self,
+        x: Tensor,
+        weight_D: Tensor,
+        bias_D: Tensor | None,
+        *,
+        kind: str,
+        eps: float,
+        residual: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(norm(x + residual), x + residual)."""
+        from nanolm.kernels.norm import norm  # noqa: PLC0415
+
+        return norm(x, weight_D, bias_D, kind=kind, eps=eps, residual=residual)
+
+
+@kernel("rotary")
+class TritonRotary(TritonKernel):
+    """Rotation in one pass; its gradient is the inverse rotation (kernels/rotary.py)."""
+
+    def run(self, x_BTHK: Tensor, cos_BTR: Tensor, sin_BTR: Tensor) -> Tensor:
+        """x with its first 2R features of every head rotated; angles are constants."""
+        from nanolm.kernels.rotary import rotary  # noqa: PLC0415
+
+        return rotary(x_BTHK, cos_BTR, sin_BTR)
+
+
+@kernel("glu")
+class TritonGlu(TritonKernel):
+    """The gated activation in one pass (kernels/glu.py)."""
+
+    def why_not_shape(self, spec: GluSpec) -> str | None:
+        """Gates that the kernel does not know."""
+        return None if spec.kind in ("swiglu", "geglu") else f"it has no {spec.kind}"
+
+    def run(self, gate_up: Tensor, *, kind: str) -> Tensor:
+        """[..., 2F] -> [..., F]."""
+        from nanolm.kernels.glu import glu  # noqa: PLC0415
+
+        return glu(gate_up, kind=kind)
+
+
+@kernel("symmetric_product")
+class TritonSymmetricProduct(TritonKernel):
+    """Half of the tiles of x x^T, each written twice (kernels/symmetric_product.py)."""
+
+    def run(self, x_MN: Tensor) -> Tensor:
+        """[..., M, N] -> [..., M, M]."""
+        from nanolm.kernels.symmetric_product import symmetric_product  # noqa: PLC0415
+
+        return symmetric_product(x_MN)

@@ -5,9 +5,9 @@ import functools
 import pytest
 import torch
 
-from nanolm.kernel_check.attention_trials import HARD, SINGLE, Case, covering_cases, trial_of
-from nanolm.kernel_check.sanitizer import sanitized, shuffled
-from nanolm.kernel_check.trial import TOLERANCE, errors, execute
+from nanolm.kernel_check.attention_trials import HARD, covering_cases, trial_of
+from nanolm.kernel_check.sanitizer import sanitized
+from nanolm.kernel_check.trial import TOLERANCE, errors
 from nanolm.ops import KERNELS, candidates
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

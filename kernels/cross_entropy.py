@@ -1,0 +1,211 @@
+"""Vocabulary projection and cross-entropy, a chunk of tokens at a time.
+
+    loss_n = (1 - e) (lse - z_t) + e mean_v(lse - z_v) + c lse^2,     z = softcap(h W^T + b)
+    d loss_n / d z_v = p_v (1 + 2 c lse) - (1 - e) [v = t] - e / V,   p = exp(z - lse)
+
+The products with W are PyTorch's. Between them one kernel reads each row of logits twice: once for
+its maximum, sum of exponentials, target and argmax, once to overwrite it with its gradient, which
+goes straight into the gradients of h and W (as in Liger kernel, Hsu et al. 2024). So the loss and
+its gradient come from one pass over the chunks, only one chunk of logits ever exists, and the
+backward pass merely multiplies by the scalar that arrives.
+
+Shapes: N tokens, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanolm.kernels.attention_tiles import tanh
+from nanolm.kernels.launch import device_guard, wide_dtype
+
+BLOCK = 4096  # logits that a program looks at at once
+LOGITS = 2**26  # logits of a chunk
+IGNORED = -100
+
+
+@triton.jit
+def load_logits(logits, column, n_columns, softcap, SOFTCAP: tl.constexpr, WIDE: tl.constexpr):
+    """(capped logits, slope of the cap) of some columns, -inf outside."""
+    z = tl.load(logits + column, mask=column < n_columns, other=float("-inf")).to(WIDE)
+    slope = z  # not used
+    if SOFTCAP:
+        bent = tanh(z / softcap)
+        slope = 1 - bent * bent
+        z = tl.where(column < n_columns, bent * softcap, float("-inf"))
+    return z, slope
+
+
+@triton.jit
+def cross_entropy_kernel(
+    logits, targets, loss, nll, correct, lse, n_columns, stride, softcap, smoothing, z_loss,
+    SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: one row of logits, replaced by the gradient of its loss if GRADIENT."""
+    row = tl.program_id(0)
+    logits += tl.cast(row, tl.int64) * stride
+    target = tl.load(targets + row)
+    keep = target != -100
+    m = tl.full([], float("-inf"), WIDE)
+    l = tl.zeros([], WIDE)
+    total = tl.zeros([], WIDE)
+    chosen = tl.zeros([], WIDE)
+    best = tl.full([], -1, tl.int32)
+    for start in range(0, n_columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        z, _ = load_logits(logits, column, n_columns, softcap, SOFTCAP, WIDE)
+        block_max = tl.max(z, axis=0)
+        first = tl.min(tl.where(z == block_max, column, 2147483647), axis=0)
+        best = tl.where(block_max > m, first, best)
+        m_new = tl.maximum(m, block_max)
+        l = l * tl.exp(m - m_new) + tl.sum(tl.exp(z - m_new), axis=0)
+        m = m_new
+        total += tl.sum(tl.where(column < n_columns, z, 0.0), axis=0)
+        chosen += tl.sum(tl.where(column == target, z, 0.0), axis=0)
+    row_lse = m + tl.log(l)
+    row_nll = row_lse - chosen
+    smooth = row_lse - total / n_columns
+    row_loss = (1 - smoothing) * row_nll + smoothing * smooth + z_loss * row_lse * row_lse
+    tl.store(loss + row, tl.where(keep, row_loss, 0.0))
+    tl.store(nll + row, tl.where(keep, row_nll, 0.0))
+    tl.store(lse + row, tl.where(keep, row_lse, 0.0))
+    tl.store(correct + row, tl.where(keep & (best == target), 1.0, 0.0))
+    if GRADIENT:
+        # All threads must have read a logit before one of them overwrites it.
+        tl.debug_barrier()
+        for start in range(0, n_columns, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            z, slope = load_logits(logits, column, n_columns, softcap, SOFTCAP, WIDE)
+            grad = tl.exp(z - row_lse) * (1 + 2 * z_loss * row_lse) - smoothing / n_columns
+            grad -= tl.where(column == target, 1 - smoothing, 0.0)
+            if SOFTCAP:
+                grad *= slope
+            grad = tl.where(keep, grad, 0.0).to(logits.dtype.element_ty)
+            tl.store(logits + column, grad, mask=column < n_columns)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a b with 16-bit operands and a float32 result."""
+    if a.dtype.itemsize > 2:
+        return a @ b
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+
+
+@torch.library.custom_op("nanolm::linear_cross_entropy", mutates_args=())
+def cross_entropy_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    softcap: float | None,
+    label_smoothing: float,
+    z_loss: float,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, nll, correct, lse, and the gradients that are needed, else empty tensors)."""
+    needs = (needs_hidden, needs_weight, needs_bias)
+    outputs = fake_cross_entropy(
+        hidden, weight, bias, targets, softcap, label_smoothing, z_loss, *needs
+    )
+    _, nll, correct, lse, grad_hidden, grad_weight, grad_bias = outputs
+    loss_N = torch.empty_like(nll)
+    grad_weight.zero_()
+    grad_bias.zero_()
+    n_tokens, n_columns = hidden.shape[0], weight.shape[0]
+    chunk = max(1, LOGITS // n_columns)
+    for start in range(0, n_tokens, chunk):
+        part = slice(start, min(start + chunk, n_tokens))
+        logits = F.linear(hidden[part], weight, bias)
+        with device_guard(hidden):
+            cross_entropy_kernel[(logits.shape[0],)](
+                logits, targets[part], loss_N[part], nll[part], correct[part], lse[part],
+                n_columns, logits.stride(0), softcap or 1.0, label_smoothing, z_loss,
+                SOFTCAP=softcap is not None, GRADIENT=any(needs),
+                WIDE=tl.float64 if nll.dtype == torch.float64 else tl.float32,
+                BLOCK=min(BLOCK, triton.next_power_of_2(n_columns)), num_warps=8,
+            )  # fmt: skip
+        if needs_hidden:
+            torch.mm(logits, weight, out=grad_hidden[part])
+        if needs_weight:
+            grad_weight += product(logits.t(), hidden[part])
+        if needs_bias:
+            grad_bias += logits.sum(0, dtype=grad_bias.dtype)
+    return loss_N.sum(), nll, correct, lse, grad_hidden, grad_weight, grad_bias
+
+
+@cross_entropy_op.register_fake
+def fake_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    softcap: float | None,
+    label_smoothing: float,
+    z_loss: float,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Outputs of the right shape, not computed; gradients of parameters in float32."""
+    wide = wide_dtype(hidden.dtype)
+    n_tokens = hidden.shape[0]
+    return (
+        hidden.new_empty((), dtype=wide),
+        hidden.new_empty(n_tokens, dtype=wide),
+        hidden.new_empty(n_tokens, dtype=torch.float32),
+        hidden.new_empty(n_tokens, dtype=wide),
+        hidden.new_empty(hidden.shape if needs_hidden else (0, 0)),
+        weight.new_empty(weight.shape if needs_weight else (0, 0), dtype=wide),
+        weight.new_empty(weight.shape[0] if needs_bias else 0, dtype=wide),
+    )
+
+
+def save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
+    """Keeps the gradients that the forward pass has taken."""
+    hidden, weight, bias, *_ = inputs
+    ctx.save_for_backward(*output[4:])
+    ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+    ctx.needs = inputs[-3:]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple:
+    """The kept gradients times the loss's."""
+    grads = [None, None, None]
+    if grad_loss is not None:
+        for index, grad in enumerate(ctx.saved_tensors):
+            if ctx.needs[index]:
+                grads[index] = (grad * grad_loss).to(ctx.dtypes[index])
+    return *grads, *[None] * 7
+
+
+cross_entropy_op.register_autograd(backward, setup_context=save_for_backward)
+
+
+def linear_cross_entropy(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    targets_N: Tensor,
+    *,
+    softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, nll_N, correct_N, lse_N) as nanolm.ops_reference.CrossEntropyOutput."""
+    grad = torch.is_grad_enabled()
+    needs = [x is not None and x.requires_grad and grad for x in (hidden_ND, weight_VD, bias_V)]
+    outputs = cross_entropy_op(
+        hidden_ND.contiguous(), weight_VD, bias_V, targets_N.contiguous(),
+        softcap, label_smoothing, z_loss, *needs,
+    )  # fmt: skip
+    return outputs[:4]

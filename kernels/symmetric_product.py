@@ -1,0 +1,92 @@
+"""x x^T, of which only the lower triangle of tiles is computed and written twice.
+
+What Muon's Newton-Schulz iteration spends its time on (Jordan et al. 2024): the product is
+symmetric, so nearly half of its FLOPs need no computing.
+
+Shapes: B matrices, M rows, N columns.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanolm.kernels.launch import accumulator, device_guard, product_launch
+
+
+@triton.jit
+def symmetric_product_kernel(
+    x, out, n_rows, n_columns, stride_matrix, stride_row, stride_column,
+    ACCUMULATE: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """One program: tile (i, j) with i >= j of one matrix, and its mirror image."""
+    n_tiles = tl.cdiv(n_rows, M)
+    i = tl.program_id(0) // n_tiles % n_tiles
+    j = tl.program_id(0) % n_tiles
+    if i < j:
+        return
+    matrix = tl.cast(tl.program_id(0) // (n_tiles * n_tiles), tl.int64)
+    base = x + matrix * stride_matrix
+    row = i * M + tl.arange(0, M)
+    column = j * M + tl.arange(0, M)
+    total = tl.zeros([M, M], ACCUMULATE)
+    for start in range(0, n_columns, K):
+        k = start + tl.arange(0, K)[None, :]
+        left = base + tl.cast(row, tl.int64)[:, None] * stride_row + k * stride_column
+        right = base + tl.cast(column, tl.int64)[:, None] * stride_row + k * stride_column
+        a = tl.load(left, mask=(row[:, None] < n_rows) & (k < n_columns), other=0.0)
+        b = tl.load(right, mask=(column[:, None] < n_rows) & (k < n_columns), other=0.0)
+        total += tl.dot(a, tl.trans(b), input_precision="ieee")
+    result = total.to(out.dtype.element_ty)
+    out += matrix * n_rows * n_rows
+    inside = (row[:, None] < n_rows) & (column[None, :] < n_rows)
+    tl.store(out + tl.cast(row, tl.int64)[:, None] * n_rows + column[None, :], result, mask=inside)
+    if i > j:
+        mirror = out + tl.cast(column, tl.int64)[:, None] * n_rows + row[None, :]
+        tl.store(
+            mirror, tl.trans(result), mask=(column[:, None] < n_rows) & (row[None, :] < n_rows)
+        )
+
+
+@torch.library.custom_op("nanolm::symmetric_product", mutates_args=())
+def symmetric_product_op(x: Tensor) -> Tensor:
+    """[B, M, N], any strides -> [B, M, M]."""
+    out = fake_symmetric_product(x)
+    n_matrices, n_rows, n_columns = x.shape
+    launch = product_launch(x.device, x.dtype)
+    n_programs = n_matrices * triton.cdiv(n_rows, launch.m) ** 2
+    if n_programs > 0:
+        with device_guard(x):
+            symmetric_product_kernel[(n_programs,)](
+                x, out, n_rows, n_columns, *x.stride(), ACCUMULATE=accumulator(x.dtype),
+                M=launch.m, K=launch.n, **launch.options(),
+            )  # fmt: skip
+    return out
+
+
+@symmetric_product_op.register_fake
+def fake_symmetric_product(x: Tensor) -> Tensor:
+    """The product, not computed."""
+    return x.new_empty((x.shape[0], x.shape[1], x.shape[1]))
+
+
+def backward(ctx: Any, grad_out: Tensor) -> Tensor:
+    """(G + G^T) x."""
+    (x,) = ctx.saved_tensors
+    return (grad_out + grad_out.mT) @ x
+
+
+symmetric_product_op.register_autograd(
+    backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+)
+
+
+def symmetric_product(x_MN: Tensor) -> Tensor:
+    """[..., M, N] -> [..., M, M]."""
+    n_rows = x_MN.shape[-2]
+    out = symmetric_product_op(x_MN.reshape(-1, *x_MN.shape[-2:]))
+    return out.view(*x_MN.shape[:-2], n_rows, n_rows)
