@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers_weights
-from nanolm.data.stream import RowStream
 from transformers import BertConfig, BertForPreTraining, GPT2Config, GPT2LMHeadModel
 
 from nanolm.arguments import load_config
 from nanolm.build import build_learner, build_objective, resolve
+from nanolm.data.stream import RowStream
 from nanolm.gradient import Backward
 from nanolm.loader import Loader
 from nanolm.optim import build_optimizers
@@ -155,7 +155,7 @@ def curves(family, shape, dtype, steps, corpus, tokenizer):
     in_one = Loader(stream, objective, global_batch=rows, micro_batch=rows)
     ours = train_ours(learner, config, in_pieces, steps)
     expected = train_theirs(theirs, family, in_one, steps)
-    return torch.tensor(ours).double(), torch.tensor(expected).double()
+    return torch.tensor([ours, expected], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bert"])

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from nanolm.data.rows import Row
-from nanolm.data.stream import RowStream
 
 from nanolm.arguments import load_config
 from nanolm.build import build_objective, resolve
+from nanolm.data.rows import Row
+from nanolm.data.stream import RowStream
 from nanolm.errors import UserError
 from nanolm.loader import Loader
 from nanolm.objectives.base import IGNORED

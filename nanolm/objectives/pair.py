@@ -25,6 +25,7 @@ from nanolm.heads import HeadRequest
 from nanolm.model import Inputs
 from nanolm.objectives.base import Draw, Example, Term
 from nanolm.objectives.mlm import Mlm, MlmOptions, padded
+from nanolm.ops_reference import wide
 from nanolm.registry import OBJECTIVES
 
 
@@ -91,7 +92,7 @@ class MlmPair(Mlm):
     ) -> dict[str, Term]:
         """The MLM terms, the pair's cross-entropy, and its accuracy."""
         name, broken = self.options.pair, batch["broken"]
-        logits_BC = heads["pair"](hidden_BTD).float()
+        logits_BC = wide(heads["pair"](hidden_BTD))
         count = broken.new_tensor(len(broken))
         right = (logits_BC.argmax(dim=-1) == broken).float().sum()
         pair_loss = F.cross_entropy(logits_BC, broken, reduction="sum")
