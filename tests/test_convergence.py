@@ -1,5 +1,5 @@
-"""Every objective learns: after 80 to 250 small steps it is clearly below a unigram model's figure on
-the very same targets, and below a stated number."""
+"""Every objective learns: after 80 to 250 small steps it is clearly below what a unigram model
+reaches on the very same targets, and below a stated number."""
 
 import json
 
