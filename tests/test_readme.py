@@ -1,0 +1,60 @@
+"""Every command that README.md and docs/ name exists, with the options they name."""
+
+import importlib
+import pathlib
+import re
+import shlex
+
+import pytest
+
+from nanolm.arguments import leaf_kinds, load_config
+from nanolm.cli import COMMANDS
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TRAIN = re.compile(r"^(torchrun .*?|python )train\.py ")
+FINETUNE = re.compile(r"^torchrun .*?-m nanolm\.finetune ")
+
+
+def commands():
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        fenced = re.findall(r"^```[a-z]*\n(.*?)^```", text, flags=re.M | re.S)
+        lines = [line for block in fenced for line in block.replace("\\\n", " ").splitlines()]
+        inline = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
+        for line in [*lines, *inline]:
+            line = FINETUNE.sub("nanolm finetune ", TRAIN.sub("nanolm train ", line.strip()))
+            line = re.split(r"\s#|[<>…\[]|\s\|", line)[0]
+            if re.match(r"nanolm [a-z]", line):
+                yield f"{page.name}: {line}"
+
+
+@pytest.mark.parametrize("line", sorted(set(commands())))
+def test_command_exists(line):
+    words = shlex.split(line.partition(": ")[2])[1:]
+    name = " ".join(words[:2]) if " ".join(words[:2]) in COMMANDS else words[0]
+    if not any(command.startswith(name) for command in COMMANDS):
+        pytest.fail(f"there is no command {name}")
+    if name not in COMMANDS:
+        return  # a family, such as `nanolm kernels`
+    module = importlib.import_module(COMMANDS[name][0])
+    configs = [word for word in words if word.endswith(".yaml")]
+    for config in configs:
+        assert (ROOT / config).is_file(), f"there is no {config}"
+    options = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
+    if hasattr(module, "Arguments"):
+        known = set(leaf_kinds(module.Arguments)) | {"config", "help", "print_config"}
+        assert options <= known, f"{name} has no {options - known}"
+    elif name == "train":
+        config = load_config([f"--config={path}" for path in configs])
+        for option in options - {"config", "help", "print_config"}:
+            value = config
+            for part in option.split("."):
+                value = getattr(value, part)
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for page in PAGES:
+        for target in re.findall(r"`make ([a-z-]+)", page.read_text(encoding="utf-8")):
+            assert f"\n{target}:" in makefile, f"{page.name} names make {target}"

@@ -1,0 +1,67 @@
+"""Reading runs back: the table and the plot."""
+
+import json
+
+import pytest
+
+from nanolm.cli import main
+from nanolm.errors import UserError
+from nanolm.runs import read_run
+
+
+@pytest.fixture
+def runs(tmp_path):
+    for name, losses in (("a", [3.0, 2.0]), ("b", [4.0, 3.5])):
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        lines = [
+            {"step": step, "kind": "train", "loss": loss, "lr": 1e-3, "tokens_per_second": 10.0}
+            for step, loss in enumerate(losses, start=1)
+        ]
+        lines.append({"step": 2, "kind": "val", "loss": losses[-1], "bits_per_byte": 1.5})
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / "metrics.jsonl").write_text(text)
+        (folder / "config.yaml").write_text("model: {trunk: decoder}\nobjective: {name: clm}\n")
+    (tmp_path / "runs" / "a" / "summary.json").write_text('{"steps": 2}')
+    return tmp_path / "runs"
+
+
+def test_curves(runs):
+    run = read_run(runs / "a")
+    assert run.curve("train", "loss") == ([1, 2], [3.0, 2.0])
+    assert run.curve("train", "grad_norm") == ([], [])
+    assert run.last("val", "bits_per_byte") == 1.5 and run.last("val", "mfu") is None
+
+
+def test_table_of_all_runs(runs, tmp_path, capsys):
+    out = tmp_path / "table.json"
+    main(["runs", str(runs), f"--json={out}"])
+    rows = json.loads(out.read_text())
+    assert [row["train_loss"] for row in rows] == [2.0, 3.5]
+    assert [row["finished"] for row in rows] == [True, False]
+    assert "clm" in capsys.readouterr().out
+
+
+def test_plot_of_two_runs_is_a_png(runs, tmp_path):
+    out = tmp_path / "curves.png"
+    main(["plot", str(runs / "a"), str(runs / "b"), f"--out={out}"])
+    assert out.read_bytes().startswith(b"\x89PNG")
+    main(["plot", str(runs / "a")])
+    assert (runs / "a" / "plot.png").is_file()
+
+
+def test_refusals(runs, tmp_path, capsys):
+    with pytest.raises(UserError, match="no runs"):
+        main_or_raise(["runs", str(tmp_path / "nothing")])
+    with pytest.raises(UserError, match=r"metrics\.jsonl"):
+        read_run(tmp_path)
+    with (runs / "a" / "metrics.jsonl").open("a") as file:
+        file.write("{half a li")
+    with pytest.raises(UserError, match="line 4"):
+        read_run(runs / "a")
+
+
+def main_or_raise(argv):
+    from nanolm.cli import run
+
+    run(argv)
