@@ -84,6 +84,8 @@ class Arguments:
     """Tokens of the vocabulary."""
     results: str = "docs/bench_train.json"
     """Where finished measurements are kept, and found by the next call."""
+    fresh: bool = False
+    """Measure everything anew: throw away what `results` holds."""
     json: str | None = None
     """Also write the figures to this file."""
 
@@ -124,10 +126,10 @@ def contestants(objective: str) -> dict[str, dict[str, Any]]:
 class Cells:
     """Finished measurements on disk: hash of the job and its turn -> what it gave."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, fresh: bool = False) -> None:
         self.path = pathlib.Path(path)
         self.cells: dict[str, dict] = {}
-        if self.path.is_file():
+        if self.path.is_file() and not fresh:
             try:
                 self.cells = json.loads(self.path.read_text(encoding="utf-8"))["cells"]
             except (json.JSONDecodeError, KeyError, TypeError):
@@ -142,6 +144,7 @@ class Cells:
             begin = time.perf_counter()
             result = run_process(job)
             result["wall_seconds"] = time.perf_counter() - begin
+            result["load_average"] = os.getloadavg()[0]  # above `cores`, others were running
             self.cells[key] = {"job": job, "turn": turn, "machine": machine, "result": result}
             self.save()
         return self.cells[key]["result"]
@@ -239,9 +242,12 @@ def skipped(arguments: Arguments, name: str) -> bool:
 def fastest(
     name: str, settings: dict[str, Any], common: dict[str, Any], cells: Cells, try_compile: bool
 ) -> Entry:
-    """The contestant with those of its settings that were fastest in turn 0."""
+    """The contestant with those of its settings that were fastest in turn 0.
+
+    The rows that show nanolm with other kernels run without torch.compile.
+    """
     variants = [settings | {"compile": False}]
-    if try_compile:
+    if try_compile and "kernels" not in settings:
         variants.append(settings | {"compile": True})
     jobs = [common | {"settings": variant} for variant in variants]
     medians = [statistics.median(cells.measure(job, 0)["seconds"]) for job in jobs]
@@ -262,6 +268,7 @@ def figures_of(entry: Entry, shape: Shape, peak: float) -> dict[str, Any]:
         "compile": settings["compile"],
         "step_seconds": seconds,
         "cpu_seconds": entry.median("cpu_seconds"),
+        "load_average": entry.median("load_average"),
         "tokens_per_second": shape.tokens / seconds,
         "model_tflops": flops / 1e12,
         "mfu": flops / peak,
@@ -344,7 +351,7 @@ def table(report: dict[str, Any]) -> str:
 
 def run(arguments: Arguments) -> None:
     """Measure, print tables, write the figures."""
-    cells = Cells(arguments.results)
+    cells = Cells(arguments.results, arguments.fresh)
     reports = []
     for objective in arguments.objectives:
         for precision in arguments.precisions:
