@@ -167,10 +167,8 @@ def attention_key_value_kernel(
                 SOFTCAP, PRECISION, True,
             )  # fmt: skip
 
-    grad_k_head, grad_v_head = (
-        head_pointer(grad_k, batch, group),
-        head_pointer(grad_v, batch, group),
-    )
+    grad_k_head = head_pointer(grad_k, batch, group)
+    grad_v_head = head_pointer(grad_v, batch, group)
     store_tile(grad_k, grad_k_head, sum_k * scale, first, shape.n_keys, WIDTH, N, COLUMNS)
     store_tile(grad_v, grad_v_head, sum_v, first, shape.n_keys, WIDTH, N, COLUMNS)
 

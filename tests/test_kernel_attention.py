@@ -1,14 +1,30 @@
 """Triton attention, interpreted on a CPU or compiled on a GPU, against the float64 reference."""
 
+import contextlib
 import functools
+import itertools
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
-from nanolm.kernel_check.attention_trials import HARD, covering_cases, trial_of
-from nanolm.kernel_check.sanitizer import sanitized
-from nanolm.kernel_check.trial import TOLERANCE, errors
-from nanolm.ops import KERNELS, candidates
+from nanolm.bias import AlibiBias, DenseBias
+from nanolm.errors import UserError
+from nanolm.kernel_check.attention_trials import (
+    AXES,
+    HARD,
+    Case,
+    covering_cases,
+    pairwise,
+    trial_of,
+)
+from nanolm.kernel_check.leaks import KINDS, leak
+from nanolm.kernel_check.philox import keep_mask
+from nanolm.kernel_check.sanitizer import sanitized, shuffled
+from nanolm.kernel_check.trial import TOLERANCE, distance, errors, execute, like, reference
+from nanolm.masks import Mask
+from nanolm.ops import KERNELS, AttentionSpec, candidates, choose
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COVERING = covering_cases()
@@ -46,6 +62,177 @@ def test_hard_combinations(name):
     check(HARD[name])
 
 
-@pytest.mark.parametrize("index", range(len(COVERING)))
+@pytest.mark.parametrize(
+    "index",
+    [i if i % 3 == 0 else pytest.param(i, marks=pytest.mark.slow) for i in range(len(COVERING))],
+)
 def test_pairs_of_modes(index):
     check(COVERING[index])
+
+
+def test_every_pair_of_values_is_covered():
+    rows = pairwise(AXES)
+    for (a, values_a), (b, values_b) in itertools.combinations(AXES.items(), 2):
+        seen = {(row[a], row[b]) for row in rows}
+        assert seen == set(itertools.product(values_a, values_b))
+
+
+def test_order_of_programs_does_not_matter():
+    trial = trial_of(HARD["everything at once"], DEVICE, lse=True)
+    first = execute(trial, triton_attention(), torch.float32, backward=True).tensors
+    with shuffled(1) if DEVICE == "cpu" else contextlib.nullcontext():
+        again = execute(trial, triton_attention(), torch.float32, backward=True).tensors
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_leaks_through_a_mask(kind):
+    assert leak(triton_attention(), kind, DEVICE) is None
+
+
+def problem(n_rows, n_queries, n_keys, n_heads, width, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(n_rows, n, n_heads, width) for n in (n_queries, n_keys, n_keys)]
+    tensors = [torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes]
+    return [x.to(DEVICE).requires_grad_() for x in tensors]
+
+
+def test_rows_that_see_nothing_give_zero_and_no_gradient():
+    q, k, v = problem(2, 20, 20, 1, 16)
+    mask = Mask(causal=True, key_lengths=torch.tensor([0, 7], device=DEVICE), window=3)
+    out, lse = triton_attention().run(q, k, v, mask, scale=0.25, return_lse=True)
+    blind = ~mask.dense(20, 20, DEVICE).any(-1)[:, 0]
+    assert (out[blind] == 0).all() and (lse[:, 0][blind] == -torch.inf).all()
+    dq, dk, dv = torch.autograd.grad(out.sum(), [q, k, v])
+    assert (dq[blind] == 0).all()
+    assert all(torch.isfinite(x).all() for x in (dq, dk, dv))
+    assert (dk[0] == 0).all() and (dv[0] == 0).all()
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="counts tiles in the interpreter")
+def test_tiles_that_a_mask_rules_out_are_not_visited():
+    """Loads of keys and values in the forward pass, in tiles of 16, against the mask's count."""
+    documents = torch.arange(64).div(16, rounding_mode="floor")[None]
+    cases = {
+        "none": (Mask(), 16),
+        "causal": (Mask(causal=True), 10),
+        "window": (Mask(window=2), 10),
+        "causal window": (Mask(causal=True, window=2), 7),
+        "lengths": (Mask(key_lengths=torch.tensor([17])), 8),
+        "documents": (Mask(documents=documents), 4),
+        "prefix": (Mask(causal=True, prefix_lengths=torch.tensor([32])), 11),
+        "order": (Mask(order=torch.arange(64)[None]), 10),
+    }
+    q, k, v = (x.detach() for x in problem(1, 64, 64, 1, 16))
+    for name, (mask, n_tiles) in cases.items():
+        allowed = mask.dense(64, 64)[0, 0].view(4, 16, 4, 16)
+        assert int(allowed.any(3).any(1).sum()) == n_tiles, name
+        with sanitized(races=False) as traffic:
+            triton_attention().run(q, k, v, mask, scale=0.25)
+        tile = 16 * 16 * 4
+        scan = 64 * 64  # at most this many ids are read beside tiles
+        tiles_read = (traffic.loaded["attention_forward_kernel"] - 4 * tile) / (2 * tile)
+        assert n_tiles <= tiles_read < n_tiles + scan / tile, (name, tiles_read)
+
+
+def test_dropout_is_the_documented_function_of_its_indices():
+    q, k, v = problem(2, 19, 23, 2, 16)
+    seed = torch.tensor([12345678901], device=DEVICE)
+    run = functools.partial(triton_attention().run, mask=Mask(), scale=0.25, dropout=0.3)
+    out = run(q, k, v, seed=seed)
+    weights, _ = reference("attention").weights(
+        q.double(), k.double(), Mask(), bias=None, scale=0.25, softcap=None
+    )
+    keep = torch.from_numpy(keep_mask(int(seed), 0.3, tuple(weights.shape))).to(DEVICE)
+    assert 0.6 < keep.double().mean() < 0.8
+    dropped = torch.where(keep, weights / 0.7, 0.0)
+    expected = (dropped @ v.double().transpose(1, 2)).transpose(1, 2)
+    assert distance(out, expected) < 1e-5
+    weight = torch.randn_like(out)
+    actual = torch.autograd.grad((out * weight).sum(), [q, k, v])
+    wanted = torch.autograd.grad((expected * weight).sum(), [q, k, v])
+    assert max(map(distance, actual, wanted)) < 1e-5
+    torch.manual_seed(3)
+    once = run(q, k, v)
+    torch.manual_seed(3)
+    assert torch.equal(once, run(q, k, v)) and not torch.equal(once, run(q, k, v))
+
+
+@pytest.mark.parametrize("bias", ["none", "bucket", "dense_by_head"])
+def test_gradcheck(bias):
+    """Derivatives by finite differences, with float64 sums."""
+    case = Case(
+        n_rows=1, n_queries=3, n_keys=4, n_heads=2, n_kv_heads=1, width=3, causal=True,
+        softcap=2.0, bias=bias, dtype=torch.float64,
+    )  # fmt: skip
+    trial = trial_of(case, DEVICE, lse=True)
+    leaves = [like(x, torch.float64) for x in trial.leaves.values()]
+
+    def function(*given):
+        outputs = trial.run(triton_attention(), dict(zip(trial.leaves, given, strict=True)))
+        return outputs["out"], outputs["lse"]
+
+    assert torch.autograd.gradcheck(
+        function, leaves, eps=1e-5, atol=1e-5, rtol=1e-4, fast_mode=True
+    )
+
+
+def test_operator_is_registered_as_pytorch_wants_it():
+    from nanolm.kernels.attention_op import attention_op, flatten
+
+    q, k, v = problem(1, 9, 9, 2, 16)
+    bias = DenseBias(torch.randn(1, 2, 9, 9, device=DEVICE, requires_grad=True))
+    tensors, kind = flatten(q, k, Mask(causal=True), bias)
+    scalars = (kind, True, False, None, 0.25, None, 0.0)
+    torch.library.opcheck(attention_op, (q, k, v, *tensors, *scalars))
+
+
+def test_compiles_into_one_graph_and_recomputes_and_counts():
+    q, k, v = problem(1, 20, 20, 2, 16)
+    mask = Mask(causal=True)
+
+    def attend(q, k, v):
+        return triton_attention().run(q, k, v, mask, scale=0.25, dropout=0.2)
+
+    torch.manual_seed(0)
+    plain = attend(q, k, v)
+    expected = torch.autograd.grad(plain.sum(), [q, k, v])
+    torch.manual_seed(0)
+    again = checkpoint(attend, q, k, v, use_reentrant=False)
+    assert torch.equal(plain, again)
+    for actual, wanted in zip(torch.autograd.grad(again.sum(), [q, k, v]), expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+    kernel = triton_attention()
+
+    def attend_surely(q, k, v):
+        return kernel.run(q, k, v, mask, scale=0.25)
+
+    compiled = torch.compile(attend_surely, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q, k, v), attend_surely(q, k, v))
+    with FlopCounterMode(display=False) as counter:
+        attend_surely(q, k, v).sum().backward()
+    assert counter.get_total_flops() == 4 * 2 * 20 * 20 * 16 * (1 + 5 / 2)
+
+
+def test_autocast_and_refusals():
+    q, k, v = problem(1, 9, 9, 2, 16)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert triton_attention().run(q, k, v, Mask(), scale=0.25).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="one dtype"):
+        triton_attention().run(q, k.half(), v.half(), Mask(), scale=0.25)
+    with pytest.raises(ValueError, match="ALiBi slopes"):
+        slopes = torch.ones(2, device=DEVICE, requires_grad=True)
+        triton_attention().run(q, k, v, Mask(), scale=0.25, bias=AlibiBias(slopes))
+    wide = AttentionSpec(n_heads=1, n_kv_heads=1, head_dim=512, device=DEVICE)
+    assert "256" in triton_attention().why_not(wide)
+
+
+def test_auto_never_takes_the_interpreter(monkeypatch):
+    spec = AttentionSpec(n_heads=1, n_kv_heads=1, head_dim=16)
+    assert choose("attention", spec).kernel.name == "sdpa"
+    assert "named" in choose("attention", spec).refused["triton"]
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert "needs a CUDA or ROCm device" in choose("attention", spec).refused["triton"]
+    with pytest.raises(UserError, match="TRITON_INTERPRET"):
+        choose("attention", spec, "triton")

@@ -101,7 +101,7 @@ def distance(actual: Tensor, expected: Tensor) -> float:
 
     Values below 1e-3 throughout count by their absolute difference over 1e-3.
     """
-    actual, expected = actual.double(), expected.double()
+    actual, expected = actual.detach().double(), expected.detach().double()
     if actual.shape != expected.shape:
         return float("inf")
     finite = torch.isfinite(expected)
