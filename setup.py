@@ -8,6 +8,7 @@ from setuptools import setup
 DEV = [
     "datasets",
     "hypothesis",
+    "peft",
     "pytest",
     "pytest-xdist",
     "ruff",
@@ -32,6 +33,7 @@ setup(
         "nanolm.kernel_check",
         "nanolm.kernels",
         "nanolm.objectives",
+        "nanolm.peft",
     ],
     package_dir={"nanolm.data": "data", "nanolm.kernels": "kernels"},
     install_requires=[

@@ -17,6 +17,8 @@ import nanolm.objectives.mlm
 import nanolm.objectives.pair
 import nanolm.objectives.prefix
 import nanolm.optim
+import nanolm.peft.dora
+import nanolm.peft.lora
 import nanolm.schedules  # noqa: F401  (imported for what they register)
 from nanolm.config import Config, ModelConfig, require
 from nanolm.data.stream import RowStream

@@ -10,13 +10,24 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from nanolm.config import Config, ModelConfig, TrainConfig
-from nanolm.registry import OBJECTIVES, OPTIMIZERS, POSITIONS, RULES, SCHEDULES, Options, Registry
+from nanolm.config import Config
+from nanolm.registry import (
+    OBJECTIVES,
+    OPTIMIZERS,
+    PEFT,
+    POSITIONS,
+    RULES,
+    SCHEDULES,
+    Options,
+    Registry,
+)
+from nanolm.typed import fields_of
 
 CHOICES: dict[str, Registry] = {
     "objective": OBJECTIVES,
     "optim": OPTIMIZERS,
     "schedule": SCHEDULES,
+    "peft": PEFT,
     "model.positions": POSITIONS,
     "train.rule": RULES,
 }
@@ -49,12 +60,14 @@ def choose(names: dict[str, str], schema: type = Config) -> type:
 
     Choices that are not named keep the schema's default. Raises UserError for unknown names.
     """
+    kinds = fields_of(schema)
     options = {
         key: registry.get(names.get(key, _default_name(schema, key))).options or Options
         for key, registry in CHOICES.items()
+        if key.split(".")[0] in kinds
     }
-    model = narrow(ModelConfig, positions=options["model.positions"])
-    train = narrow(TrainConfig, rule=options["train.rule"])
+    model = narrow(kinds["model"], positions=options["model.positions"])
+    train = narrow(kinds["train"], rule=options["train.rule"])
     tops = {key: kind for key, kind in options.items() if "." not in key}
     return narrow(schema, model=model, train=train, **tops)
 

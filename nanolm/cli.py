@@ -17,6 +17,7 @@ COMMANDS = {
     "data inspect": ("nanolm.commands.data_inspect", "what a prepared folder holds"),
     "data verify": ("nanolm.commands.data_verify", "re-check every checksum and token id"),
     "train": ("nanolm.commands.train", "pretrain a model"),
+    "merge": ("nanolm.commands.merge", "fold an adapter into its base's weights"),
     "evaluate": ("nanolm.commands.evaluate", "loss of a checkpoint on a prepared split"),
     "generate": ("nanolm.commands.generate", "write text with a decoder"),
     "fill": ("nanolm.commands.fill", "fill masks with an encoder"),

@@ -2,8 +2,8 @@
 with what (kernels, distributed), and the run itself. Plain frozen dataclasses; a field's docstring
 is its `--help`. Nothing here builds anything: names resolve in `build.py`.
 
-Five fields are *choices*: a registered name decides which options dataclass stands there
-(`objective`, `optim`, `schedule`, `model.positions`, `train.rule`; see `choices.py`).
+Some fields are *choices*: a registered name decides which options dataclass stands there
+(`objective`, `optim`, `schedule`, `peft`, `model.positions`, `train.rule`; see `choices.py`).
 """
 
 from __future__ import annotations
@@ -331,3 +331,5 @@ class Config:
     """Ranks."""
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
     """The run itself."""
+    peft: Options = dataclasses.field(default_factory=lambda: Options(name="none"))
+    """Parameter-efficient fine-tuning of the weights in init_from: only an adapter is trained."""

@@ -8,10 +8,15 @@ State-dict keys are `trunk.…` and `heads.<name>.…`.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 
 from nanolm.model import Trunk
 from nanolm.objectives.base import Objective, Term
+
+if TYPE_CHECKING:
+    from nanolm.peft.base import Adapter
 
 
 class Learner(nn.Module):
@@ -20,6 +25,7 @@ class Learner(nn.Module):
     def __init__(self, trunk: Trunk, heads: nn.ModuleDict, objective: Objective) -> None:
         super().__init__()
         self.trunk, self.heads, self.objective = trunk, heads, objective
+        self.adapter: Adapter | None = None  # what a PEFT pass put in (nanolm/peft)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Term]:
         """The objective's terms for one micro-batch."""

@@ -20,6 +20,7 @@ from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import UserError
 from nanolm.learner import Learner
 from nanolm.ops import Phase
+from nanolm.peft.files import open_adapter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,5 +64,8 @@ def open_saved(
     tokenizer = Tokenizer.load(folder / "tokenizer.model")
     objective = build.build_objective(config, tokenizer)
     learner = build.build_learner(config, objective, torch.device(device), phase)
-    load_weights(folder, learner, ema=ema)
+    if config.peft.name == "none":
+        load_weights(folder, learner, ema=ema)
+    else:
+        open_adapter(folder, config, learner, ema=ema)
     return Saved(folder, config, tokenizer, learner.eval())

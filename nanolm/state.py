@@ -17,7 +17,12 @@ Tensors = dict[str, Tensor]
 
 
 def learner_tensors(learner: nn.Module) -> Tensors:
-    """Parameters (each once) and persistent buffers, by name; the live tensors, not copies."""
+    """Parameters (each once) and persistent buffers, by name; the live tensors, not copies.
+
+    Of a learner with a PEFT adapter, the adapter's only: its base is on disk already.
+    """
+    if getattr(learner, "adapter", None) is not None:
+        return learner.adapter.tensors(learner)
     persistent = set(learner.state_dict(keep_vars=True))
     named = dict(learner.named_parameters())
     named.update({k: v for k, v in learner.named_buffers() if k in persistent})

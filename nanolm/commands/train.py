@@ -19,7 +19,7 @@ from torch import nn
 from nanolm import build
 from nanolm.arguments import as_mapping, dump, load_config
 from nanolm.checkpoint import Checkpoints, load_trunk, read_trainer
-from nanolm.config import Config
+from nanolm.config import Config, require
 from nanolm.container import write_json
 from nanolm.data.shards import unigram_counts
 from nanolm.data.stream import RowStream
@@ -30,6 +30,8 @@ from nanolm.flops import train_flops_per_token
 from nanolm.loader import Loader, MicroBatch, eval_batches
 from nanolm.metrics import Throughput, peak_flops
 from nanolm.objectives.base import Objective
+from nanolm.peft.base import trainable_counts
+from nanolm.peft.files import adapter_files, begin_adapter
 from nanolm.runfolder import claim, cut_metrics
 from nanolm.sinks import Console, JsonLines, Sink, TensorBoard, Wandb
 from nanolm.trainer import Trainer
@@ -56,10 +58,10 @@ def run_train(config: Config) -> dict[str, Any]:
     facts = {"data_hash": data_hash(stream), "tokenizer_hash": tokenizer.hash}
     start = claim(pathlib.Path(config.run.dir), config.resume, dump(config), facts, world)
     learner = build.build_learner(config, objective, world.device)
-    fresh = start_from(config, learner) if start.checkpoint is None else []
+    origin = start_from(config, learner, start.checkpoint)
     done = read_trainer(start.checkpoint)["step"] if start.checkpoint else 0
     sinks, note = open_sinks(config, world, done)
-    for line in [*start.notes, *fresh]:
+    for line in [*start.notes, *origin]:
         note(line)
     try:
         trainer = Trainer(
@@ -72,7 +74,11 @@ def run_train(config: Config) -> dict[str, Any]:
             sinks=sinks,
             throughput=build_throughput(config, stream, objective, world, note),
             note=note,
-            files={"config.yaml": dump(config).encode(), MODEL_FILE: tokenizer.model_bytes},
+            files={
+                "config.yaml": dump(config).encode(),
+                MODEL_FILE: tokenizer.model_bytes,
+                **adapter_files(config, learner),
+            },
             facts=facts,
         )
         if start.checkpoint:
@@ -98,13 +104,25 @@ def data_hash(stream: RowStream) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def start_from(config: Config, learner: nn.Module) -> list[str]:
-    """Fills the trunk and matching heads from config.init_from; returns what to tell the user."""
-    if config.init_from is None:
+def start_from(
+    config: Config, learner: nn.Module, checkpoint: pathlib.Path | None = None
+) -> list[str]:
+    """Fills the trunk and matching heads from config.init_from, and puts the adapter of config.peft
+    on them; returns what to tell the user.
+
+    A run that goes on from a checkpoint finds all weights there, unless it trains an adapter.
+    """
+    adapted = config.peft.name != "none"
+    require(
+        not adapted or config.init_from is not None,
+        f"peft={config.peft.name} adapts trained weights; say which: --init_from RUN",
+    )
+    if config.init_from is None or (checkpoint is not None and not adapted):
         return []
     fresh = load_trunk(config.init_from, learner)
     heads = f"; fresh heads: {', '.join(fresh)}" if fresh else ""
-    return [f"weights from {config.init_from}{heads}"]
+    notes = [f"weights from {config.init_from}{heads}"]
+    return [*notes, begin_adapter(config, learner, fresh, checkpoint)] if adapted else notes
 
 
 def open_loader(
@@ -219,7 +237,8 @@ def summarise(
     summary = {
         "steps": trainer.done,
         "tokens": trainer.done * trainer.tokens_per_step,
-        "params": sum(p.numel() for p in trainer.engine.learner.parameters()),
+        "params": trainable_counts(trainer.engine.learner)[1],
+        "trainable_params": trainable_counts(trainer.engine.learner)[0],
         "val_loss": figures.get("loss"),
         **{k: figures.get(k) for k in ("perplexity", "bits_per_byte", "unigram_bits_per_byte")},
         "accuracy": figures.get("accuracy"),

@@ -1,0 +1,141 @@
+"""Adapters on disk: only the small weights, and which base they belong to.
+
+A checkpoint of a run with `peft` holds in model.safetensors the adapter's weights alone, and beside
+it adapter.json: the method with its options, the heads that were trained whole, the base's path and
+the SHA-256 of its trunk. An adapter that is saved by itself is a folder of the same form, so
+several of them can be switched on one base.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from nanolm.checkpoint import load_trunk, load_weights, locate
+from nanolm.config import Config
+from nanolm.container import read_json, read_tensors, write_folder
+from nanolm.errors import UserError
+from nanolm.learner import Learner
+from nanolm.peft.base import Adapter, attach, detach, trainable_counts
+from nanolm.registry import PEFT, Options
+from nanolm.state import load_named
+from nanolm.typed import instance
+
+DESCRIPTION = "adapter.json"
+
+
+def describe(adapter: Adapter, base: str | None) -> bytes:
+    """The content of adapter.json."""
+    description = {
+        "peft": dataclasses.asdict(adapter.options),
+        "heads": list(adapter.heads),
+        "base": base,
+        "base_hash": adapter.base_hash,
+    }
+    return json.dumps(description, indent=2).encode() + b"\n"
+
+
+def save_adapter(
+    folder: str | pathlib.Path, learner: Learner, base: str | None = None
+) -> pathlib.Path:
+    """Writes the attached adapter as a folder of its own; `base` is where the base may be found."""
+    adapter, folder = learner.adapter, pathlib.Path(folder)
+    if adapter is None:
+        raise UserError("there is no adapter to save")
+    write_folder(
+        folder, {"model": adapter.tensors(learner)}, {DESCRIPTION: describe(adapter, base)}
+    )
+    return folder
+
+
+def load_adapter(path: str | pathlib.Path, learner: Learner) -> Adapter:
+    """Attaches a saved adapter (a run's folder, a checkpoint's or an adapter's own) to its base.
+
+    One that is attached already makes room, so this switches adapters. Raises UserError when the
+    learner's weights are not the base that the adapter was trained on.
+    """
+    folder = locate(path)
+    description = read_description(folder)
+    detach(learner)
+    options = read_options(folder, description)
+    adapter = attach(learner, options, heads=description["heads"])
+    check_base(folder, description, adapter, learner)
+    load_named(adapter.tensors(learner), read_tensors(folder, "model"), f"adapter {folder}")
+    return adapter
+
+
+def read_description(folder: pathlib.Path) -> dict[str, Any]:
+    """adapter.json; raises UserError when the folder holds no adapter."""
+    if not (folder / DESCRIPTION).is_file():
+        raise UserError(f"{folder} holds no adapter: it has no {DESCRIPTION}")
+    description = read_json(folder, DESCRIPTION)
+    kinds = {"peft": dict, "heads": list, "base_hash": str}
+    if not all(isinstance(description.get(key), kind) for key, kind in kinds.items()):
+        raise UserError(f"adapter file {folder / DESCRIPTION} is damaged; use another one")
+    return description
+
+
+def read_options(folder: pathlib.Path, description: dict[str, Any]) -> Options:
+    """The method's options as they were saved."""
+    name = str(description["peft"].get("name"))
+    return instance(PEFT.get(name).options, description["peft"], f"{folder / DESCRIPTION}: peft")
+
+
+def check_base(
+    folder: pathlib.Path, description: dict[str, Any], adapter: Adapter, learner: Learner
+) -> None:
+    """Raises UserError, and takes the adapter out, when the base is another one."""
+    wanted, found = description["base_hash"], adapter.base_hash
+    if wanted != found:
+        detach(learner)
+        base = description.get("base") or "a base whose place was not written down"
+        raise UserError(
+            f"adapter {folder} was trained on {base} (trunk {wanted[:12]}), but these weights are "
+            f"another model's (trunk {found[:12]}); load it onto the base that it belongs to"
+        )
+
+
+def open_adapter(folder: pathlib.Path, config: Config, learner: Learner, *, ema: bool) -> None:
+    """Fills a learner that was just built from a checkpoint of a run with `peft`: the base from
+    config.init_from, then the adapter on it.
+
+    Raises UserError when the base cannot be found or is not the one that the run started from.
+    """
+    description = read_description(folder)
+    base = config.init_from
+    if base is None or not pathlib.Path(base).is_dir():
+        raise UserError(
+            f"checkpoint {folder} holds an adapter only, and its base {base} is not there; put the "
+            f"base back, or merge the adapter where both are (nanolm merge)"
+        )
+    load_trunk(base, learner)
+    options = read_options(folder, description)
+    adapter = attach(learner, options, heads=description["heads"])
+    check_base(folder, description, adapter, learner)
+    load_weights(folder, learner, ema=ema)
+
+
+def begin_adapter(
+    config: Config, learner: Learner, fresh: list[str], checkpoint: pathlib.Path | None
+) -> str:
+    """Attaches config.peft to a learner that holds its base; returns what to tell the user.
+
+    `fresh` heads, which the base lacks, are trained whole. With a checkpoint to go on from, raises
+    UserError when that belongs to another base.
+    """
+    adapter = attach(learner, config.peft, heads=fresh, seed=config.run.seed)
+    if checkpoint is not None:
+        check_base(checkpoint, read_description(checkpoint), adapter, learner)
+    trained, total = trainable_counts(learner)
+    heads = f", heads {', '.join(fresh)} included" if fresh else ""
+    return (
+        f"peft={config.peft.name} trains {trained:,} of {total:,} parameters "
+        f"({trained / total:.2%}){heads}"
+    )
+
+
+def adapter_files(config: Config, learner: Learner) -> dict[str, bytes]:
+    """What a checkpoint needs besides the small weights: adapter.json, when there is an adapter."""
+    return {DESCRIPTION: describe(learner.adapter, config.init_from)} if learner.adapter else {}
