@@ -4,11 +4,14 @@ import importlib
 import pathlib
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 
 from nanolm.arguments import leaf_kinds, load_config
 from nanolm.cli import COMMANDS
+from tests.prepared import prepared_corpus
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -51,6 +54,14 @@ def test_command_exists(line):
             value = config
             for part in option.split("."):
                 value = getattr(value, part)
+
+
+@pytest.mark.slow
+def test_the_walk_of_one_batch_prints_the_shapes_of_the_table():
+    words = [sys.executable, str(ROOT / "docs" / "one_batch.py"), str(prepared_corpus())]
+    printed = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    for shape in ("[257]", "[16, 256]", "[16, 256, 384]", "/ 4096"):
+        assert shape in printed
 
 
 def test_make_targets_exist():

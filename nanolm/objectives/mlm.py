@@ -94,16 +94,18 @@ class Mlm:
         return {"tokens": corrupted, "masked_index": index, "masked_targets": tokens_T[index]}
 
     def collate(self, examples: list[Example]) -> dict[str, np.ndarray]:
-        """tokens [B, T], lengths [B], masked_index and masked_targets [M] (flat in B x T), and with
-        the document mask positions and documents [B, T]."""
+        """tokens [B, T], masked_index and masked_targets [M] (flat in B x T), lengths [B] if a row
+        is short, and with the document mask positions and documents [B, T]."""
         batch = {
             "tokens": padded([e["tokens"] for e in examples], self.length, self.tokenizer.pad),
-            "lengths": np.array([len(e["tokens"]) for e in examples], dtype=np.int64),
             "masked_index": np.concatenate(
                 [e["masked_index"] + b * self.length for b, e in enumerate(examples)]
             ),
             "masked_targets": np.concatenate([e["masked_targets"] for e in examples]),
         }
+        lengths = np.array([len(e["tokens"]) for e in examples], dtype=np.int64)
+        if lengths.min() < self.length:  # only where a split ends: full rows need no mask at all
+            batch["lengths"] = lengths
         if self.documents:
             batch["documents"] = padded([e["documents"] for e in examples], self.length, -1)
             batch["positions"] = restarting_positions(batch["documents"])
@@ -130,6 +132,12 @@ class Mlm:
     def targets(self, batch: dict[str, Tensor]) -> Tensor:
         """The tokens that were hidden, [M]."""
         return batch["masked_targets"]
+
+    def logits(
+        self, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Logits [M, V] of the masked tokens, for rules that compare probabilities."""
+        return {"mlm": heads["lm"](hidden_BTD.flatten(0, 1)[batch["masked_index"]])}
 
     def loss(
         self, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: dict[str, Tensor]
