@@ -5,14 +5,15 @@ import pathlib
 
 from setuptools import setup
 
+FINETUNE = ["rouge-score", "sacrebleu", "scikit-learn", "seqeval"]
 DEV = [
+    *FINETUNE,
     "datasets",
     "hypothesis",
     "peft",
     "pytest",
     "pytest-xdist",
     "ruff",
-    "scikit-learn",
     "setuptools",
     "transformers",
     "wheel",
@@ -51,6 +52,7 @@ setup(
     extras_require={
         "dev": DEV,
         "hf": ["datasets", "transformers"],
+        "finetune": FINETUNE,
         "plot": ["matplotlib"],
         "tensorboard": ["tensorboard"],
         "zstd": ["zstandard"],

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import nanolm.gradient
+import nanolm.objectives.classify
 import nanolm.objectives.clm
 import nanolm.objectives.mlm
 import nanolm.objectives.pair
@@ -19,7 +20,10 @@ import nanolm.objectives.prefix
 import nanolm.optim
 import nanolm.peft.dora
 import nanolm.peft.lora
-import nanolm.schedules  # noqa: F401  (imported for what they register)
+import nanolm.rules.adversarial
+import nanolm.rules.rdrop
+import nanolm.schedules
+import nanolm.task_heads  # noqa: F401  (imported for what they register)
 from nanolm.config import Config, ModelConfig, require
 from nanolm.data.stream import RowStream
 from nanolm.data.tokenizer import Tokenizer

@@ -119,6 +119,11 @@ class Checkpoints:
                 shutil.rmtree(doomed)
 
     def _marked(self, marker: str) -> str | None:
+    def best(self) -> pathlib.Path | None:
+        """The checkpoint that was marked best, if there is one."""
+        name = self._marked("best")
+        return self.folder / name if name else None
+
         path = self.folder / marker
         name = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
         return name if _NAME.fullmatch(name) and (self.folder / name).is_dir() else None
@@ -145,14 +150,19 @@ class Checkpoints:
         return None, problems
 
 
-def locate(path: str | pathlib.Path) -> pathlib.Path:
-    """The checkpoint folder that a path means: itself, or the newest good one of a run's folder.
+def locate(path: str | pathlib.Path, *, best: bool = False) -> pathlib.Path:
+    """The checkpoint folder that a path means: itself, or the newest good one of a run's folder
+    (with `best` the one that was marked best, when there is one).
 
     Verified. Raises UserError when there is none or it is damaged.
     """
     folder = pathlib.Path(path)
     if (folder / "checkpoints").is_dir():
         found, _ = Checkpoints(folder, World()).newest()
+        marked = Checkpoints(folder, World()).best() if best else None
+        if marked is not None:
+            verify(marked)
+            return marked
         if found is None:
             raise UserError(f"run {folder} holds no checkpoint yet")
         return found

@@ -18,6 +18,8 @@ COMMANDS = {
     "data verify": ("nanolm.commands.data_verify", "re-check every checksum and token id"),
     "train": ("nanolm.commands.train", "pretrain a model"),
     "merge": ("nanolm.commands.merge", "fold an adapter into its base's weights"),
+    "finetune": ("nanolm.commands.finetune", "turn a checkpoint into a classifier, tagger, …"),
+    "predict": ("nanolm.commands.predict", "labels, spans or texts of a fine-tuned model"),
     "evaluate": ("nanolm.commands.evaluate", "loss of a checkpoint on a prepared split"),
     "generate": ("nanolm.commands.generate", "write text with a decoder"),
     "fill": ("nanolm.commands.fill", "fill masks with an encoder"),

@@ -38,14 +38,23 @@ class Engine:
                 block.compile()
         self.module = wrap(self.learner, world, config.distributed) if trains else self.learner
 
-    def __call__(self, batch: Any) -> Mapping[str, Any]:
-        """Terms of one micro-batch, through the distributed wrapper."""
-        with self._precision():
-            return self.module(self.move(batch))
+    def __call__(self, batch: Any, objective: Any = None) -> Mapping[str, Any]:
+        """Terms of one micro-batch, through the distributed wrapper.
+
+        With an objective, its terms instead of those of the learner's own.
+        """
+        other = () if objective is None else (objective,)
+        self.progress.enter("forward")
+        with self.precision():
+            return self.module(self.move(batch), *other)
+
+    def _last_bucket(self) -> None:
+        self.progress.enter("communication")
 
     def local(self, batch: Any) -> Mapping[str, Any]:
         """Terms of one micro-batch on this rank alone: no collective, for evaluation."""
-        with self._precision():
+        self.progress.enter("evaluation")
+        with self.precision():
             return self.learner(self.move(batch))
 
     def move(self, batch: Any) -> dict[str, Tensor]:
@@ -58,7 +67,8 @@ class Engine:
         return synchronised(self.module, when)
 
     @contextlib.contextmanager
-    def _precision(self) -> Iterator[None]:
+    def precision(self) -> Iterator[None]:
+        """Inside, products are computed in the run's precision."""
         if self.dtype is None:
             yield
         else:

@@ -19,8 +19,11 @@ from nanolm.config import Config
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import UserError
 from nanolm.learner import Learner
+from nanolm.objectives.task import Task
 from nanolm.ops import Phase
 from nanolm.peft.files import open_adapter
+from nanolm.registry import OBJECTIVES
+from nanolm.task_config import TaskConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +47,15 @@ def read_config(folder: pathlib.Path, plugins: list[str] | None = None) -> Confi
             f"them, name them: --plugins '[{','.join(unnamed)}]'"
         )
     import_plugins(plugins or [])
-    return load_config([], base=mapping)
+    return load_config([], schema=schema_of(mapping), base=mapping)
+
+
+def schema_of(mapping: dict) -> type[Config]:
+    """The schema of a saved config: tasks were fine-tuned, everything else pretrained."""
+    name = (mapping.get("objective") or {}).get("name", "clm")
+    build_objective = OBJECTIVES.get(name).build
+    is_task = isinstance(build_objective, type) and issubclass(build_objective, Task)
+    return TaskConfig if is_task else Config
 
 
 def open_saved(
@@ -62,6 +73,8 @@ def open_saved(
     folder = locate(path)
     config = read_config(folder, plugins)
     tokenizer = Tokenizer.load(folder / "tokenizer.model")
+    if isinstance(config, TaskConfig):
+        folder = locate(path, best=True)
     objective = build.build_objective(config, tokenizer)
     learner = build.build_learner(config, objective, torch.device(device), phase)
     if config.peft.name == "none":

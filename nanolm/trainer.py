@@ -61,6 +61,8 @@ class Trainer:
 
     def __init__(
         self,
+    `tokens_per_step` is global_batch full rows unless given; the checkpoint whose validation
+    figures have the least `badness` is the best one.
         config: Config,
         learner: nn.Module,
         world: World,
@@ -77,6 +79,8 @@ class Trainer:
         self.config, self.world, self.note = config, world, note
         self.engine = Engine(learner, world, config)
         self.loader_factory = loader_factory
+        tokens_per_step: int | None = None,
+        badness: Callable[[Mapping[str, float]], float] = lambda figures: figures["loss"],
         self.evaluator, self.sinks = evaluator, sinks
         self.optimizers = build_optimizers(learner, config.optim)
         self.factor = build_schedule(config.schedule, config.train.steps)
@@ -85,7 +89,9 @@ class Trainer:
         self.ema = ExponentialMovingAverage(learner, decay) if decay else None
         fp16 = config.train.precision == "fp16"
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=fp16)
-        self.tokens_per_step = config.train.global_batch * config.data.row_length
+        rows = config.train.global_batch
+        self.tokens_per_step = tokens_per_step or rows * config.data.row_length
+        self.badness = badness
         self.throughput = throughput or Throughput(self.tokens_per_step, 0.0, None)
         self.preemption = Preemption()
         self.done = 0
@@ -255,8 +261,9 @@ class Trainer:
     def evaluate(self, best: bool = False) -> dict[str, float]:
         """Figures of the validation split, with the averaged weights when there are any.
 
-        With `best` the checkpoint of this step is named the best one when its loss is the lowest. A
-        signal ends the evaluation: the run is left then, and evaluates when it is resumed.
+        With `best` the checkpoint of this step is named the best one when its badness (its loss,
+        unless the trainer was told otherwise) is the lowest. A signal ends the evaluation: the run
+        is left then, and evaluates when it is resumed.
         """
         if self.evaluator is None:
             return {}
@@ -268,9 +275,10 @@ class Trainer:
             self._leave()
             return {}
         self._write({"step": self.done, "kind": "val", **figures})
-        lowest = self.best is None or figures["loss"] < self.best
+        badness = self.badness(figures)
+        lowest = self.best is None or badness < self.best
         if best and lowest and self.config.run.keep_best:
-            self.best = figures["loss"]
+            self.best = badness
             self.snapshot.checkpoints.mark_best(self.done)
         return figures
 

@@ -1,11 +1,14 @@
-"""`nanolm evaluate RUN`: a checkpoint's loss, perplexity, bits per byte and accuracy on a split.
+"""`nanolm evaluate RUN`: a checkpoint's figures on a split.
 
-The same figures for every world and batch size; `torchrun -m nanolm evaluate RUN` shares the rows.
+A pretrained model gives loss, perplexity, bits per byte and accuracy on the val split; a fine-tuned
+one its task's metrics on the test split (`task_report.py`). The same figures for every world and
+batch size; `torchrun -m nanolm evaluate RUN` shares the rows.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -13,9 +16,11 @@ from rich.table import Table
 from nanolm.commands.figures import write_json
 from nanolm.commands.train import build_evaluator
 from nanolm.config import Config
-from nanolm.distributed import close, launch
+from nanolm.distributed import World, close, launch
 from nanolm.engine import Engine
-from nanolm.saved import open_saved
+from nanolm.saved import Saved, open_saved
+from nanolm.task_config import TaskConfig
+from nanolm.task_report import evaluate_task
 
 POSITIONAL = ("run",)
 
@@ -26,10 +31,10 @@ class Arguments:
 
     run: str
     """Folder of a run or of a checkpoint."""
-    split: str = "val"
-    """train, val or test."""
+    split: str | None = None
+    """train, val or test; null: val of a pretrained model, test of a fine-tuned one."""
     data: str | None = None
-    """Prepared folder to evaluate on; null means the one that the run was trained on."""
+    """Prepared folder (or, fine-tuned, a table) to evaluate on; null means the run's own."""
     batches: int | None = None
     """Batches to use; null for the whole split."""
     batch: int | None = None
@@ -60,16 +65,28 @@ def with_evaluation(config: Config, arguments: Arguments) -> Config:
 def run(arguments: Arguments) -> None:
     """Evaluate and print."""
     saved = open_saved(arguments.run, phase="train", plugins=arguments.plugins, ema=arguments.ema)
-    config = with_evaluation(saved.config, arguments)
-    world = launch(config.distributed, arguments.device)
+    world = launch(saved.config.distributed, arguments.device)
+    described = {"run": arguments.run, "checkpoint": saved.folder.name}
+    if isinstance(saved.config, TaskConfig):
+        figures = evaluate_task(
+            saved, world, split=arguments.split, data=arguments.data, batch=arguments.batch
+        )
+    else:
+        figures = evaluate_pretrained(saved, world, arguments)
+    if world.is_main:
+        write_json(arguments.json, described | figures)
+    close(world)
+
+
+def evaluate_pretrained(saved: Saved, world: World, arguments: Arguments) -> dict[str, Any]:
+    """The split and its figures, printed."""
+    config, split = with_evaluation(saved.config, arguments), arguments.split or "val"
     objective = saved.learner.objective
-    evaluate = build_evaluator(config, objective, saved.tokenizer, world, arguments.split)
+    evaluate = build_evaluator(config, objective, saved.tokenizer, world, split)
     figures = evaluate(Engine(saved.learner.to(world.device), world, config)) or {}
     if world.is_main:
-        table = Table("figure", f"{arguments.split} split")
+        table = Table("figure", f"{split} split")
         for name, value in figures.items():
             table.add_row(name, f"{value:.6g}")
         Console().print(table)
-        described = {"run": arguments.run, "checkpoint": saved.folder.name}
-        write_json(arguments.json, described | {"split": arguments.split} | figures)
-    close(world)
+    return {"split": split} | figures

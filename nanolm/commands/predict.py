@@ -1,0 +1,126 @@
+"""`nanolm predict RUN [FILE]`: what a fine-tuned model says, one JSON object a line.
+
+FILE is any table that fine-tuning reads, without labels; without FILE, lines come from standard
+input, each a text (a pair or a question separated by tabs) or a JSON object. At a terminal every
+line is answered at once. Everything comes from the saved folder alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TextIO
+
+from nanolm.config import require
+from nanolm.data.task_files import Record, Table, read_table
+from nanolm.distributed import World, launch
+from nanolm.engine import Engine
+from nanolm.errors import UserError
+from nanolm.objectives.task import Task
+from nanolm.saved import Saved, open_saved
+from nanolm.task_config import TaskConfig
+from nanolm.task_data import make_split, renamed
+from nanolm.task_evaluation import predict
+from nanolm.task_generation import write_answers
+
+POSITIONAL = ("run", "file")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Predict with a fine-tuned model."""
+
+    run: str
+    """Folder of a fine-tuning run (its best checkpoint is used) or of a checkpoint."""
+    file: str | None = None
+    """Table to read; null: standard input, a text or a JSON object a line."""
+    out: str | None = None
+    """JSONL file to write; null: standard output."""
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Which column holds a field, where it has another name: {text: question}."""
+    batch: int = 64
+    """Rows at a time."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    plugins: list[str] = dataclasses.field(default_factory=list)
+    """Plug-ins that the checkpoint was trained with."""
+
+
+class Predictor:
+    """A saved task, ready to answer records."""
+
+    def __init__(self, saved: Saved, world: World, batch: int) -> None:
+        require(
+            isinstance(saved.config, TaskConfig),
+            f"{saved.folder} was pretrained, not fine-tuned: fine-tune it first (`nanolm finetune`)"
+            f", or write with it (`nanolm generate`, `nanolm fill`)",
+        )
+        self.saved, self.world, self.batch = saved, world, batch
+        self.task: Task = saved.learner.objective
+        self.engine = Engine(saved.learner, world, saved.config, trains=False)
+
+    def __call__(self, table: Table) -> list[Record]:
+        """One prediction per record, with the record's id where it has one."""
+        split = make_split("input", table, self.task, self.saved.config.data, with_gold=False)
+        if self.task.generates:
+            found = write_answers(self.saved, split.table, self.batch)
+        else:
+            found = predict(self.engine, split, self.batch)
+        ids = [{"id": r["id"]} if "id" in r else {} for r in split.table.records]
+        return [identity | prediction for identity, prediction in zip(ids, found, strict=True)]
+
+
+def lines_as_tables(lines: Iterable[str], task: Task, size: int) -> Iterator[Table]:
+    """Tables of up to `size` records from lines of text or JSON."""
+    numbered = ((n, line.rstrip("\r\n")) for n, line in enumerate(lines, start=1))
+    filled = ((n, line) for n, line in numbered if line.strip())
+    while part := list(itertools.islice(filled, size)):
+        records = [_record(line, n, task) for n, line in part]
+        yield Table("standard input", records, [n for n, _ in part])
+
+
+def _record(line: str, number: int, task: Task) -> Record:
+    if line.lstrip().startswith("{"):
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"standard input row {number} is not valid JSON: {error}") from None
+        return value
+    return task.record_of(line)
+
+
+def run(arguments: Arguments) -> None:
+    """Predict and write."""
+    saved = open_saved(arguments.run, phase="prefill", plugins=arguments.plugins)
+    world = launch(saved.config.distributed, arguments.device)
+    saved.learner.to(world.device)
+    predictor = Predictor(saved, world, arguments.batch)
+    interactive = arguments.file is None and sys.stdin.isatty()
+    if arguments.file is not None:
+        table = renamed(read_table(arguments.file), arguments.columns)
+        tables: Iterable[Table] = [table]
+    else:
+        size = 1 if interactive else arguments.batch
+        tables = lines_as_tables(sys.stdin, predictor.task, size)
+    if interactive:
+        print(f"one {' <tab> '.join(predictor.task.fields)} a line", file=sys.stderr)
+    with _output(arguments.out) as out:
+        for table in tables:
+            for prediction in predictor(table):
+                print(json.dumps(prediction, ensure_ascii=False), file=out, flush=interactive)
+
+
+@contextlib.contextmanager
+def _output(path: str | None) -> Iterator[TextIO]:
+    if path is None:
+        yield sys.stdout
+        return
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            yield file
+    except OSError as error:
+        raise UserError(f"cannot write --out {path}: {error.strerror}") from None

@@ -1,0 +1,241 @@
+"""What all tasks share: records become sequences, sequences a batch, hidden states answers.
+
+    record --check, items--> Item --example, collate--> batch --inputs--> trunk --> hidden
+    hidden --loss--> {term: (sum, count)}            hidden --answers--> one answer per item
+    answers of a record's items --predictions--> what `nanolm predict` prints --report--> metrics
+
+A sequence is framed as its trunk knows it: <cls> A <sep> (B <sep>) for an encoder, for a decoder
+<eos> A (<sep> B) <eos>, since in pretraining every document begins behind an end of document.
+
+Shapes: B rows, T tokens of a row, S sequences, M tokens of all sequences, D model width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import numpy as np
+from torch import Tensor, nn
+
+from nanolm.config import Config, require
+from nanolm.data.task_files import Record, Table
+from nanolm.data.task_packing import rectangle, scatter
+from nanolm.data.task_stream import TaskRow
+from nanolm.data.tokenizer import Tokenizer
+from nanolm.errors import UserError
+from nanolm.heads import HeadRequest
+from nanolm.masks import Mask
+from nanolm.model import Inputs
+from nanolm.objectives.base import Draw, Term
+from nanolm.registry import Options
+from nanolm.task_config import TaskConfig
+from nanolm.task_heads import Layout
+from nanolm.task_metrics import Report
+
+
+@dataclasses.dataclass(slots=True)
+class Sequence:
+    """Token ids [T] of one framed sequence, and where its second segment begins (T when none)."""
+
+    tokens: np.ndarray
+    second: int
+
+
+@dataclasses.dataclass(slots=True)
+class Item:
+    """What one training row is: the sequences of a record (or of a window of it) and the target.
+
+    `record` is the record's index in its table, `cut` the number of tokens that did not fit.
+    """
+
+    record: int
+    sequences: list[Sequence]
+    target: Any
+    cut: int = 0
+    extra: Any = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskOptions(Options):
+    """What every task has."""
+
+
+class Task:
+    """Base of the task objectives; see `nanolm.objectives.base.Objective` for the contract."""
+
+    trunks: tuple[str, ...] = ("encoder", "decoder")
+    fields: ClassVar[tuple[str, ...]] = ("text",)
+    """Fields that every record must have, also to predict."""
+    gold: ClassVar[tuple[str, ...]] = ("label",)
+    """Fields that it must have to be trained on or evaluated."""
+    metric = "accuracy"
+    """The figure by which the best checkpoint is chosen."""
+    generates = False
+    """Whether predictions are written by `nanolm.task_generation` instead of read from answers."""
+    term = "task"
+    """Name of the loss term."""
+    split_by: ClassVar[tuple[str, ...]] = ()
+    """Columns whose content decides on which side of a carved split a record falls."""
+
+    def __init__(self, options: TaskOptions, config: Config, tokenizer: Tokenizer) -> None:
+        require(
+            isinstance(config, TaskConfig),
+            f"objective={options.name} is a task for labelled tables: use `nanolm finetune`",
+        )
+        self.options, self.tokenizer = options, tokenizer
+        self.trunk, self.length = config.model.trunk, config.data.row_length
+        self.packed = config.data.pack
+        self.segments = config.model.n_segments >= 2
+        self.heads: dict[str, HeadRequest] = {}
+        self.weights = {self.term: 1.0}
+        padding = {"lengths"} if self.trunk == "encoder" else set()
+        self.masks = frozenset({"documents"} if self.packed else padding)
+
+    # From records to items.
+
+    @classmethod
+    def resolve(cls, options: TaskOptions, table: Table) -> TaskOptions:
+        """The options with what the training records decide (label sets) filled in."""
+        return options
+
+    def check(self, record: Record, *, with_gold: bool) -> str | None:
+        """Why a record cannot be used, in words, or None."""
+        raise NotImplementedError
+
+    def items(self, record: Record, index: int, *, with_gold: bool) -> list[Item]:
+        """The record made ready, token ids and all; one item, or one for each window."""
+        raise NotImplementedError
+
+    def record_of(self, line: str) -> Record:
+        """A line of text as a record: its fields, separated by tabs."""
+        parts = line.split("\t")
+        require(
+            len(parts) == len(self.fields),
+            f"a line must hold {', '.join(self.fields)}, separated by tabs; got {line!r}",
+        )
+        return dict(zip(self.fields, parts))
+
+    def frame(self, first: np.ndarray, second: np.ndarray | None = None) -> tuple[Sequence, int]:
+        """(framed sequence of at most row_length tokens, tokens cut); the longer text is cut."""
+        t = self.tokenizer
+        encoder = self.trunk == "encoder"
+        begin, end = (t.cls, t.sep) if encoder else (t.eos, t.eos)
+        room = self.length - (2 if second is None else 3)
+        total = len(first) + (0 if second is None else len(second))
+        if second is None:
+            first = first[:room]
+            parts = [[begin], first, [end]]
+        else:
+            half = room // 2
+            keep = min(len(first), max(half, room - len(second)))
+            first, second = first[:keep], second[: room - keep]
+            parts = [[begin], first, [t.sep], second, [end]]
+        tokens = np.concatenate(parts).astype(np.int64)
+        begins_second = len(tokens) if second is None else len(first) + 2
+        return Sequence(tokens, begins_second), max(0, total - room)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids of a text; no more of it is encoded than could ever fit."""
+        return self.tokenizer.encode(text)
+
+    def require_heads(self, fresh: list[str], base: str) -> None:
+        """Raises UserError when a head that must come from the base is fresh."""
+
+    # From items to batches.
+
+    def example(self, row: TaskRow, rng: np.random.Generator, draw: Draw) -> Item:
+        """The item as it is: nothing about it is random."""
+        return row.item
+
+    def collate(self, examples: list[Item]) -> dict[str, np.ndarray]:
+        """The sequences of all items in one rectangle, the layout's indices, and the targets."""
+        sequences = [sequence for item in examples for sequence in item.sequences]
+        tokens = [sequence.tokens for sequence in sequences]
+        pad = self.tokenizer.roles().get("pad", 0)
+        batch, index_M = rectangle(tokens, pad, packed=self.packed)
+        lengths_S = np.array([len(ids) for ids in tokens], dtype=np.int64)
+        ends_S = np.cumsum(lengths_S)
+        batch["index"] = index_M
+        batch["owner"] = np.repeat(np.arange(len(tokens)), lengths_S)
+        batch["first"], batch["last"] = index_M[ends_S - lengths_S], index_M[ends_S - 1]
+        if self.segments:
+            values = [np.arange(len(s.tokens)) >= s.second for s in sequences]
+            segments_M = np.concatenate(values).astype(np.int64)
+            batch["segments"] = scatter(batch["tokens"].shape, index_M, segments_M, 0)
+        return batch | self.targets_of(examples, batch)
+
+    def targets_of(
+        self, examples: list[Item], batch: dict[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        """The arrays of the batch that the loss compares with."""
+        raise NotImplementedError
+
+    def counts(self, batch: dict[str, np.ndarray]) -> dict[str, int]:
+        """Number of targets of each term."""
+        raise NotImplementedError
+
+    # From hidden states to losses and answers.
+
+    def inputs(self, batch: dict[str, Tensor]) -> Inputs:
+        """Tokens, kept apart in packed rows or hidden behind their lengths in padded ones."""
+        if self.packed:
+            mask = Mask(documents=batch["documents"])
+        else:
+            mask = Mask(key_lengths=batch["lengths"] if self.trunk == "encoder" else None)
+        return Inputs(
+            tokens_BT=batch["tokens"],
+            positions_BT=batch.get("positions"),
+            segments_BT=batch.get("segments"),
+            mask=mask,
+        )
+
+    def has_gold(self, batch: dict[str, Tensor]) -> bool:
+        """Whether the batch has what the loss compares with."""
+        return "labels" in batch
+
+    def layout(self, batch: dict[str, Tensor]) -> Layout:
+        """Where the sequences lie."""
+        return Layout(batch["index"], batch["owner"], batch["first"], batch["last"])
+
+    def loss(
+        self, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: dict[str, Tensor]
+    ) -> dict[str, Term]:
+        """Terms by name."""
+        raise NotImplementedError
+
+    def answers(
+        self, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: dict[str, Tensor]
+    ) -> list[Any]:
+        """What the model says, one JSON value per item of the batch."""
+        raise NotImplementedError
+
+    # From answers to predictions and metrics.
+
+    def predictions(
+        self, table: Table, items: list[Item], answers: list[Any]
+    ) -> list[dict[str, Any]]:
+        """One prediction per record, from the answers to its items."""
+        raise NotImplementedError
+
+    def report(self, table: Table, predictions: list[dict[str, Any]]) -> Report:
+        """Metrics of predictions against the records' own labels."""
+        raise NotImplementedError
+
+
+def text_problem(record: Record, fields: tuple[str, ...]) -> str | None:
+    """Why one of these fields is no usable text, or None."""
+    for field in fields:
+        value = record.get(field)
+        if not isinstance(value, str):
+            return f"{field} is {value!r}, not text"
+        if not value.strip():
+            return f"{field} is empty"
+    return None
+
+
+def chosen(labels: list[str] | None, name: str) -> list[str]:
+    """A task's label set; raises UserError when it was never filled in."""
+    if labels is None:
+        raise UserError(f"objective={name} has no labels: they come from the train split")
+    return labels

@@ -1,0 +1,116 @@
+"""The schema of a fine-tuning run: the run's config (`config.py`) with the groups that differ.
+
+`data` names tables instead of prepared corpora, `train` counts in epochs, `eval` says which metric
+decides, and `model` comes from the checkpoint that `init_from` names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from nanolm.config import Config, EvalConfig, RunConfig, TrainConfig, require, require_at_least
+from nanolm.registry import Options
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskDataConfig:
+    """The labelled examples."""
+
+    path: str | None = None
+    """A folder with train, val and test files (.jsonl, .csv, .tsv, .parquet, .json, .conll), one
+    file to train on, stdlib:NAME or hf:NAME."""
+    train: str | None = None
+    """File to train on, instead of the folder's."""
+    val: str | None = None
+    """File to choose by; null: the folder's, or else carved out of train."""
+    test: str | None = None
+    """File that is only looked at by `nanolm evaluate`."""
+    columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Which column of the file holds a field of the task, where it has another name:
+    {text: question}."""
+    row_length: int = 128
+    """Longest sequence in tokens; longer texts are cut, which is counted and told."""
+    pack: bool = True
+    """Lay short sequences side by side in a row (documents kept apart) instead of padding them."""
+    bad_rows: Literal["refuse", "skip"] = "refuse"
+    """What to do with a row that cannot be used: stop and name it, or leave it out and count."""
+    val_fraction: float = 0.1
+    """Share of the train records that is carved out as val where there is none."""
+    limit: int | None = None
+    """Train on a keyed sample of so many records (few-shot)."""
+    shots: int | None = None
+    """Train on so many records of each label (few-shot)."""
+    workers: int = 0
+    """Loader processes per rank; 0 reads in the training process."""
+
+    def __post_init__(self) -> None:
+        require_at_least("data", self, row_length=4, workers=0, limit=1, shots=1)
+        fraction = self.val_fraction
+        require(0 < fraction < 1, f"data.val_fraction={fraction} must lie in (0, 1)")
+
+    @property
+    def files(self) -> dict[str, str | None]:
+        """The single files, by split."""
+        return {"train": self.train, "val": self.val, "test": self.test}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskTrainConfig(TrainConfig):
+    """How one step is taken, and how many."""
+
+    steps: int | None = None
+    """Optimizer steps; null means train.epochs."""
+    epochs: float = 3.0
+    """Passes over the train split."""
+    global_batch: int = 32
+    """Examples per optimizer step over all ranks."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.epochs > 0, f"train.epochs={self.epochs} must be positive")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskEvalConfig(EvalConfig):
+    """Evaluation during training, and the choice of the best checkpoint."""
+
+    every: int | None = None
+    """Steps between evaluations on val; null: once an epoch; 0: only at the end."""
+    metric: str | None = None
+    """Figure of val that names the best checkpoint; null means the task's own."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskRunConfig(RunConfig):
+    """The run itself."""
+
+    dir: str = "runs/finetune"
+    """Folder of the run: config, metrics, checkpoints, evaluation, MODEL.md."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints; null means eval.every: only what is saved can be the best."""
+    keep_last: int = 1
+    """Newest checkpoints to keep beside the best one."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskConfig(Config):
+    """One fine-tuning run."""
+
+    init_from: str | None = None
+    """Run or checkpoint to fine-tune: it gives the model's shape, its weights and the tokenizer."""
+    weights: Literal["saved", "random"] = "saved"
+    """random: the checkpoint's shape and tokenizer with fresh weights, to see what pretraining is
+    worth."""
+    data: TaskDataConfig = dataclasses.field(default_factory=TaskDataConfig)
+    """On what."""
+    objective: Options = dataclasses.field(default_factory=lambda: Options(name="classify"))
+    """The task and its options."""
+    schedule: Options = dataclasses.field(default_factory=lambda: Options(name="linear"))
+    """Learning-rate schedule: a pure function of the step."""
+    train: TaskTrainConfig = dataclasses.field(default_factory=TaskTrainConfig)
+    """How one step is taken."""
+    eval: TaskEvalConfig = dataclasses.field(default_factory=TaskEvalConfig)
+    """Evaluation in the loop."""
+    run: TaskRunConfig = dataclasses.field(default_factory=TaskRunConfig)
+    """The run itself."""

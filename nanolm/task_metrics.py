@@ -1,0 +1,235 @@
+"""Metrics of tasks, by the libraries that define them, and what a report is made of.
+
+scikit-learn computes classification and regression figures, seqeval entity scores, sacrebleu BLEU
+and chrF, rouge-score ROUGE: users compare with numbers that these print. Reading comprehension has
+SQuAD's own definition, which no library carries; it stands below, also by characters for Chinese.
+
+They are the extra `finetune`: importing them takes seconds, so each function imports what it needs.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import importlib
+import re
+import string
+import unicodedata
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from nanolm.data.tokenizer import UNSPACED
+from nanolm.errors import UserError
+
+LOWER_IS_BETTER = ("loss", "mse", "mae", "nll", "perplexity")
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Figures by name; a longer text for people; the confusion matrix [gold, predicted]."""
+
+    figures: dict[str, float]
+    text: str | None = None
+    labels: list[str] | None = None
+    confusion: list[list[int]] | None = None
+
+
+def library(name: str) -> Any:
+    """A metric library; raises UserError saying how to install it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise UserError(
+            f"metrics of tasks need {name.split('.')[0]}: pip install 'nanolm[finetune]'"
+        ) from None
+
+
+def classification(
+    gold: Sequence[int], probabilities_NC: np.ndarray, labels: Sequence[str]
+) -> Report:
+    """Accuracy, precision, recall and F1 (macro, micro, weighted), MCC; ROC-AUC when binary."""
+    metrics = library("sklearn.metrics")
+    gold = np.asarray(gold)
+    predicted = probabilities_NC.argmax(axis=1)
+    everything = list(range(len(labels)))
+    figures = {"accuracy": float(metrics.accuracy_score(gold, predicted))}
+    figures |= _averages(metrics, gold, predicted, everything)
+    figures["mcc"] = float(metrics.matthews_corrcoef(gold, predicted))
+    if len(labels) == 2 and len(set(gold.tolist())) == 2:
+        figures["roc_auc"] = float(metrics.roc_auc_score(gold, probabilities_NC[:, 1]))
+    text = metrics.classification_report(
+        gold, predicted, labels=everything, target_names=list(labels), digits=4, zero_division=0
+    )
+    confusion = metrics.confusion_matrix(gold, predicted, labels=everything).tolist()
+    return Report(figures, text, list(labels), confusion)
+
+
+def _averages(metrics: Any, gold: Any, predicted: Any, labels: list[int]) -> dict[str, float]:
+    figures = {}
+    for average in ("macro", "micro", "weighted"):
+        values = metrics.precision_recall_fscore_support(
+            gold, predicted, labels=labels, average=average, zero_division=0
+        )
+        names = ("precision", "recall", "f1")
+        figures |= {f"{average}_{name}": float(v) for name, v in zip(names, values)}
+    return figures
+
+
+def multi_label(gold_NC: np.ndarray, probabilities_NC: np.ndarray, labels: Sequence[str]) -> Report:
+    """Each label by itself at the threshold 1/2; accuracy: all labels of a row are right."""
+    metrics = library("sklearn.metrics")
+    predicted_NC = (probabilities_NC >= 0.5).astype(int)
+    everything = list(range(len(labels)))
+    figures = {"accuracy": float(metrics.accuracy_score(gold_NC, predicted_NC))}
+    figures |= _averages(metrics, gold_NC, predicted_NC, everything)
+    text = metrics.classification_report(
+        gold_NC, predicted_NC, target_names=list(labels), digits=4, zero_division=0
+    )
+    return Report(figures, text)
+
+
+def regression(gold_NC: np.ndarray, predicted_NC: np.ndarray) -> Report:
+    """Mean squared and absolute error, Pearson and Spearman correlation (means over the columns).
+
+    A correlation with a constant is 0.
+    """
+    stats = library("scipy.stats")
+    error = predicted_NC - gold_NC
+    figures = {"mse": float((error**2).mean()), "mae": float(np.abs(error).mean())}
+    for name, function in (("pearson", stats.pearsonr), ("spearman", stats.spearmanr)):
+        columns = zip(gold_NC.T, predicted_NC.T)
+        figures[name] = float(np.mean([_correlation(function, x, y) for x, y in columns]))
+    return Report(figures)
+
+
+def _correlation(function: Callable, x: np.ndarray, y: np.ndarray) -> float:
+    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return 0.0
+    return float(function(x, y)[0])
+
+
+def tagging(gold: list[list[str]], predicted: list[list[str]]) -> Report:
+    """Entity precision, recall and F1 as seqeval counts them (one entity right = span and type);
+    accuracy of tokens. Tags without BIO prefixes (parts of speech) get scikit-learn's report."""
+    flat_gold = [tag for tags in gold for tag in tags]
+    flat_predicted = [tag for tags in predicted for tag in tags]
+    right = np.array([g == p for g, p in zip(flat_gold, flat_predicted)], dtype=float)
+    figures = {"token_accuracy": float(right.mean()) if len(right) else 0.0}
+    if not all(tag == "O" or tag[1:2] == "-" for tag in flat_gold):
+        metrics = library("sklearn.metrics")
+        values = metrics.precision_recall_fscore_support(
+            flat_gold, flat_predicted, average="macro", zero_division=0
+        )
+        figures |= {f"macro_{n}": float(v) for n, v in zip(("precision", "recall", "f1"), values)}
+        figures["f1"] = figures["token_accuracy"]
+        text = metrics.classification_report(flat_gold, flat_predicted, digits=4, zero_division=0)
+        return Report(figures, text)
+    metrics = library("seqeval.metrics")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # seqeval warns where a class has no sample
+        for name in ("precision", "recall", "f1"):
+            function = getattr(metrics, f"{name}_score")
+            figures[name] = float(function(gold, predicted, zero_division=0))
+        any_entity = any(tag != "O" for tag in flat_gold + flat_predicted)
+        text = (
+            metrics.classification_report(gold, predicted, digits=4, zero_division=0)
+            if any_entity
+            else None
+        )
+    return Report(figures, text)
+
+
+# Reading comprehension: SQuAD's evaluation script v1.1 and v2.0 (Rajpurkar et al. 2016, 2018).
+
+ARTICLES = re.compile(r"\b(a|an|the)\b")
+
+
+def normalised(text: str) -> str:
+    """Lower case, without punctuation, articles and superfluous spaces."""
+    text = "".join(ch for ch in text.lower() if ch not in string.punctuation)
+    return " ".join(ARTICLES.sub(" ", text).split())
+
+
+def pieces(text: str, *, by_character: bool) -> list[str]:
+    """Words after normalisation; by character, every character of an unspaced script is a word and
+    punctuation of any script is dropped (the evaluation of CMRC 2018, Cui et al. 2019)."""
+    if not by_character:
+        return normalised(text).split()
+    parts, word = [], ""
+    for ch in text.lower():
+        alone = bool(UNSPACED.match(ch))
+        dropped = ch.isspace() or unicodedata.category(ch)[0] in "PS"
+        if alone or dropped:
+            parts += [word] if word else []
+            parts += [ch] if alone else []
+            word = ""
+        else:
+            word += ch
+    return parts + ([word] if word else [])
+
+
+def overlap_f1(gold: list[str], predicted: list[str]) -> float:
+    """F1 of two bags of words; when either is empty, 1 if both are."""
+    if not gold or not predicted:
+        return float(gold == predicted)
+    common = sum((collections.Counter(gold) & collections.Counter(predicted)).values())
+    if common == 0:
+        return 0.0
+    precision, recall = common / len(predicted), common / len(gold)
+    return 2 * precision * recall / (precision + recall)
+
+
+def reading(golds: list[list[str]], predicted: list[str], *, by_character: bool = False) -> Report:
+    """Exact match and F1, each question by its best gold answer; no gold means no answer."""
+    exact, f1 = [], []
+    for answers, guess in zip(golds, predicted, strict=True):
+        texts = [a for a in answers if pieces(a, by_character=by_character)] or [""]
+        bags = [pieces(a, by_character=by_character) for a in texts]
+        mine = pieces(guess, by_character=by_character)
+        exact.append(max(float(bag == mine) for bag in bags))
+        f1.append(max(overlap_f1(bag, mine) for bag in bags))
+    figures = {"exact_match": float(np.mean(exact)), "f1": float(np.mean(f1))}
+    answerable = np.array([any(answers) for answers in golds])
+    if answerable.any() and not answerable.all():
+        for name, chosen in (("has_answer", answerable), ("no_answer", ~answerable)):
+            figures[f"{name}_exact_match"] = float(np.array(exact)[chosen].mean())
+            figures[f"{name}_f1"] = float(np.array(f1)[chosen].mean())
+    return Report(figures)
+
+
+def ranking(ranks: Sequence[int], cutoffs: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
+    """Mean reciprocal rank and recall@k of the ranks (from 1) of the right candidates."""
+    ranks_N = np.asarray(ranks, dtype=float)
+    recalls = {f"recall@{k}": float((ranks_N <= k).mean()) for k in cutoffs}
+    return {"mrr": float((1 / ranks_N).mean()), **recalls}
+
+
+def generation(golds: list[str], predicted: list[str]) -> Report:
+    """Exact match, BLEU and chrF (sacrebleu; characters where the script is unspaced), ROUGE F1."""
+    sacrebleu = library("sacrebleu")
+    unspaced = sum(len(UNSPACED.findall(text)) for text in golds)
+    chinese = unspaced > 0.3 * max(1, sum(map(len, golds)))
+    bleu = sacrebleu.corpus_bleu(predicted, [golds], tokenize="zh" if chinese else "13a")
+    figures = {
+        "exact_match": float(np.mean([g.strip() == p.strip() for g, p in zip(golds, predicted)])),
+        "bleu": float(bleu.score),
+        "chrf": float(sacrebleu.corpus_chrf(predicted, [golds]).score),
+    }
+    scorer = library("rouge_score.rouge_scorer")
+    spaced = _Characters() if chinese else None
+    rouge = scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=spaced)
+    scores = [rouge.score(g, p) for g, p in zip(golds, predicted)]
+    for name in ("rouge1", "rouge2", "rougeL"):
+        figures[name] = float(np.mean([score[name].fmeasure for score in scores]))
+    return Report(figures)
+
+
+class _Characters:
+    """rouge-score's tokenizer interface: characters of unspaced scripts, words of others."""
+
+    def tokenize(self, text: str) -> list[str]:
+        """The pieces of a text."""
+        return pieces(text, by_character=True)

@@ -1,0 +1,71 @@
+"""Tiny pretrained checkpoints and tiny labelled tables for the tests of fine-tuning."""
+
+import contextlib
+import functools
+import io
+import json
+import pathlib
+import tempfile
+
+from nanolm import cli
+from nanolm.finetune import load_task_config, run_finetune
+from tests.prepared import train
+
+QUIET = ["--run.wandb.mode=disabled", "--run.threads=1", "--run.device=cpu", "--run.log_every=1"]
+
+
+@functools.cache
+def checkpoint(objective: str = "mlm", segments: int = 0) -> pathlib.Path:
+    """A run of a few steps: an encoder for mlm, a decoder for clm."""
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="nanolm-base-")) / objective
+    with contextlib.redirect_stdout(io.StringIO()):
+        train(
+            folder,
+            f"--objective.name={objective}",
+            f"--model.trunk={'encoder' if objective.startswith('mlm') else 'decoder'}",
+            f"--model.n_segments={segments}",
+            "--model.positions.name=rotary",
+            "--data.row_length=64",
+            "--train.steps=6",
+            "--schedule.warmup=0",
+        )
+    return folder
+
+
+def table(folder: pathlib.Path, name: str, records: list[dict]) -> pathlib.Path:
+    """A JSONL file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.jsonl"
+    lines = [json.dumps(record, ensure_ascii=False) for record in records]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def config(base: pathlib.Path, data: pathlib.Path, run: pathlib.Path, *words: str):
+    """The config of a fine-tuning run."""
+    argv = [f"--init_from={base}", f"--data.path={data}", f"--run.dir={run}", *QUIET, *words]
+    return load_task_config(argv)
+
+
+def finetune(base, data, run, *words: str) -> dict:
+    """A fine-tuning run in this process; returns its summary."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return run_finetune(config(base, data, run, *words))
+
+
+def command(*words: str, stdin: str | None = None) -> str:
+    """What a command prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        cli.run(list(words))
+    return out.getvalue()
+
+
+def questions(n: int, start: int = 0) -> list[dict]:
+    """Short uneven texts whose label is the keyword that they hold."""
+    words = {"list": "append to the list", "file": "open a file", "error": "raise an error"}
+    records = []
+    for i in range(start, start + n):
+        label = ["list", "file", "error"][i % 3]
+        text = f"{words[label]} " * (1 + i % 3) + "and return" * (i % 2)
+        records.append({"text": text, "label": label})
+    return records
