@@ -35,6 +35,7 @@ setup(
         "nanolm.kernels",
         "nanolm.objectives",
         "nanolm.peft",
+        "nanolm.rules",
     ],
     package_dir={"nanolm.data": "data", "nanolm.kernels": "kernels"},
     install_requires=[

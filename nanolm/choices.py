@@ -30,8 +30,12 @@ CHOICES: dict[str, Registry] = {
     "peft": PEFT,
     "model.positions": POSITIONS,
     "train.rule": RULES,
+    "train.rule.inner": RULES,
+    "train.rule.inner.inner": RULES,
 }
-"""Keys of the schema where a registered name decides which options dataclass stands."""
+"""Keys of the schema where a registered name decides which options dataclass stands.
+
+A rule may wrap another one, and that a third."""
 
 
 def narrow(schema: type, **fields: type) -> type:
@@ -67,12 +71,24 @@ def choose(names: dict[str, str], schema: type = Config) -> type:
         if key.split(".")[0] in kinds
     }
     model = narrow(kinds["model"], positions=options["model.positions"])
-    train = narrow(kinds["train"], rule=options["train.rule"])
+    train = narrow(kinds["train"], rule=nested(options, "train.rule"))
     tops = {key: kind for key, kind in options.items() if "." not in key}
     return narrow(schema, model=model, train=train, **tops)
 
 
+def nested(options: dict[str, type], key: str) -> type:
+    """The options dataclass of a choice that may hold one of its own kind under `inner`."""
+    if key not in options:
+        return RULES.get("plain").options
+    kind = options[key]
+    if "inner" not in fields_of(kind):
+        return kind
+    return narrow(kind, inner=nested(options, f"{key}.inner"))
+
+
 def _default_name(schema: type, key: str) -> str:
+    if key.endswith(".inner"):
+        return "plain"
     value = schema()
     for part in key.split("."):
         value = getattr(value, part)

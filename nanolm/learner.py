@@ -27,7 +27,10 @@ class Learner(nn.Module):
         self.trunk, self.heads, self.objective = trunk, heads, objective
         self.adapter: Adapter | None = None  # what a PEFT pass put in (nanolm/peft)
 
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Term]:
-        """The objective's terms for one micro-batch."""
-        hidden_BTD = self.trunk(self.objective.inputs(batch))
-        return self.objective.loss(hidden_BTD, self.heads, batch)
+    def forward(
+        self, batch: dict[str, Tensor], objective: Objective | None = None
+    ) -> dict[str, Term]:
+        """The objective's terms for one micro-batch; gradient rules may ask under another one."""
+        objective = objective or self.objective
+        hidden_BTD = self.trunk(objective.inputs(batch))
+        return objective.loss(hidden_BTD, self.heads, batch)

@@ -80,5 +80,5 @@ def open_saved(
     if config.peft.name == "none":
         load_weights(folder, learner, ema=ema)
     else:
-        open_adapter(folder, config, learner, ema=ema)
+        open_adapter(folder, learner, ema=ema)
     return Saved(folder, config, tokenizer, learner.eval())

@@ -163,7 +163,7 @@ class Trainer:
         names = list(self.weights)
         mine = [sum(batch.counts.get(name, 0) for batch in micro_batches) for name in names]
         counts = dict(zip(names, self.world.all_sum(mine), strict=True))
-        backward = Backward(self.weights, counts, self.scaler.scale)
+        backward = Backward(self.weights, counts, self.scaler.scale, self.done)
         self.rule(self.engine, micro_batches, backward)
         norm = self._gradient_norm()
         terms, stop = self._agree(backward)

@@ -193,7 +193,8 @@ def test_flags_and_single_values_leave_the_words_behind_them():
 
 
 def test_every_choice_is_a_field_of_the_schema():
-    config = load_config([])
+    wrapped = {"name": "fgm", "inner": {"name": "fgm"}}
+    config = load_config([], base={"train": {"rule": {"name": "fgm", "inner": wrapped}}})
     for key, registry in CHOICES.items():
         value = config
         for part in key.split("."):

@@ -97,9 +97,9 @@ def test_adapters_are_switched_and_refuse_another_base(make_learner, tmp_path):
     learner, found = make_learner(), {}
     base = hidden(learner)
     for name in METHODS:
-        attach(learner, options_of(name))
+        attach(learner, options_of(name), base="runs/base")
         found[name] = hidden(shaken(learner))
-        folder = save_adapter(tmp_path / name, learner, base="runs/base")
+        folder = save_adapter(tmp_path / name, learner)
         assert (folder / "model.safetensors").stat().st_size < 60_000
         detach(learner)
     for name in reversed(METHODS):
@@ -180,7 +180,7 @@ def test_a_run_saves_the_adapter_alone_resumes_exactly_and_is_merged(corpus, tmp
     torch.testing.assert_close(hidden(merged.learner), hidden(opened.learner), atol=1e-5, rtol=1e-5)
     assert isinstance(merged.learner, Learner) and dataclasses.is_dataclass(merged.config)
     # Another base under the same name is refused, and so is none.
-    train(corpus, tmp_path / "other", "--train.steps", "2", "--run.seed", "5")
+    train(corpus, tmp_path / "other", "--train.steps", "3", "--run.seed", "5")
     base.rename(tmp_path / "away")
     with pytest.raises(UserError, match=r"its base .* is not there"):
         open_saved(run)

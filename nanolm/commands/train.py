@@ -18,7 +18,7 @@ from torch import nn
 
 from nanolm import build
 from nanolm.arguments import as_mapping, dump, load_config
-from nanolm.checkpoint import Checkpoints, load_trunk, read_trainer
+from nanolm.checkpoint import Checkpoints, load_trunk, locate, read_trainer
 from nanolm.config import Config, require
 from nanolm.container import write_json
 from nanolm.data.shards import unigram_counts
@@ -77,7 +77,7 @@ def run_train(config: Config) -> dict[str, Any]:
             files={
                 "config.yaml": dump(config).encode(),
                 MODEL_FILE: tokenizer.model_bytes,
-                **adapter_files(config, learner),
+                **adapter_files(learner),
             },
             facts=facts,
         )
@@ -119,10 +119,13 @@ def start_from(
     )
     if config.init_from is None or (checkpoint is not None and not adapted):
         return []
-    fresh = load_trunk(config.init_from, learner)
+    base = locate(config.init_from)
+    fresh = load_trunk(base, learner)
     heads = f"; fresh heads: {', '.join(fresh)}" if fresh else ""
     notes = [f"weights from {config.init_from}{heads}"]
-    return [*notes, begin_adapter(config, learner, fresh, checkpoint)] if adapted else notes
+    if adapted:
+        notes.append(begin_adapter(config, learner, fresh, base, checkpoint))
+    return notes
 
 
 def open_loader(

@@ -89,6 +89,12 @@ class Objective(Protocol):
     def targets(self, batch: dict[str, Tensor]) -> Tensor:
         """The token ids [N] that the main term predicts, for bits per byte and unigram models."""
 
+    def logits(
+        self, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """(Optional.) For each term that is a choice among classes, the logits [N, C] of its N
+        targets: what R-Drop and distillation compare."""
+
     def loss(
         self, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: dict[str, Tensor]
     ) -> dict[str, Term]:

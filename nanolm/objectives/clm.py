@@ -83,6 +83,12 @@ class Clm:
         """The next tokens that are predicted, [N]."""
         return batch["targets"][batch["targets"] != IGNORED]
 
+    def logits(
+        self, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Logits [N, V] of the targets, for rules that compare probabilities."""
+        return {"clm": heads["lm"](hidden_BTD[batch["targets"] != IGNORED])}
+
     def loss(
         self, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: dict[str, Tensor]
     ) -> dict[str, Term]:

@@ -44,8 +44,11 @@ def no_peft(options: NoPeftOptions, learner: Learner, adapter: Adapter) -> None:
 class Adapter:
     """What a pass did to a learner: small weights by name, and how to take them out again."""
 
-    def __init__(self, options: Options, heads: Iterable[str], base_hash: str) -> None:
-        self.options, self.heads, self.base_hash = options, tuple(heads), base_hash
+    def __init__(
+        self, options: Options, heads: Iterable[str], base: str | None, base_hash: str
+    ) -> None:
+        self.options, self.heads = options, tuple(heads)
+        self.base, self.base_hash = base, base_hash
         self.names: tuple[str, ...] = ()
         self.replaced: list[tuple[nn.Module, str, nn.Module]] = []
         self.undo: list[Callable[[], object]] = []
@@ -74,16 +77,21 @@ class Adapter:
 
 
 def attach(
-    learner: Learner, options: Options, *, heads: Iterable[str] = (), seed: int = 0
+    learner: Learner,
+    options: Options,
+    *,
+    heads: Iterable[str] = (),
+    seed: int = 0,
+    base: str | None = None,
 ) -> Adapter:
     """Freezes the learner, puts the named method's weights in, and trains these heads whole.
 
-    New weights are drawn from `seed` on the CPU. Raises UserError when the method cannot go with
+    New weights are drawn from `seed` on the CPU; `base` is where the frozen weights came from. Raises UserError when the method cannot go with
     the model, or when an adapter is attached already.
     """
     if learner.adapter is not None:
         raise UserError(f"an adapter ({learner.adapter.options.name}) is attached; detach it first")
-    adapter = Adapter(options, heads, base_hash(learner))
+    adapter = Adapter(options, heads, base, base_hash(learner))
     before = {name for name, _ in learner.named_buffers()}
     trainable = [p for p in learner.parameters() if p.requires_grad]
     adapter.undo.append(lambda: [p.requires_grad_(True) for p in trainable])

@@ -26,27 +26,23 @@ from nanolm.typed import instance
 DESCRIPTION = "adapter.json"
 
 
-def describe(adapter: Adapter, base: str | None) -> bytes:
+def describe(adapter: Adapter) -> bytes:
     """The content of adapter.json."""
     description = {
         "peft": dataclasses.asdict(adapter.options),
         "heads": list(adapter.heads),
-        "base": base,
+        "base": adapter.base,
         "base_hash": adapter.base_hash,
     }
     return json.dumps(description, indent=2).encode() + b"\n"
 
 
-def save_adapter(
-    folder: str | pathlib.Path, learner: Learner, base: str | None = None
-) -> pathlib.Path:
-    """Writes the attached adapter as a folder of its own; `base` is where the base may be found."""
+def save_adapter(folder: str | pathlib.Path, learner: Learner) -> pathlib.Path:
+    """Writes the attached adapter as a folder of its own."""
     adapter, folder = learner.adapter, pathlib.Path(folder)
     if adapter is None:
         raise UserError("there is no adapter to save")
-    write_folder(
-        folder, {"model": adapter.tensors(learner)}, {DESCRIPTION: describe(adapter, base)}
-    )
+    write_folder(folder, {"model": adapter.tensors(learner)}, {DESCRIPTION: describe(adapter)})
     return folder
 
 
@@ -60,7 +56,9 @@ def load_adapter(path: str | pathlib.Path, learner: Learner) -> Adapter:
     description = read_description(folder)
     detach(learner)
     options = read_options(folder, description)
-    adapter = attach(learner, options, heads=description["heads"])
+    adapter = attach(
+        learner, options, heads=description["heads"], base=description.get("base")
+    )
     check_base(folder, description, adapter, learner)
     load_named(adapter.tensors(learner), read_tensors(folder, "model"), f"adapter {folder}")
     return adapter
@@ -97,14 +95,14 @@ def check_base(
         )
 
 
-def open_adapter(folder: pathlib.Path, config: Config, learner: Learner, *, ema: bool) -> None:
-    """Fills a learner that was just built from a checkpoint of a run with `peft`: the base from
-    config.init_from, then the adapter on it.
+def open_adapter(folder: pathlib.Path, learner: Learner, *, ema: bool) -> None:
+    """Fills a learner that was just built from a checkpoint of a run with `peft`: the base that
+    adapter.json names, then the adapter on it.
 
     Raises UserError when the base cannot be found or is not the one that the run started from.
     """
     description = read_description(folder)
-    base = config.init_from
+    base = description.get("base")
     if base is None or not pathlib.Path(base).is_dir():
         raise UserError(
             f"checkpoint {folder} holds an adapter only, and its base {base} is not there; put the "
@@ -112,20 +110,24 @@ def open_adapter(folder: pathlib.Path, config: Config, learner: Learner, *, ema:
         )
     load_trunk(base, learner)
     options = read_options(folder, description)
-    adapter = attach(learner, options, heads=description["heads"])
+    adapter = attach(learner, options, heads=description["heads"], base=base)
     check_base(folder, description, adapter, learner)
     load_weights(folder, learner, ema=ema)
 
 
 def begin_adapter(
-    config: Config, learner: Learner, fresh: list[str], checkpoint: pathlib.Path | None
+    config: Config,
+    learner: Learner,
+    fresh: list[str],
+    base: pathlib.Path,
+    checkpoint: pathlib.Path | None,
 ) -> str:
     """Attaches config.peft to a learner that holds its base; returns what to tell the user.
 
-    `fresh` heads, which the base lacks, are trained whole. With a checkpoint to go on from, raises
-    UserError when that belongs to another base.
+    `base` is the checkpoint that the weights came from; `fresh` heads, which it lacks, are trained
+    whole. With a checkpoint to go on from, raises UserError when that belongs to another base.
     """
-    adapter = attach(learner, config.peft, heads=fresh, seed=config.run.seed)
+    adapter = attach(learner, config.peft, heads=fresh, seed=config.run.seed, base=str(base))
     if checkpoint is not None:
         check_base(checkpoint, read_description(checkpoint), adapter, learner)
     trained, total = trainable_counts(learner)
@@ -136,6 +138,6 @@ def begin_adapter(
     )
 
 
-def adapter_files(config: Config, learner: Learner) -> dict[str, bytes]:
+def adapter_files(learner: Learner) -> dict[str, bytes]:
     """What a checkpoint needs besides the small weights: adapter.json, when there is an adapter."""
-    return {DESCRIPTION: describe(learner.adapter, config.init_from)} if learner.adapter else {}
+    return {DESCRIPTION: describe(learner.adapter)} if learner.adapter else {}

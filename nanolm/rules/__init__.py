@@ -1,0 +1,1 @@
+"""Gradient rules that wrap another rule: one idea, one file."""

@@ -1,0 +1,100 @@
+"""What rules that wrap another rule share: their options, and the engines that they show to it.
+
+    train: {rule: {name: fgm, epsilon: 0.5, inner: {name: rdrop, alpha: 1.0}}}
+
+An outer rule calls its inner one with an engine and a backward of its own making: it may call it
+several times for a micro-batch (adversarial passes), or give it an engine that computes more than
+the task's terms (R-Drop, distillation). The gradient is exchanged between ranks in the last pass of
+the step and in no other, whatever the nesting, because every earlier pass gets a `Muted` engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from nanolm.engine import Engine
+from nanolm.errors import UserError
+from nanolm.gradient import PlainOptions
+from nanolm.objectives.base import Objective, Term
+from nanolm.registry import Options
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WrapperOptions(Options):
+    """What every rule that wraps another one has."""
+
+    inner: Options = dataclasses.field(default_factory=PlainOptions)
+    """The rule that is wrapped, with its own options; plain accumulation by default."""
+
+
+class Wrapped:
+    """An engine with something changed; all else is the engine's."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
+
+    def __call__(self, batch: Any, objective: Objective | None = None) -> Mapping[str, Any]:
+        """Terms of one micro-batch."""
+        return self.engine(batch, objective)
+
+    def synchronised(self, when: bool) -> contextlib.AbstractContextManager[None]:
+        """The engine's own."""
+        return self.engine.synchronised(when)
+
+
+class Muted(Wrapped):
+    """An engine whose passes are never the step's last: gradients stay on this rank."""
+
+    def synchronised(self, when: bool) -> contextlib.AbstractContextManager[None]:
+        """Never exchanges gradients."""
+        return self.engine.synchronised(when=False)
+
+
+def one_by_one(engine: Engine, micro_batches: Sequence[Any]) -> Iterator[tuple[Engine, Any]]:
+    """(engine, micro-batch) pairs; only the last engine exchanges gradients."""
+    last = len(micro_batches) - 1
+    for number, batch in enumerate(micro_batches):
+        yield (engine if number == last else Muted(engine)), batch
+
+
+class WithLogits:
+    """An objective whose loss also returns the logits [N, C] of each term that is a choice among
+    classes, as `logits/<term>`; N is the term's count of targets."""
+
+    def __init__(self, objective: Objective) -> None:
+        if not hasattr(objective, "logits"):
+            raise UserError(
+                f"train.rule compares class probabilities, and objective="
+                f"{objective.options.name} has none; use another train.rule"
+            )
+        self.objective = objective
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.objective, name)
+
+    def loss(
+        self, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: dict[str, Tensor]
+    ) -> dict[str, Any]:
+        """The terms, and the logits beside them."""
+        logits = self.objective.logits(hidden_BTD, heads, batch)
+        terms = self.objective.loss(hidden_BTD, heads, batch)
+        return terms | {f"logits/{name}": values for name, values in logits.items()}
+
+
+def logits_in(terms: Mapping[str, Any]) -> dict[str, Tensor]:
+    """{term: logits} that `WithLogits` put among the terms."""
+    prefix = "logits/"
+    return {k.removeprefix(prefix): v for k, v in terms.items() if k.startswith(prefix)}
+
+
+def only_terms(terms: Mapping[str, Any]) -> dict[str, Term]:
+    """The terms without logits."""
+    return {name: term for name, term in terms.items() if not name.startswith("logits/")}
