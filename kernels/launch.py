@@ -46,18 +46,30 @@ class Launch:
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
-# (architecture, COLUMNS) -> launches of 16-bit attention: forward, dK and dV, dQ, bias gradient.
+# (architecture, COLUMNS) -> launches of 16-bit attention: forward, dK and dV, dQ and bias.
 HALF = {
-    ("sm_80", 64): (Launch(128, 64, 4, 3), Launch(64, 64, 4, 2), Launch(64, 64, 4, 2)),
-    ("sm_80", 128): (Launch(128, 64, 8, 2), Launch(64, 64, 8, 2), Launch(64, 64, 8, 2)),
-    ("sm_80", 256): (Launch(64, 32, 8, 2), Launch(32, 32, 8, 1), Launch(32, 32, 8, 1)),
+    ("sm_80", 64): (Launch(128, 64, 8, 2), Launch(64, 64, 4, 2), Launch(128, 64, 8, 2)),
+    ("sm_80", 128): (Launch(64, 64, 8, 2), Launch(64, 64, 8, 2), Launch(64, 64, 8, 2)),
+    ("sm_80", 256): (Launch(64, 32, 8, 1), Launch(64, 32, 8, 1), Launch(64, 32, 8, 1)),
+    ("sm_86", 64): (Launch(128, 64, 8, 2), Launch(64, 64, 4, 2), Launch(128, 64, 8, 2)),
+    ("sm_86", 128): (Launch(64, 32, 8, 2), Launch(64, 32, 8, 2), Launch(64, 32, 8, 2)),
+    ("sm_86", 256): (Launch(32, 32, 8, 1), Launch(32, 32, 8, 1), Launch(32, 32, 8, 1)),
+    ("sm_90", 64): (Launch(128, 64, 8, 2), Launch(64, 64, 4, 2), Launch(128, 64, 8, 2)),
+    ("sm_90", 128): (Launch(128, 64, 8, 2), Launch(32, 64, 8, 2), Launch(128, 64, 8, 2)),
+    ("sm_90", 256): (Launch(64, 32, 8, 1), Launch(64, 32, 8, 1), Launch(32, 32, 8, 1)),
+    ("sm_100", 64): (Launch(128, 64, 8, 2), Launch(128, 64, 8, 2), Launch(128, 64, 8, 2)),
+    ("sm_100", 128): (Launch(128, 64, 8, 2), Launch(64, 64, 8, 2), Launch(128, 64, 8, 2)),
+    ("sm_100", 256): (Launch(64, 64, 8, 1), Launch(64, 64, 8, 1), Launch(64, 64, 8, 1)),
+    ("gfx942", 64): (Launch(64, 32, 4, 1), Launch(32, 32, 4, 1), Launch(64, 32, 4, 1)),
+    ("gfx942", 128): (Launch(64, 32, 4, 1), Launch(32, 32, 4, 1), Launch(64, 32, 4, 1)),
+    ("gfx942", 256): (Launch(32, 32, 4, 1), Launch(32, 32, 4, 1), Launch(32, 32, 4, 1)),
 }
 KINDS = ("forward", "key_value", "query", "bias")
 
 
 @functools.cache
 def device_arch(index: int) -> str:
-    """ "sm_90", "gfx942", …: the architecture of a CUDA or ROCm device."""
+    """The architecture of a CUDA or ROCm device: "sm_90", "gfx942", …"""
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip is not None:
         return properties.gcnArchName.split(":")[0]
@@ -84,14 +96,16 @@ def forced_arch(arch: str) -> Iterator[None]:
 
 
 def relative(arch: str) -> str:
-    """The architecture of the tables whose entries fit `arch`."""
+    """The architecture of the tables whose entries fit `arch`: itself or an older relative.
+
+    Compute capabilities 8.6, 8.9 and 12.x have little shared memory and share a column.
+    """
     if arch.startswith("gfx"):
         return "gfx942"
-    number = int("".join(c for c in arch[3:] if c.isdigit()))
-    for known in (120, 100, 90, 89, 86, 80):
-        if number >= known:
-            return {120: "sm_86", 89: "sm_86"}.get(known, f"sm_{known}")
-    return "sm_80"
+    number = int(arch.removeprefix("sm_"))
+    if number >= 120 or 86 <= number < 90:
+        return "sm_86"
+    return f"sm_{max(known for known in (80, 90, 100) if known <= max(number, 80))}"
 
 
 # Few large tiles are fast in the interpreter; tests replace this to see several per axis.

@@ -8,6 +8,7 @@ command's own module is imported, so `nanolm prepare` needs no torch.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 from nanolm.errors import UserError
@@ -17,14 +18,17 @@ COMMANDS = {
     "data inspect": ("nanolm.commands.data_inspect", "what a prepared folder holds"),
     "data verify": ("nanolm.commands.data_verify", "re-check every checksum and token id"),
     "train": ("nanolm.commands.train", "pretrain a model"),
-    "merge": ("nanolm.commands.merge", "fold an adapter into its base's weights"),
     "finetune": ("nanolm.commands.finetune", "turn a checkpoint into a classifier, tagger, …"),
     "predict": ("nanolm.commands.predict", "labels, spans or texts of a fine-tuned model"),
-    "evaluate": ("nanolm.commands.evaluate", "loss of a checkpoint on a prepared split"),
+    "merge": ("nanolm.commands.merge", "fold an adapter into its base's weights"),
+    "evaluate": ("nanolm.commands.evaluate", "figures of a checkpoint on a split"),
     "generate": ("nanolm.commands.generate", "write text with a decoder"),
     "fill": ("nanolm.commands.fill", "fill masks with an encoder"),
     "runs": ("nanolm.commands.runs", "runs as a table"),
     "plot": ("nanolm.commands.plot", "curves of one or several runs as PNG"),
+    "kernels list": ("nanolm.commands.kernels_list", "kernels: what they serve, or why not"),
+    "kernels check": ("nanolm.commands.kernels_check", "is a kernel right? the conformance suite"),
+    "kernels compile": ("nanolm.commands.kernels_compile", "registers and spills, without a GPU"),
     "bench data": ("nanolm.commands.bench_data", "loader throughput beside other loaders"),
     "bench train": ("nanolm.commands.bench_train", "step throughput beside other models"),
 }
@@ -68,5 +72,15 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        print(f"nanolm: {error}", file=sys.stderr)
+        if not _rank_0_says(str(error)):
+            print(f"nanolm: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+
+
+def _rank_0_says(sentence: str) -> bool:
+    """Whether this is another rank of a launch whose rank 0 prints the same sentence."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return False
+    from nanolm.launch_store import told_elsewhere  # noqa: PLC0415  (imports torch)
+
+    return told_elsewhere(sentence)

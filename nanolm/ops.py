@@ -137,7 +137,7 @@ BUILT_IN: dict[str, list[str]] = {
 
 # `auto` tries these first, in this order; plug-ins are taken only by name.
 AUTO: dict[str, list[str]] = {
-    "attention": ["triton", "wide", "sdpa", "reference"],
+    "attention": ["triton_decode", "triton", "wide", "sdpa", "reference"],
     "linear": ["wide", "reference"],
     "linear_cross_entropy": ["triton", "wide", "chunked", "reference"],
     "norm": ["triton", "torch", "reference"],

@@ -92,6 +92,44 @@ class TritonAttention(TritonKernel):
         return AttentionOutput(out_BTHK, lse_BHT) if return_lse else out_BTHK
 
 
+@kernel("attention")
+class TritonDecodeAttention(TritonKernel):
+    """One query, or a few, against a cache, split over programs (kernels/attention_decode.py)."""
+
+    name = "triton_decode"
+
+    def why_not_shape(self, spec: AttentionSpec) -> str | None:
+        """Anything but decoding."""
+        if spec.phase != "decode":
+            return f"it only decodes, and this is {spec.phase}"
+        if spec.head_dim > 256:
+            return f"its heads are at most 256 wide, not {spec.head_dim}"
+        return None
+
+    def run(
+        self,
+        q_BTHK: Tensor,
+        k_BSGK: Tensor,
+        v_BSGK: Tensor,
+        mask: Mask,
+        *,
+        bias: Bias | None = None,
+        scale: float,
+        softcap: float | None = None,
+        dropout: float = 0.0,
+        return_lse: bool = False,
+    ) -> Tensor | AttentionOutput:
+        """Attention without a gradient; raises ValueError when asked for dropout."""
+        from nanolm.kernels.attention_decode import attention_decode  # noqa: PLC0415
+
+        if dropout > 0:
+            raise ValueError("triton_decode has no dropout: it serves decoding only")
+        out_BTHK, lse_BHT = attention_decode(
+            q_BTHK, k_BSGK, v_BSGK, mask, bias=bias, scale=scale, softcap=softcap
+        )
+        return AttentionOutput(out_BTHK, lse_BHT) if return_lse else out_BTHK
+
+
 @kernel("linear_cross_entropy")
 class TritonCrossEntropy(TritonKernel):
     """Chunks of logits, each replaced by its gradient in place (kernels/cross_entropy.py)."""

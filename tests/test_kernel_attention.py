@@ -1,6 +1,7 @@
 """Triton attention, interpreted on a CPU or compiled on a GPU, against the float64 reference."""
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 
@@ -236,3 +237,23 @@ def test_auto_never_takes_the_interpreter(monkeypatch):
     assert "needs a CUDA or ROCm device" in choose("attention", spec).refused["triton"]
     with pytest.raises(UserError, match="TRITON_INTERPRET"):
         choose("attention", spec, "triton")
+
+
+DECODE = {
+    "one query": Case(n_queries=1, n_keys=150, causal=True, n_heads=4, n_kv_heads=2),
+    "padded": Case(n_queries=1, n_keys=70, lengths=True, window=9, bias="alibi"),
+    "three queries": Case(n_queries=3, n_keys=131, causal=True, softcap=3.0, bias="bucket"),
+    "bfloat16": Case(n_queries=1, n_keys=65, documents=True, dtype=torch.bfloat16, width=24),
+}
+
+
+@pytest.mark.parametrize("name", DECODE)
+def test_decoding(name):
+    kernel = KERNELS["attention"].get("triton_decode").build()
+    case = dataclasses.replace(DECODE[name], phase="decode")
+    assert "only decodes" in kernel.why_not(trial_of(DECODE[name], DEVICE).spec)
+    trial = trial_of(case, DEVICE, lse=True)
+    assert kernel.why_not(trial.spec) is None
+    with sanitized() if DEVICE == "cpu" else contextlib.nullcontext():
+        found = errors(trial, kernel)
+    assert max(found.values()) < TOLERANCE[case.dtype], found

@@ -42,7 +42,7 @@ TOOLS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 def target_of(arch: str) -> GPUTarget:
-    """ "sm_90" or "gfx942" as Triton names it."""
+    """An architecture ("sm_90", "gfx942") as Triton names it."""
     if arch.startswith("sm_"):
         return GPUTarget("cuda", int(arch[3:]), 32)
     return GPUTarget("hip", arch, 64)

@@ -1,0 +1,103 @@
+"""`nanolm kernels …`, and kernels of outsiders: a right one, and one that ignores key lengths."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from nanolm import cli
+from nanolm.errors import UserError
+from nanolm.kernel_check.matrix import ARCHITECTURES, BUILDS, compile_elsewhere, faults, key
+from nanolm.ops import KERNELS
+
+ROOT = pathlib.Path(__file__).parents[1]
+PLUGINS = ROOT / "docs" / "plugins"
+RECORD = ROOT / "kernels" / "compile_matrix.json"
+
+
+def nanolm(*arguments):
+    environment = os.environ | {"PYTHONPATH": f"{PLUGINS}{os.pathsep}{ROOT}"}
+    return subprocess.run(
+        [sys.executable, "-m", "nanolm", *arguments],
+        capture_output=True, text=True, env=environment, cwd=ROOT,
+    )  # fmt: skip
+
+
+def test_list_says_who_serves_and_why_not(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    cli.run(["kernels", "list", "--device", "cpu", "--json", str(tmp_path / "list.json")])
+    assert "needs a CUDA or ROCm device" in capsys.readouterr().out
+    rows = {(r["op"], r["kernel"]): r for r in json.loads((tmp_path / "list.json").read_text())}
+    assert rows["attention", "sdpa"]["status"] == "auto takes it"
+    assert rows["attention", "triton"]["status"].startswith("no: ")
+    assert all(row["what"] for row in rows.values())
+
+
+def test_check_passes_a_right_outsider():
+    result = nanolm("kernels", "check", "--module", "outsider.attention", "--device", "cpu")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "0 failed" in result.stdout
+    assert "it has no bias, no soft-cap and no dropout" in result.stdout
+
+
+def test_check_names_the_mask_that_a_careless_kernel_ignores():
+    result = nanolm(
+        "kernels", "check", "--module", "careless.attention", "--device", "cpu", "--quick", "true"
+    )
+    assert result.returncode == 1
+    assert "it ignores key lengths (padding)" in result.stdout
+    failed = [line.split()[1] for line in result.stdout.splitlines() if "  FAIL" in line]
+    assert failed == ["lengths", "leak:"]
+
+
+def test_check_refuses_what_it_cannot_find():
+    for arguments, words in (
+        (["--module", "nanolm.masks"], "registers no kernel"),
+        (["--module", "no.such"], "no.such"),
+        ([], "name a kernel"),
+    ):
+        with pytest.raises(UserError, match=words):
+            cli.run(["kernels", "check", *arguments])
+
+
+def test_outsider_trains_by_config(monkeypatch, make_learner):
+    monkeypatch.syspath_prepend(str(PLUGINS))
+    from nanolm.arguments import import_plugins
+
+    if "outsider" not in KERNELS["attention"].names():
+        import_plugins(["outsider.attention"])
+    learner = make_learner(kernels={"attention": "outsider"}).train()
+    assert "OutsiderAttention" in repr(learner.trunk.blocks[0].attention.attend)
+    tokens = torch.randint(512, (2, 16))
+    term = learner({"tokens": tokens, "targets": tokens})["clm"]
+    term.sum.backward()
+    assert learner.trunk.blocks[0].attention.qkv.weight.grad.abs().sum() > 0
+
+
+def test_recorded_compile_matrix_keeps_its_budget():
+    rows = json.loads(RECORD.read_text())
+    assert {row["arch"] for row in rows} == set(ARCHITECTURES)
+    assert {row["build"] for row in rows} == {build.name for build in BUILDS}
+    assert not [(key(row), words) for row in rows for words in faults(row)]
+
+
+def compare(archs, *, sample):
+    recorded = {key(row): row for row in json.loads(RECORD.read_text())}
+    for row in compile_elsewhere(archs, sample=sample):
+        assert not faults(row)
+        assert row["spills"] <= recorded[key(row)]["spills"], key(row)
+        assert set(row["tensor_core"]) == set(recorded[key(row)]["tensor_core"]), key(row)
+
+
+def test_sample_of_the_compile_matrix():
+    compare(["sm_80"], sample=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_compile_matrix(arch):
+    compare([arch], sample=False)
