@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nanolm import cli
+from nanolm.commands import masks_draw
 from nanolm.errors import UserError
 from nanolm.kernel_check.matrix import ARCHITECTURES, BUILDS, compile_elsewhere, faults, key
 from nanolm.ops import KERNELS
@@ -101,3 +102,22 @@ def test_sample_of_the_compile_matrix():
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_compile_matrix(arch):
     compare([arch], sample=False)
+
+
+def test_masks_are_drawn_as_they_are(tmp_path):
+    matplotlib = pytest.importorskip("matplotlib.image")
+    cli.run(["masks", "draw", "--out", str(tmp_path), "--cell", "4"])
+    drawn = {path.stem: matplotlib.imread(path) for path in tmp_path.glob("*.png")}
+    for name, mask in masks_draw.PICTURES.items():
+        seen = drawn[name][2::4, 2::4, 0] < 0.5
+        assert (seen == mask.dense(16, 16)[0, 0].numpy()).all(), name
+
+
+def test_bench_roofline_and_doctor_report(tmp_path, capsys):
+    path = str(tmp_path / "bench.json")
+    shape = ["--batch", "1", "--length", "32", "--heads", "2", "--kv_heads", "1"]
+    cli.run(["kernels", "bench", *shape, "--device", "cpu", "--repetitions", "1", "--json", path])
+    rows = {row["kernel"]: row for row in json.loads(pathlib.Path(path).read_text())}
+    assert {"sdpa", "reference"} <= set(rows) and rows["sdpa"]["ms"] > 0
+    cli.run(["kernels", "roofline"])
+    assert "no kernel of this project has been timed" in capsys.readouterr().out
