@@ -27,6 +27,7 @@ from nanolm.config import ModelConfig
 from nanolm.masks import Mask
 from nanolm.ops import AttentionSpec, GluSpec, Kernels, LinearSpec, NormSpec
 from nanolm.positions import Positions
+from nanolm.rederive import keeping_input
 
 
 class Linear(nn.Linear):
@@ -180,10 +181,13 @@ class FeedForward(nn.Module):
         super().__init__()
         self.up = Linear(model.d_model, model.ff_width, kernels, bias=model.bias)
         self.activation = self.ACTIVATIONS[model.feed_forward]
+        self.keeps_input = True  # of the activation, not its output, for the backward pass
         self.down = Linear(model.ff_width, model.d_model, kernels, bias=model.bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
+        if self.keeps_input:
+            return keeping_input(self.down, self.activation, self.up(x_BTD))
         return self.down(self.activation(self.up(x_BTD)))
 
 
@@ -305,6 +309,8 @@ class Stack(nn.Module):
         """[B, T, D] -> [B, T, D]."""
         for block in self.blocks:
             if self.recompute and self.training:
+                # Nothing inside is kept anyhow, and what `keeping_input` holds would be.
+                block.feed_forward.keeps_input = False
                 x_BTD = checkpoint(block, x_BTD, context, use_reentrant=False)
             else:
                 x_BTD = block(x_BTD, context)
