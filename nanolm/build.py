@@ -18,8 +18,14 @@ import nanolm.objectives.mlm
 import nanolm.objectives.pair
 import nanolm.objectives.prefix
 import nanolm.optim
+import nanolm.peft.adalora
+import nanolm.peft.bitfit
+import nanolm.peft.bottleneck
 import nanolm.peft.dora
+import nanolm.peft.ia3
 import nanolm.peft.lora
+import nanolm.peft.prefix
+import nanolm.peft.prompt
 import nanolm.rules.adversarial
 import nanolm.rules.rdrop
 import nanolm.schedules

@@ -35,6 +35,17 @@ class KeyValueCache:
         """Tokens that every block has seen."""
         return self.lengths[-1]
 
+    def grow(self, count: int) -> None:
+        """Makes room for `count` more tokens; only an empty cache can grow.
+
+        Raises ValueError when it holds tokens.
+        """
+        if self.length:
+            raise ValueError("a cache that holds tokens cannot grow")
+        shape = list(self.buffer.shape)
+        shape[3] += count
+        self.buffer = self.buffer.new_empty(shape)
+
     def extend(self, layer: int, k_BTGK: Tensor, v_BTGK: Tensor) -> tuple[Tensor, Tensor]:
         """Append T tokens to block `layer`; all its keys and values so far, [B, S, G, K].
 

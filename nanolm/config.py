@@ -216,6 +216,33 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TuneConfig:
+    """Which weights are trained, when, and how fast."""
+
+    what: Literal["all", "heads", "last", "named"] = "all"
+    """all; heads: the trunk stays as it is; last: heads, final norm and the last n_layers blocks;
+    named: heads and the weights that patterns name."""
+    n_layers: int = 2
+    """With what=last: blocks that are trained."""
+    patterns: list[str] = dataclasses.field(default_factory=list)
+    """With what=named: shell patterns of parameter names, such as '*.attention.*'."""
+    layer_decay: float = 1.0
+    """Layer-wise decay: each level below the heads learns at this share of the rate above it."""
+    unfreeze_every: int | None = None
+    """Gradual unfreezing: train the heads first and one more block from the top every so many
+    steps; null trains everything from the start."""
+
+    def __post_init__(self) -> None:
+        require_at_least("tune", self, n_layers=0, unfreeze_every=1)
+        decay = self.layer_decay
+        require(0 < decay <= 1, f"tune.layer_decay={decay} must lie in (0, 1]")
+        require(
+            (self.what == "named") == bool(self.patterns),
+            "tune.patterns goes with tune.what=named, and needs at least one pattern there",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """Evaluation during training."""
 
@@ -333,3 +360,5 @@ class Config:
     """The run itself."""
     peft: Options = dataclasses.field(default_factory=lambda: Options(name="none"))
     """Parameter-efficient fine-tuning of the weights in init_from: only an adapter is trained."""
+    tune: TuneConfig = dataclasses.field(default_factory=TuneConfig)
+    """Which weights are trained, when, and how fast."""

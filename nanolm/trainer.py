@@ -28,14 +28,14 @@ from nanolm.ema import ExponentialMovingAverage
 from nanolm.engine import Engine
 from nanolm.errors import UserError
 from nanolm.evaluation import Evaluator, total_loss
-from nanolm.gradient import Backward, build_rule
+from nanolm.gradient import Backward
 from nanolm.metrics import Throughput
 from nanolm.nonfinite import NonFinitePolicy
-from nanolm.optim import build_optimizers
 from nanolm.preemption import Preemption
 from nanolm.schedules import build_schedule
 from nanolm.sinks import Sink
 from nanolm.snapshot import Snapshot
+from nanolm.tuning import freeze, step_rule, tuned_optimizers
 
 LoaderFactory = Callable[[int], Iterator[Sequence[Any]]]
 
@@ -77,14 +77,15 @@ class Trainer:
         facts: Mapping[str, Any] | None = None,
     ) -> None:
         self.config, self.world, self.note = config, world, note
+        freeze(learner, config.tune)
         self.engine = Engine(learner, world, config)
         self.loader_factory = loader_factory
         tokens_per_step: int | None = None,
         badness: Callable[[Mapping[str, float]], float] = lambda figures: figures["loss"],
         self.evaluator, self.sinks = evaluator, sinks
-        self.optimizers = build_optimizers(learner, config.optim)
+        self.optimizers = tuned_optimizers(learner, config)
         self.factor = build_schedule(config.schedule, config.train.steps)
-        self.rule = build_rule(config.train.rule)
+        self.rule = step_rule(learner, config)
         decay = config.train.ema
         self.ema = ExponentialMovingAverage(learner, decay) if decay else None
         fp16 = config.train.precision == "fp16"

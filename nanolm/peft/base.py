@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,10 @@ def no_peft(options: NoPeftOptions, learner: Learner, adapter: Adapter) -> None:
     """Nothing to do; `attach` is never called with it."""
 
 
+Watch = Callable[[Sequence[torch.optim.Optimizer], int], None]
+"""Called with the run's optimizers and number of steps, by methods that act between steps."""
+
+
 class Adapter:
     """What a pass did to a learner: small weights by name, and how to take them out again."""
 
@@ -50,18 +55,20 @@ class Adapter:
         self.options, self.heads = options, tuple(heads)
         self.base, self.base_hash = base, base_hash
         self.names: tuple[str, ...] = ()
-        self.replaced: list[tuple[nn.Module, str, nn.Module]] = []
+        self.replaced: list[tuple[nn.Module, str, Any]] = []
+        self.added: list[tuple[nn.Module, str]] = []
         self.undo: list[Callable[[], object]] = []
+        self.watch: Watch = lambda optimizers, steps: None
 
-    def replace(self, parent: nn.Module, name: str, module: nn.Module) -> None:
-        """Puts `module` where the parent's child of this name stands."""
+    def replace(self, parent: nn.Module, name: str, other: Any) -> None:
+        """Puts something else where the parent's module or function of this name stands."""
         self.replaced.append((parent, name, getattr(parent, name)))
-        setattr(parent, name, module)
+        setattr(parent, name, other)
 
     def add(self, parent: nn.Module, name: str, module: nn.Module) -> None:
         """Gives the parent one more child."""
         parent.add_module(name, module)
-        self.undo.append(lambda: delattr(parent, name))
+        self.added.append((parent, name))
 
     def train(self, parameters: Iterable[nn.Parameter]) -> None:
         """Trains weights of the base or of a head; their present values come back on detaching."""
@@ -86,8 +93,8 @@ def attach(
 ) -> Adapter:
     """Freezes the learner, puts the named method's weights in, and trains these heads whole.
 
-    New weights are drawn from `seed` on the CPU; `base` is where the frozen weights came from. Raises UserError when the method cannot go with
-    the model, or when an adapter is attached already.
+    New weights are drawn from `seed` on the CPU; `base` is where the frozen weights came from.
+    Raises UserError when the method cannot go with the model, or an adapter is attached already.
     """
     if learner.adapter is not None:
         raise UserError(f"an adapter ({learner.adapter.options.name}) is attached; detach it first")
@@ -119,7 +126,14 @@ def detach(learner: Learner) -> None:
         setattr(parent, name, module)
     for undo in reversed(adapter.undo):
         undo()
+    remove_added(adapter)
     learner.adapter = None
+
+
+def remove_added(adapter: Adapter) -> None:
+    """Takes away the modules that the pass gave to others."""
+    for parent, name in adapter.added:
+        delattr(parent, name)
 
 
 def merge(learner: Learner) -> None:
@@ -136,6 +150,7 @@ def merge(learner: Learner) -> None:
         raise UserError(f"peft={name} is no change of weights: it cannot be merged, keep the base")
     for parent, attribute, _ in adapter.replaced:
         setattr(parent, attribute, getattr(parent, attribute).merged())
+    remove_added(adapter)
     learner.requires_grad_(True)
     learner.adapter = None
 
