@@ -46,7 +46,8 @@ def tag_labels(values: Iterable[Any], what: str) -> list[str]:
     if prefixes and prefixes <= set("BIESLU") and all(t == "O" or t[1:2] == "-" for t in found):
         types = {tag[2:] for tag in found if tag != "O"}
         found |= {f"{prefix}-{kind}" for prefix in prefixes for kind in types}
-    return sorted(found, key=lambda tag: (tag != "O", tag[2:], tag))
+        return sorted(found, key=lambda tag: (tag != "O", tag[2:], tag))
+    return ordered(found)
 
 
 def class_weights(values: Iterable[Any], labels: list[str]) -> list[float]:

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 import nanolm.gradient
-import nanolm.objectives.classify
 import nanolm.objectives.clm
 import nanolm.objectives.mlm
 import nanolm.objectives.pair
@@ -29,7 +28,7 @@ import nanolm.peft.prompt
 import nanolm.rules.adversarial
 import nanolm.rules.rdrop
 import nanolm.schedules
-import nanolm.task_heads  # noqa: F401  (imported for what they register)
+import nanolm.tasks  # noqa: F401  (imported for what they register)
 from nanolm.config import Config, ModelConfig, require
 from nanolm.data.stream import RowStream
 from nanolm.data.tokenizer import Tokenizer

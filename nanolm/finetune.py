@@ -83,6 +83,7 @@ def run_finetune(config: TaskConfig) -> dict[str, Any]:
     )
     config = count_steps(config, len(train.items))
     world = launch(config.distributed, config.run.device)
+    check_scope(config, task, world)
     facts = {"data_hash": digest(tables), "tokenizer_hash": tokenizer.hash}
     start = claim(pathlib.Path(config.run.dir), config.resume, dump(config), facts, world)
     learner = build.build_learner(config, task, world.device)
@@ -116,7 +117,7 @@ def run_finetune(config: TaskConfig) -> dict[str, Any]:
         if start.checkpoint:
             trainer.restore(start.checkpoint)
             note(f"resumed from {start.checkpoint} at step {trainer.done}")
-        figures = trainer.fit()
+        figures = trainer.fit() if config.train.steps else evaluate_only(trainer)
         summary = {}
         if not trainer.preempted:
             summary = summarise(trainer, figures, train, val, facts, started)
@@ -157,12 +158,24 @@ def is_task(build_objective: Any) -> bool:
 
 def resolve(config: TaskConfig, task: type[Task], tokenizer: Tokenizer, train: Table) -> TaskConfig:
     """The config with all that data and tokenizer decide filled in: labels, metric, sizes."""
-    require_fields(train, task.gold)
     config = build.resolve(config, tokenizer)
+    require_fields(train, task.gold_fields(config.objective))
     options = task.resolve(config.objective, train)
     metric = config.eval.metric or task.metric
     return dataclasses.replace(
         config, objective=options, eval=dataclasses.replace(config.eval, metric=metric)
+    )
+
+
+def check_scope(config: TaskConfig, task: Task, world: World) -> None:
+    """A loss that couples the rows of a step needs them all in one forward pass of each rank."""
+    train = config.train
+    share = -(-train.global_batch // world.size)
+    whole = train.micro_batch is None or train.micro_batch >= share
+    require(
+        task.scope == "rows" or (whole and train.global_batch >= world.size),
+        f"objective={config.objective.name} compares all rows of a step: train.micro_batch must be "
+        f"null and train.global_batch at least the number of ranks",
     )
 
 
@@ -260,6 +273,12 @@ def badness(metric: str, figures: Mapping[str, float]) -> float:
             f"eval.metric={metric} is no figure of this task; there are {', '.join(figures)}"
         )
     return figures[metric] if metric in LOWER_IS_BETTER else -figures[metric]
+
+
+def evaluate_only(trainer: Trainer) -> dict[str, float]:
+    """Saves and evaluates the weights as they are: zero-shot, with train.steps=0."""
+    trainer.snapshot.save()
+    return trainer.evaluate(best=True)
 
 
 def summarise(

@@ -17,7 +17,7 @@ LAYERS = [
     {"nanolm.positions"},
     {"nanolm.layers"},
     {"nanolm.model", "nanolm.flops"},
-    {"nanolm.heads", "nanolm.task_heads"},
+    {"nanolm.heads", "nanolm.task_heads", "nanolm.gather"},
     {"nanolm.objectives", "nanolm.task_metrics"},
     {"nanolm.learner"},
 ]

@@ -30,11 +30,9 @@ from nanolm.task_metrics import Report
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PooledOptions(TaskOptions):
-    """Options of tasks that decide about whole texts."""
+class HeadOptions(TaskOptions):
+    """Options of tasks with a head on pooled states."""
 
-    pair: bool | None = None
-    """Read text and text_pair; null: when the train split has a column text_pair."""
     pooling: Pooling = "auto"
     """auto: mean for an encoder, last for a decoder; or cls, mean, last."""
     head_dropout: float = 0.1
@@ -43,6 +41,14 @@ class PooledOptions(TaskOptions):
     def __post_init__(self) -> None:
         value = self.head_dropout
         require(0 <= value < 1, f"objective.head_dropout={value} must lie in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PooledOptions(HeadOptions):
+    """Options of tasks that decide about a text or a pair."""
+
+    pair: bool | None = None
+    """Read text and text_pair; null: when the train split has a column text_pair."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,6 +76,15 @@ class ClassifyOptions(PooledOptions):
         )
 
 
+def sequence_head(options: HeadOptions, trunk: str, n_classes: int) -> HeadRequest:
+    """The request for a head on pooled states."""
+    pooling = pooling_of(options.pooling, trunk)
+    return HeadRequest(
+        "sequence",
+        {"n_classes": n_classes, "pooling": pooling, "dropout": options.head_dropout},
+    )
+
+
 class Pooled(Task):
     """Base of tasks with one framed text, or pair, per record and a head on its pooled state."""
 
@@ -84,12 +99,6 @@ class Pooled(Task):
         return dataclasses.replace(
             options, pair="text_pair" in table.columns if pair is None else pair
         )
-
-    def head(self, n_classes: int) -> HeadRequest:
-        """The request for this task's head."""
-        pooling = pooling_of(self.options.pooling, self.trunk)
-        options = {"pooling": pooling, "dropout": self.options.head_dropout}
-        return HeadRequest("sequence", {"n_classes": n_classes, **options})
 
     def check(self, record: Record, *, with_gold: bool) -> str | None:
         """Texts must be there and not empty; what else, `check_gold` says."""
@@ -125,7 +134,7 @@ class Classify(Pooled):
         super().__init__(options, config, tokenizer)
         self.labels = chosen(options.labels, options.name)
         self.number = {label: i for i, label in enumerate(self.labels)}
-        self.heads = {"classify": self.head(len(self.labels))}
+        self.heads = {"classify": sequence_head(options, self.trunk, len(self.labels))}
         weights = options.class_weights
         require(
             weights is None or len(weights) == len(self.labels),
@@ -176,8 +185,13 @@ class Classify(Pooled):
         self, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: dict[str, Tensor]
     ) -> dict[str, Term]:
         """The cross-entropy, and accuracy."""
-        logits_SC = heads["classify"](hidden_BTD, self.layout(batch))
-        return self.terms(logits_SC, batch["labels"])
+        return self.terms(self.class_logits(hidden_BTD, heads, batch), batch["labels"])
+
+    def class_logits(
+        self, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: dict[str, Tensor]
+    ) -> Tensor:
+        """[S, C], float32."""
+        return heads["classify"](hidden_BTD, self.layout(batch))
 
     def logits(
         self, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: dict[str, Tensor]
@@ -185,7 +199,7 @@ class Classify(Pooled):
         """The class logits, for rules that compare distributions."""
         if self.options.multi_label:
             return {}
-        return {self.term: heads["classify"](hidden_BTD, self.layout(batch))}
+        return {self.term: self.class_logits(hidden_BTD, heads, batch)}
 
     def terms(self, logits_SC: Tensor, labels: Tensor) -> dict[str, Term]:
         """Cross-entropy and accuracy of class logits."""
@@ -212,8 +226,7 @@ class Classify(Pooled):
         self, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: dict[str, Tensor]
     ) -> list[Any]:
         """The probability of each class."""
-        logits_SC = heads["classify"](hidden_BTD, self.layout(batch))
-        return self.probabilities(logits_SC)
+        return self.probabilities(self.class_logits(hidden_BTD, heads, batch))
 
     def probabilities(self, logits_SC: Tensor) -> list[list[float]]:
         """Softmax, or for several labels each class's sigmoid."""

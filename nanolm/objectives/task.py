@@ -75,6 +75,8 @@ class Task:
     """Whether predictions are written by `nanolm.task_generation` instead of read from answers."""
     term = "task"
     """Name of the loss term."""
+    scope = "rows"
+    """"global_batch" when a row's loss depends on the other rows of the step."""
     split_by: ClassVar[tuple[str, ...]] = ()
     """Columns whose content decides on which side of a carved split a record falls."""
 
@@ -98,6 +100,11 @@ class Task:
     def resolve(cls, options: TaskOptions, table: Table) -> TaskOptions:
         """The options with what the training records decide (label sets) filled in."""
         return options
+
+    @classmethod
+    def gold_fields(cls, options: TaskOptions) -> tuple[str, ...]:
+        """The columns that training needs besides `fields`, as far as options say."""
+        return cls.gold
 
     def check(self, record: Record, *, with_gold: bool) -> str | None:
         """Why a record cannot be used, in words, or None."""

@@ -1,0 +1,283 @@
+"""Extractive reading: the span of a context that answers a question, or none.
+
+    loss = - sum_n [log p_start(s_n) + log p_end(e_n)] / 2   (Devlin et al. 2019, sections 4.2, 4.3)
+
+A long context is read in windows that overlap by `stride` tokens. In a window that does not hold
+the answer, and where there is none, the right span is the first token. An answer's score is start +
+end; "no answer" scores what the first token does in the window where it scores least.
+
+Token ids become characters by their byte lengths, which needs a tokenizer that loses nothing.
+
+Shapes: B rows, T tokens, S sequences (one per window), M tokens of all windows, L longest window.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanolm import task_metrics
+from nanolm.config import Config, require
+from nanolm.data.task_files import Record, Table
+from nanolm.data.tokenizer import UNSPACED, Tokenizer
+from nanolm.heads import HeadRequest
+from nanolm.objectives.base import Term
+from nanolm.objectives.ragged import ragged, within
+from nanolm.objectives.task import Item, Sequence, Task, TaskOptions, text_problem
+from nanolm.registry import OBJECTIVES
+from nanolm.task_metrics import Report
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReadOptions(TaskOptions):
+    """The span that answers a question."""
+
+    name: str = "read"
+    stride: int = 32
+    """Tokens that neighbouring windows of a long context share."""
+    question_length: int = 48
+    """Longest question in tokens; longer ones are cut."""
+    longest_answer: int = 48
+    """Longest answer in tokens."""
+    no_answer: bool | None = None
+    """Whether "none" is a possible answer; null: when a training record has none."""
+    by_character: bool | None = None
+    """Score by characters; null: when most training answers are in an unspaced script."""
+
+    def __post_init__(self) -> None:
+        sizes = (self.stride, self.question_length, self.longest_answer)
+        require(
+            min(sizes) >= 1, "objective.stride, question_length and longest_answer must be >= 1"
+        )
+
+
+class Window(NamedTuple):
+    """Where a window's context tokens begin in the sequence, and which bytes of the context each of
+    them covers: begins and ends int64[n]."""
+
+    offset: int
+    begins: np.ndarray
+    ends: np.ndarray
+
+
+class Answer(NamedTuple):
+    """One gold answer and the character at which it stands in the context."""
+
+    text: str
+    start: int
+
+
+@OBJECTIVES.register("read", options=ReadOptions)
+class Read(Task):
+    """Where in a text the answer stands."""
+
+    fields = ("question", "context")
+    gold = ("answers",)
+    metric = "f1"
+    term = "read"
+    split_by = ("context",)
+
+    def __init__(self, options: ReadOptions, config: Config, tokenizer: Tokenizer) -> None:
+        super().__init__(options, config, tokenizer)
+        require(
+            tokenizer.lossless,
+            "objective=read must map tokens back to characters, and this tokenizer normalises "
+            "text; use a base whose tokenizer `nanolm prepare` trained",
+        )
+        self.question_length = min(options.question_length, self.length // 2)
+        self.heads = {"read": HeadRequest("span", {})}
+
+    @classmethod
+    def resolve(cls, options: ReadOptions, table: Table) -> ReadOptions:
+        """Whether there may be no answer, and whether characters are words, from the training
+        records."""
+        golds = [answers_of(record) or [] for record in table.records]
+        text = "".join(answer.text for answers in golds for answer in answers)
+        unspaced = len(UNSPACED.findall(text)) > 0.5 * max(1, len(text))
+        none = any(not answers for answers in golds)
+        return dataclasses.replace(
+            options,
+            no_answer=none if options.no_answer is None else options.no_answer,
+            by_character=unspaced if options.by_character is None else options.by_character,
+        )
+
+    def check(self, record: Record, *, with_gold: bool) -> str | None:
+        """Texts must be there, and answers stand where they say."""
+        problem = text_problem(record, self.fields)
+        if problem or not with_gold:
+            return problem
+        answers = answers_of(record)
+        if answers is None:
+            return "answers is no list of {text, answer_start}"
+        for answer in answers:
+            found = record["context"][answer.start : answer.start + len(answer.text)]
+            if found != answer.text or not answer.text.strip():
+                return (
+                    f"the answer {answer.text!r} does not stand at character {answer.start} of its "
+                    f"context ({found!r} does)"
+                )
+        if not answers and self.options.no_answer is False:
+            return "there is no answer, and objective.no_answer is false"
+        return None
+
+    def items(self, record: Record, index: int, *, with_gold: bool) -> list[Item]:
+        """One item for each window of the context."""
+        question = self.encode(record["question"])
+        cut = max(0, len(question) - self.question_length)
+        question = question[: self.question_length]
+        context = self.encode(record["context"])
+        ends = np.cumsum(self.tokenizer.byte_length[context].astype(np.int64))
+        begins = ends - self.tokenizer.byte_length[context]
+        answer = next(iter(answers_of(record) or []), None) if with_gold else None
+        span = None if answer is None else token_span(record["context"], answer, begins, ends)
+        room = self.length - 3 - len(question)
+        step = max(1, room - self.options.stride)
+        items = []
+        for start in range(0, max(1, len(context) - self.options.stride), step):
+            stop = min(len(context), start + room)
+            sequence, _ = self.frame(question, context[start:stop])
+            window = Window(sequence.second, begins[start:stop], ends[start:stop])
+            target = target_of(span, start, stop, sequence) if with_gold else None
+            items.append(Item(index, [sequence], target, cut, window))
+            cut = 0
+        return items
+
+    def targets_of(
+        self, examples: list[Item], batch: dict[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        """place int64[M] within the window; allowed int64[M], 1 where a span may begin or end;
+        labels int64 [S, 2], start and end."""
+        lengths = np.array([len(item.sequences[0].tokens) for item in examples])
+        place = within(lengths)
+        first = np.repeat([item.extra.offset for item in examples], lengths)
+        last = np.repeat([item.extra.offset + len(item.extra.begins) for item in examples], lengths)
+        allowed = (place == 0) | ((place >= first) & (place < last))
+        found = {"place": place, "allowed": allowed.astype(np.int64)}
+        if examples[0].target is not None:
+            found["labels"] = np.array([item.target for item in examples], dtype=np.int64)
+        return found
+
+    def counts(self, batch: dict[str, np.ndarray]) -> dict[str, int]:
+        """Windows."""
+        return {"read": len(batch["first"])}
+
+    def scores(
+        self, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """(start, end) scores [S, L], -inf where no span may begin or end."""
+        scores_M2 = heads["read"](hidden_BTD, batch["index"])
+        scores_M2 = scores_M2.masked_fill(batch["allowed"][:, None] == 0, -torch.inf)
+        n_windows = len(batch["first"])
+        start, end = (
+            ragged(scores_M2[:, side], batch["owner"], batch["place"], n_windows) for side in (0, 1)
+        )
+        return start, end
+
+    def loss(
+        self, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: dict[str, Tensor]
+    ) -> dict[str, Term]:
+        """Half the cross-entropy of start and of end; accuracy: both are right."""
+        scores = self.scores(hidden_BTD, heads, batch)
+        labels_S2 = batch["labels"]
+        count = torch.tensor(len(labels_S2), device=labels_S2.device)
+        losses, right = [], torch.ones(len(labels_S2), dtype=torch.bool, device=labels_S2.device)
+        for side, scores_SL in enumerate(scores):
+            losses.append(F.cross_entropy(scores_SL, labels_S2[:, side], reduction="sum"))
+            right &= scores_SL.argmax(dim=-1) == labels_S2[:, side]
+        loss = (losses[0] + losses[1]) / 2
+        return {"read": Term(loss, count), "accuracy": Term(right.float().sum(), count)}
+
+    def answers(
+        self, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: dict[str, Tensor]
+    ) -> list[Any]:
+        """[score, first token, last token, score of no answer] of each window's best span."""
+        start_SL, end_SL = self.scores(hidden_BTD, heads, batch)
+        none_S = start_SL[:, 0] + end_SL[:, 0]
+        start_SL[:, 0] = end_SL[:, 0] = -torch.inf
+        width = start_SL.shape[1]
+        pairs_SLL = start_SL[:, :, None] + end_SL[:, None, :]
+        possible_LL = torch.ones(width, width, dtype=torch.bool, device=start_SL.device).triu()
+        possible_LL = possible_LL.tril(self.options.longest_answer - 1)
+        best_S, flat_S = pairs_SLL.masked_fill(~possible_LL, -torch.inf).flatten(1).max(dim=-1)
+        columns = (best_S, flat_S // width, flat_S % width, none_S)
+        return [list(row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+
+    def predictions(
+        self, table: Table, items: list[Item], answers: list[Any]
+    ) -> list[dict[str, Any]]:
+        """answer with the characters [start, end) of the context and its score; "" for none."""
+        best: list[tuple | None] = [None] * len(table.records)
+        none = [float("inf")] * len(table.records)
+        for item, (score, first, last, no_answer) in zip(items, answers, strict=True):
+            r = item.record
+            none[r] = min(none[r], no_answer)
+            if best[r] is None or score > best[r][0]:
+                offset, begins, ends = item.extra
+                best[r] = (score, int(begins[int(first) - offset]), int(ends[int(last) - offset]))
+        found = []
+        for record, span, no_answer in zip(table.records, best, none, strict=True):
+            score, begin, end = span
+            if self.options.no_answer and no_answer > score:
+                found.append({"answer": "", "start": None, "end": None, "score": no_answer - score})
+            else:
+                found.append(cut_out(record["context"], begin, end) | {"score": score - no_answer})
+        return found
+
+    def report(self, table: Table, predictions: list[dict[str, Any]]) -> Report:
+        """Exact match and F1, as SQuAD defines them or by characters."""
+        golds = [[answer.text for answer in answers_of(record) or []] for record in table.records]
+        guesses = [prediction["answer"] for prediction in predictions]
+        return task_metrics.reading(golds, guesses, by_character=bool(self.options.by_character))
+
+
+def answers_of(record: Record) -> list[Answer] | None:
+    """The gold answers, from SQuAD's list or from parallel lists; None when they are neither."""
+    value = record.get("answers")
+    if isinstance(value, dict):
+        texts, starts = value.get("text"), value.get("answer_start")
+        if not (isinstance(texts, list) and isinstance(starts, list) and len(texts) == len(starts)):
+            return None
+        value = [{"text": t, "answer_start": s} for t, s in zip(texts, starts)]
+    if not isinstance(value, list):
+        return None
+    try:
+        found = [Answer(str(answer["text"]), int(answer["answer_start"])) for answer in value]
+    except (KeyError, TypeError, ValueError):
+        return None
+    return found if all(answer.start >= 0 for answer in found) else None
+
+
+def token_span(
+    context: str, answer: Answer, begins: np.ndarray, ends: np.ndarray
+) -> tuple[int, int]:
+    """The tokens, first and last, that cover an answer."""
+    first_byte = len(context[: answer.start].encode())
+    last_byte = first_byte + len(answer.text.encode())
+    first = int(np.searchsorted(begins, first_byte, side="right")) - 1
+    last = int(np.searchsorted(ends, last_byte, side="left"))
+    return first, max(first, last)
+
+
+def target_of(
+    span: tuple[int, int] | None, start: int, stop: int, sequence: Sequence
+) -> tuple[int, int]:
+    """The span within a window's sequence; the first token when the window does not hold it."""
+    if span is None or span[0] < start or span[1] >= stop:
+        return 0, 0
+    shift = sequence.second - start
+    return span[0] + shift, span[1] + shift
+
+
+def cut_out(context: str, begin: int, end: int) -> dict[str, Any]:
+    """The text of bytes [begin, end) without the spaces around it, and its characters' bounds."""
+    data = context.encode()
+    before = len(data[:begin].decode(errors="ignore"))
+    text = data[begin:end].decode(errors="ignore")
+    stripped = text.strip()
+    start = before + len(text) - len(text.lstrip()) if stripped else before
+    return {"answer": stripped, "start": start, "end": start + len(stripped)}
