@@ -48,10 +48,10 @@ class Launch:
 
 # (architecture, COLUMNS) -> launches of 16-bit attention: forward, dK and dV, dQ and bias.
 HALF = {
-    ("sm_80", 64): (Launch(128, 64, 8, 2), Launch(64, 64, 4, 2), Launch(128, 64, 8, 2)),
-    ("sm_80", 128): (Launch(64, 64, 8, 2), Launch(64, 64, 8, 2), Launch(64, 64, 8, 2)),
+    ("sm_80", 64): (Launch(128, 64, 8, 2), Launch(32, 64, 4, 2), Launch(128, 64, 8, 2)),
+    ("sm_80", 128): (Launch(64, 64, 8, 2), Launch(32, 64, 8, 2), Launch(64, 64, 8, 2)),
     ("sm_80", 256): (Launch(64, 32, 8, 1), Launch(64, 32, 8, 1), Launch(64, 32, 8, 1)),
-    ("sm_86", 64): (Launch(128, 64, 8, 2), Launch(64, 64, 4, 2), Launch(128, 64, 8, 2)),
+    ("sm_86", 64): (Launch(128, 64, 8, 2), Launch(32, 64, 4, 2), Launch(128, 64, 8, 2)),
     ("sm_86", 128): (Launch(64, 32, 8, 2), Launch(64, 32, 8, 2), Launch(64, 32, 8, 2)),
     ("sm_86", 256): (Launch(32, 32, 8, 1), Launch(32, 32, 8, 1), Launch(32, 32, 8, 1)),
     ("sm_90", 64): (Launch(128, 64, 8, 2), Launch(64, 64, 4, 2), Launch(128, 64, 8, 2)),

@@ -7,6 +7,8 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -37,13 +39,15 @@ def triton_attention():
     return KERNELS["attention"].get("triton").build()
 
 
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def small_tiles():
     """Tiles of 16 by 16: several on each axis of 29 by 31."""
     from nanolm.kernels import launch
 
-    for kind in launch.KINDS:
-        monkeypatch.setitem(launch.INTERPRETER, kind, launch.Launch(16, 16))
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in launch.KINDS:
+            patch.setitem(launch.INTERPRETER, kind, launch.Launch(16, 16))
+        yield
 
 
 def check(case):
@@ -257,3 +261,23 @@ def test_decoding(name):
     with sanitized() if DEVICE == "cpu" else contextlib.nullcontext():
         found = errors(trial, kernel)
     assert max(found.values()) < TOLERANCE[case.dtype], found
+
+
+@settings(max_examples=4)
+@given(
+    n_queries=st.sampled_from([1, 2, 13, 31, 127, 129]),
+    n_keys=st.sampled_from([1, 3, 17, 64, 127, 129]),
+    causal=st.booleans(),
+    width=st.integers(1, 33),
+)
+def test_any_length_and_width(n_queries, n_keys, causal, width):
+    from nanolm.kernels import launch
+
+    case = Case(
+        n_rows=1, n_heads=1, n_kv_heads=1, n_queries=n_queries, n_keys=n_keys, causal=causal,
+        width=width,
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in launch.KINDS:
+            patch.setitem(launch.INTERPRETER, kind, launch.Launch(64, 32))
+        check(case)
