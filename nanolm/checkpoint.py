@@ -35,6 +35,7 @@ from nanolm.state import learner_tensors, load_named
 TRAINER_KEYS: dict[str, Any] = {
     "step": int,
     "skips": int,
+    "losses": list,
     "best": float | None,
     "seconds": float,
     "scaler": dict,
@@ -118,12 +119,12 @@ class Checkpoints:
                 doomed = path.rename(self.folder / f"{TEMPORARY}old-{path.name}")
                 shutil.rmtree(doomed)
 
-    def _marked(self, marker: str) -> str | None:
     def best(self) -> pathlib.Path | None:
         """The checkpoint that was marked best, if there is one."""
         name = self._marked("best")
         return self.folder / name if name else None
 
+    def _marked(self, marker: str) -> str | None:
         path = self.folder / marker
         name = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
         return name if _NAME.fullmatch(name) and (self.folder / name).is_dir() else None
@@ -158,11 +159,11 @@ def locate(path: str | pathlib.Path, *, best: bool = False) -> pathlib.Path:
     """
     folder = pathlib.Path(path)
     if (folder / "checkpoints").is_dir():
-        found, _ = Checkpoints(folder, World()).newest()
         marked = Checkpoints(folder, World()).best() if best else None
         if marked is not None:
             verify(marked)
             return marked
+        found, _ = Checkpoints(folder, World()).newest()
         if found is None:
             raise UserError(f"run {folder} holds no checkpoint yet")
         return found

@@ -202,15 +202,22 @@ class TrainConfig:
     """Recompute each block in the backward pass instead of keeping its activations."""
     compile: bool = False
     """torch.compile the trunk's blocks."""
-    nonfinite: Literal["stop", "skip"] = "stop"
-    """What to do on a non-finite loss or gradient, agreed over ranks."""
+    nonfinite: Literal["stop", "skip", "rewind"] = "stop"
+    """What to do on a non-finite loss or gradient, or a spike, agreed over ranks: stop; skip the
+    step; or rewind to the last good checkpoint and skip the step's rows on the way back."""
+    spike: float | None = None
+    """A loss above this many times the median of the last 64 is treated like a non-finite one;
+    null for no limit."""
+    rewind_steps: int = 1
+    """With nonfinite=rewind: skip the rows of so many steps, the bad one the last of them."""
     max_skips: int = 10
-    """With nonfinite=skip: stop after this many skipped steps in a row."""
+    """With nonfinite=skip or rewind: stop after this many bad steps without a good one between."""
     rule: Options = dataclasses.field(default_factory=lambda: Options(name="plain"))
     """Gradient rule: how one optimizer step gets its gradient."""
 
     def __post_init__(self) -> None:
         require_at_least("train", self, steps=0, global_batch=1, micro_batch=1, max_skips=0)
+        require_at_least("train", self, rewind_steps=1, spike=1)
         require(self.clip is None or self.clip > 0, f"train.clip={self.clip} must be > 0 or null")
         require(self.ema is None or 0 < self.ema < 1, f"train.ema={self.ema} must lie in (0, 1)")
 
@@ -283,9 +290,21 @@ class DistributedConfig:
     """ddp: every rank holds the whole model and gradients are averaged."""
     timeout: float = 600.0
     """Seconds after which a collective that a peer never joins is an error."""
+    hang_timeout: float | None = None
+    """Seconds without any progress after which the rank that hangs is named, with step, phase and
+    Python stack, and the job ends for restart; null means 0.8 timeout, 0 never."""
+    compare_weights_every: int = 0
+    """Steps between comparisons of the ranks' weights by hash, against silent corruption; 0 for
+    none."""
 
     def __post_init__(self) -> None:
         require(self.timeout > 0, f"distributed.timeout={self.timeout} must be positive")
+        require_at_least("distributed", self, hang_timeout=0, compare_weights_every=0)
+
+    @property
+    def hang_seconds(self) -> float:
+        """Seconds without progress that count as a hang; 0 for never."""
+        return 0.8 * self.timeout if self.hang_timeout is None else self.hang_timeout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -348,6 +367,10 @@ class Config:
     """The optimizer and its options."""
     schedule: Options = dataclasses.field(default_factory=lambda: Options(name="cosine"))
     """Learning-rate schedule: a pure function of the step."""
+    peft: Options = dataclasses.field(default_factory=lambda: Options(name="none"))
+    """Parameter-efficient fine-tuning of the weights in init_from: only an adapter is trained."""
+    tune: TuneConfig = dataclasses.field(default_factory=TuneConfig)
+    """Which weights are trained, when, and how fast."""
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     """How one step is taken."""
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
@@ -358,7 +381,3 @@ class Config:
     """Ranks."""
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
     """The run itself."""
-    peft: Options = dataclasses.field(default_factory=lambda: Options(name="none"))
-    """Parameter-efficient fine-tuning of the weights in init_from: only an adapter is trained."""
-    tune: TuneConfig = dataclasses.field(default_factory=TuneConfig)
-    """Which weights are trained, when, and how fast."""

@@ -100,6 +100,19 @@ def write_text(path: pathlib.Path, text: str) -> None:
         raise UserError(f"{path} not written: {_reason(error)}") from error
 
 
+def append_line(path: pathlib.Path, line: str) -> None:
+    """Adds a line to a text file, on the disk when this returns; drops a line that a kill tore.
+
+    Raises UserError when the disk is full or not writable.
+    """
+    try:
+        before = path.read_bytes() if path.is_file() else b""
+        whole = before[: before.rfind(b"\n") + 1]
+        write_text(path, whole.decode() + line + "\n")
+    except OSError as error:
+        raise UserError(f"{path} not written: {_reason(error)}") from error
+
+
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes readable JSON."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

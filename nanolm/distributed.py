@@ -14,7 +14,7 @@ import dataclasses
 import datetime
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nanolm.config import DistributedConfig
 from nanolm.errors import UserError
+from nanolm.launch_store import fresh_store, is_kept_by_agent
 
 CPU = torch.device("cpu")
 
@@ -93,8 +94,14 @@ def launch(config: DistributedConfig, device: str = "auto") -> World:
         return World(device=chosen, timeout=config.timeout)
     timeout = datetime.timedelta(seconds=config.timeout)
     on_cuda = chosen.type == "cuda"
+    kept = is_kept_by_agent()
     dist.init_process_group(
-        "nccl" if on_cuda else "gloo", timeout=timeout, device_id=chosen if on_cuda else None
+        "nccl" if on_cuda else "gloo",
+        store=fresh_store(rank, size, config.timeout) if kept else None,
+        rank=rank,
+        world_size=size,
+        timeout=timeout,
+        device_id=chosen if on_cuda else None,
     )
     control = dist.new_group(backend="gloo", timeout=timeout) if on_cuda else dist.group.WORLD
     return World(rank, size, local_rank, chosen, config.timeout, control)
@@ -120,7 +127,12 @@ def close(world: World) -> None:
         dist.destroy_process_group()
 
 
-def wrap(module: nn.Module, world: World, config: DistributedConfig) -> nn.Module:
+def wrap(
+    module: nn.Module,
+    world: World,
+    config: DistributedConfig,
+    on_last: Callable[[], None] = lambda: None,
+) -> nn.Module:
     """The module as the strategy wants it called; the module itself stays the one to save.
 
     `ddp`: gradients are summed over ranks during the backward pass (Li et al. 2020, PyTorch
@@ -131,18 +143,21 @@ def wrap(module: nn.Module, world: World, config: DistributedConfig) -> nn.Modul
     wrapped = DistributedDataParallel(
         module, forward_sync_buffers=False, gradient_as_bucket_view=True
     )
-    wrapped.register_comm_hook(dist.group.WORLD, _sum_bucket)
+    wrapped.register_comm_hook(on_last, _sum_bucket)
     return wrapped
 
 
 def _sum_bucket(
-    group: dist.ProcessGroup, bucket: dist.GradBucket
+    on_last: Callable[[], None], bucket: dist.GradBucket
 ) -> torch.futures.Future[torch.Tensor]:
     """DDP communication hook: all-reduce with SUM, where DDP's own would average.
 
+    `on_last` is called when the last bucket leaves: from there on the step only waits for others.
     DDP compares these annotations with the classes, so this module may not postpone annotations.
     """
-    work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    if bucket.is_last():
+        on_last()
     return work.get_future().then(lambda future: future.value()[0])
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nanolm.config import Config
 from nanolm.distributed import World, synchronised, wrap
+from nanolm.progress import Progress
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -32,11 +33,14 @@ class Engine:
     ) -> None:
         self.learner = learner.to(world.device)
         self.world = world
+        self.progress = Progress(world.device)
         self.dtype = AUTOCAST.get(config.train.precision)
         if config.train.compile:
             for block in learner.trunk.blocks:
                 block.compile()
-        self.module = wrap(self.learner, world, config.distributed) if trains else self.learner
+        self.module = self.learner
+        if trains:
+            self.module = wrap(self.learner, world, config.distributed, self._last_bucket)
 
     def __call__(self, batch: Any, objective: Any = None) -> Mapping[str, Any]:
         """Terms of one micro-batch, through the distributed wrapper.

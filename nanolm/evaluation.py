@@ -66,6 +66,7 @@ class Evaluator:
                 sums, stopped = self._sums(engine, stop)
         finally:
             learner.train(was_training)
+        engine.progress.enter("waiting")
         names = sorted({name for part in self.world.gather(sorted(sums)) for name in part})
         flat = [stopped] + [x for name in names for x in sums.get(name, (0.0, 0.0))]
         total = self.world.all_sum(flat)

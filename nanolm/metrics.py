@@ -17,7 +17,12 @@ from collections.abc import Iterator
 
 import torch
 
-TIMING = ("tokens_per_second", "mfu", "memory", "data_wait", "seconds")
+from nanolm.progress import PHASES
+
+TIMING = (
+    *("tokens_per_second", "mfu", "memory", "data_wait", "seconds", "straggler", "slowest_rank"),
+    *(f"{phase}_seconds" for phase in PHASES),
+)
 """Keys of a metrics line that depend on the clock and the machine, not on the run."""
 
 PEAK_TFLOPS: dict[str, tuple[float, float]] = {

@@ -1,123 +1,145 @@
-"""A loss or gradient that is not finite: who saw it first, on which rows, and what to do.
+"""A loss or gradient that is not finite, or a loss that spikes: who saw it, and what to do.
 
-All ranks see the same reduced loss and gradient norm, so they agree without asking. The step's
-rows go to `nonfinite.jsonl`; the search for the first bad tensor repeats the forward pass, with the
-same random numbers, on the ranks whose own loss was bad.
+All ranks see the same reduced loss and gradient norm, so they agree without asking. The step's rows
+go to `nonfinite.jsonl`. Three policies:
+
+    stop      the run ends with a sentence that names the step, the tensor and the rank
+    skip      the step moves no weight
+    rewind    weights, optimizers and averages go back to the last good checkpoint, and on the way
+              forward again the step's rows, or those of the `rewind_steps` up to it, are passed
+              over (as PaLM did by hand: Chowdhery et al. 2022, section 5.1)
+
+Which steps are passed over stands in nonfinite.jsonl, so a restart passes over them too.
 """
 
 from __future__ import annotations
 
+import collections
 import json
+import math
 import pathlib
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from nanolm.config import TrainConfig
+from nanolm.container import append_line
+from nanolm.diagnosis import KINDS, find_tensor
 from nanolm.distributed import World
 from nanolm.engine import Engine
 from nanolm.errors import UserError
 
+RECENT = 64
+"""Losses whose median a spike is measured against; a quarter of them must be there."""
 
-def first_bad(named: Any) -> str | None:
-    """Name of the first tensor that holds a NaN or infinity."""
-    return next((name for name, t in named if not bool(torch.isfinite(t).all())), None)
-
-
-def find_tensor(engine: Engine, micro_batches: Sequence[Any], seed: int) -> str:
-    """Names the first non-finite tensor of the step, in the order in which it is computed.
-
-    Weights first, then the modules' outputs in a repeated forward pass, then gradients.
-    """
-    weight = first_bad(engine.learner.named_parameters())
-    if weight is not None:
-        return f"weight {weight}"
-    torch.manual_seed(seed)
-    for batch in micro_batches:
-        found = _first_bad_output(engine, batch)
-        if found is not None:
-            return f"output of {found}"
-    gradients = [(n, p.grad) for n, p in engine.learner.named_parameters() if p.grad is not None]
-    gradient = first_bad(reversed(gradients))
-    return f"gradient of {gradient}" if gradient else "none on this rank"
-
-
-def _first_bad_output(engine: Engine, batch: Any) -> str | None:
-    found: list[str] = []
-
-    def watch(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            tensors = output if isinstance(output, tuple) else (output,)
-            floats = [t for t in tensors if isinstance(t, Tensor) and t.is_floating_point()]
-            if not found and first_bad(("", t) for t in floats) is not None:
-                found.append(name)
-
-        return hook
-
-    hooks = [
-        module.register_forward_hook(watch(name))
-        for name, module in engine.learner.named_modules()
-        if name
-    ]
-    try:
-        with torch.no_grad():
-            terms = engine.local(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not found:
-        found += [f"loss term {n}" for n, t in terms.items() if not bool(torch.isfinite(t.sum))]
-    return found[0] if found else None
+NAME = "nonfinite.jsonl"
 
 
 class NonFinitePolicy:
-    """Stop, or skip with a limit; `skips` counts the steps skipped in a row."""
+    """Which steps may move weights; `skips` counts bad ones without a good one between."""
 
     def __init__(self, train: TrainConfig, world: World, run: pathlib.Path) -> None:
         self.train, self.world, self.run = train, world, run
         self.skips = 0
+        self.losses: collections.deque[float] = collections.deque(maxlen=RECENT)
+        self.passed = read_passed(run)
+        self._worst = 0
 
-    def refuse(self, engine: Engine, micro_batches: Sequence[Any], step: int, seed: int) -> str:
+    def accepts(self, loss: float, norm: float) -> bool:
+        """Whether a step of this loss and gradient norm may move the weights."""
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        return finite and not self.spikes(loss)
+
+    def spikes(self, loss: float) -> bool:
+        """Whether the loss is beyond train.spike times the recent median."""
+        if self.train.spike is None or len(self.losses) < RECENT // 4:
+            return False
+        return loss > self.train.spike * statistics.median(self.losses)
+
+    def good(self, step: int, loss: float) -> None:
+        """Notes a step that moved the weights."""
+        self.losses.append(loss)
+        if step > self._worst:
+            self.skips = 0
+
+    def refuse(
+        self,
+        engine: Engine,
+        micro_batches: Sequence[Any],
+        step: int,
+        seed: int,
+        loss: float,
+        counts: Mapping[str, float],
+    ) -> str:
         """Writes down a bad step; returns the sentence to log when the run may go on; collective.
 
         Raises UserError, on all ranks, when it may not.
         """
-        sentence = self._report(engine, micro_batches, step, seed)
+        rewinds = self.train.nonfinite == "rewind"
+        first = max(step - self.train.rewind_steps + 1, 1)
+        passed = list(range(first, step + 1)) if rewinds else []
+        found = self._find(engine, micro_batches, seed, counts)
+        record = {"step": step, "policy": self.train.nonfinite, **found, "passed": passed}
+        if self.world.is_main:
+            append_line(self.run / NAME, json.dumps(record | {"loss": repr(loss)}))
+        sentence = self._sentence(record, loss)
+        self.passed |= set(passed)
         self.skips += 1
+        self._worst = max(self._worst, step)
         if self.train.nonfinite == "stop":
-            raise UserError(f"{sentence}; lower optim.lr, or set train.nonfinite to skip")
+            raise UserError(f"{sentence}; lower optim.lr, or set train.nonfinite to skip or rewind")
         if self.skips > self.train.max_skips:
             limit = self.train.max_skips
             raise UserError(f"{sentence}; train.max_skips={limit} steps in a row were skipped")
+        if rewinds:
+            return f"{sentence}; passes over the rows of {len(passed)} steps"
         return f"{sentence}; skipped ({self.skips} in a row)"
 
-    def _report(self, engine: Engine, micro_batches: Sequence[Any], step: int, seed: int) -> str:
+    def _find(
+        self, engine: Engine, micro_batches: Sequence[Any], seed: int, counts: Mapping[str, float]
+    ) -> dict[str, Any]:
         rows = [int(row) for batch in micro_batches for row in batch.row_ids]
-        mine = {"tensor": find_tensor(engine, micro_batches, seed), "rows": rows}
-        ranks = self.world.gather(mine)
-        # A gradient arrives summed, so it is bad on all ranks; a weight or an output says more.
-        guilty = min(range(len(ranks)), key=lambda rank: _kind(ranks[rank]["tensor"]))
-        tensor = ranks[guilty]["tensor"]
-        culprits = [r for r in ranks if r["tensor"].startswith("output")] or ranks
-        listed = [row for entry in culprits for row in entry["rows"]]
-        record = {
-            "step": step,
-            "policy": self.train.nonfinite,
+        tensor = find_tensor(engine, micro_batches, seed, counts)
+        ranks = self.world.gather({"tensor": tensor, "rows": rows})
+        kinds = [KINDS.index(rank["tensor"].split(" ")[0]) for rank in ranks]
+        guilty = min(range(len(ranks)), key=kinds.__getitem__)
+        # A bad weight is everybody's, and so is a spike: only outputs and gradients accuse rows.
+        accused = [
+            rank
+            for rank, kind in zip(ranks, kinds, strict=True)
+            if KINDS[kind] in ("output", "gradient")
+        ]
+        return {
             "rank": guilty,
-            "tensor": tensor,
-            "rows": listed,
+            "tensor": ranks[guilty]["tensor"],
+            "rows": [row for rank in accused or ranks for row in rank["rows"]],
         }
-        path = self.run / "nonfinite.jsonl"
-        if self.world.is_main:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+
+    def _sentence(self, record: Mapping[str, Any], loss: float) -> str:
+        rows, path = record["rows"], self.run / NAME
+        listed = f"its {len(rows)} rows, {rows[0]} first, are listed in {path}"
+        if self.spikes(loss):
+            median = statistics.median(self.losses)
+            return (
+                f"step {record['step']}: loss {loss:.4g} is {loss / median:.0f} times the median "
+                f"of the last {len(self.losses)}; {listed}"
+            )
         return (
-            f"step {step}: loss or gradient is not finite; first non-finite tensor: {tensor} "
-            f"(rank {guilty}); its {len(listed)} rows, {listed[0]} first, are listed in {path}"
+            f"step {record['step']}: loss or gradient is not finite; first non-finite tensor: "
+            f"{record['tensor']} (rank {record['rank']}); {listed}"
         )
 
 
-def _kind(tensor: str) -> int:
-    return ("weight", "output", "gradient", "none").index(tensor.split(" ")[0])
+def read_passed(run: pathlib.Path) -> set[int]:
+    """Steps whose rows earlier rewinds of this run decided to pass over."""
+    path = run / NAME
+    if not path.is_file():
+        return set()
+    passed: set[int] = set()
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+            passed |= {int(step) for step in record.get("passed", [])}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} has a line that nanolm did not write: {line[:60]}") from error
+    return passed

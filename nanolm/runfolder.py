@@ -37,6 +37,8 @@ HARMLESS = (
     "train.steps",
     "train.micro_batch",
     "train.nonfinite",
+    "train.spike",
+    "train.rewind_steps",
     "train.max_skips",
     "train.activation_checkpointing",
     "train.compile",

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from nanolm.checkpoint import Checkpoints, read_trainer
-from nanolm.container import read_tensors
+from nanolm.container import read_tensors, verify
+from nanolm.diagnosis import first_bad
 from nanolm.errors import UserError
 from nanolm.runfolder import environment
 from nanolm.state import learner_tensors, load_named, load_optimizers, optimizer_tensors
@@ -49,6 +50,36 @@ class Snapshot:
             tensors["ema"] = trainer.ema.tensors
         return self.checkpoints.save(trainer.done, tensors, self._json(), self.files)
 
+    def rewind(self) -> pathlib.Path:
+        """Fills the trainer from the newest checkpoint that is intact and finite; collective.
+
+        Counters that tell how often the run went wrong are not turned back. Raises UserError when
+        there is no such checkpoint.
+        """
+        skips = self.trainer.policy.skips
+        self.trainer.policy.losses.clear()
+        folder = self.trainer.world.broadcast(self._last_good())
+        if folder is None:
+            raise UserError(
+                f"nothing to rewind to in {self.checkpoints.folder}: lower run.checkpoint_every, "
+                f"or set train.nonfinite to skip"
+            )
+        for optimizer in self.trainer.optimizers:
+            optimizer.state.clear()
+        self.restore(pathlib.Path(folder))
+        self.trainer.policy.skips = skips
+        return pathlib.Path(folder)
+
+    def _last_good(self) -> str | None:
+        """Rank 0's choice; other ranks are told."""
+        if not self.trainer.world.is_main:
+            return None
+        for step in reversed(self.checkpoints.steps()):
+            folder = self.checkpoints.path(step)
+            if is_good(folder):
+                return str(folder)
+        return None
+
     def _json(self) -> dict[str, Any]:
         trainer = self.trainer
         return {
@@ -62,6 +93,7 @@ class Snapshot:
             },
             "best": trainer.best,
             "skips": trainer.policy.skips,
+            "losses": list(trainer.policy.losses),
             "seconds": trainer.throughput.total_seconds,
             "scaler": trainer.scaler.state_dict(),
             "environment": environment(trainer.world),
@@ -88,6 +120,16 @@ class Snapshot:
         trainer.done = saved["step"]
         trainer.best = saved["best"]
         trainer.policy.skips = saved["skips"]
+        trainer.policy.losses.extend(saved["losses"])
         trainer.throughput.total_seconds = saved["seconds"]
         if trainer.scaler.is_enabled():
             trainer.scaler.load_state_dict(saved["scaler"])
+
+
+def is_good(folder: pathlib.Path) -> bool:
+    """Whether a checkpoint is intact and all its weights are finite."""
+    try:
+        verify(folder)
+    except UserError:
+        return False
+    return first_bad(read_tensors(folder, "model").items()) is None

@@ -32,10 +32,13 @@ from nanolm.gradient import Backward
 from nanolm.metrics import Throughput
 from nanolm.nonfinite import NonFinitePolicy
 from nanolm.preemption import Preemption
+from nanolm.progress import Pace
 from nanolm.schedules import build_schedule
 from nanolm.sinks import Sink
 from nanolm.snapshot import Snapshot
 from nanolm.tuning import freeze, step_rule, tuned_optimizers
+from nanolm.watchdog import Watchdog
+from nanolm.weight_check import compare_weights
 
 LoaderFactory = Callable[[int], Iterator[Sequence[Any]]]
 
@@ -50,6 +53,7 @@ class StepResult:
     grad_norm: float
     applied: bool
     stop: bool
+    rewound: bool = False
 
 
 class Trainer:
@@ -57,12 +61,12 @@ class Trainer:
 
     `loader_factory(step)` iterates over lists of micro-batches from optimizer step `step` on: this
     rank's share of each global batch, at least one (a stand-in without rows when it has none).
+    `tokens_per_step` is global_batch full rows unless given; the checkpoint whose validation
+    figures have the least `badness` is the best one.
     """
 
     def __init__(
         self,
-    `tokens_per_step` is global_batch full rows unless given; the checkpoint whose validation
-    figures have the least `badness` is the best one.
         config: Config,
         learner: nn.Module,
         world: World,
@@ -75,13 +79,13 @@ class Trainer:
         note: Callable[[str], None] = print,
         files: Mapping[str, bytes] | None = None,
         facts: Mapping[str, Any] | None = None,
+        tokens_per_step: int | None = None,
+        badness: Callable[[Mapping[str, float]], float] = lambda figures: figures["loss"],
     ) -> None:
         self.config, self.world, self.note = config, world, note
         freeze(learner, config.tune)
         self.engine = Engine(learner, world, config)
         self.loader_factory = loader_factory
-        tokens_per_step: int | None = None,
-        badness: Callable[[Mapping[str, float]], float] = lambda figures: figures["loss"],
         self.evaluator, self.sinks = evaluator, sinks
         self.optimizers = tuned_optimizers(learner, config)
         self.factor = build_schedule(config.schedule, config.train.steps)
@@ -94,6 +98,8 @@ class Trainer:
         self.tokens_per_step = tokens_per_step or rows * config.data.row_length
         self.badness = badness
         self.throughput = throughput or Throughput(self.tokens_per_step, 0.0, None)
+        self.progress = self.engine.progress
+        self.pace = Pace(world, note)
         self.preemption = Preemption()
         self.done = 0
         self.preempted = False
@@ -113,44 +119,50 @@ class Trainer:
         Ends early, with a checkpoint, when a signal asks for it: `preempted` is then true. Raises
         UserError when a loss is not finite, the disk is full or a peer is gone.
         """
-        with self.preemption:
+        seconds, run = self.config.distributed.hang_seconds, self.snapshot.checkpoints.run
+        with self.preemption, Watchdog(self.world, self.progress, seconds, run):
             try:
                 return self._fit()
             except RuntimeError as error:
                 if self.world.size == 1 or not peer_lost(error):
                     raise
                 raise UserError(
-                    f"a peer of rank {self.world.rank} is gone during step {self.done + 1}; nothing"
-                    f" was saved since the last checkpoint; run again with --resume auto"
+                    f"a peer is gone during step {self.done + 1}; nothing was saved since the last "
+                    f"checkpoint; run again with --resume auto"
                 ) from error
 
     def _fit(self) -> dict[str, float]:
         figures: dict[str, float] = {}
         if self._resumed and self._due(self.config.eval.every):
             figures = self.evaluate(best=self._due(self.config.run.checkpoint_every))
-        steps = self.config.train.steps
-        if self.done == steps or self.preempted:
-            return figures
-        with contextlib.closing(iter(self.loader_factory(self.done))) as batches:
-            micro_batches, waited = self._next(batches)
-            self.engine.settle(micro_batches[0], self.weights)
-            while True:
-                result = self.step(micro_batches)
-                self.throughput.step(waited)
-                figures = self._after_step(result) or figures
-                if self.done == steps or self.preempted:
-                    return figures
-                micro_batches, waited = self._next(batches)
+        settled = False
+        while self.done < self.config.train.steps and not self.preempted:
+            with contextlib.closing(iter(self.loader_factory(self.done))) as batches:
+                for micro_batches, waited in self._timed(batches):
+                    if not settled:
+                        self.engine.settle(micro_batches[0], self.weights)
+                        settled = True
+                    result = self.step(micro_batches)
+                    self.throughput.step(waited)
+                    figures = self._after_step(result) or figures
+                    if result.rewound:
+                        break
+        return figures
 
     @property
     def weights(self) -> Mapping[str, float]:
         """Weight of each optimised term."""
         return self.engine.learner.objective.weights
 
-    def _next(self, batches: Iterator[Sequence[Any]]) -> tuple[Sequence[Any], float]:
-        start = time.perf_counter()
-        micro_batches = next(batches)
-        return micro_batches, time.perf_counter() - start
+    def _timed(
+        self, batches: Iterator[Sequence[Any]]
+    ) -> Iterator[tuple[Sequence[Any], float]]:
+        """Micro-batches of each step that is left, and the seconds spent waiting for them."""
+        while self.done < self.config.train.steps and not self.preempted:
+            self.progress.enter("data", self.done + 1)
+            start = time.perf_counter()
+            micro_batches = next(batches)
+            yield micro_batches, time.perf_counter() - start
 
     def seed(self) -> int:
         """Seed of this rank's dropout in the next step: no generator state outlives a step."""
@@ -159,26 +171,53 @@ class Trainer:
 
     def step(self, micro_batches: Sequence[Any]) -> StepResult:
         """One optimizer step on this rank's share of a global batch; collective."""
-        torch.manual_seed(self.seed())
+        if self.done + 1 in self.policy.passed:
+            return self._pass_over()
         lr = self._set_learning_rates()
+        terms, norm, counts, stop = self.gradient(micro_batches)
+        self.progress.enter("optimizer")
+        loss = total_loss(terms, self.weights)
+        applied, rewound = self.policy.accepts(loss, norm), False
+        if applied:
+            self._apply(norm)
+            self.policy.good(self.done + 1, loss)
+        else:
+            rewound = self._refuse(micro_batches, loss, counts)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        if not rewound:
+            self.done += 1
+        return StepResult(loss, terms, lr, norm, applied, stop, rewound)
+
+    def gradient(
+        self, micro_batches: Sequence[Any]
+    ) -> tuple[dict[str, float], float, dict[str, float], bool]:
+        """The next step's gradient, in `.grad`, with the terms' means, its norm, the target counts
+        and whether any rank was told to stop; collective."""
+        torch.manual_seed(self.seed())
+        self.progress.enter("communication")
         names = list(self.weights)
         mine = [sum(batch.counts.get(name, 0) for batch in micro_batches) for name in names]
         counts = dict(zip(names, self.world.all_sum(mine), strict=True))
-        backward = Backward(self.weights, counts, self.scaler.scale, self.done)
+        backward = Backward(self.weights, counts, self._scaled, self.done)
         self.rule(self.engine, micro_batches, backward)
+        self.progress.enter("optimizer")
         norm = self._gradient_norm()
+        self.progress.enter("communication")
         terms, stop = self._agree(backward)
-        loss = total_loss(terms, self.weights)
-        applied = math.isfinite(loss) and math.isfinite(norm)
-        if applied:
-            self._apply(norm)
-            self.policy.skips = 0
-        else:
-            self._refuse(micro_batches, loss)
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        return terms, norm, counts, stop
+
+    def _scaled(self, total: Tensor) -> Tensor:
+        """The loss as it goes into a backward pass, which begins now."""
+        self.progress.enter("backward")
+        return self.scaler.scale(total)
+
+    def _pass_over(self) -> StepResult:
+        """A step whose rows a rewind wants skipped: nothing is computed and nothing moves."""
+        self.progress.enter("communication")
+        stop = self.world.all_sum([float(self.preemption.requested)])[0] > 0
         self.done += 1
-        return StepResult(loss, terms, lr, norm, applied, stop)
+        return StepResult(math.nan, {}, self._set_learning_rates(), math.nan, False, stop)
 
     def _set_learning_rates(self) -> float:
         factor = self.factor(self.done)
@@ -215,18 +254,30 @@ class Trainer:
         if self.ema is not None:
             self.ema.update()
 
-    def _refuse(self, micro_batches: Sequence[Any], loss: float) -> None:
-        """A step that is not finite moves no weight; the policy says whether the run goes on.
+    def _refuse(
+        self, micro_batches: Sequence[Any], loss: float, counts: Mapping[str, float]
+    ) -> bool:
+        """A bad step moves no weight; the policy says whether the run goes on, and from where.
 
-        In fp16 a gradient that overflowed at a finite loss only means that the loss scale was too
-        high: it is halved.
+        Returns whether the trainer went back to a checkpoint. In fp16 a gradient that overflowed at
+        a finite loss only means that the loss scale was too high: it is halved.
         """
         scale = self.scaler.get_scale()
-        overflow = self.scaler.is_enabled() and math.isfinite(loss) and scale > 1
+        spikes = self.policy.spikes(loss)
+        overflow = self.scaler.is_enabled() and math.isfinite(loss) and scale > 1 and not spikes
         if self.scaler.is_enabled():
             self.scaler.update(scale / 2 if overflow else scale)
-        if not overflow:
-            self.note(self.policy.refuse(self.engine, micro_batches, self.done + 1, self.seed()))
+        if overflow:
+            return False
+        step = self.done + 1
+        told = self.policy.refuse(self.engine, micro_batches, step, self.seed(), loss, counts)
+        if self.config.train.nonfinite != "rewind":
+            self.note(told)
+            return False
+        folder = self.snapshot.rewind()
+        self.note(f"{told}; back to {folder}")
+        self._write({"step": step, "kind": "rewind", "to": self.done})
+        return True
 
     def _due(self, every: int) -> bool:
         return self.done == self.config.train.steps or bool(every and self.done % every == 0)
@@ -234,8 +285,14 @@ class Trainer:
     def _after_step(self, result: StepResult) -> dict[str, float]:
         """Metrics line, checkpoint, evaluation, as they are due; the evaluation's figures."""
         config = self.config
+        if result.rewound:
+            return {}
         if self._due(config.run.log_every) or self.done == 1:
             self._write_train_line(result)
+        every = config.distributed.compare_weights_every
+        if every and self.done % every == 0:
+            compare_weights(self.engine.learner, self.world, self.done)
+        self.progress.enter("checkpoint" if self.world.is_main else "waiting")
         save = self._due(config.run.checkpoint_every)
         if save or result.stop:
             with self.throughput.excluded():
@@ -243,6 +300,7 @@ class Trainer:
         if result.stop:
             self._leave()
         elif self._due(config.eval.every):
+            self.progress.enter("evaluation")
             with self.throughput.excluded():
                 return self.evaluate(best=save)
         return {}
@@ -253,7 +311,9 @@ class Trainer:
         record |= {"tokens": self.done * self.tokens_per_step}
         if not result.applied:
             record["skipped"] = True
-        self._write(record | self.throughput.read(self.world.device))
+        phases = self.progress.read()
+        slowest = self.pace.compare(phases)
+        self._write(record | self.throughput.read(self.world.device) | phases | slowest)
 
     def _write(self, record: Mapping[str, Any]) -> None:
         for sink in self.sinks:

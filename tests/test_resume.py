@@ -26,11 +26,8 @@ def fit(world, config, kill_after=None):
     return log
 
 
-def tensors(run):
-    return {
-        part: load_file(run / LAST / f"{part}.safetensors")
-        for part in ("model", "optimizer", "ema")
-    }
+def tensors(run, last=LAST):
+    return {path.stem: load_file(path) for path in sorted((run / last).glob("*.safetensors"))}
 
 
 def metrics(run):
@@ -38,10 +35,12 @@ def metrics(run):
     return [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
 
 
-def assert_same_bits(left, right):
+def assert_same_bits(left, right, last=LAST):
     assert metrics(left) == metrics(right)
-    for part, expected in tensors(left).items():
-        found = tensors(right)[part]
+    before, after = tensors(left, last), tensors(right, last)
+    assert before.keys() == after.keys() >= {"model", "optimizer"}
+    for part, expected in before.items():
+        found = after[part]
         assert expected.keys() == found.keys() and expected
         for name, tensor in expected.items():
             assert torch.equal(tensor, found[name]), f"{part} {name}"

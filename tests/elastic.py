@@ -1,0 +1,60 @@
+"""torchrun's own elastic agent around worker functions of the tests.
+
+The same agent, rendezvous and restarts as the command `torchrun --standalone --max-restarts=N`; its
+workers come from a fork server that has imported torch already, so a restart takes no seconds.
+"""
+
+import multiprocessing
+import os
+import pathlib
+
+import torch
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from nanolm import cli
+from nanolm.config import DistributedConfig
+from nanolm.distributed import close, launch
+
+
+def elastic(logs: pathlib.Path, ranks: int, restarts: int, function, *arguments) -> bool:
+    """Runs function(world, *arguments) in `ranks` workers; whether they ended well at last."""
+    multiprocessing.set_forkserver_preload(["torch._dynamo", "tests.tiny_run", "tests.elastic"])
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id=f"test-{os.getpid()}",
+        max_restarts=restarts,
+        monitor_interval=0.05,
+        start_method="forkserver",
+        shutdown_timeout=1,
+        logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL),
+    )
+    try:
+        elastic_launch(config, _worker)(function, *arguments)
+    except ChildFailedError:
+        return False
+    return True
+
+
+def _worker(function, *arguments):
+    """A worker as the command line runs it: a user's mistake is one sentence and status 2."""
+
+    def run(argv):
+        torch.set_num_threads(1)
+        world = launch(DistributedConfig(timeout=60), "cpu")
+        function(world, *arguments)
+        close(world)
+
+    cli.run = run
+    cli.main([])
+
+
+def output(logs: pathlib.Path) -> str:
+    """All that the workers of all attempts said."""
+    paths = sorted(logs.rglob("std*.log"))
+    return "\n".join(path.read_text() for path in paths if path.is_file())
