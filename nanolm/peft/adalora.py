@@ -152,7 +152,7 @@ class Budget(nn.Module):
         if step < self.n_steps - options.final_steps:
             for t in self.triplets:
                 t.observe()
-        last = step > self.n_steps - options.final_steps
+        last = step >= self.n_steps - options.final_steps
         if last or (step > options.warm_steps and step % options.every == 0):
             self.prune(self.size(step))
 
