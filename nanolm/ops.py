@@ -131,7 +131,13 @@ KERNELS: dict[str, Registry] = {op: Registry(f"{op} kernel") for op in OPS}
 
 # Modules that register kernels when imported, by op; imported on demand by `candidates`.
 BUILT_IN: dict[str, list[str]] = {
-    op: ["nanolm.ops_reference", "nanolm.ops_torch", "nanolm.ops_wide", "nanolm.ops_triton"]
+    op: [
+        "nanolm.ops_reference",
+        "nanolm.ops_torch",
+        "nanolm.ops_cross_entropy",
+        "nanolm.ops_wide",
+        "nanolm.ops_triton",
+    ]
     for op in OPS
 }
 

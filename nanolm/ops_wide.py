@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanolm.ops import Spec, kernel
+from nanolm.ops_cross_entropy import ChunkedCrossEntropy
 from nanolm.ops_reference import CrossEntropyOutput
-from nanolm.ops_torch import ChunkedCrossEntropy, SdpaAttention
+from nanolm.ops_torch import SdpaAttention
 
 BF16 = torch.bfloat16
 

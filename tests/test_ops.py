@@ -41,12 +41,15 @@ def leaf(*shape, dtype=torch.float32, seed=0):
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
 
 
+TORCH_ONLY = ("nanolm.ops_reference", "nanolm.ops_torch", "nanolm.ops_cross_entropy")
+
+
 def kernels_of(op):
     """The kernels of an op that run on any device."""
     return {
         name: kernel
         for name, kernel in ops.candidates(op).items()
-        if type(kernel).__module__ in ("nanolm.ops_reference", "nanolm.ops_torch")
+        if type(kernel).__module__ in TORCH_ONLY
     }
 
 

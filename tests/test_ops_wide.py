@@ -6,8 +6,9 @@ import torch
 from nanolm import ops_wide
 from nanolm.masks import Mask
 from nanolm.ops import AttentionSpec, CrossEntropySpec, LinearSpec, choose
+from nanolm.ops_cross_entropy import ChunkedCrossEntropy
 from nanolm.ops_reference import ReferenceLinear
-from nanolm.ops_torch import ChunkedCrossEntropy, SdpaAttention
+from nanolm.ops_torch import SdpaAttention
 from nanolm.ops_wide import WideAttention, WideCrossEntropy, WideLinearKernel
 
 BF16 = torch.bfloat16
