@@ -26,7 +26,9 @@ import nanolm.peft.lora
 import nanolm.peft.prefix
 import nanolm.peft.prompt
 import nanolm.rules.adversarial
+import nanolm.rules.distill
 import nanolm.rules.rdrop
+import nanolm.rules.replay
 import nanolm.schedules
 import nanolm.tasks  # noqa: F401  (imported for what they register)
 from nanolm.config import Config, ModelConfig, require

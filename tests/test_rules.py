@@ -6,17 +6,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nanolm import cli
 from nanolm.arguments import load_config
-from nanolm.build import build_learner
+from nanolm.build import build_learner, build_stream
 from nanolm.distributed import World
 from nanolm.engine import Engine
 from nanolm.errors import UserError
 from nanolm.gradient import Backward, build_rule
+from nanolm.loader import Loader
 from nanolm.objectives.clm import Clm
+from nanolm.saved import open_saved
 from tests.tiny_run import Batch, bounds, in_ranks
 
 ROWS, T, V = 5, 8, 64
 MODEL = {"d_model": 16, "n_layers": 2, "n_heads": 2, "max_length": 16, "vocab_size": V}
+WIDE = MODEL | {"vocab_size": 512}  # a vocabulary that the tiny tokenizer fits
 
 
 def config_of(rule, **model):
@@ -92,11 +96,11 @@ def test_micro_batches_change_nothing(name):
 
 
 def several(world, rules, micro_batch):
-    return [gradient(world, rule, micro_batch) for rule in rules]
+    return [gradient(world, rule, micro_batch, model=WIDE) for rule in rules]
 
 
-def test_ranks_change_nothing():
-    rules = [RULES["nested"], RULES["freelb"]]
+def test_ranks_change_nothing(teacher):
+    rules = [RULES["nested"], RULES["freelb"], *two_of_the_rules(teacher)]
     whole = several(World(), rules, ROWS)
     for answers in in_ranks(2, several, rules, 1):
         for answer, expected in zip(answers, whole, strict=True):
@@ -183,9 +187,68 @@ def test_rdrop_is_the_mean_loss_and_the_divergence_of_two_passes():
         torch.testing.assert_close(exact(found[name]), parameter.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.fixture(scope="module")
+def teacher(corpus, tmp_path_factory):
+    """Two steps of pretraining: a run to learn from, and to remember."""
+    run = tmp_path_factory.mktemp("teacher") / "run"
+    keys = {f"model.{key}": value for key, value in WIDE.items()}
+    keys |= {
+        "data.path": corpus, "data.row_length": T, "train.steps": 2, "train.global_batch": 4,
+        "run.dir": run, "run.device": "cpu", "run.wandb.mode": "disabled", "eval.batches": 1,
+    }  # fmt: skip
+    cli.main(["train", *(f"--{key}={value}" for key, value in keys.items())])
+    return str(run)
+
+
+def two_of_the_rules(teacher):
+    return [
+        {"name": "distill", "teacher": teacher, "weight": 0.3, "inner": {"name": "rdrop"}},
+        {"name": "replay", "base": teacher, "rows": 3, "weight": 0.7, "inner": {"name": "fgm"}},
+    ]
+
+
+def test_distillation_is_the_weighed_loss_and_divergence(teacher):
+    rule = {"name": "distill", "teacher": teacher, "temperature": 3.0, "weight": 0.3}
+    found, _, logged = gradient(World(), rule, 2, model=WIDE)
+    assert logged == ["accuracy", "clm", "clm_distill", "nll"]
+    learner, batch = learner_of(config_of({"name": "plain"}, **WIDE)), batch_of(range(ROWS))
+    taught = open_saved(teacher, phase="train").learner.double()
+    keep = batch.tensors["targets"] >= 0
+    logits, wisdom = (
+        one.heads["lm"](one.trunk(learner.objective.inputs(batch.tensors))[keep])
+        for one in (learner, taught)
+    )
+    entropy = F.cross_entropy(logits, batch.tensors["targets"][keep])
+    p, q = (wisdom / 3).softmax(-1).detach(), (logits / 3).log_softmax(-1)
+    total = 0.7 * entropy + 0.3 * 9 * (p * (p.log() - q)).sum(-1).mean()
+    total.backward()
+    for name, parameter in learner.named_parameters():
+        torch.testing.assert_close(exact(found[name]), parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_replay_adds_the_loss_of_the_steps_own_rows(teacher):
+    rule = {"name": "replay", "base": teacher, "rows": 3, "weight": 0.7}
+    found, loss, logged = gradient(World(), rule, ROWS, model=WIDE)
+    assert logged == ["accuracy", "clm", "nll", "replay_accuracy", "replay_clm", "replay_nll"]
+    saved = open_saved(teacher, phase="train")
+    objective = saved.learner.objective
+    stream = build_stream(saved.config, objective, "train")
+    rows = next(iter(Loader(stream, objective, global_batch=3, micro_batch=3)))[0]
+    learner, batch = learner_of(config_of({"name": "plain"}, **WIDE)), batch_of(range(ROWS))
+    task, kept = (learner(b.tensors)["clm"] for b in (batch, rows))
+    assert loss == pytest.approx(float(task.sum.detach() / task.count))
+    (task.sum / task.count + 0.7 * kept.sum / kept.count).backward()
+    for name, parameter in learner.named_parameters():
+        torch.testing.assert_close(exact(found[name]), parameter.grad, rtol=0, atol=1e-10)
+
+
 def test_what_cannot_be_wrapped_is_refused():
     inner = {"name": "fgm", "inner": {"name": "fgm", "inner": {"name": "fgm"}}}
     with pytest.raises(UserError, match="nests three rules at most"):
         config_of({"name": "fgm", "inner": inner})
+    with pytest.raises(UserError, match="needs a teacher"):
+        build_rule(config_of({"name": "distill"}).train.rule)
+    with pytest.raises(UserError, match=r"needs train\.rule\.base"):
+        build_rule(config_of({"name": "replay"}).train.rule)
     with pytest.raises(UserError, match=r"train\.rule\.epsilon=0"):
         config_of({"name": "fgm", "epsilon": 0})
