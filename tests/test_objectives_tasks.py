@@ -299,8 +299,8 @@ def test_class_weights_smoothing_and_several_labels():
         ("write", {"prompt": "p", "response": " "}, "response is empty"),
         (
             "read",
-            {"question": "q", "context": "c d", "answers": [{"text": "d", "answer_start": 0}]},
-            "'d' does not stand at character 0 of its context",
+            {"question": "q", "context": "c d", "answers": [{"text": "x", "answer_start": 0}]},
+            "'x' does not stand at character 0 of its context",
         ),
         ("read", {"question": "q", "context": "c d", "answers": "d"}, "no list of"),
     ],
@@ -325,3 +325,14 @@ def test_packing_wastes_little_and_loses_nothing():
     for packed in (True, False):
         arrays, index = rectangle(sequences, 0, packed=packed)
         assert arrays["tokens"].reshape(-1)[index].tolist() == np.concatenate(sequences).tolist()
+
+
+def test_misplaced_answers_are_found_or_refused():
+    record = {"question": "q", "context": "a b a b", "answers": [{"text": "b", "answer_start": 5}]}
+    learner, _ = build("read", "encoder")
+    assert learner.objective.located(record) == ("b", 6)
+    strict, _ = build("read", "encoder", relocate=False)
+    assert "does not stand at character 5" in strict.objective.check(record, with_gold=True)
+    record["answers"] = {"text": ["none", "b"], "answer_start": [-1, 2]}
+    assert strict.objective.check(record, with_gold=True) is None
+    assert strict.objective.located(record) == ("b", 2)

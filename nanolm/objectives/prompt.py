@@ -47,6 +47,11 @@ class PromptOptions(ClassifyOptions):
             self.template.count(MASK) == 1 and "{text}" in self.template,
             f"objective.template must hold {{text}} and one {MASK}: {self.template!r}",
         )
+        for label in self.words:
+            require(
+                isinstance(label, str),
+                f"objective.words: YAML reads a label as {label!r}; write it in quotes",
+            )
         require(not self.multi_label, "objective=prompt puts one word: multi_label cannot be true")
 
 

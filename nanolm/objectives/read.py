@@ -44,6 +44,9 @@ class ReadOptions(TaskOptions):
     """Longest question in tokens; longer ones are cut."""
     longest_answer: int = 48
     """Longest answer in tokens."""
+    relocate: bool = True
+    """An answer that does not stand where its record says is looked for in the context, nearest to
+    that place; false refuses such a record."""
     no_answer: bool | None = None
     """Whether "none" is a possible answer; null: when a training record has none."""
     by_character: bool | None = None
@@ -114,15 +117,19 @@ class Read(Task):
         answers = answers_of(record)
         if answers is None:
             return "answers is no list of {text, answer_start}"
-        for answer in answers:
-            found = record["context"][answer.start : answer.start + len(answer.text)]
-            if found != answer.text or not answer.text.strip():
-                return (
-                    f"the answer {answer.text!r} does not stand at character {answer.start} of its "
-                    f"context ({found!r} does)"
-                )
+        if answers and self.located(record) is None:
+            text, start = answers[0]
+            return f"the answer {text!r} does not stand at character {start} of its context"
         if not answers and self.options.no_answer is False:
             return "there is no answer, and objective.no_answer is false"
+        return None
+
+    def located(self, record: Record) -> Answer | None:
+        """The first gold answer that stands in the context, where it really stands."""
+        for answer in answers_of(record) or []:
+            start = find_nearest(record["context"], answer) if answer.text.strip() else None
+            if start is not None and (start == answer.start or self.options.relocate):
+                return Answer(answer.text, start)
         return None
 
     def items(self, record: Record, index: int, *, with_gold: bool) -> list[Item]:
@@ -133,7 +140,7 @@ class Read(Task):
         context = self.encode(record["context"])
         ends = np.cumsum(self.tokenizer.byte_length[context].astype(np.int64))
         begins = ends - self.tokenizer.byte_length[context]
-        answer = next(iter(answers_of(record) or []), None) if with_gold else None
+        answer = self.located(record) if with_gold else None
         span = None if answer is None else token_span(record["context"], answer, begins, ends)
         room = self.length - 3 - len(question)
         step = max(1, room - self.options.stride)
@@ -249,7 +256,18 @@ def answers_of(record: Record) -> list[Answer] | None:
         found = [Answer(str(answer["text"]), int(answer["answer_start"])) for answer in value]
     except (KeyError, TypeError, ValueError):
         return None
-    return found if all(answer.start >= 0 for answer in found) else None
+    return found
+
+
+def find_nearest(context: str, answer: Answer) -> int | None:
+    """Where an answer's text begins in its context, as near as possible to where it should."""
+    text, start = answer
+    if start >= 0 and context.startswith(text, start):
+        return start
+    before = context.rfind(text, 0, max(0, start) + len(text))
+    after = context.find(text, max(0, start))
+    found = [place for place in (before, after) if place >= 0]
+    return min(found, key=lambda place: abs(place - start)) if found else None
 
 
 def token_span(

@@ -1,0 +1,78 @@
+"""Every YAML in configs/finetune is read, built, and takes two shrunken steps; the tasks that are
+made from the standard library are sound."""
+
+import pathlib
+
+import pytest
+
+from nanolm.data import task_stdlib
+from nanolm.data.task_labels import tag_labels
+from nanolm.data.task_stdlib import SPLITS, TASKS, stdlib_table
+from nanolm.errors import UserError
+from nanolm.finetune import load_task_config
+from tests.finetuned import checkpoint, finetune, table
+from tests.test_objectives_tasks import RECORDS
+
+ROOT = pathlib.Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs" / "finetune").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def a_small_library():
+    """Five packages instead of the whole library, so that nothing takes long."""
+    task_stdlib.functions.cache_clear()
+    everything = task_stdlib.LEFT_OUT
+    root = pathlib.Path(task_stdlib.sysconfig.get_paths()["stdlib"])
+    names = {path.stem for path in root.iterdir()}
+    kept = {"email", "json", "logging", "asyncio", "urllib", "argparse"}
+    task_stdlib.LEFT_OUT = everything | (names - kept)
+    task_stdlib.largest_packages.cache_clear()
+    yield
+    task_stdlib.LEFT_OUT = everything
+    task_stdlib.functions.cache_clear()
+    task_stdlib.largest_packages.cache_clear()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_two_shrunken_steps(path, tmp_path):
+    base = checkpoint("clm" if path.stem in ("write", "demo_clm") else "mlm")
+    full = load_task_config([f"--config={path}", f"--init_from={base}"])
+    name, data = full.objective.name, full.data.path
+    if not data.startswith("stdlib:"):
+        names = full.data.columns
+        records = [{names.get(k, k): v for k, v in record.items()} for record in RECORDS[name]]
+        for split in ("train", "val"):
+            table(tmp_path / "data", split, records)
+        data = tmp_path / "data"
+    words = [f"--config={path}", "--data.row_length=96", "--data.limit=24"]
+    words += [
+        "--train.steps=2",
+        "--train.global_batch=6",
+        "--schedule.warmup=0",
+        "--eval.batches=2",
+    ]
+    if name == "prompt":
+        words.append('--objective.words={"yes": list, "no": file}')
+    summary = finetune(base, data, tmp_path / "run", *words)
+    assert summary["steps"] == 2 and summary["metric"] in summary["val"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_records_from_the_standard_library(task):
+    tables = {split: stdlib_table(task, split) for split in SPLITS}
+    records = [record for each in tables.values() for record in each.records]
+    ids = [record["id"] for record in records]
+    assert len(set(ids)) == len(ids) and len(tables["train"]) > 3 * len(tables["val"]) > 0
+    assert stdlib_table(task, "val").digest() == tables["val"].digest()
+    if task == "package":
+        assert not any(record["label"] in record["text"].split() for record in records)
+    if task == "tokens":
+        tags = tag_labels((tag for r in records for tag in r["tags"]), task)
+        assert {"KEYWORD", "NAME", "OPERATOR"} <= set(tags)
+    if task == "parameter":
+        for record in records:
+            (answer,) = record["answers"]
+            start = answer["answer_start"]
+            assert record["context"][start:].startswith(answer["text"])
+    with pytest.raises(UserError, match="is no task; choose from stdlib:package"):
+        stdlib_table("nothing", "val")
