@@ -162,7 +162,9 @@ def product_launch(device: torch.device, dtype: torch.dtype) -> Launch:
     """Tiles of the symmetric product: m rows on either side, n columns a step."""
     if arch_of(device) == "cpu":
         return Launch(32, 32)
-    return Launch(64, 32, 4, 3) if dtype.itemsize <= 2 else Launch(32, 32, 4, 2)
+    if dtype.itemsize > 2:
+        return Launch(32, 32, 4, 2)
+    return Launch(64, 32, 8, 2) if relative(arch_of(device)) == "sm_86" else Launch(64, 32, 4, 3)
 
 
 def columns_of(width: int) -> int:
