@@ -72,9 +72,7 @@ class Permutation:
         """The indices whose images these are: inverse(permutation(i)) == i."""
         return self._walk(images, self._backward)
 
-    def _walk(
-        self, indices: np.ndarray, network: Callable[[np.ndarray], np.ndarray]
-    ) -> np.ndarray:
+    def _walk(self, indices: np.ndarray, network: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         indices = np.asarray(indices)
         if indices.size and (indices.min() < 0 or indices.max() >= self.size):
             raise IndexError(f"index outside range({self.size})")

@@ -1,5 +1,6 @@
-"""Writing text: the cache changes nothing, sampling does what its paper says, stops are honoured."""
+"""Writing: the cache changes nothing, sampling does what its paper says, stops are honoured."""
 
+import itertools
 import json
 
 import pytest
@@ -74,7 +75,7 @@ def test_text_grows_and_its_last_form_is_what_is_returned(saved):
         on_text=lambda index, text: seen.append(text),
     )
     assert seen[-1] == texts[0]
-    assert all(later.startswith(earlier) for earlier, later in zip(seen, seen[1:], strict=False))
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(seen))
 
 
 def test_specials_are_never_written(saved):

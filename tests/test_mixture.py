@@ -69,8 +69,12 @@ def test_bad_weights_are_refused(weights):
 
 
 @PROPERTY
-@given(step=st.integers(0, 10**9), batch=st.integers(1, 300), world=st.integers(1, 64),
-       micro=st.integers(1, 40))
+@given(
+    step=st.integers(0, 10**9),
+    batch=st.integers(1, 300),
+    world=st.integers(1, 64),
+    micro=st.integers(1, 40),
+)
 def test_ranks_are_disjoint_complete_and_keep_the_global_order(step, batch, world, micro):
     ranks = [shard_rows(step, batch, rank, world, micro) for rank in range(world)]
     rows = [row for pieces in ranks for piece in pieces for row in piece]
