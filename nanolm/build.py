@@ -6,6 +6,7 @@ that use a model all come through here.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import torch
@@ -38,7 +39,7 @@ from nanolm.learner import Learner
 from nanolm.model import Trunk, init_weights
 from nanolm.objectives.base import Objective
 from nanolm.ops import Kernels, Phase
-from nanolm.registry import HEADS, OBJECTIVES, TRUNKS
+from nanolm.registry import HEADS, OBJECTIVES, POSITIONS, TRUNKS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -112,15 +113,17 @@ def build_learner(
     objective: Objective,
     device: torch.device | str = "cpu",
     phase: Phase = "train",
+    *,
+    meta: bool = False,
 ) -> Learner:
     """Trunk, heads and objective with initial weights from run.seed, on the device.
 
     `config` must be resolved (see `resolve`). The weights are drawn on the CPU, so they are the
-    same on every device.
+    same on every device. With `meta` the parameters have shapes only; `sharding.shard` draws them.
     """
     kernels = build_kernels(config, device, phase)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.run.seed)
+    where = torch.device("meta") if meta else contextlib.nullcontext()
+    with torch.random.fork_rng(devices=[]), where:
         trunk = build_trunk(config.model, kernels, objective.masks)
         heads = nn.ModuleDict(
             {
@@ -129,6 +132,13 @@ def build_learner(
             }
         )
         learner = Learner(trunk, heads, objective)
+        torch.manual_seed(config.run.seed)
         init_weights(learner, config.model)
     trunk.stack.recompute = config.train.activation_checkpointing
+    if meta:  # buffers follow from the config and are small: positions again, for real
+        entry = POSITIONS.get(config.model.positions.name)
+        real = entry.build(config.model.positions, config.model, kernels)
+        for name, buffer in real.named_buffers():
+            trunk.positions.register_buffer(name, buffer, persistent=False)
+        return learner
     return learner.to(device)

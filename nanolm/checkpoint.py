@@ -14,22 +14,28 @@ import json
 import pathlib
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from nanolm.container import (
     TEMPORARY,
+    begin_folder,
+    finish_folder,
     read_json,
     read_tensors,
     remove_leftovers,
     verify,
     write_folder,
+    write_parts,
     write_text,
 )
 from nanolm.distributed import World
 from nanolm.errors import UserError
+from nanolm.lazy_tensors import part_files, part_name
+from nanolm.sharding import local, place
 from nanolm.state import learner_tensors, load_named
 
 TRAINER_KEYS: dict[str, Any] = {
@@ -43,6 +49,8 @@ TRAINER_KEYS: dict[str, Any] = {
     "facts": dict,
 }
 """What trainer.json must hold for a run to go on."""
+
+Files = Mapping[str, bytes]
 
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -84,19 +92,63 @@ class Checkpoints:
 
         Raises UserError on every rank when rank 0 could not write it.
         """
-        failure = None
-        if self.world.is_main:
-            try:
-                content = json.dumps(trainer, indent=2).encode() + b"\n"
-                write_folder(self.path(step), tensors, {**files, "trainer.json": content})
-                write_text(self.folder / "latest", f"{self.path(step).name}\n")
-                self._prune()
-            except UserError as error:
-                failure = str(error)
-        failure = self.world.broadcast(failure)
+        content = json.dumps(trainer, indent=2).encode() + b"\n"
+        files = {**files, "trainer.json": content}
+        if any(isinstance(t, DTensor) for named in tensors.values() for t in named.values()):
+            self._write_together(self.path(step), tensors, files)
+        else:
+            self._on_main(lambda: write_folder(self.path(step), tensors, files))
+        self._on_main(lambda: self._point_to(step))
+        return self.path(step)
+
+    def _point_to(self, step: int) -> None:
+        write_text(self.folder / "latest", f"{self.path(step).name}\n")
+        self._prune()
+
+    def _on_main(self, work: Callable[[], Any]) -> Any:
+        """Rank 0's JSON answer on all ranks; its UserError is everybody's. Collective."""
+        return self._on_all(lambda: work() if self.world.is_main else None)[0]
+
+    def _on_all(self, work: Callable[[], Any]) -> list[Any]:
+        """Every rank's JSON answer; the first rank's UserError is everybody's. Collective."""
+        answer, failure = None, None
+        try:
+            answer = work()
+        except UserError as error:
+            failure = str(error)
+        told = self.world.gather({"answer": answer, "failure": failure})
+        failure = next((entry["failure"] for entry in told if entry["failure"]), None)
         if failure:
             raise UserError(failure)
-        return self.path(step)
+        return [entry["answer"] for entry in told]
+
+    def _write_together(
+        self, folder: pathlib.Path, tensors: Mapping[str, Mapping[str, Tensor]], files: Files
+    ) -> None:
+        """Each rank writes the rows that it holds into one folder on a shared file system."""
+        temporary = pathlib.Path(self._on_main(lambda: str(begin_folder(folder))))
+        self._on_all(lambda: write_parts(temporary, folder, self._own_parts(tensors)))
+        self._on_main(lambda: finish_folder(temporary, folder, files))
+
+    def _own_parts(
+        self, tensors: Mapping[str, Mapping[str, Tensor]]
+    ) -> dict[str, dict[str, Tensor]]:
+        """{file name: tensors} of this rank: its rows, and on rank 0 what is not divided."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for part, named in tensors.items():
+            divided = next((t for t in named.values() if isinstance(t, DTensor)), None)
+            if divided is None:
+                if self.world.is_main:
+                    found[f"{part}.safetensors"] = dict(named)
+                continue
+            number, count, first = place(divided)
+            if first:
+                found[part_name(part, number, count)] = {
+                    name: local(tensor)
+                    for name, tensor in named.items()
+                    if (isinstance(tensor, DTensor) and len(local(tensor))) or number == 0
+                }
+        return found
 
     def mark_best(self, step: int) -> None:
         """Names the checkpoint of this step the best one (rank 0)."""
@@ -177,7 +229,7 @@ def load_weights(folder: pathlib.Path, learner: nn.Module, *, ema: bool = True) 
     Raises UserError naming the first key that differs.
     """
     saved = read_tensors(folder, "model")
-    if ema and (folder / "ema.safetensors").is_file():
+    if ema and part_files(folder, "ema"):
         saved.update(read_tensors(folder, "ema"))
     load_named(learner_tensors(learner), saved, f"checkpoint {folder}")
 
@@ -190,7 +242,7 @@ def load_trunk(path: str | pathlib.Path, learner: nn.Module, *, ema: bool = True
     """
     folder = locate(path)
     saved = read_tensors(folder, "model")
-    if ema and (folder / "ema.safetensors").is_file():
+    if ema and part_files(folder, "ema"):
         saved.update(read_tensors(folder, "ema"))
     live = learner_tensors(learner)
     load_named(_part(live, "trunk."), _part(saved, "trunk."), f"checkpoint {folder}")

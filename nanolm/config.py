@@ -198,8 +198,9 @@ class TrainConfig:
     ema: float | None = None
     """Decay of an exponential moving average of the weights, used for evaluation; null for
     none."""
-    activation_checkpointing: bool = False
-    """Recompute each block in the backward pass instead of keeping its activations."""
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    """What of a block is computed again in the backward pass instead of kept: nothing, all of it
+    (full), or all but the results of matrix products and attention (selective)."""
     compile: bool = False
     """torch.compile the trunk's blocks."""
     nonfinite: Literal["stop", "skip", "rewind"] = "stop"
@@ -269,25 +270,33 @@ class KernelsConfig:
     """Which implementation computes each op: `auto`, or a registered kernel's name."""
 
     attention: str = "auto"
-    """auto | reference | sdpa | wide | a plug-in's name."""
+    """auto | triton | reference | sdpa | wide | a plug-in's name."""
     linear: str = "auto"
-    """auto | reference | wide | a plug-in's name."""
+    """auto | triton | reference | wide | a plug-in's name."""
     linear_cross_entropy: str = "auto"
-    """auto | reference | chunked | wide | torch | a plug-in's name."""
+    """auto | triton | reference | chunked | wide | torch | a plug-in's name."""
     norm: str = "auto"
-    """auto | reference | a plug-in's name."""
+    """auto | triton | reference | a plug-in's name."""
     rotary: str = "auto"
-    """auto | reference | a plug-in's name."""
+    """auto | triton | reference | a plug-in's name."""
     glu: str = "auto"
-    """auto | reference | a plug-in's name."""
+    """auto | triton | reference | a plug-in's name."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistributedConfig:
     """How ranks work together."""
 
-    strategy: Literal["ddp"] = "ddp"
-    """ddp: every rank holds the whole model and gradients are averaged."""
+    strategy: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    """ddp: every rank holds the whole model; fsdp: weights, gradients and optimizer state are
+    divided over all ranks; hsdp: divided over shard_size ranks and replicated over such groups."""
+    shard_size: int | None = None
+    """Ranks that share one copy of the model under hsdp; null means the ranks of a node."""
+    reshard_after_forward: bool = True
+    """Under fsdp and hsdp, drop a block's gathered weights between forward and backward (less
+    memory) or keep them (less communication)."""
+    cpu_offload: bool = False
+    """Under fsdp and hsdp, keep weights and optimizer state in host memory; needs CUDA."""
     timeout: float = 600.0
     """Seconds after which a collective that a peer never joins is an error."""
     hang_timeout: float | None = None
@@ -300,6 +309,17 @@ class DistributedConfig:
     def __post_init__(self) -> None:
         require(self.timeout > 0, f"distributed.timeout={self.timeout} must be positive")
         require_at_least("distributed", self, hang_timeout=0, compare_weights_every=0)
+        require_at_least("distributed", self, shard_size=1)
+        sharded = self.strategy != "ddp"
+        require(
+            not (sharded and self.compare_weights_every),
+            f"distributed.compare_weights_every compares whole copies of the weights, and "
+            f"{self.strategy} keeps none; set it to 0",
+        )
+        require(
+            sharded or not self.cpu_offload,
+            "distributed.cpu_offload needs distributed.strategy fsdp or hsdp",
+        )
 
     @property
     def hang_seconds(self) -> float:

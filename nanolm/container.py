@@ -11,20 +11,22 @@ byte. Who may write what into the folder is `checkpoint.py`'s business.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from nanolm.errors import UserError
+from nanolm.lazy_tensors import LazyTensors
 
 INDEX = "index.json"
 FORMAT = 1
@@ -41,22 +43,50 @@ def write_folder(
     Raises UserError when the disk is full or not writable; nothing of the attempt stays behind and
     an existing folder of that name is only replaced by a complete one.
     """
+    temporary = begin_folder(folder)
+    write_parts(temporary, folder, {f"{part}.safetensors": t for part, t in tensors.items()})
+    finish_folder(temporary, folder, files)
+
+
+def begin_folder(folder: pathlib.Path) -> pathlib.Path:
+    """A temporary folder for what will be `folder`; raises UserError when it cannot be made."""
     temporary = folder.parent / f"{TEMPORARY}{folder.name}-{os.getpid()}"
-    try:
+    with _attempt(temporary, folder):
         temporary.mkdir(parents=True)
-        for part, named in tensors.items():
-            save_file(
-                {name: tensor.contiguous() for name, tensor in named.items()},
-                temporary / f"{part}.safetensors",
-                metadata={"format": "pt"},
-            )
+    return temporary
+
+
+def write_parts(
+    temporary: pathlib.Path, folder: pathlib.Path, parts: Mapping[str, Mapping[str, Tensor]]
+) -> None:
+    """Writes named tensors as the files of these names; on the disk when this returns."""
+    with _attempt(temporary, folder):
+        for name, named in parts.items():
+            path = temporary / name
+            contiguous = {key: tensor.contiguous() for key, tensor in named.items()}
+            save_file(contiguous, path, metadata={"format": "pt"})
+            sync(path)
+
+
+def finish_folder(
+    temporary: pathlib.Path, folder: pathlib.Path, files: Mapping[str, bytes]
+) -> None:
+    """Adds the small files and the index, and gives the folder its name."""
+    with _attempt(temporary, folder):
         for name, content in files.items():
             (temporary / name).write_bytes(content)
+            sync(temporary / name)
         _write_index(temporary)
-        for path in temporary.iterdir():
-            sync(path)
+        sync(temporary / INDEX)
         sync(temporary)
         _rename(temporary, folder)
+
+
+@contextlib.contextmanager
+def _attempt(temporary: pathlib.Path, folder: pathlib.Path) -> Iterator[None]:
+    """Inside, a file that cannot be written removes the temporary folder and is told."""
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"checkpoint {folder} not written: {_reason(error)}") from error
@@ -189,13 +219,7 @@ def _index_files(index: pathlib.Path) -> dict[str, dict[str, Any]]:
 
 def read_tensors(folder: pathlib.Path, part: str) -> dict[str, Tensor]:
     """The tensors of one part, on the CPU; raises UserError when the file cannot be read."""
-    path = folder / f"{part}.safetensors"
-    if not path.is_file():
-        raise UserError(f"checkpoint file {path} is missing; use another checkpoint")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"checkpoint file {path} is not safetensors: {error}") from error
+    return dict(LazyTensors(folder, part))
 
 
 def read_json(folder: pathlib.Path, name: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nanolm.engine import Engine
+from nanolm.sharding import local
 
 KINDS = ("weight", "output", "gradient", "none")
 """First words of a finding, the earliest in the computation first."""
@@ -35,8 +36,10 @@ def find_tensor(
     outputs = [_first_bad_output(engine, batch) for batch in micro_batches]
     output = next((name for name in outputs if name), None)
     torch.manual_seed(seed)
-    gradients = [_first_bad_gradient(engine, batch, counts) for batch in micro_batches]
-    gradient = next((name for name in gradients if name), None)
+    gradient = None if engine.sharded else _local_gradients(engine, micro_batches, counts)
+    gradient = gradient or first_bad(
+        reversed([(n, local(p.grad)) for n, p in _trained(engine) if p.grad is not None])
+    )
     if weight:
         return f"weight {weight}"
     if output:
@@ -44,9 +47,15 @@ def find_tensor(
     return f"gradient of {gradient}" if gradient else "none on this rank"
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor; any other tensor as it is."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+def _trained(engine: Engine) -> list[tuple[str, nn.Parameter]]:
+    return [(n, p) for n, p in engine.learner.named_parameters() if p.requires_grad]
+
+
+def _local_gradients(
+    engine: Engine, micro_batches: Sequence[Any], counts: Mapping[str, float]
+) -> str | None:
+    bad = (_first_bad_gradient(engine, batch, counts) for batch in micro_batches)
+    return next((name for name in bad if name), None)
 
 
 def _first_bad_output(engine: Engine, batch: Any) -> str | None:
@@ -86,7 +95,7 @@ def _first_bad_gradient(engine: Engine, batch: Any, counts: Mapping[str, float])
         for name, weight in weights.items()
         if name in terms
     )
-    named = [(n, p) for n, p in engine.learner.named_parameters() if p.requires_grad]
+    named = _trained(engine)
     gradients = torch.autograd.grad(total, [p for _, p in named], allow_unused=True)
-    pairs = [(n, local(g)) for (n, _), g in zip(named, gradients, strict=True) if g is not None]
+    pairs = [(n, g) for (n, _), g in zip(named, gradients, strict=True) if g is not None]
     return first_bad(reversed(pairs))

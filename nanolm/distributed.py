@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from nanolm.config import DistributedConfig
@@ -36,6 +37,7 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    local_size: int = 1
     device: torch.device = CPU
     timeout: float = 600.0
     control: dist.ProcessGroup | None = None
@@ -104,7 +106,8 @@ def launch(config: DistributedConfig, device: str = "auto") -> World:
         device_id=chosen if on_cuda else None,
     )
     control = dist.new_group(backend="gloo", timeout=timeout) if on_cuda else dist.group.WORLD
-    return World(rank, size, local_rank, chosen, config.timeout, control)
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    return World(rank, size, local_rank, local_size, chosen, config.timeout, control)
 
 
 def _device(name: str, local_rank: int) -> torch.device:
@@ -167,7 +170,10 @@ def synchronised(module: nn.Module, when: bool) -> Iterator[None]:
 
     A module that is not distributed has nothing to exchange.
     """
-    if isinstance(module, DistributedDataParallel) and not when:
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(when)
+        yield
+    elif isinstance(module, DistributedDataParallel) and not when:
         with module.no_sync():
             yield
     else:

@@ -9,15 +9,20 @@ checkpoints carry no `module.` or `_orig_mod.`. Gradient rules and evaluation bo
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from nanolm.config import Config
 from nanolm.distributed import World, synchronised, wrap
+from nanolm.model import init_parameter
 from nanolm.progress import Progress
+from nanolm.sharding import shard, sharded_modules
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -31,15 +36,20 @@ class Engine:
     def __init__(
         self, learner: nn.Module, world: World, config: Config, *, trains: bool = True
     ) -> None:
-        self.learner = learner.to(world.device)
+        self.sharded = trains and world.size > 1 and config.distributed.strategy != "ddp"
+        self.learner = learner if self.sharded else learner.to(world.device)
         self.world = world
+        self.passes: int | None = None
         self.progress = Progress(world.device)
         self.dtype = AUTOCAST.get(config.train.precision)
         if config.train.compile:
             for block in learner.trunk.blocks:
                 block.compile()
         self.module = self.learner
-        if trains:
+        if self.sharded:
+            initialise = functools.partial(init_parameter, model=config.model)
+            self.module = shard(self.learner, world, config, initialise)
+        elif trains:
             self.module = wrap(self.learner, world, config.distributed, self._last_bucket)
 
     def __call__(self, batch: Any, objective: Any = None) -> Mapping[str, Any]:
@@ -59,12 +69,26 @@ class Engine:
         """Terms of one micro-batch on this rank alone: no collective, for evaluation."""
         self.progress.enter("evaluation")
         with self.precision():
-            return self.learner(self.move(batch))
+            terms = self.learner(self.move(batch))
+        if self.sharded:  # no backward pass follows that would drop the gathered weights
+            for module in sharded_modules(self.learner):
+                module.reshard()
+        return terms
 
     def move(self, batch: Any) -> dict[str, Tensor]:
         """The batch's tensors on the device; the copy overlaps when the loader pinned them."""
         device = self.world.device
         return {k: v.to(device, non_blocking=True) for k, v in batch.tensors.items()}
+
+    def even(self, micro_batches: Sequence[Any]) -> Sequence[Any]:
+        """As many micro-batches as the rank with the most has: sharded weights are gathered in
+        every pass by all. What is added stands in and counts for nothing. Collective, once."""
+        if not self.sharded:
+            return micro_batches
+        if self.passes is None:
+            self.passes = max(self.world.gather(len(micro_batches)))
+        blank = dataclasses.replace(micro_batches[0], counts={}, row_ids=np.empty(0, np.int64))
+        return [*micro_batches, *[blank] * (self.passes - len(micro_batches))]
 
     def synchronised(self, when: bool) -> contextlib.AbstractContextManager[None]:
         """Gradients cross ranks only in passes inside with `when` true: the step's last."""

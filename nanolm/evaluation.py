@@ -13,8 +13,9 @@ split's token frequencies (add-one smoothed) achieve on the very same targets.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ import torch
 
 from nanolm.distributed import World
 from nanolm.engine import Engine
+from nanolm.errors import UserError
 
 
 class Yardstick:
@@ -84,16 +86,38 @@ class Evaluator:
             before = sums.get(name, (0.0, 0.0))
             sums[name] = (before[0] + value, before[1] + count)
 
-        for batch in self.batches():
-            if stop():
+        for batch in self._in_step(engine):
+            if stop() and not engine.sharded:
                 return sums, 1.0
-            for name, term in engine.local(batch).items():
+            terms = engine.local(batch)
+            if not len(batch.row_ids):
+                continue
+            for name, term in terms.items():
                 add(name, float(term.sum), float(term.count))
             if self.yardstick is not None:
                 targets = engine.learner.objective.targets(batch.tensors)
                 text_bytes, nats = self.yardstick.measure(targets)
                 add("unigram bytes", nats, text_bytes)
         return sums, 0.0
+
+    def _in_step(self, engine: Engine) -> Iterator[Any]:
+        """This rank's batches; of sharded weights, as many as the rank with the most has.
+
+        What is added, and comes first where a rank has none at all, repeats a batch without rows.
+        """
+        if not engine.sharded:
+            yield from self.batches()
+            return
+        batches, last = iter(self.batches()), None
+        while True:
+            batch = next(batches, None)
+            if not self.world.all_sum([batch is not None])[0]:
+                return
+            last = batch or last
+            if last is None:
+                raise UserError("the validation split has fewer rows than ranks; add to it")
+            blank = dataclasses.replace(last, row_ids=last.row_ids[:0])
+            yield batch or blank
 
 
 def figures(

@@ -19,7 +19,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 
 from nanolm.bias import Bias
 from nanolm.cache import KeyValueCache
@@ -28,6 +32,20 @@ from nanolm.masks import Mask
 from nanolm.ops import AttentionSpec, GluSpec, Kernels, LinearSpec, NormSpec
 from nanolm.positions import Positions
 from nanolm.rederive import keeping_input
+
+_ATEN = torch.ops.aten
+KEEP_PRODUCTS = functools.partial(
+    create_selective_checkpoint_contexts,
+    [
+        *(_ATEN.mm.default, _ATEN.addmm.default, _ATEN.bmm.default),
+        _ATEN._scaled_dot_product_flash_attention.default,
+        _ATEN._scaled_dot_product_efficient_attention.default,
+        _ATEN._scaled_dot_product_cudnn_attention.default,
+        _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
+    ],
+)
+"""Selective activation checkpointing keeps what is dear to compute again: matrix products and
+attention. What is large but cheap is computed again (Korthikanti et al. 2022, section 5)."""
 
 
 class Linear(nn.Linear):
@@ -303,15 +321,16 @@ class Stack(nn.Module):
             Block(model, layer, spec, kernels, bias_kind) for layer in range(model.n_layers)
         )
         self.final_norm = Norm(model, kernels) if model.norm_position == "pre" else nn.Identity()
-        self.recompute = False  # activation checkpointing (Chen et al. 2016)
+        self.recompute = "none"  # activation checkpointing: full or selective (Chen et al. 2016)
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
         for block in self.blocks:
-            if self.recompute and self.training:
+            if self.recompute != "none" and self.training:
                 # Nothing inside is kept anyhow, and what `keeping_input` holds would be.
                 block.feed_forward.keeps_input = False
-                x_BTD = checkpoint(block, x_BTD, context, use_reentrant=False)
+                kept = noop_context_fn if self.recompute == "full" else KEEP_PRODUCTS
+                x_BTD = checkpoint(block, x_BTD, context, use_reentrant=False, context_fn=kept)
             else:
                 x_BTD = block(x_BTD, context)
         return self.final_norm(x_BTD)

@@ -14,9 +14,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from nanolm.checkpoint import Checkpoints, read_trainer
-from nanolm.container import read_tensors, verify
+from nanolm.container import verify
 from nanolm.diagnosis import first_bad
 from nanolm.errors import UserError
+from nanolm.lazy_tensors import LazyTensors
 from nanolm.runfolder import environment
 from nanolm.state import learner_tensors, load_named, load_optimizers, optimizer_tensors
 
@@ -108,10 +109,10 @@ class Snapshot:
         """
         trainer, what = self.trainer, f"checkpoint {folder}"
         saved = read_trainer(folder)
-        load_named(learner_tensors(trainer.engine.learner), read_tensors(folder, "model"), what)
-        load_optimizers(trainer.optimizers, read_tensors(folder, "optimizer"), what)
+        load_named(learner_tensors(trainer.engine.learner), LazyTensors(folder, "model"), what)
+        load_optimizers(trainer.optimizers, LazyTensors(folder, "optimizer"), what)
         if trainer.ema is not None:
-            load_named(trainer.ema.tensors, read_tensors(folder, "ema"), what)
+            load_named(trainer.ema.tensors, LazyTensors(folder, "ema"), what)
         if saved["step"] > trainer.config.train.steps:
             raise UserError(
                 f"{what} is at step {saved['step']}, beyond train.steps="
@@ -132,4 +133,4 @@ def is_good(folder: pathlib.Path) -> bool:
         verify(folder)
     except UserError:
         return False
-    return first_bad(read_tensors(folder, "model").items()) is None
+    return first_bad(LazyTensors(folder, "model").items()) is None

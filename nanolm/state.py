@@ -10,8 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from nanolm.errors import UserError
+from nanolm.sharding import divided, local, rows_of
 
 Tensors = dict[str, Tensor]
 
@@ -59,9 +61,10 @@ def load_named(target: Tensors, saved: Mapping[str, Tensor], what: str) -> None:
                 f"{what} has no tensor {name}, which this model has (shape {_shape(tensor)}); "
                 f"use the config that the checkpoint was written with"
             )
-        if saved[name].shape != tensor.shape:
+        found = saved[name]
+        if found.shape != tensor.shape:
             raise UserError(
-                f"{what} is of another model shape: {name} is {_shape(saved[name])} there and "
+                f"{what} is of another model shape: {name} is {_shape(found)} there and "
                 f"{_shape(tensor)} here; use the config that the checkpoint was written with"
             )
     extra = next((name for name in saved if name not in target), None)
@@ -72,7 +75,13 @@ def load_named(target: Tensors, saved: Mapping[str, Tensor], what: str) -> None:
         )
     with torch.no_grad():
         for name, tensor in target.items():
-            tensor.copy_(saved[name])
+            fill(tensor, saved[name])
+
+
+def fill(target: Tensor, saved: Tensor) -> None:
+    """Copies a saved tensor into a live one: of a sharded one, the rows that this rank holds."""
+    rows = rows_of(saved, target) if isinstance(target, DTensor) else saved
+    local(target).copy_(rows)
 
 
 def _shape(tensor: Tensor) -> str:
@@ -86,25 +95,29 @@ def load_optimizers(
 
     Raises UserError for state of an unknown parameter or of a shape that the parameter lacks.
     """
-    states: dict[str, Tensors] = {}
-    for key, tensor in saved.items():
+    slots: dict[str, list[str]] = {}
+    for key in saved:
         name, _, slot = key.rpartition("/")
-        states.setdefault(name, {})[slot] = tensor
+        slots.setdefault(name, []).append(slot)
     for name, parameter, optimizer, group in _walk(optimizers):
-        state = states.pop(name, {})
-        for slot, tensor in state.items():
+        state: Tensors = {}
+        for slot in slots.pop(name, []):
+            tensor = saved[f"{name}/{slot}"]
             if tensor.ndim == parameter.ndim and not _fits(tensor, parameter):
                 raise UserError(
                     f"{what} is of another model shape: {name}/{slot} is {_shape(tensor)} "
                     f"there and {_shape(parameter)} here"
                 )
             on_device = tensor.ndim > 0 or group.get("fused") or group.get("capturable")
-            state[slot] = tensor.to(parameter.device) if on_device else tensor
+            if isinstance(parameter, DTensor) and tensor.shape == parameter.shape:
+                state[slot] = divided(tensor, parameter)
+            else:
+                state[slot] = tensor.to(parameter.device) if on_device else tensor
         if state:
             optimizer.state[parameter] = state
-    if states:
+    if slots:
         raise UserError(
-            f"{what} holds optimizer state of {next(iter(states))}, which this run does not train; "
+            f"{what} holds optimizer state of {next(iter(slots))}, which this run does not train; "
             f"use the config that the checkpoint was written with"
         )
 

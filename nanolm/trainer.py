@@ -34,6 +34,7 @@ from nanolm.nonfinite import NonFinitePolicy
 from nanolm.preemption import Preemption
 from nanolm.progress import Pace
 from nanolm.schedules import build_schedule
+from nanolm.sharding import whole
 from nanolm.sinks import Sink
 from nanolm.snapshot import Snapshot
 from nanolm.tuning import freeze, step_rule, tuned_optimizers
@@ -154,15 +155,14 @@ class Trainer:
         """Weight of each optimised term."""
         return self.engine.learner.objective.weights
 
-    def _timed(
-        self, batches: Iterator[Sequence[Any]]
-    ) -> Iterator[tuple[Sequence[Any], float]]:
+    def _timed(self, batches: Iterator[Sequence[Any]]) -> Iterator[tuple[Sequence[Any], float]]:
         """Micro-batches of each step that is left, and the seconds spent waiting for them."""
         while self.done < self.config.train.steps and not self.preempted:
             self.progress.enter("data", self.done + 1)
             start = time.perf_counter()
             micro_batches = next(batches)
-            yield micro_batches, time.perf_counter() - start
+            waited = time.perf_counter() - start
+            yield self.engine.even(micro_batches), waited
 
     def seed(self) -> int:
         """Seed of this rank's dropout in the next step: no generator state outlives a step."""
@@ -233,7 +233,7 @@ class Trainer:
         """Global norm of the step's gradient, the same on all ranks."""
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        return float(torch.nn.utils.get_total_norm([p.grad for p in self._parameters()]))
+        return float(whole(torch.nn.utils.get_total_norm([p.grad for p in self._parameters()])))
 
     def _agree(self, backward: Backward) -> tuple[dict[str, float], bool]:
         """Global means of all terms, and whether any rank was told to stop."""

@@ -57,7 +57,8 @@ def run_train(config: Config) -> dict[str, Any]:
     stream = build.build_stream(config, objective, "train")
     facts = {"data_hash": data_hash(stream), "tokenizer_hash": tokenizer.hash}
     start = claim(pathlib.Path(config.run.dir), config.resume, dump(config), facts, world)
-    learner = build.build_learner(config, objective, world.device)
+    meta = config.distributed.strategy != "ddp" and world.size > 1 and config.init_from is None
+    learner = build.build_learner(config, objective, world.device, meta=meta)
     origin = start_from(config, learner, start.checkpoint)
     done = read_trainer(start.checkpoint)["step"] if start.checkpoint else 0
     sinks, note = open_sinks(config, world, done)

@@ -1,0 +1,92 @@
+"""`nanolm estimate CONFIG --gpus 64 --device h100`: parameters, memory, speed and days of a run.
+
+Nothing is trained and no data is read: the model is built on the meta device, the rest is the
+arithmetic of `nanolm/estimate.py`. The share of the peak that is reached (MFU) is an assumption
+that the user states.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from rich.console import Console
+from rich.table import Table
+
+from nanolm import build
+from nanolm.arguments import load_config
+from nanolm.bench_step import StandInTokenizer
+from nanolm.commands.figures import write_json
+from nanolm.config import Config, require
+from nanolm.estimate import Needs, estimate, parts_of
+
+POSITIONAL = ("config_file",)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Memory, speed and days of a run, before it is started."""
+
+    config_file: str = ""
+    """YAML file of the run."""
+    gpus: int = 1
+    """Devices in all."""
+    gpus_per_node: int = 8
+    """Devices of a node: what hsdp shards over when distributed.shard_size is null."""
+    device: str = "h100"
+    """a100, h100, h200, b200, rtx3090, rtx4090, rtx5090 or mi300x."""
+    mfu: float = 0.4
+    """Share of the device's dense peak that training is assumed to reach."""
+    vocab_size: int = 50304
+    """Vocabulary where the config leaves it to the tokenizer."""
+    set: list[str] = dataclasses.field(default_factory=list)
+    """Keys of the config to change: distributed.strategy=fsdp train.micro_batch=4."""
+    json: str | None = None
+    """Also write the figures to this file."""
+
+    def __post_init__(self) -> None:
+        require(self.config_file != "", "nanolm estimate CONFIG: name the run's YAML file")
+        require(self.gpus >= 1, f"gpus={self.gpus} must be at least 1")
+        require(0 < self.mfu <= 1, f"mfu={self.mfu} must lie in (0, 1]")
+
+
+def read(arguments: Arguments) -> Config:
+    """The run's config with the changes and a vocabulary."""
+    words = [f"--{word}" for word in arguments.set]
+    config = load_config([f"--config={arguments.config_file}", *words])
+    size = config.model.vocab_size or arguments.vocab_size
+    return build.resolve(config, StandInTokenizer(size))
+
+
+def run(arguments: Arguments) -> None:
+    """Estimate and print."""
+    config = read(arguments)
+    objective = build.build_objective(config, StandInTokenizer(config.model.vocab_size))
+    learner = build.build_learner(config, objective, meta=True)
+    needs = estimate(
+        config,
+        learner,
+        arguments.gpus,
+        arguments.device,
+        mfu=arguments.mfu,
+        gpus_per_node=arguments.gpus_per_node,
+    )
+    Console().print(table_of(needs, arguments, config))
+    figures = dataclasses.asdict(needs) | {"total": needs.total, "fits": needs.fits}
+    write_json(arguments.json, {"gpus": arguments.gpus, "device": arguments.device, **figures})
+
+
+def table_of(needs: Needs, arguments: Arguments, config: Config) -> Table:
+    """The estimate for people."""
+    strategy = config.distributed.strategy
+    table = Table("figure", f"{arguments.gpus} x {arguments.device}, {strategy}")
+    table.add_row("parameters", f"{needs.parameters:,}")
+    table.add_row("FLOPs per token", f"{needs.flops_per_token:.4g}")
+    for part, size in parts_of(needs).items():
+        table.add_row(f"memory: {part}", f"{size / 2**30:,.2f} GiB")
+    verdict = "fits" if needs.fits else "does not fit"
+    memory = f"{needs.total / 2**30:,.1f} of {needs.available / 2**30:.0f} GiB: {verdict}"
+    table.add_row("memory per GPU", memory)
+    table.add_row(f"tokens/s at MFU {arguments.mfu:.0%}", f"{needs.tokens_per_second:,.0f}")
+    table.add_row(f"days for {config.train.steps:,} steps", f"{needs.days:,.2f}")
+    table.add_row("checkpoint", f"{needs.checkpoint / 2**30:,.2f} GiB")
+    return table
