@@ -22,6 +22,7 @@ import torch
 
 from nanolm import build, strict_yaml
 from nanolm.arguments import dump, load_config, read_files, split_words
+from nanolm.augment import Augmented
 from nanolm.checkpoint import Checkpoints, load_trunk, locate, read_trainer
 from nanolm.commands.train import open_sinks, steps
 from nanolm.config import require
@@ -93,13 +94,14 @@ def run_finetune(config: TaskConfig) -> dict[str, Any]:
     for line in [*start.notes, *told, *describe(train, val, learner)]:
         note(line)
     stream = TaskStream(train.items, seed=config.run.seed, name=train.table.path)
+    noisy = Augmented(task, config.augment, tokenizer) if config.augment.used else task
     evaluator = build_evaluator(config, val, world)
     try:
         trainer = Trainer(
             config,
             learner,
             world,
-            functools.partial(steps, config, stream, task, world),
+            functools.partial(steps, config, stream, noisy, world),
             checkpoints=Checkpoints(pathlib.Path(config.run.dir), world, config.run.keep_last),
             evaluator=evaluator,
             sinks=sinks,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from nanolm.augment import AugmentConfig
 from nanolm.config import Config, EvalConfig, RunConfig, TrainConfig, require, require_at_least
 from nanolm.registry import Options
 
@@ -104,6 +105,8 @@ class TaskConfig(Config):
     worth."""
     data: TaskDataConfig = dataclasses.field(default_factory=TaskDataConfig)
     """On what."""
+    augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
+    """Noise on the training examples."""
     objective: Options = dataclasses.field(default_factory=lambda: Options(name="classify"))
     """The task and its options."""
     schedule: Options = dataclasses.field(default_factory=lambda: Options(name="linear"))

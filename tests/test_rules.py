@@ -15,12 +15,14 @@ from nanolm.errors import UserError
 from nanolm.gradient import Backward, build_rule
 from nanolm.loader import Loader
 from nanolm.objectives.clm import Clm
+from nanolm.peft.base import attach
 from nanolm.saved import open_saved
 from tests.tiny_run import Batch, bounds, in_ranks
 
 ROWS, T, V = 5, 8, 64
 MODEL = {"d_model": 16, "n_layers": 2, "n_heads": 2, "max_length": 16, "vocab_size": V}
 WIDE = MODEL | {"vocab_size": 512}  # a vocabulary that the tiny tokenizer fits
+LONG = MODEL | {"max_length": 32}
 
 
 def config_of(rule, **model):
@@ -47,10 +49,12 @@ def batch_of(rows):
     return Batch(tensors, {"clm": int((targets >= 0).sum())}, torch.tensor(list(rows)).numpy())
 
 
-def gradient(world, rule, micro_batch, model=None, train=False):
+def gradient(world, rule, micro_batch, model=None, train=False, peft=None):
     """{name: gradient}, and what was logged, of one step of the rule."""
     config = config_of(rule, **(model or {}))
     learner = learner_of(config).train(train)
+    if peft is not None:
+        attach(learner, load_config([], base={"peft": {"name": peft}}).peft)
     engine = Engine(learner, world, config)
     mine = list(range(ROWS))[slice(*bounds(ROWS, world))]
     batches = [batch_of(mine[i : i + micro_batch]) for i in range(0, len(mine), micro_batch)]
@@ -95,11 +99,19 @@ def test_micro_batches_change_nothing(name):
     agree([gradient(World(), RULES[name], 2)], gradient(World(), RULES[name], ROWS))
 
 
+ADAPTERS = ("lora", "dora", "adalora", "adapter", "prefix", "prompt", "ia3", "bitfit")
+
+
 def several(world, rules, micro_batch):
-    return [gradient(world, rule, micro_batch, model=WIDE) for rule in rules]
+    plain = {"name": "plain"}
+    return [
+        *(gradient(world, rule, micro_batch, model=WIDE) for rule in rules),
+        *(gradient(world, plain, micro_batch, model=LONG, peft=name) for name in ADAPTERS),
+    ]
 
 
 def test_ranks_change_nothing(teacher):
+    """Two ranks, uneven counts: the gradient of one; DDP finds no unused weight of an adapter."""
     rules = [RULES["nested"], RULES["freelb"], *two_of_the_rules(teacher)]
     whole = several(World(), rules, ROWS)
     for answers in in_ranks(2, several, rules, 1):

@@ -109,7 +109,8 @@ def attach(
     trunk = {id(p) for p in learner.trunk.parameters()}
     for name in adapter.heads:
         adapter.train(p for p in learner.heads[name].parameters() if id(p) not in trunk)
-    learner.to(learner.trunk.embedding.weight.device).train(learner.training)
+    like = learner.trunk.embedding.weight
+    learner.to(like.device, like.dtype).train(learner.training)
     persistent = set(learner.state_dict())
     buffers = [n for n, _ in learner.named_buffers() if n not in before and n in persistent]
     adapter.names = (*(n for n, p in learner.named_parameters() if p.requires_grad), *buffers)

@@ -56,9 +56,7 @@ def load_adapter(path: str | pathlib.Path, learner: Learner) -> Adapter:
     description = read_description(folder)
     detach(learner)
     options = read_options(folder, description)
-    adapter = attach(
-        learner, options, heads=description["heads"], base=description.get("base")
-    )
+    adapter = attach(learner, options, heads=description["heads"], base=description.get("base"))
     check_base(folder, description, adapter, learner)
     load_named(adapter.tensors(learner), read_tensors(folder, "model"), f"adapter {folder}")
     return adapter

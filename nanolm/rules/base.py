@@ -15,6 +15,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nanolm.engine import Engine
@@ -83,8 +84,10 @@ class WithLogits:
     def loss(
         self, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: dict[str, Tensor]
     ) -> dict[str, Any]:
-        """The terms, and the logits beside them."""
-        logits = self.objective.logits(hidden_BTD, heads, batch)
+        """The terms, and the logits beside them, with the same dropout in the heads."""
+        on_cuda = hidden_BTD.device.type == "cuda"
+        with torch.random.fork_rng(devices=[hidden_BTD.device] if on_cuda else []):
+            logits = self.objective.logits(hidden_BTD, heads, batch)
         terms = self.objective.loss(hidden_BTD, heads, batch)
         return terms | {f"logits/{name}": values for name, values in logits.items()}
 
