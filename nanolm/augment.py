@@ -23,37 +23,7 @@ import numpy as np
 
 from nanolm.config import require
 from nanolm.data.tokenizer import Tokenizer
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AugmentConfig:
-    """Noise on the training examples of a task, drawn anew in every epoch."""
-
-    dropout: float = 0.0
-    """Share of tokens that is left out; one of a segment always stays."""
-    swap: float = 0.0
-    """Share of tokens that trade places with another one."""
-    mask: float = 0.0
-    """Share of tokens that is replaced by <mask>."""
-    synonyms: str | None = None
-    """A text file with a word and its synonyms on each line, separated by tabs."""
-    synonym_rate: float = 0.1
-    """With synonyms: the probability that a word of the table is replaced."""
-
-    def __post_init__(self) -> None:
-        for key in ("dropout", "swap", "mask", "synonym_rate"):
-            value = getattr(self, key)
-            require(0 <= value < 1, f"augment.{key}={value} must lie in [0, 1)")
-
-    @property
-    def moves(self) -> bool:
-        """Whether tokens may change their places."""
-        return self.dropout > 0 or self.swap > 0 or self.synonyms is not None
-
-    @property
-    def used(self) -> bool:
-        """Whether anything is to be done."""
-        return self.moves or self.mask > 0
+from nanolm.task_config import AugmentConfig
 
 
 class Augmented:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from nanolm.augment import AugmentConfig
 from nanolm.config import Config, EvalConfig, RunConfig, TrainConfig, require, require_at_least
 from nanolm.registry import Options
 
@@ -92,6 +91,37 @@ class TaskRunConfig(RunConfig):
     """Steps between checkpoints; null means eval.every: only what is saved can be the best."""
     keep_last: int = 1
     """Newest checkpoints to keep beside the best one."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Noise on the training examples of a task, drawn anew in every epoch."""
+
+    dropout: float = 0.0
+    """Share of tokens that is left out; one of a segment always stays."""
+    swap: float = 0.0
+    """Share of tokens that trade places with another one."""
+    mask: float = 0.0
+    """Share of tokens that is replaced by <mask>."""
+    synonyms: str | None = None
+    """A text file with a word and its synonyms on each line, separated by tabs."""
+    synonym_rate: float = 0.1
+    """With synonyms: the probability that a word of the table is replaced."""
+
+    def __post_init__(self) -> None:
+        for key in ("dropout", "swap", "mask", "synonym_rate"):
+            value = getattr(self, key)
+            require(0 <= value < 1, f"augment.{key}={value} must lie in [0, 1)")
+
+    @property
+    def moves(self) -> bool:
+        """Whether tokens may change their places."""
+        return self.dropout > 0 or self.swap > 0 or self.synonyms is not None
+
+    @property
+    def used(self) -> bool:
+        """Whether anything is to be done."""
+        return self.moves or self.mask > 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanolm.augment import AugmentConfig, Augmented, leave_out, read_synonyms, swap
+from nanolm.augment import Augmented, leave_out, read_synonyms, swap
 from nanolm.errors import UserError
+from nanolm.task_config import AugmentConfig
 
 
 @dataclasses.dataclass
