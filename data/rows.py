@@ -120,9 +120,7 @@ def fill_blocks(
     return blocks
 
 
-def _fill_documents(
-    block: RowBlock, positions_BT: np.ndarray, documents_BT: np.ndarray
-) -> None:
+def _fill_documents(block: RowBlock, positions_BT: np.ndarray, documents_BT: np.ndarray) -> None:
     """Write restarting positions and document indices."""
     if len(block.start_rows) > 3 * len(block):
         _fill_many_documents(block, positions_BT, documents_BT)

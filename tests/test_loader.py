@@ -91,8 +91,12 @@ def take(loader, steps):
 
 def in_bytes(batches):
     return [
-        {name: (tensor.dtype, tuple(tensor.shape), tensor.numpy().tobytes())
-         for name, tensor in batch.tensors.items()} | batch.counts | {"ids": batch.row_ids.tolist()}
+        {
+            name: (tensor.dtype, tuple(tensor.shape), tensor.numpy().tobytes())
+            for name, tensor in batch.tensors.items()
+        }
+        | batch.counts
+        | {"ids": batch.row_ids.tolist()}
         for batch in batches
     ]
 
@@ -100,8 +104,14 @@ def in_bytes(batches):
 @pytest.mark.parametrize("objective", [Causal(), Noisy()])
 def test_batches_are_the_same_bytes_for_any_workers_and_start(corpora, objective):
     def steps(first, count, workers):
-        loader = Loader(open_stream(corpora), objective, global_batch=7, micro_batch=3,
-                        workers=workers, start_step=first)
+        loader = Loader(
+            open_stream(corpora),
+            objective,
+            global_batch=7,
+            micro_batch=3,
+            workers=workers,
+            start_step=first,
+        )
         found = [in_bytes(batches) for batches in take(loader, count)]
         assert loader.step == first + count
         return found
@@ -117,8 +127,20 @@ def test_batches_are_the_same_bytes_for_any_workers_and_start(corpora, objective
 def test_ranks_together_read_the_global_batch_in_order(corpora, world, micro):
     whole = Loader(open_stream(corpora), Noisy(), global_batch=11, micro_batch=11)
     expected = [batches[0] for batches in take(whole, 4)]
-    ranks = [take(Loader(open_stream(corpora), Noisy(), global_batch=11, micro_batch=micro,
-                         rank=rank, world=world), 4) for rank in range(world)]
+    ranks = [
+        take(
+            Loader(
+                open_stream(corpora),
+                Noisy(),
+                global_batch=11,
+                micro_batch=micro,
+                rank=rank,
+                world=world,
+            ),
+            4,
+        )
+        for rank in range(world)
+    ]
     for step, batch in enumerate(expected):
         mine = [part for rank in ranks for part in rank[step]]
         for name, tensor in batch.tensors.items():
@@ -127,8 +149,15 @@ def test_ranks_together_read_the_global_batch_in_order(corpora, world, micro):
         for term, count in batch.counts.items():
             assert sum(part.counts[term] for part in mine) == count
     if world > 11:
-        empty = Loader(open_stream(corpora), Noisy(), global_batch=11, micro_batch=1, rank=0,
-                       world=world, workers=2)
+        empty = Loader(
+            open_stream(corpora),
+            Noisy(),
+            global_batch=11,
+            micro_batch=1,
+            rank=0,
+            world=world,
+            workers=2,
+        )
         assert take(empty, 3) == [[], [], []] and empty.step == 3
 
 
@@ -173,8 +202,12 @@ def test_evaluation_reads_each_row_once_whatever_the_world_and_batch(corpora, wo
 @pytest.mark.parametrize("workers", [0, 2])
 def test_errors_reach_the_caller(corpora, workers):
     def run(error):
-        take(Loader(open_stream(corpora), Failing(error), global_batch=4, micro_batch=2,
-                    workers=workers), 60)
+        take(
+            Loader(
+                open_stream(corpora), Failing(error), global_batch=4, micro_batch=2, workers=workers
+            ),
+            60,
+        )
 
     with pytest.raises(UserError) as refusal:
         run(UserError("the shard x is damaged; restore it"))
@@ -231,8 +264,12 @@ def test_no_worker_outlives_the_loader(corpora):
         script = textwrap.dedent(READS_ON).format(
             path=[str(here.parent), str(here)], corpora=corpora, leave=end == "leaves"
         )
-        parents[end] = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE,
-                                        text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        parents[end] = subprocess.Popen(
+            [sys.executable, "-c", script],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
     for end, parent in parents.items():
         pids = [int(pid) for pid in parent.stdout.readline().split()]
         assert len(pids) == 2

@@ -36,10 +36,14 @@ def places(tmp_path_factory):
 
 
 @PROPERTY
-@given(shards=st.lists(st.integers(0, 60), min_size=1, max_size=6), span=st.integers(1, 90),
-       seed=st.integers(0, 99))
-def test_flat_tokens_read_what_the_concatenated_documents_hold(tmp_path_factory, shards, span,
-                                                               seed):
+@given(
+    shards=st.lists(st.integers(0, 60), min_size=1, max_size=6),
+    span=st.integers(1, 90),
+    seed=st.integers(0, 99),
+)
+def test_flat_tokens_read_what_the_concatenated_documents_hold(
+    tmp_path_factory, shards, span, seed
+):
     if not sum(shards):
         shards.append(5)
     folder = tmp_path_factory.mktemp("flat")
@@ -88,6 +92,7 @@ def test_epochs_seeds_and_corpora_have_their_own_order(places):
     def order(corpora, seed, start):
         stream = RowStream(corpora, "train", stride=16, span=16, seed=seed)
         return [row.block for row in stream.rows(start, start + 20)]
+
     orders = {tuple(order([(first, 1)], seed, start)) for seed in (0, 1) for start in (0, 56)}
     assert len(orders) == 4
     assert order([(first, 1)], 0, 7) == order([(first, 0.3)], 0, 7)
@@ -110,8 +115,9 @@ def test_mixture_reads_both_corpora_by_weight_with_unique_row_ids(places):
 @pytest.mark.parametrize("stride,span", [(16, 17), (16, 16), (100, 103), (898, 898), (5000, 5001)])
 def test_evaluation_covers_the_whole_split_in_order(places, stride, span):
     paths, flats = places
-    stream = RowStream([(path, 1) for path in paths], "val", stride=stride, span=span, seed=0,
-                       partial=True)
+    stream = RowStream(
+        [(path, 1) for path in paths], "val", stride=stride, span=span, seed=0, partial=True
+    )
     rows = list(stream.eval_rows())
     assert [row.row_id for row in rows] == list(range(len(stream)))
     for corpus, tokens in enumerate(flats):
@@ -158,21 +164,27 @@ def test_seeking_far_does_the_same_work_as_starting(places, monkeypatch):
     paths, _ = places
     work = []
     real = flat_module.FlatTokens._read_from
+
     def counted(self, home, firsts, span):
         found = real(self, home, firsts, span)
         work.append(("read", len(firsts), sum(len(tokens) for tokens, _ in found)))
         return found
+
     monkeypatch.setattr(flat_module.FlatTokens, "_read_from", counted)
     located = RowStream._locate
+
     def locate(self, rows):
         work.append(("locate", len(rows), 0))
         return located(self, rows)
+
     monkeypatch.setattr(RowStream, "_locate", locate)
+
     def work_of(step):
         work.clear()
         stream = RowStream([(paths[1], 1)], "train", stride=8, span=8, seed=5)
         stream.rows(step * 16, step * 16 + 16)
         return list(work)
+
     assert work_of(0) == work_of(10**6) == work_of(10**10) != []
 
 
@@ -184,18 +196,21 @@ def test_documents_and_positions_restart_and_padding_stands_apart(tmp_path):
     assert batch["tokens"].tolist() == [[5, 6, 7, 3, 8, 3, 9, 10], [11, 12, 13, 3, 0, 0, 0, 0]]
     assert batch["targets"].tolist() == [[6, 7, 3, 8, 3, 9, 10, 11], [12, 13, 3] + [IGNORED] * 5]
     assert batch["positions"].tolist()[0] == [0, 1, 2, 3, 0, 1, 0, 1]
-    assert batch["documents"].tolist() == [
-        [0, 0, 0, 0, 1, 1, 2, 2], [0] * 4 + [NO_DOCUMENT] * 4
-    ]
+    assert batch["documents"].tolist() == [[0, 0, 0, 0, 1, 1, 2, 2], [0] * 4 + [NO_DOCUMENT] * 4]
     assert all(values.dtype == np.int64 for values in batch.values())
     assert set(fill_blocks(list(stream.eval_rows()), 8, with_documents=False)) == {
-        "tokens", "targets"
+        "tokens",
+        "targets",
     }
 
 
 @PROPERTY
-@given(seed=st.integers(0, 10**6), count=st.integers(1, 5), length=st.integers(1, 40),
-       mean=st.integers(1, 60))
+@given(
+    seed=st.integers(0, 10**6),
+    count=st.integers(1, 5),
+    length=st.integers(1, 40),
+    mean=st.integers(1, 60),
+)
 def test_blocks_equal_their_definition(tmp_path_factory, seed, count, length, mean):
     folder = tmp_path_factory.mktemp("blocks")
     build(folder, seed, (length * count + 1,), mean_length=mean)
@@ -228,12 +243,17 @@ def test_bad_streams_are_refused(places, tmp_path):
 
 
 @PROPERTY
-@given(seed=st.integers(0, 10**6), start=st.integers(0, 3000), count=st.integers(1, 40),
-       partial=st.booleans())
+@given(
+    seed=st.integers(0, 10**6),
+    start=st.integers(0, 3000),
+    count=st.integers(1, 40),
+    partial=st.booleans(),
+)
 def test_a_block_equals_its_rows(places, seed, start, count, partial):
     paths, _ = places
-    stream = RowStream([(path, 1) for path in paths], "train", stride=40, span=41, seed=seed,
-                       partial=partial)
+    stream = RowStream(
+        [(path, 1) for path in paths], "train", stride=40, span=41, seed=seed, partial=partial
+    )
     where = stream.places(start, start + count)
     block, rows = stream.read_block(where), stream.read(where)
     for length in (30, 40, 50):
