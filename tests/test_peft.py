@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nanolm.arguments import load_config
+from nanolm.cache import KeyValueCache
 from nanolm.cli import main
 from nanolm.errors import UserError
 from nanolm.learner import Learner
@@ -91,6 +92,18 @@ def test_merging_changes_no_hidden_state(make_learner, name):
     assert learner.adapter is None
     assert not any("lora" in n or "ia3" in n for n, _ in learner.named_parameters())
     torch.testing.assert_close(hidden(learner), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["prefix", "prompt", "lora"])
+def test_tokens_one_by_one_behind_a_cache_see_the_same(make_learner, name):
+    learner = make_learner(GATED | {"window": [6, None]})
+    attach(learner, options_of(name))
+    expected = hidden(shaken(learner))
+    cache = KeyValueCache(2, len(TOKENS), TOKENS.shape[1], 2, 8)
+    parts = [TOKENS[:, :5], *TOKENS[:, 5:].split(1, dim=1)]
+    with torch.no_grad():
+        found = [learner.trunk(Inputs(tokens_BT=part, cache=cache)) for part in parts]
+    torch.testing.assert_close(torch.cat(found, dim=1), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_adapters_are_switched_and_refuse_another_base(make_learner, tmp_path):
