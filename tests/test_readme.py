@@ -27,7 +27,7 @@ def commands():
         inline = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
         for line in [*lines, *inline]:
             line = FINETUNE.sub("nanolm finetune ", TRAIN.sub("nanolm train ", line.strip()))
-            line = re.split(r"\s#|[<>…\[]|\s\|", line)[0]
+            line = re.split(r"\s#|[>…]|\s[\[|]", line)[0] if "<mask>" not in line else line
             if re.match(r"nanolm [a-z]", line):
                 yield f"{page.name}: {line}"
 
