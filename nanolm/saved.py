@@ -66,15 +66,16 @@ def open_saved(
     plugins: list[str] | None = None,
     ema: bool = True,
 ) -> Saved:
-    """The model in a run's folder (its newest good checkpoint) or in a checkpoint's folder.
+    """The model in a run's folder (its newest good checkpoint; of a fine-tuning run the one that
+    did best on val) or in a checkpoint's folder.
 
     In eval mode, on the device, in float32. Raises UserError when there is none or it is damaged.
     """
     folder = locate(path)
     config = read_config(folder, plugins)
-    tokenizer = Tokenizer.load(folder / "tokenizer.model")
     if isinstance(config, TaskConfig):
         folder = locate(path, best=True)
+    tokenizer = Tokenizer.load(folder / "tokenizer.model")
     objective = build.build_objective(config, tokenizer)
     learner = build.build_learner(config, objective, torch.device(device), phase)
     if config.peft.name == "none":

@@ -100,6 +100,11 @@ class Console:
 _FORMATS: dict[str, Callable[[Any], str]] = {
     "loss": "loss {:.6f}".format,
     "accuracy": "accuracy {:.4f}".format,
+    "macro_f1": "macro-F1 {:.4f}".format,
+    "f1": "F1 {:.4f}".format,
+    "exact_match": "exact {:.4f}".format,
+    "pearson": "pearson {:.4f}".format,
+    "mrr": "MRR {:.4f}".format,
     "perplexity": "perplexity {:.3f}".format,
     "bits_per_byte": "bits/byte {:.4f}".format,
     "unigram_bits_per_byte": "(unigram {:.4f})".format,
