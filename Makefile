@@ -11,7 +11,7 @@ NANOLM := $(BIN)/nanolm
 DEMO := runs/demo
 DEMO_DATA := runs/demo-data
 
-.PHONY: demo demo-mlm test check lint clean constraints
+.PHONY: demo demo-mlm test check chaos lint clean constraints
 
 $(VENV)/base: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -55,3 +55,6 @@ constraints: $(VENV)/dev
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info
+
+chaos: $(VENV)/dev
+	$(BIN)/python -m tests.chaos

@@ -25,6 +25,7 @@ COMMANDS = {
     "generate": ("nanolm.commands.generate", "write text with a decoder"),
     "fill": ("nanolm.commands.fill", "fill masks with an encoder"),
     "estimate": ("nanolm.commands.estimate", "memory, speed and days of a run, before it starts"),
+    "profile": ("nanolm.commands.profile", "operators and phases of one step, Chrome trace"),
     "doctor": ("nanolm.commands.doctor", "replay a step, name its first non-finite tensor"),
     "runs": ("nanolm.commands.runs", "runs as a table"),
     "plot": ("nanolm.commands.plot", "curves of one or several runs as PNG"),

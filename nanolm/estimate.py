@@ -11,8 +11,8 @@ fp32, 2 in bf16 and fp16), n tokens in a micro-batch:
 
 The activations are those of the built-in kernels: what autograd keeps for the backward pass,
 counted once where two functions keep the same tensor. Full activation checkpointing leaves a
-block's input, selective leaves products and attention. Allocator slack, CUDA's context and NCCL's buffers are not
-in it; a tenth of the memory is left free for them.
+block's input, selective leaves products and attention. Allocator slack, CUDA's context and NCCL's
+buffers are not in it; a tenth of the memory is left free for them.
 """
 
 from __future__ import annotations

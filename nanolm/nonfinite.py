@@ -136,10 +136,11 @@ def read_passed(run: pathlib.Path) -> set[int]:
     if not path.is_file():
         return set()
     passed: set[int] = set()
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().splitlines():
         try:
             record = json.loads(line)
             passed |= {int(step) for step in record.get("passed", [])}
         except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} has a line that nanolm did not write: {line[:60]}") from error
+            told = f"{path} has a line that nanolm did not write: {line[:60]!r}"
+            raise UserError(told) from error
     return passed

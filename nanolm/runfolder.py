@@ -188,12 +188,14 @@ def cut_metrics(path: pathlib.Path, step: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for raw in path.read_bytes().splitlines(keepends=True):
         try:
+            line = raw.decode()
             record = json.loads(line)
         except ValueError:
             break
-        if not isinstance(record, dict) or not {"step", "kind"} <= record.keys():
+        ours = isinstance(record, dict) and isinstance(record.get("step"), int)
+        if not ours or "kind" not in record:
             raise UserError(f"{path} has a line that nanolm did not write; remove it: {line[:60]}")
         before = record["step"] < step or (record["step"] == step and record["kind"] == "train")
         if before and line.endswith("\n"):

@@ -77,9 +77,8 @@ class Watchdog:
 
     def _beat(self) -> None:
         """The heart: writes this rank's beat and reads the beats that the judge needs."""
-        store, number, mine = None, 0, f"{self._key}/{self.world.rank}"
+        store, number, mine, over = None, 0, f"{self._key}/{self.world.rank}", False
         while True:
-            over = self._over.wait(self.interval)
             # A store that is gone is no failure of training by itself; the judge counts seconds.
             try:
                 store = store or connect_store(self.interval * 4)
@@ -92,6 +91,7 @@ class Watchdog:
                 store = None
             if over:
                 return
+            over = self._over.wait(self.interval)
 
     def _read(self, store: Any) -> None:
         size = self.world.size
@@ -133,6 +133,9 @@ class Watchdog:
             for rank, (beat, since) in self._seen.items()
             if now - since > 3 * self.interval and beat["phase"] != "done"
         ]
+        for rank in set(range(self.world.size)) - beats.keys():
+            still.append(rank)
+            beats[rank] = {"host": "unknown", "pid": 0, "step": 0, "phase": "start"}
         cut_off = self.world.size > 1 and now - self._contact > 4 * self.interval
         text = verdict(self.world.rank, beats, still, cut_off, now - self.progress.changed)
         if text:

@@ -1,0 +1,80 @@
+"""`nanolm profile --config …`: where the time of one training step goes.
+
+Builds the run as `nanolm train` would (the same keys), takes two steps to warm up, and records the
+next one with PyTorch's profiler: a table of operators, the step's phases, and a Chrome trace to
+open in https://ui.perfetto.dev. Nothing is written to the run's folder but `profile/`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+import tempfile
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from nanolm import build
+from nanolm.arguments import load_config
+from nanolm.checkpoint import Checkpoints
+from nanolm.commands.train import steps
+from nanolm.config import Config
+from nanolm.distributed import World, close, launch
+from nanolm.progress import PHASES
+from nanolm.trainer import Trainer
+
+WARM_UP = 2
+
+
+def main(argv: list[str]) -> None:
+    """Reads the command line of `nanolm train` and profiles."""
+    config = load_config(argv, prog="nanolm profile")
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    world = launch(config.distributed, config.run.device)
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = prepare(config, world, pathlib.Path(scratch))
+        run = pathlib.Path(config.run.dir)
+        table = record(trainer, run / "profile" / f"rank-{world.rank}.json")
+    if world.is_main:
+        print(table)
+    close(world)
+
+
+def prepare(config: Config, world: World, scratch: pathlib.Path) -> Trainer:
+    """The run's trainer, from its initial weights; it writes to the scratch folder."""
+    tokenizer = build.build_tokenizer(config)
+    config = build.resolve(dataclasses.replace(config, resume="never"), tokenizer)
+    objective = build.build_objective(config, tokenizer)
+    stream = build.build_stream(config, objective, "train")
+    return Trainer(
+        config,
+        build.build_learner(config, objective, world.device),
+        world,
+        functools.partial(steps, config, stream, objective, world),
+        checkpoints=Checkpoints(scratch, world),
+    )
+
+
+def record(trainer: Trainer, trace: pathlib.Path) -> str:
+    """Takes the steps and writes the trace of the last; returns what to show; collective."""
+    activities = [ProfilerActivity.CPU]
+    if trainer.world.device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    batches = iter(trainer.loader_factory(0))
+    trainer.engine.settle(trainer.engine.even(first := next(batches))[0], trainer.weights)
+    trainer.step(trainer.engine.even(first))
+    for _ in range(WARM_UP - 1):
+        trainer.step(trainer.engine.even(next(batches)))
+    trainer.progress.read()
+    with profile(activities=activities) as profiler:
+        trainer.progress.enter("data", trainer.done + 1)
+        trainer.step(trainer.engine.even(next(batches)))
+    phases = trainer.progress.read()
+    trace.parent.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(trace))
+    sort = "self_cuda_time_total" if len(activities) > 1 else "self_cpu_time_total"
+    table = profiler.key_averages().table(sort_by=sort, row_limit=20, max_name_column_width=50)
+    shares = ", ".join(f"{phase} {phases[f'{phase}_seconds'] * 1e3:.1f} ms" for phase in PHASES)
+    return f"{table}\nstep: {shares}\ntrace: {trace} (open it in https://ui.perfetto.dev)"
