@@ -25,7 +25,7 @@ BEGIN, END = "<!-- table: make chaos -->", "<!-- end of table -->"
 FAULTS = [
     (
         "a rank is killed, at random moments, writes included",
-        "SIGKILL from a timer, 3 times in one run, torchrun's agent restarts",
+        "SIGKILL from a timer, twice in one run, torchrun's agent restarts",
         "final weights, optimizer and metrics bit-equal; no temporary folder left",
         "test_faults.py::test_kills_at_random_moments_end_bit_equal",
         False,

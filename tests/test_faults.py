@@ -47,7 +47,7 @@ def survive(tmp_path, ranks, kills, steps):
 
 
 def test_kills_at_random_moments_end_bit_equal(tmp_path):
-    survive(tmp_path, ranks=2, kills=3, steps=40)
+    survive(tmp_path, ranks=2, kills=2, steps=30)
 
 
 @pytest.mark.slow
@@ -130,7 +130,7 @@ def fit_with_bad_gradient(world, config, rank, steps, value=float("nan")):
     return notes, weights
 
 
-@pytest.mark.parametrize("policy", ["stop", "skip", "rewind"])
+@pytest.mark.parametrize("policy", ["stop", "rewind"])
 def test_nan_in_one_ranks_gradient(tmp_path, policy):
     config = tiny_config(tmp_path / "a", train__steps=14, train__nonfinite=policy)
     answers = in_ranks(2, fit_with_bad_gradient, config, 1, [8])
@@ -144,8 +144,7 @@ def test_nan_in_one_ranks_gradient(tmp_path, policy):
     (note,) = answers[0][0]
     assert "gradient of trunk.blocks.1.1.weight (rank 1)" in note
     # Going back and passing over the same step is the same as never having taken it.
-    other = "skip" if policy == "rewind" else "rewind"
-    config = tiny_config(tmp_path / "b", train__steps=14, train__nonfinite=other)
+    config = tiny_config(tmp_path / "b", train__steps=14, train__nonfinite="skip")
     assert in_ranks(2, fit_with_bad_gradient, config, 1, [8])[0][1] == answers[0][1]
 
 

@@ -34,7 +34,13 @@ def assert_same_losses(left, right, tolerance=1e-5):
         assert a[:2] == b[:2] and a[2] == pytest.approx(b[2], abs=tolerance)
 
 
-@pytest.mark.parametrize(("strategy", "ranks"), [("fsdp", 2), ("fsdp", 3), ("hsdp", 2)])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("strategy", "ranks"),
+    [("fsdp", 2), pytest.param("fsdp", 3, marks=SLOW), pytest.param("hsdp", 2, marks=SLOW)],
+)
 def test_losses_equal_ddp_and_a_kill_is_exact(tmp_path, strategy, ranks):
     """Seven rows on two or three ranks: shares, and numbers of micro-batches, are uneven."""
     options = {"distributed__strategy": strategy, **STEADY}
