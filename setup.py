@@ -52,8 +52,8 @@ setup(
     ],
     extras_require={
         "dev": DEV,
-        "hf": ["datasets", "transformers"],
         "finetune": FINETUNE,
+        "hf": ["datasets", "transformers"],
         "plot": ["matplotlib"],
         "tensorboard": ["tensorboard"],
         "zstd": ["zstandard"],
