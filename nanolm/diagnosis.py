@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nanolm.engine import Engine
 from nanolm.sharding import local
 
-KINDS = ("weight", "output", "gradient", "none")
+KINDS = ("weight", "output", "gradient", "summed", "none")
 """First words of a finding, the earliest in the computation first."""
 
 
@@ -37,14 +37,17 @@ def find_tensor(
     output = next((name for name in outputs if name), None)
     torch.manual_seed(seed)
     gradient = None if engine.sharded else _local_gradients(engine, micro_batches, counts)
-    gradient = gradient or first_bad(
+    # After the ranks' sum a bad gradient is everybody's, and accuses no rank.
+    summed = first_bad(
         reversed([(n, local(p.grad)) for n, p in _trained(engine) if p.grad is not None])
     )
     if weight:
         return f"weight {weight}"
     if output:
         return f"output of {output}"
-    return f"gradient of {gradient}" if gradient else "none on this rank"
+    if gradient:
+        return f"gradient of {gradient}"
+    return f"summed gradient of {summed}" if summed else "none on this rank"
 
 
 def _trained(engine: Engine) -> list[tuple[str, nn.Parameter]]:
