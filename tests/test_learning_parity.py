@@ -133,8 +133,9 @@ def their_loss(model, family, batch):
     if family == "gpt2":
         logits = model(batch["tokens"]).logits
         return F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten())
-    length = batch["tokens"].shape[1]
-    seen = (torch.arange(length) < batch["lengths"][:, None]).long()
+    rows, length = batch["tokens"].shape
+    lengths = batch.get("lengths", torch.full((rows,), length))  # absent: every row is full
+    seen = (torch.arange(length) < lengths[:, None]).long()
     out = model(batch["tokens"], attention_mask=seen, token_type_ids=batch["segments"])
     logits = out.prediction_logits.flatten(0, 1)[batch["masked_index"]]
     masked = F.cross_entropy(logits, batch["masked_targets"])
