@@ -206,4 +206,5 @@ def print_bench(figures: dict, console: Console | None = None) -> None:
     console = console or Console()
     console.print(table)
     if figures["absent"]:
-        console.print("datasets is not installed: pip install 'nanolm[hf]' adds it to the table")
+        told = "datasets is not installed: pip install 'nanolm[hf]' adds it to the table"
+        console.print(told, markup=False)
