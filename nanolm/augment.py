@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from nanolm.config import require
 from nanolm.data.tokenizer import Tokenizer
+from nanolm.errors import require
 from nanolm.task_config import AugmentConfig
 
 

@@ -32,11 +32,13 @@ import nanolm.rules.rdrop
 import nanolm.rules.replay
 import nanolm.schedules
 import nanolm.tasks  # noqa: F401  (imported for what they register)
-from nanolm.config import Config, ModelConfig, require
+from nanolm.config import Config
 from nanolm.data.stream import RowStream
 from nanolm.data.tokenizer import Tokenizer
+from nanolm.errors import require
 from nanolm.learner import Learner
 from nanolm.model import Trunk, init_weights
+from nanolm.model_config import ModelConfig
 from nanolm.objectives.base import Objective
 from nanolm.ops import Kernels, Phase
 from nanolm.registry import HEADS, OBJECTIVES, POSITIONS, TRUNKS

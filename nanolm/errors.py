@@ -1,10 +1,27 @@
-"""The one exception that a user is meant to read.
+"""The one exception that a user is meant to read, and the checks that raise it.
 
 Everything that a user can get wrong (a key, a path, a damaged file) raises `UserError` with one
 sentence that names the file or key and the remedy. The command line prints that sentence and exits
 with status 2; anything else that escapes is a bug of ours and shows its traceback.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 
 class UserError(Exception):
     """Bad input, told in one sentence that names the file or key and the remedy."""
+
+
+def require(condition: bool, sentence: str) -> None:
+    """Raises UserError(sentence) unless the condition holds."""
+    if not condition:
+        raise UserError(sentence)
+
+
+def require_at_least(group: str, config: Any, **least: float) -> None:
+    """Raises UserError for the first key whose value is neither null nor at least the given one."""
+    for key, bound in least.items():
+        value = getattr(config, key)
+        require(value is None or value >= bound, f"{group}.{key}={value} must be at least {bound}")

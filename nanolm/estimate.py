@@ -22,10 +22,11 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from nanolm.config import Config, ModelConfig
+from nanolm.config import Config
 from nanolm.errors import UserError
 from nanolm.flops import train_flops_per_token
 from nanolm.metrics import PEAK_TFLOPS
+from nanolm.model_config import ModelConfig
 
 GIBIBYTES: dict[str, float] = {
     "A100": 80,

@@ -25,13 +25,12 @@ from nanolm.arguments import dump, load_config, read_files, split_words
 from nanolm.augment import Augmented
 from nanolm.checkpoint import Checkpoints, load_trunk, locate, read_trainer
 from nanolm.commands.train import open_sinks, steps
-from nanolm.config import require
 from nanolm.container import read_tensors, write_json
 from nanolm.data.task_files import Table
 from nanolm.data.task_stream import TaskStream
 from nanolm.data.tokenizer import MODEL_FILE, Tokenizer
 from nanolm.distributed import World, close, launch
-from nanolm.errors import UserError
+from nanolm.errors import UserError, require
 from nanolm.flops import train_flops_per_token
 from nanolm.learner import Learner
 from nanolm.metrics import Throughput, peak_flops

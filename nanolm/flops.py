@@ -12,7 +12,7 @@ checkpointing: this is *model* FLOPs utilisation (Chowdhery et al. 2022, appendi
 
 from __future__ import annotations
 
-from nanolm.config import ModelConfig
+from nanolm.model_config import ModelConfig
 
 
 def keys_seen(model: ModelConfig, row_length: int, layer: int) -> float:

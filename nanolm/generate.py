@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nanolm.cache import KeyValueCache
-from nanolm.config import require
+from nanolm.errors import require
 from nanolm.masks import Mask
 from nanolm.model import Inputs
 from nanolm.sampling import Sampling, draw

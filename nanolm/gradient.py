@@ -18,8 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from nanolm.config import require
 from nanolm.engine import Engine
+from nanolm.errors import require
 from nanolm.registry import RULES, Options
 
 

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanolm.config import ModelConfig
 from nanolm.layers import Linear, Norm
 from nanolm.model import Trunk
+from nanolm.model_config import ModelConfig
 from nanolm.ops import CrossEntropySpec, Kernels
 from nanolm.ops_reference import CrossEntropyOutput
 from nanolm.registry import HEADS

@@ -27,8 +27,8 @@ from torch.utils.checkpoint import (
 
 from nanolm.bias import Bias
 from nanolm.cache import KeyValueCache
-from nanolm.config import ModelConfig
 from nanolm.masks import Mask
+from nanolm.model_config import ModelConfig
 from nanolm.ops import AttentionSpec, GluSpec, Kernels, LinearSpec, NormSpec
 from nanolm.positions import Positions
 from nanolm.rederive import keeping_input

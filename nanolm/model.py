@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from nanolm.cache import KeyValueCache
-from nanolm.config import ModelConfig
 from nanolm.layers import Context, Norm, Stack, StackSpec
 from nanolm.masks import Mask
+from nanolm.model_config import ModelConfig
 from nanolm.ops import Kernels
 from nanolm.registry import POSITIONS, TRUNKS
 

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from nanolm.bias import AlibiBias, Bias, BucketBias
-from nanolm.config import ModelConfig, require
+from nanolm.errors import require
+from nanolm.model_config import ModelConfig
 from nanolm.ops import Kernels, RotarySpec
 from nanolm.registry import POSITIONS, Options
 

@@ -15,7 +15,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from nanolm.config import require
+from nanolm.errors import require
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,8 +21,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from nanolm.config import Config, DistributedConfig, require
+from nanolm.config import Config, DistributedConfig
 from nanolm.distributed import World
+from nanolm.errors import require
 
 REFUSED = {
     "adafactor": "torch's Adafactor takes row and column means of the rows that a rank holds only",

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from nanolm.config import Config, EvalConfig, RunConfig, TrainConfig, require, require_at_least
+from nanolm.config import Config, EvalConfig, RunConfig, TrainConfig
+from nanolm.errors import require, require_at_least
 from nanolm.registry import Options
 
 

@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanolm.config import ModelConfig, require
+from nanolm.errors import require
 from nanolm.model import Trunk
+from nanolm.model_config import ModelConfig
 from nanolm.ops import Kernels
 from nanolm.registry import HEADS
 

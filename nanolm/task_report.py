@@ -15,12 +15,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table as Grid
 
-from nanolm.config import require
 from nanolm.container import read_json, write_text
 from nanolm.data.task_files import Table
 from nanolm.distributed import World
 from nanolm.engine import Engine
-from nanolm.errors import UserError
+from nanolm.errors import UserError, require
 from nanolm.model_card import write_card
 from nanolm.saved import Saved
 from nanolm.task_config import TaskConfig

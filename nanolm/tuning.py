@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from nanolm.config import Config, TuneConfig, require
+from nanolm.config import Config, TuneConfig
 from nanolm.engine import Engine
+from nanolm.errors import require
 from nanolm.gradient import Backward, GradientRule, build_rule
 from nanolm.optim import build_optimizers
 

@@ -6,8 +6,9 @@ import pytest
 
 from nanolm.arguments import load_config
 from nanolm.build import resolve
-from nanolm.config import Config, DataConfig, ModelConfig
+from nanolm.config import Config, DataConfig
 from nanolm.errors import UserError
+from nanolm.model_config import ModelConfig
 from nanolm.objectives.mlm import MlmOptions
 
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanolm.config import ModelConfig
 from nanolm.layers import (
     Block,
     Context,
@@ -16,6 +15,7 @@ from nanolm.layers import (
     StackSpec,
 )
 from nanolm.masks import Mask
+from nanolm.model_config import ModelConfig
 from nanolm.ops import Kernels
 from nanolm.positions import Positions
 

@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from nanolm.config import ModelConfig
 from nanolm.masks import Mask
 from nanolm.model import Inputs
+from nanolm.model_config import ModelConfig
 from nanolm.ops import Kernels
 from nanolm.registry import POSITIONS, TRUNKS
 

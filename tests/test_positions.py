@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from nanolm.bias import AlibiBias, BucketBias
-from nanolm.config import ModelConfig
 from nanolm.errors import UserError
+from nanolm.model_config import ModelConfig
 from nanolm.ops import Kernels
 from nanolm.registry import POSITIONS
 

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nanolm.build import build_kernels
-from nanolm.config import Config, ModelConfig
+from nanolm.config import Config
 from nanolm.layers import FeedForward
+from nanolm.model_config import ModelConfig
 from nanolm.rederive import keeping_input
 
 

@@ -32,9 +32,9 @@ import torch
 
 from nanolm.bench_shape import PHASES, Shape
 from nanolm.commands.figures import write_json
-from nanolm.config import ModelConfig
 from nanolm.errors import UserError
 from nanolm.flops import train_flops_per_token
+from nanolm.model_config import ModelConfig
 
 ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "8589934592",

@@ -16,7 +16,8 @@ from nanolm import build
 from nanolm.arguments import load_config
 from nanolm.bench_step import StandInTokenizer
 from nanolm.commands.figures import write_json
-from nanolm.config import Config, require
+from nanolm.config import Config
+from nanolm.errors import require
 from nanolm.estimate import Needs, estimate, parts_of
 
 POSITIONAL = ("config_file",)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nanolm.commands.figures import write_json
-from nanolm.config import require
+from nanolm.errors import require
 from nanolm.model import Inputs
 from nanolm.saved import Saved, open_saved
 

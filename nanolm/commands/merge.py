@@ -12,8 +12,8 @@ import torch
 
 from nanolm.arguments import dump
 from nanolm.commands.figures import write_json
-from nanolm.config import require
 from nanolm.container import INDEX, write_folder
+from nanolm.errors import require
 from nanolm.model import Inputs
 from nanolm.peft.base import NoPeftOptions, merge
 from nanolm.peft.files import DESCRIPTION

@@ -15,11 +15,10 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import TextIO
 
-from nanolm.config import require
 from nanolm.data.task_files import Record, Table, read_table
 from nanolm.distributed import World, launch
 from nanolm.engine import Engine
-from nanolm.errors import UserError
+from nanolm.errors import UserError, require
 from nanolm.objectives.task import Task
 from nanolm.saved import Saved, open_saved
 from nanolm.task_config import TaskConfig

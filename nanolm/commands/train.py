@@ -19,12 +19,13 @@ from torch import nn
 from nanolm import build
 from nanolm.arguments import as_mapping, dump, load_config
 from nanolm.checkpoint import Checkpoints, load_trunk, locate, read_trainer
-from nanolm.config import Config, require
+from nanolm.config import Config
 from nanolm.container import write_json
 from nanolm.data.shards import unigram_counts
 from nanolm.data.stream import RowStream
 from nanolm.data.tokenizer import MODEL_FILE, Tokenizer
 from nanolm.distributed import World, close, launch
+from nanolm.errors import require
 from nanolm.evaluation import Evaluator, Yardstick
 from nanolm.flops import train_flops_per_token
 from nanolm.loader import Loader, MicroBatch, eval_batches

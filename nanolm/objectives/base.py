@@ -18,9 +18,10 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from torch import Tensor, nn
 
-from nanolm.config import Config, require
+from nanolm.config import Config
 from nanolm.data.rows import Row
 from nanolm.data.tokenizer import Tokenizer
+from nanolm.errors import require
 from nanolm.heads import HeadRequest
 from nanolm.model import Inputs
 from nanolm.registry import Options

@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanolm import task_metrics
-from nanolm.config import Config, require
+from nanolm.config import Config
 from nanolm.data.task_files import Record, Table
 from nanolm.data.task_labels import class_weights, infer_labels, label_text
 from nanolm.data.tokenizer import Tokenizer
+from nanolm.errors import require
 from nanolm.heads import HeadRequest
 from nanolm.objectives.base import Term
 from nanolm.objectives.task import Item, Task, TaskOptions, chosen, text_problem

@@ -21,9 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanolm import task_metrics
-from nanolm.config import Config, require
+from nanolm.config import Config
 from nanolm.data.task_files import Record, Table
 from nanolm.data.tokenizer import Tokenizer
+from nanolm.errors import require
 from nanolm.gather import gather_with_gradient
 from nanolm.heads import HeadRequest
 from nanolm.objectives.base import Term

@@ -16,9 +16,10 @@ from typing import Literal
 import numpy as np
 from torch import Tensor, nn
 
-from nanolm.config import Config, require
+from nanolm.config import Config
 from nanolm.data.rows import Row
 from nanolm.data.tokenizer import Tokenizer
+from nanolm.errors import require
 from nanolm.heads import HeadRequest
 from nanolm.masks import Mask
 from nanolm.model import Inputs

@@ -18,9 +18,10 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanolm.config import Config, require
+from nanolm.config import Config
 from nanolm.data.rows import Row
 from nanolm.data.tokenizer import Tokenizer
+from nanolm.errors import require
 from nanolm.heads import HeadRequest
 from nanolm.model import Inputs
 from nanolm.objectives.base import Draw, Example, Term

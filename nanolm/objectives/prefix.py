@@ -15,9 +15,10 @@ import dataclasses
 import numpy as np
 from torch import Tensor
 
-from nanolm.config import Config, require
+from nanolm.config import Config
 from nanolm.data.rows import Row, fill_blocks
 from nanolm.data.tokenizer import Tokenizer
+from nanolm.errors import require
 from nanolm.masks import Mask
 from nanolm.model import Inputs
 from nanolm.objectives.base import IGNORED, Draw, TokenLossOptions

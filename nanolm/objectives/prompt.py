@@ -15,11 +15,11 @@ import dataclasses
 import numpy as np
 from torch import Tensor, nn
 
-from nanolm.config import Config, require
+from nanolm.config import Config
 from nanolm.data.task_files import Record, Table
 from nanolm.data.task_labels import ordered
 from nanolm.data.tokenizer import SPACE, Tokenizer
-from nanolm.errors import UserError
+from nanolm.errors import UserError, require
 from nanolm.heads import HeadRequest
 from nanolm.objectives.classify import Classify, ClassifyOptions
 from nanolm.objectives.task import Item, Sequence

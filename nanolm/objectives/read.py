@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanolm import task_metrics
-from nanolm.config import Config, require
+from nanolm.config import Config
 from nanolm.data.task_files import Record, Table
 from nanolm.data.tokenizer import UNSPACED, Tokenizer
+from nanolm.errors import require
 from nanolm.heads import HeadRequest
 from nanolm.objectives.base import Term
 from nanolm.objectives.ragged import ragged, within

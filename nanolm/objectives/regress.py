@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from nanolm import task_metrics
-from nanolm.config import Config, require
+from nanolm.config import Config
 from nanolm.data.task_files import Record, Table
 from nanolm.data.tokenizer import Tokenizer
-from nanolm.errors import UserError
+from nanolm.errors import UserError, require
 from nanolm.objectives.base import Term
 from nanolm.objectives.classify import Pooled, PooledOptions, sequence_head
 from nanolm.objectives.task import Item

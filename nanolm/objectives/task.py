@@ -18,12 +18,12 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor, nn
 
-from nanolm.config import Config, require
+from nanolm.config import Config
 from nanolm.data.task_files import Record, Table
 from nanolm.data.task_packing import rectangle, scatter
 from nanolm.data.task_stream import TaskRow
 from nanolm.data.tokenizer import Tokenizer
-from nanolm.errors import UserError
+from nanolm.errors import UserError, require
 from nanolm.heads import HeadRequest
 from nanolm.masks import Mask
 from nanolm.model import Inputs

@@ -18,10 +18,10 @@ import numpy as np
 from torch import Tensor, nn
 
 from nanolm import task_metrics
-from nanolm.config import Config, require
+from nanolm.config import Config
 from nanolm.data.task_files import Record, Table
 from nanolm.data.tokenizer import Tokenizer
-from nanolm.errors import UserError
+from nanolm.errors import UserError, require
 from nanolm.heads import HeadRequest
 from nanolm.objectives.base import Term, TokenLossOptions, token_terms
 from nanolm.objectives.task import Item, Sequence, Task, text_problem

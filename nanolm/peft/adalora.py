@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanolm.config import require
+from nanolm.errors import require
 from nanolm.learner import Learner
 from nanolm.peft.base import Adapter, linears
 from nanolm.peft.lora import LoraLinear, LowRankOptions

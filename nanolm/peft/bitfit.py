@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from nanolm.config import require
+from nanolm.errors import require
 from nanolm.learner import Learner
 from nanolm.peft.base import Adapter, PeftOptions
 from nanolm.registry import PEFT

@@ -14,7 +14,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanolm.config import require
+from nanolm.errors import require
 from nanolm.layers import Norm
 from nanolm.learner import Learner
 from nanolm.peft.base import Adapter, Adopted, PeftOptions

@@ -14,9 +14,9 @@ import pathlib
 from typing import Any
 
 from nanolm.checkpoint import load_trunk, load_weights, locate
-from nanolm.config import Config, require
+from nanolm.config import Config
 from nanolm.container import read_json, read_tensors, write_folder
-from nanolm.errors import UserError
+from nanolm.errors import UserError, require
 from nanolm.learner import Learner
 from nanolm.peft.base import Adapter, attach, detach, trainable_counts
 from nanolm.registry import PEFT, Options

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanolm.config import require
+from nanolm.errors import require
 from nanolm.learner import Learner
 from nanolm.peft.base import Adapter, Adopted, PeftOptions, linears
 from nanolm.registry import PEFT

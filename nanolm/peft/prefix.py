@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from nanolm.bias import Bias
-from nanolm.config import require
+from nanolm.errors import require
 from nanolm.learner import Learner
 from nanolm.masks import Mask
 from nanolm.ops_reference import ReferenceAttention, wide

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from nanolm.config import require
+from nanolm.errors import require
 from nanolm.learner import Learner
 from nanolm.masks import Mask
 from nanolm.model import Inputs, Trunk

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanolm.config import require
 from nanolm.engine import Engine
+from nanolm.errors import require
 from nanolm.gradient import Backward, GradientRule, build_rule
 from nanolm.registry import RULES
 from nanolm.rules.base import Muted, WrapperOptions, one_by_one

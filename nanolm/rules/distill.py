@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanolm.config import require
 from nanolm.engine import Engine
+from nanolm.errors import require
 from nanolm.gradient import Backward, GradientRule, build_rule
 from nanolm.learner import Learner
 from nanolm.objectives.base import Objective, Term

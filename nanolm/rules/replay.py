@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nanolm.config import require
 from nanolm.data.stream import RowStream
 from nanolm.engine import Engine
+from nanolm.errors import require
 from nanolm.gradient import Backward, GradientRule, build_rule
 from nanolm.loader import Loader, MicroBatch
 from nanolm.objectives.base import Objective, Term
