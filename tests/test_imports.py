@@ -11,7 +11,13 @@ FOLDERS = {"nanolm": "nanolm", "nanolm.data": "data", "nanolm.kernels": "kernels
 # Layers from the ground up: a module may import those of its own layer and of the layers below.
 LAYERS = [
     {"nanolm.errors", "nanolm.registry", "nanolm.strict_yaml", "nanolm.typed", "nanolm.typing"},
-    {"nanolm.config", "nanolm.task_config", "nanolm.choices", "nanolm.arguments"},
+    {
+        "nanolm.model_config",
+        "nanolm.config",
+        "nanolm.task_config",
+        "nanolm.choices",
+        "nanolm.arguments",
+    },
     {"nanolm.masks", "nanolm.bias", "nanolm.cache"},
     {
         "nanolm.ops",
