@@ -134,6 +134,7 @@ def test_a_file_that_the_system_cuts_short_is_told(tmp_path):
 import pathlib, sys, torch
 from nanolm.checkpoint import Checkpoints
 from nanolm.distributed import World
+from nanolm.errors import UserError
 try:
     Checkpoints(pathlib.Path(sys.argv[1]), World()).save(
         1, {"model": {"w": torch.zeros(1 << 18)}}, {"step": 1}, {})
