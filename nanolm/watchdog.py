@@ -64,7 +64,14 @@ class Watchdog:
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Waits for the heart's last beat, which only a store that does not answer holds up.
+
+        A daemon thread that comes back from the store's C++ while Python shuts down is unwound
+        there, and that ends the process with SIGABRT.
+        """
         self._over.set()
+        for thread in self._threads:
+            thread.join(4 * self.interval)
 
     def _state(self, number: int, phase: str | None = None) -> dict[str, Any]:
         return {

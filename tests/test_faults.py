@@ -1,5 +1,6 @@
 """Faults in real processes under torchrun's agent: kills, hangs, stops, bad numbers, slow ranks."""
 
+import datetime
 import json
 import os
 import random
@@ -9,10 +10,12 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from nanolm import watchdog
 from nanolm.distributed import World
 from nanolm.errors import UserError
-from nanolm.progress import straggler
+from nanolm.progress import Progress, straggler
 from nanolm.watchdog import hanging, verdict
 from tests.elastic import elastic, output
 from tests.test_resume import assert_same_bits, fit
@@ -113,6 +116,34 @@ def test_who_hangs_is_who_does_not_wait():
     assert verdict(1, beats, [0], False, 1.0).startswith("rank 0 (pid 1 on node a) is stopped")
     assert verdict(2, beats, [0], False, 1.0) is None
     assert "cut off" in verdict(2, beats, [], True, 1.0)
+
+
+class SlowStore:
+    """A store whose answers take a while, as over a network."""
+
+    def __init__(self, store):
+        self.store = store
+
+    def set(self, key, value):
+        self.store.set(key, value)
+
+    def check(self, keys):
+        with pytest.raises(dist.DistStoreError):
+            self.store.wait(["never"], datetime.timedelta(seconds=0.5))
+        return self.store.check(keys)
+
+
+def test_training_does_not_end_before_the_heart(tmp_path, monkeypatch):
+    """A heart that came back from C++ while Python shut down ended the process with SIGABRT."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = SlowStore(dist.TCPStore("127.0.0.1", server.port))
+    monkeypatch.setattr(watchdog, "connect_store", lambda seconds: store)
+    monkeypatch.setattr(World, "broadcast", lambda self, value: value)
+    progress = Progress(torch.device("cpu"))
+    with watchdog.Watchdog(World(rank=1, size=2), progress, 48.0, tmp_path) as dog:
+        time.sleep(0.2)
+        assert all(thread.is_alive() for thread in dog._threads) and len(dog._threads) == 2
+    assert not any(thread.is_alive() for thread in dog._threads)
 
 
 def fit_with_bad_gradient(world, config, rank, steps, value=float("nan")):

@@ -81,14 +81,7 @@ def test_finetune_evaluate_predict(objective, data, tmp_path, monkeypatch):
 def torchrun(ranks, words):
     command_line = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     job = subprocess.run(
-        [
-            sys.executable,
-            *command_line,
-            "-m",
-            "nanolm.finetune",
-            *words,
-            "--distributed.hang_timeout=0",
-        ],
+        [sys.executable, *command_line, "-m", "nanolm.finetune", *words],
         cwd=ROOT,
         capture_output=True,
         text=True,
