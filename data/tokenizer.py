@@ -71,13 +71,25 @@ def joins_word(character: str) -> bool:
     return letter and not UNSPACED.match(character)
 
 
+def byte_joins_word(byte: int) -> bool:
+    """Whether a byte piece continues the word before it.
+
+    The middle of a character always does, so that no character is split. A first byte tells the
+    script in the rough: Latin to Indic letters (C3-E1) and Hangul syllables (EA-ED) continue a
+    word; punctuation, kana, Chinese characters and symbols (E2-E9, EE and above) begin one.
+    """
+    if byte < 0x80:
+        return joins_word(chr(byte))
+    return byte < 0xE2 or 0xEA <= byte <= 0xED
+
+
 class Tokenizer:
     """A SentencePiece model, its roles, and what each piece is worth in text.
 
     special_mask, joins_left, joins_right: bool[V]; byte_length: int32[V], the UTF-8 bytes of text
     that a piece stands for (a literal U+F4A1 or U+F4A2 counts double). Token i continues the word
-    of token i - 1 iff `joins_left[i] and joins_right[i - 1]`; byte pieces join on both sides, so a
-    character is never split.
+    of token i - 1 iff `joins_left[i] and joins_right[i - 1]`; a character that is spelt in byte
+    pieces is never split.
     """
 
     def __init__(self, model_bytes: bytes, path: str = "") -> None:
@@ -236,7 +248,9 @@ class Tokenizer:
                 self.special_mask[index] = True
             elif processor.is_byte(index):
                 self.byte_length[index] = 1
-                self.joins_left[index] = self.joins_right[index] = True
+                byte = int(processor.id_to_piece(index)[1:-1], 16)  # "<0xE4>"
+                self.joins_left[index] = byte_joins_word(byte)
+                self.joins_right[index] = byte >= 0x80 or joins_word(chr(byte))
             elif text := processor.id_to_piece(index).replace(SPACE, " "):
                 self.byte_length[index] = len(text.encode())
                 self.joins_left[index] = joins_word(text[0])

@@ -145,3 +145,24 @@ def test_a_row_of_specials_has_nothing_to_mask(tokenizer):
     row = np.array([tokenizer.cls, tokenizer.sep, tokenizer.pad])
     for select in SELECTORS.values():
         assert len(select(row, tokenizer, 0.15, np.random.default_rng(0))) == 0
+
+
+@pytest.mark.parametrize("unit", ["word", "span"])
+def test_a_row_without_a_word_that_fits_is_masked_by_token(tokenizer, unit):
+    row = tokenizer.encode("7")[-1:].repeat(50).astype(np.int64)  # one long number
+    assert len(words(row, tokenizer)[0]) == 1
+    chosen = SELECTORS[unit](row, tokenizer, 0.2, np.random.default_rng(0))
+    assert len(chosen) == 10
+
+
+def test_characters_spelt_in_bytes_are_words_by_script(tokenizer):
+    text = "天地玄黃，宇宙洪荒" * 4  # none of these is in the vocabulary: 3 byte pieces each
+    row = tokenizer.encode(text).astype(np.int64)
+    starts, stops = words(row, tokenizer)
+    spelt = [tokenizer.decode(row[a:b]) for a, b in zip(starts, stops, strict=True)]
+    assert [word for word in spelt if word.strip()] == list(text)
+    assert "straße" in [
+        tokenizer.decode(row[a:b]).strip()
+        for row in [tokenizer.encode("die straße da").astype(np.int64)]
+        for a, b in zip(*words(row, tokenizer), strict=True)
+    ]

@@ -4,7 +4,8 @@ BERT's recipe (Devlin et al. 2019, section 3.1) with exact counts: of a row's n 
 specials, no padding) exactly max(1, round(p n)) are selected; of these 80 % become <mask>, 10 % a
 random token, 10 % stay. Selection is by token, by whole word, or by spans of words whose lengths
 are geometric (Joshi et al. 2020, section 3.1); words are never split, so the last two select at
-most that many tokens.
+most that many tokens. A row whose every word is longer than that (one long number, a short title)
+has its tokens selected singly: no row goes untrained.
 
 Shapes: T tokens of one row, n maskable tokens, V vocabulary.
 """
@@ -59,7 +60,9 @@ def select_words(
             left -= size
         if left == 0:
             break
-    return np.sort(np.concatenate(chosen)) if chosen else np.zeros(0, dtype=np.int64)
+    return (
+        np.sort(np.concatenate(chosen)) if chosen else select_tokens(tokens_T, tokenizer, rate, rng)
+    )
 
 
 def select_spans(
@@ -90,7 +93,7 @@ def select_spans(
             left -= size
         if left == 0:
             break
-    return np.flatnonzero(taken)
+    return np.flatnonzero(taken) if taken.any() else select_tokens(tokens_T, tokenizer, rate, rng)
 
 
 def corrupt(
