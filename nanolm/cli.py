@@ -20,6 +20,7 @@ COMMANDS = {
     "train": ("nanolm.commands.train", "pretrain a model"),
     "finetune": ("nanolm.commands.finetune", "turn a checkpoint into a classifier, tagger, …"),
     "predict": ("nanolm.commands.predict", "labels, spans or texts of a fine-tuned model"),
+    "explain": ("nanolm.commands.explain", "which tokens made a model say what it says"),
     "merge": ("nanolm.commands.merge", "fold an adapter into its base's weights"),
     "evaluate": ("nanolm.commands.evaluate", "figures of a checkpoint on a split"),
     "generate": ("nanolm.commands.generate", "write text with a decoder"),
@@ -37,6 +38,7 @@ COMMANDS = {
     "masks draw": ("nanolm.commands.masks_draw", "each kind of mask as a PNG"),
     "kernels memory": ("nanolm.commands.kernels_memory", "peak memory of the projected loss"),
     "kernels compile": ("nanolm.commands.kernels_compile", "registers and spills, without a GPU"),
+    "bench prepare": ("nanolm.commands.bench_prepare", "preparation beside its encoders"),
     "bench data": ("nanolm.commands.bench_data", "loader throughput beside other loaders"),
     "bench train": ("nanolm.commands.bench_train", "step throughput beside other models"),
 }

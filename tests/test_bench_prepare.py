@@ -1,0 +1,22 @@
+"""The benchmark of preparation runs on real text and reports what it says it does."""
+
+import json
+import pathlib
+
+from nanolm import cli
+
+
+def test_rates_and_memory_of_a_small_corpus(tmp_path, capsys):
+    text = pathlib.Path(json.__file__).read_text(encoding="utf-8")
+    for number in range(4):
+        (tmp_path / f"{number}.txt").write_text(f"{number}\n{text}", encoding="utf-8")
+    out = tmp_path / "figures.json"
+    command = ["bench", "prepare", f"{tmp_path}/*.txt", "--vocab_size=512", "--workers=1"]
+    cli.run([*command, "--repeats=1", '--tokenizer_types=["bpe"]', f"--json={out}"])
+    (row,) = json.loads(out.read_text())
+    assert row["bytes"] == 4 * (len(text.encode()) + 2)
+    assert row["kind"] == "bpe" and row["workers"] == 1
+    for key in ("alone_one", "alone_all", "encoding", "everything", "encoding_over_alone"):
+        assert row[key] > 0
+    assert row["peak_bytes"] > 10_000_000
+    assert "prepare with 1 workers" in capsys.readouterr().out
