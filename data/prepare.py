@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-import nanolm.data.huggingface  # noqa: F401  (registers the source `hf`)
+import nanolm.data.huggingface
+import nanolm.data.table_text  # noqa: F401  (registers the source `table`)
 from nanolm.data.dedup import find_duplicates, partition_count
 from nanolm.data.encode import assemble, encode, plan_shards
 from nanolm.data.files import AtomicFile
