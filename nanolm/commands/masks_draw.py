@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-import struct
-import zlib
 
 import numpy as np
 import torch
 
 from nanolm.masks import Mask
+from nanolm.png import png
 
 DOCUMENTS = torch.tensor([[0] * 5 + [1] * 7 + [2] * 4])
 ORDER = torch.tensor([[3, 9, 0, 14, 6, 1, 12, 4, 8, 15, 2, 11, 5, 13, 7, 10]])
@@ -45,20 +44,6 @@ def picture(allowed: np.ndarray, cell: int) -> np.ndarray:
     pixels = pixels.repeat(cell, axis=0).repeat(cell, axis=1)
     pixels[::cell], pixels[:, ::cell] = LINE, LINE
     return pixels
-
-
-def png(pixels: np.ndarray) -> bytes:
-    """The pixels as a PNG file (ISO/IEC 15948: signature, header, one zlib stream, end)."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        check = struct.pack(">I", zlib.crc32(kind + data))
-        return struct.pack(">I", len(data)) + kind + data + check
-
-    height, width, _ = pixels.shape
-    rows = np.concatenate([np.zeros((height, 1), np.uint8), pixels.reshape(height, -1)], axis=1)
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows.tobytes(), 9))
-    return b"\x89PNG\r\n\x1a\n" + body + chunk(b"IEND", b"")
 
 
 def run(arguments: Arguments) -> None:

@@ -78,16 +78,17 @@ def lines_as_tables(lines: Iterable[str], task: Task, size: int) -> Iterator[Tab
     numbered = ((n, line.rstrip("\r\n")) for n, line in enumerate(lines, start=1))
     filled = ((n, line) for n, line in numbered if line.strip())
     while part := list(itertools.islice(filled, size)):
-        records = [_record(line, n, task) for n, line in part]
+        records = [record_of_line(line, f"standard input row {n}", task) for n, line in part]
         yield Table("standard input", records, [n for n, _ in part])
 
 
-def _record(line: str, number: int, task: Task) -> Record:
+def record_of_line(line: str, where: str, task: Task) -> Record:
+    """The record of a line of text or JSON; raises UserError, naming `where`, for broken JSON."""
     if line.lstrip().startswith("{"):
         try:
             value = json.loads(line)
         except ValueError as error:
-            raise UserError(f"standard input row {number} is not valid JSON: {error}") from None
+            raise UserError(f"{where} is not valid JSON: {error}") from None
         return value
     return task.record_of(line)
 

@@ -1,0 +1,133 @@
+"""`nanolm explain RUN TEXT`: which tokens made a fine-tuned model say what it says, and where its
+heads look.
+
+The text is a line as `nanolm predict` reads it: the task's fields separated by tabs, or a JSON
+object. Everything comes from the saved folder alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any, Literal
+
+from nanolm.commands.figures import write_json
+from nanolm.commands.predict import Predictor, record_of_line
+from nanolm.data.task_files import Table
+from nanolm.distributed import World
+from nanolm.errors import UserError, require_at_least
+from nanolm.explain import Baseline, Explainer, best_window
+from nanolm.explain_page import Explanation, draw, write_page
+from nanolm.saved import Saved, open_saved
+from nanolm.task_data import make_split
+
+POSITIONAL = ("run", "text")
+WRITERS = {"html": write_page, "png": draw}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Explain one prediction of a fine-tuned model."""
+
+    run: str
+    """Folder of a fine-tuning run (its best checkpoint is used) or of a checkpoint."""
+    text: str
+    """The text: fields separated by tabs, or a JSON object."""
+    target: str | None = None
+    """What to explain: a label, a score's column, or a word's number from 1 (tag); null: what the
+    model predicts."""
+    baseline: Baseline = "auto"
+    """Where integrated gradients begin: mask, mean (of all embeddings) or zero; auto: mask for an
+    encoder, mean for a decoder."""
+    steps: int = 32
+    """Steps of integrated gradients; doubled until attributions add up to `tolerance`."""
+    most_steps: int = 1024
+    """Steps at which doubling ends."""
+    tolerance: float = 0.01
+    """How much of the difference between text and baseline the attributions may miss."""
+    formats: list[Literal["html", "png"]] = dataclasses.field(default_factory=lambda: ["html"])
+    """What to write: html, png."""
+    out: str = "explanation"
+    """Files to write, without the suffix."""
+    plugins: list[str] = dataclasses.field(default_factory=list)
+    """Plug-ins that the checkpoint was trained with."""
+    json: str | None = None
+    """Also write the figures to this file."""
+
+    def __post_init__(self) -> None:
+        require_at_least("explain", self, steps=1, most_steps=1)
+        if not 0 < self.tolerance < 1:
+            raise UserError(f"explain.tolerance={self.tolerance} must lie in (0, 1)")
+
+
+def explain(saved: Saved, arguments: Arguments) -> Explanation:
+    """The explanation of one text."""
+    predictor = Predictor(saved, World(), batch=1)
+    task = predictor.task
+    record = record_of_line(arguments.text, "the text", task)
+    table = Table("the text", [record], [1])
+    split = make_split("input", table, task, saved.config.data, with_gold=False)
+    learner = saved.learner.requires_grad_(False)
+    explainer = best_window(learner, split.items, arguments.target)
+    integrated = explainer.integrated_gradients(
+        arguments.baseline,
+        steps=arguments.steps,
+        most_steps=arguments.most_steps,
+        tolerance=arguments.tolerance,
+    )
+    notes = [
+        *split.notes,
+        f"Integrated gradients in {integrated.steps} steps: {integrated.at_text:.4f} for the text, "
+        f"{integrated.at_baseline:.4f} for the baseline; the attributions miss "
+        f"{abs(integrated.gap):.2g} of the difference.",
+    ]
+    if len(split.items) > 1:
+        notes.append(f"The text is read in {len(split.items)} windows; this is the best one.")
+    return Explanation(
+        pieces=pieces_of(explainer),
+        prediction=predictor(table)[0],
+        question=explainer.question.name,
+        value=explainer.value,
+        attributions={
+            "gradient × input": explainer.gradient_times_input().tolist(),
+            "integrated gradients": integrated.values_T.tolist(),
+        },
+        notes=notes,
+        maps_LHTT=explainer.maps_LHTT.float().cpu().numpy(),
+    )
+
+
+def pieces_of(explainer: Explainer) -> list[str]:
+    """The tokens as the tokenizer writes them."""
+    return [explainer.task.tokenizer.piece(int(token)) for token in explainer.tokens_T]
+
+
+def run(arguments: Arguments) -> None:
+    """Explain, write the files, say the strongest tokens."""
+    saved = open_saved(arguments.run, phase="train", plugins=arguments.plugins)
+    explanation = explain(saved, arguments)
+    for line in told(explanation):
+        print(line)
+    for name in arguments.formats:
+        path = pathlib.Path(arguments.out).with_suffix(f".{name}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            WRITERS[name](explanation, path)
+        except OSError as error:
+            raise UserError(f"cannot write --out {path}: {error.strerror}") from None
+        print(path)
+    write_json(arguments.json, explanation.figures())
+
+
+def told(explanation: Explanation) -> list[str]:
+    """The prediction, and the tokens that did most, in lines for the terminal."""
+    values: dict[str, Any] = explanation.attributions
+    strongest = values["integrated gradients"]
+    order = sorted(range(len(strongest)), key=lambda place: -abs(strongest[place]))[:8]
+    parts = [f"{explanation.pieces[place]} {strongest[place]:+.3f}" for place in order]
+    return [
+        json.dumps(explanation.prediction, ensure_ascii=False),
+        f"{explanation.question} = {explanation.value:.4f}: {', '.join(parts)}",
+        *explanation.notes,
+    ]

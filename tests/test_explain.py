@@ -1,0 +1,111 @@
+"""Attributions and attention maps: what they must add up to, and the command."""
+
+import json
+
+import pytest
+import torch
+
+from nanolm.errors import UserError
+from nanolm.explain import Explainer, best_window, observed_attention
+from tests.finetuned import checkpoint, command, finetune, questions, table
+from tests.test_objectives_tasks import build
+
+TASKS = ["classify", "regress", "tag", "read", "prompt"]
+
+
+def explainer(task, trunk, **options):
+    learner, split = build(task, trunk, **options)
+    learner = learner.double().eval().requires_grad_(False)
+    return best_window(learner, split.items[3:5], None)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("trunk", ["encoder", "decoder"])
+def test_integrated_gradients_are_complete(task, trunk):
+    """Sundararajan et al. 2017, proposition 1: they sum to F(text) - F(baseline)."""
+    found = explainer(task, trunk)
+    integrated = found.integrated_gradients(tolerance=1e-3)
+    difference = integrated.at_text - integrated.at_baseline
+    assert abs(difference) > 1e-6
+    assert abs(integrated.gap) <= 1e-3 * abs(difference)
+    assert integrated.at_text == pytest.approx(found.value, abs=1e-6)
+    frame = set(found.task.tokenizer.roles().values())
+    framed = [int(token) in frame for token in found.tokens_T]
+    assert any(framed) and not integrated.values_T[torch.tensor(framed)].any()
+    # More steps, less missing; all zeros is a baseline too.
+    rough, fine = (found.integrated_gradients("mean", steps=n, tolerance=0.9) for n in (1, 64))
+    assert abs(fine.gap) < abs(rough.gap)
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_gradient_times_input_is_the_slope_along_the_embeddings(pack):
+    found = explainer("classify", "encoder", pack=pack)
+    h = 1e-3  # heads answer in float32
+    with torch.no_grad():
+        up, down = found.scores(torch.stack([found.x_TD * (1 + h), found.x_TD * (1 - h)])).tolist()
+    slope = float(found.gradient_times_input().sum())
+    assert slope == pytest.approx((up - down) / (2 * h), rel=1e-2)
+
+
+@pytest.mark.parametrize("trunk", ["encoder", "decoder"])
+def test_attention_maps_are_distributions_and_change_nothing(trunk):
+    found = explainer("classify", trunk, model={"window": [None, 3], "n_kv_heads": 2})
+    n = len(found.tokens_T)
+    maps = found.maps_LHTT
+    assert maps.shape == (2, 4, n, n)
+    torch.testing.assert_close(maps.sum(dim=-1), torch.ones(2, 4, n).double())
+    apart = (torch.arange(n)[:, None] - torch.arange(n)[None]).abs()
+    assert not maps[1][:, apart >= 3].any() and maps[0][:, apart >= 3].any()
+    ahead = torch.ones(n, n).triu(1).bool()
+    assert maps[0][:, ahead].any() == (trunk == "encoder")
+    learner, inputs = found.learner, found.task.inputs(found.batch(1))
+    before = learner.trunk(inputs)
+    with observed_attention(learner) as seen:
+        assert torch.equal(learner.trunk(inputs), before)
+    assert len(seen) == 2
+    learner.trunk(inputs)
+    assert len(seen) == 2  # the observer is gone
+
+
+def test_what_is_explained_can_be_chosen_or_is_refused():
+    learner, split = build("tag", "encoder")
+    words = Explainer(learner.eval(), split.items[1], "2")
+    assert words.question.name.endswith("at word 2")
+    names = [("tag", "99", "words 1 to"), ("classify", "z", "none of the labels a, b, c")]
+    names += [("regress", "z", "none of the scores score"), ("read", "z", "leave --target out")]
+    for task, target, sentence in names:
+        learner, split = build(task, "encoder")
+        with pytest.raises(UserError, match=sentence):
+            Explainer(learner.eval(), split.items[1], target)
+    for task, trunk in (("embed", "encoder"), ("choose", "encoder"), ("write", "decoder")):
+        learner, split = build(task, trunk)
+        with pytest.raises(UserError, match=f"objective={task} gives no single number"):
+            Explainer(learner.eval(), split.items[0])
+
+
+def test_the_command_writes_a_page_and_a_picture(tmp_path):
+    table(tmp_path / "data", "train", questions(120))
+    table(tmp_path / "data", "val", questions(30, 1000))
+    run = tmp_path / "run"
+    words = ("--train.steps=30", "--optim.lr=3e-3", "--train.precision=bf16")
+    finetune(checkpoint("mlm"), tmp_path / "data", run, *words)
+    out, figures = tmp_path / "why", tmp_path / "why.json"
+    line = "please open a file and return"
+    printed = command(
+        "explain", str(run), line, f"--out={out}", "--formats=[html, png]", f"--json={figures}"
+    )
+    assert "logit of label file" in printed and "attributions miss" in printed
+    page = (tmp_path / "why.html").read_text()
+    assert page.count("data:image/png;base64,") == 8 and "http" not in page
+    assert (tmp_path / "why.png").read_bytes().startswith(b"\x89PNG")
+    found = json.loads(figures.read_text())
+    values = found["attributions"]["integrated gradients"]
+    assert len(values) == len(found["tokens"]) == len(found["attributions"]["gradient × input"])
+    strongest = found["tokens"][max(range(len(values)), key=values.__getitem__)]
+    assert strongest.strip("▁") and found["prediction"]["label"] == "file"
+    with pytest.raises(UserError, match="none of the labels error, file, list"):
+        command("explain", str(run), line, "--target=poem")
+    with pytest.raises(UserError, match="was pretrained, not fine-tuned"):
+        command("explain", str(checkpoint("mlm")), line)
+    with pytest.raises(UserError, match="text is empty"):
+        command("explain", str(run), '{"text": " "}')
