@@ -4,8 +4,14 @@ nanolm's side is its own: Loader, Learner, Backward (two micro-batches with diff
 counts), optimizer and schedule. The other side is a plain loop over one big batch, with the
 learning rate written out by hand. Their loss curves agree to 1e-8 in float64, where rounding cannot
 hide a different formula, and to 1e-4 in float32.
+
+The learning rate has to be one at which training is stable. At 1e-3 with 5 warm-up steps the model
+of 6 layers is not: there `transformers` differs from *itself* by 5.9e-2 within 200 steps when its
+weights are disturbed in the last bit (and nanolm from it by 5.3e-2); at 3e-4 by 9.5e-7, and the
+loss falls lower. So each float32 comparison prints that floor, and asserts that it is low.
 """
 
+import copy
 import math
 
 import pytest
@@ -22,7 +28,7 @@ from nanolm.loader import Loader
 from nanolm.optim import build_optimizers
 from nanolm.schedules import build_schedule
 
-LR, WARMUP, FLOOR, CLIP, DECAY, BETAS = 1e-3, 5, 0.1, 1.0, 0.1, (0.9, 0.95)
+WARMUP, FLOOR, CLIP, DECAY, BETAS = 5, 0.1, 1.0, 0.1, (0.9, 0.95)
 GPT2 = {"feed_forward": "gelu_tanh"}
 BERT = {
     "trunk": "encoder",
@@ -31,8 +37,8 @@ BERT = {
     "embedding_norm": True,
     "n_segments": 2,
 }
-TINY = {"layers": 2, "width": 64, "heads": 4, "rows": 6, "length": 32}
-SMALL = {"layers": 6, "width": 384, "heads": 6, "rows": 4, "length": 64}
+TINY = {"layers": 2, "width": 64, "heads": 4, "rows": 6, "length": 32, "lr": 1e-3}
+SMALL = {"layers": 6, "width": 384, "heads": 6, "rows": 4, "length": 64, "lr": 3e-4}
 
 
 def our_config(corpus, family, shape, steps):
@@ -48,7 +54,12 @@ def our_config(corpus, family, shape, steps):
             },
             "objective": {"name": "clm" if family == "gpt2" else "mlm_pair"},
             "data": {"path": str(corpus), "row_length": shape["length"]},
-            "optim": {"name": "adamw", "lr": LR, "weight_decay": DECAY, "betas": list(BETAS)},
+            "optim": {
+                "name": "adamw",
+                "lr": shape["lr"],
+                "weight_decay": DECAY,
+                "betas": list(BETAS),
+            },
             "schedule": {"name": "cosine", "warmup": WARMUP, "floor": FLOOR},
             "train": {"steps": steps, "global_batch": shape["rows"]},
         },
@@ -108,12 +119,12 @@ def train_ours(learner, config, batches, steps):
     return losses
 
 
-def train_theirs(model, family, batches, steps):
+def train_theirs(model, family, batches, steps, lr):
     """The same by a plain loop; one batch per step."""
     matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
     groups = [{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LR, betas=BETAS, eps=1e-8, fused=False)
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=BETAS, eps=1e-8, fused=False)
     losses = []
     for step, (batch,) in zip(range(steps), batches):
         loss = their_loss(model, family, batch.tensors)
@@ -123,7 +134,7 @@ def train_theirs(model, family, batches, steps):
         way = (step - WARMUP) / (steps - WARMUP)
         wave = FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * way)) / 2
         for group in optimizer.param_groups:
-            group["lr"] = LR * ((step + 1) / WARMUP if step < WARMUP else wave)
+            group["lr"] = lr * ((step + 1) / WARMUP if step < WARMUP else wave)
         optimizer.step()
         losses.append(loss.item())
     return losses
@@ -142,7 +153,17 @@ def their_loss(model, family, batch):
     return masked + F.cross_entropy(out.seq_relationship_logits, batch["broken"])
 
 
-def curves(family, shape, dtype, steps, corpus, tokenizer):
+def disturbed(model):
+    """The same weights but for their last bits: a relative 2^-24 of standard normal noise."""
+    model, noise = copy.deepcopy(model), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 1 + torch.randn(parameter.shape, generator=noise) * 2**-24
+    return model
+
+
+def curves(family, shape, dtype, steps, corpus, tokenizer, *, floor=False):
+    """Loss curves of nanolm, of transformers, and of transformers disturbed if asked for."""
     config = resolve(our_config(corpus, family, shape, steps), tokenizer)
     objective = build_objective(config, tokenizer)
     stream = RowStream(
@@ -151,12 +172,13 @@ def curves(family, shape, dtype, steps, corpus, tokenizer):
     theirs = their_model(family, shape, config.model.vocab_size).to(dtype).train()
     learner = build_learner(config, objective).to(dtype).train()
     learner.load_state_dict(getattr(transformers_weights, family)(theirs))
-    rows = shape["rows"]
+    rows, lr = shape["rows"], shape["lr"]
     in_pieces = Loader(stream, objective, global_batch=rows, micro_batch=rows - 2)
     in_one = Loader(stream, objective, global_batch=rows, micro_batch=rows)
-    ours = train_ours(learner, config, in_pieces, steps)
-    expected = train_theirs(theirs, family, in_one, steps)
-    return torch.tensor([ours, expected], dtype=torch.float64)
+    models = [disturbed(theirs), theirs] if floor else [theirs]
+    found = [train_theirs(model, family, in_one, steps, lr) for model in models]
+    found.append(train_ours(learner, config, in_pieces, steps))
+    return torch.tensor(found[::-1], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bert"])
@@ -174,6 +196,12 @@ def test_tiny_models_learn_the_same_to_1e8(family, corpus, tokenizer):
     ids=["2x64-fp64", "6x384-fp32"],
 )
 def test_loss_curves_of_200_steps_agree(family, shape, dtype, tolerance, corpus, tokenizer):
-    ours, theirs = curves(family, shape, dtype, 200, corpus, tokenizer)
+    single = dtype == torch.float32
+    found = curves(family, shape, dtype, 200, corpus, tokenizer, floor=single)
+    ours, theirs = found[:2]
     print(f"largest difference {(ours - theirs).abs().max():.2e}, last loss {ours[-1]:.4f}")
+    if single:
+        floor = (found[2] - theirs).abs().max()
+        print(f"transformers disturbed in the last bit: {floor:.2e}")
+        assert floor < tolerance / 4
     torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=0)
