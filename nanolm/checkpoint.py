@@ -5,11 +5,14 @@
     runs/x/checkpoints/best              the name of the one with the lowest validation loss
     runs/x/checkpoints/preempted         present when the run was told to go and saved in time
 
-Rank 0 writes; all ranks learn whether it worked. `load_trunk` starts another run from one.
+Rank 0 makes the folder, every rank writes what it alone holds into it, and all learn whether it
+worked. Where nodes share no disk, each node's first rank does rank 0's part for its node, and a
+folder holds what its node has. `load_trunk` starts another run from one.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import pathlib
 import re
@@ -23,12 +26,12 @@ from torch.distributed.tensor import DTensor
 from nanolm.container import (
     TEMPORARY,
     begin_folder,
+    discard_folder,
     finish_folder,
     read_json,
     read_tensors,
     remove_leftovers,
     verify,
-    write_folder,
     write_parts,
     write_text,
 )
@@ -56,13 +59,19 @@ _NAME = re.compile(r"step-(\d{8,})")
 
 
 class Checkpoints:
-    """The `checkpoints` folder of one run; methods that write are collective."""
+    """The `checkpoints` folder of one run; methods that write are collective.
 
-    def __init__(self, run: pathlib.Path, world: World, keep_last: int = 2) -> None:
+    With `shared` all ranks see one folder; otherwise each node has its own, led by its first rank.
+    """
+
+    def __init__(
+        self, run: pathlib.Path, world: World, keep_last: int = 2, *, shared: bool = True
+    ) -> None:
         self.run = run
         self.folder = run / "checkpoints"
         self.world = world
         self.keep_last = max(keep_last, 1)
+        self.shared = shared
 
     def steps(self) -> list[int]:
         """Steps of which there is a folder, ascending."""
@@ -76,8 +85,8 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}"
 
     def clean(self) -> None:
-        """Removes what killed writes and an earlier preemption left behind (rank 0)."""
-        if self.world.is_main and self.folder.is_dir():
+        """Removes what killed writes and an earlier preemption left behind."""
+        if self.leads and self.folder.is_dir():
             remove_leftovers(self.folder)
             (self.folder / "preempted").unlink(missing_ok=True)
 
@@ -86,63 +95,71 @@ class Checkpoints:
         step: int,
         tensors: Mapping[str, Mapping[str, Tensor]],
         trainer: Mapping[str, Any],
-        files: Mapping[str, bytes],
+        files: Files,
     ) -> pathlib.Path:
         """Writes one checkpoint, then moves `latest` to it and drops old ones; collective.
 
-        Raises UserError on every rank when rank 0 could not write it.
+        Raises UserError on every rank when one of them could not write it.
         """
-        content = json.dumps(trainer, indent=2).encode() + b"\n"
-        files = {**files, "trainer.json": content}
-        if any(isinstance(t, DTensor) for named in tensors.values() for t in named.values()):
-            self._write_together(self.path(step), tensors, files)
-        else:
-            self._on_main(lambda: write_folder(self.path(step), tensors, files))
-        self._on_main(lambda: self._point_to(step))
-        return self.path(step)
+        return self.write(step, self.own_parts(tensors), trainer, files)
+
+    def write(
+        self,
+        step: int,
+        parts: Mapping[str, Mapping[str, Tensor]],
+        trainer: Mapping[str, Any],
+        files: Files,
+    ) -> pathlib.Path:
+        """`save` of what `own_parts` chose; may run in a thread when the world is its own."""
+        files = {**files, "trainer.json": json.dumps(trainer, indent=2).encode() + b"\n"}
+        folder = self.path(step)
+        temporary = pathlib.Path(self._on_leader(lambda: str(begin_folder(folder))))
+        try:
+            self.world.agree(lambda: write_parts(temporary, folder, parts))
+            self._on_leader(lambda: finish_folder(temporary, folder, files))
+        except UserError:
+            if self.leads:
+                discard_folder(temporary)
+            raise
+        self._on_leader(lambda: self._point_to(step))
+        return folder
+
+    def beside(self) -> Checkpoints:
+        """The same folder for a thread's use, with a control group of its own; collective."""
+        other = copy.copy(self)
+        other.world = self.world.beside()
+        return other
 
     def _point_to(self, step: int) -> None:
         write_text(self.folder / "latest", f"{self.path(step).name}\n")
         self._prune()
 
-    def _on_main(self, work: Callable[[], Any]) -> Any:
-        """Rank 0's JSON answer on all ranks; its UserError is everybody's. Collective."""
-        return self._on_all(lambda: work() if self.world.is_main else None)[0]
+    @property
+    def leader(self) -> int:
+        """The rank that makes and names the folders that this rank writes into."""
+        return 0 if self.shared else self.world.first_of_node
 
-    def _on_all(self, work: Callable[[], Any]) -> list[Any]:
-        """Every rank's JSON answer; the first rank's UserError is everybody's. Collective."""
-        answer, failure = None, None
-        try:
-            answer = work()
-        except UserError as error:
-            failure = str(error)
-        told = self.world.gather({"answer": answer, "failure": failure})
-        failure = next((entry["failure"] for entry in told if entry["failure"]), None)
-        if failure:
-            raise UserError(failure)
-        return [entry["answer"] for entry in told]
+    @property
+    def leads(self) -> bool:
+        """Whether this rank makes folders, moves markers and prunes."""
+        return self.world.rank == self.leader
 
-    def _write_together(
-        self, folder: pathlib.Path, tensors: Mapping[str, Mapping[str, Tensor]], files: Files
-    ) -> None:
-        """Each rank writes the rows that it holds into one folder on a shared file system."""
-        temporary = pathlib.Path(self._on_main(lambda: str(begin_folder(folder))))
-        self._on_all(lambda: write_parts(temporary, folder, self._own_parts(tensors)))
-        self._on_main(lambda: finish_folder(temporary, folder, files))
+    def _on_leader(self, work: Callable[[], Any]) -> Any:
+        """The JSON answer of this rank's leader; any leader's UserError is everybody's."""
+        return self.world.agree(lambda: work() if self.leads else None)[self.leader]
 
-    def _own_parts(
-        self, tensors: Mapping[str, Mapping[str, Tensor]]
-    ) -> dict[str, dict[str, Tensor]]:
-        """{file name: tensors} of this rank: its rows, and on rank 0 what is not divided."""
+    def own_parts(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict]:
+        """{file name: tensors} that this rank writes: of what is divided its own rows, and what is
+        not divided where it leads. The tensors are the live ones."""
         found: dict[str, dict[str, Tensor]] = {}
         for part, named in tensors.items():
             divided = next((t for t in named.values() if isinstance(t, DTensor)), None)
             if divided is None:
-                if self.world.is_main:
+                if self.leads:
                     found[f"{part}.safetensors"] = dict(named)
                 continue
             number, count, first = place(divided)
-            if first:
+            if first if self.shared else self.world.local_rank < count:
                 found[part_name(part, number, count)] = {
                     name: local(tensor)
                     for name, tensor in named.items()
@@ -151,14 +168,14 @@ class Checkpoints:
         return found
 
     def mark_best(self, step: int) -> None:
-        """Names the checkpoint of this step the best one (rank 0)."""
-        if self.world.is_main:
+        """Names the checkpoint of this step the best one."""
+        if self.leads:
             write_text(self.folder / "best", f"{self.path(step).name}\n")
             self._prune()
 
     def mark_preempted(self, step: int, reason: str) -> None:
-        """Leaves the marker that tells a scheduler to queue the run again (rank 0)."""
-        if self.world.is_main:
+        """Leaves the marker that tells a scheduler to queue the run again."""
+        if self.leads:
             write_text(self.folder / "preempted", f"{reason} after step {step}\n")
 
     def _prune(self) -> None:

@@ -232,6 +232,12 @@ class RunConfig:
     """Steps between metric lines."""
     checkpoint_every: int = 500
     """Steps between checkpoints; 0 for none but the last."""
+    checkpoint_async: bool = False
+    """Copy a checkpoint to host memory and write it while training goes on; one at a time. Needs
+    room in memory for what a rank writes."""
+    shared: bool = True
+    """All nodes see one run.dir; false: each node keeps what its ranks hold in a run.dir of its
+    own."""
     keep_last: int = 2
     """Newest checkpoints to keep."""
     keep_best: bool = True

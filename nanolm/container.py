@@ -44,14 +44,18 @@ def write_folder(
     an existing folder of that name is only replaced by a complete one.
     """
     temporary = begin_folder(folder)
-    write_parts(temporary, folder, {f"{part}.safetensors": t for part, t in tensors.items()})
-    finish_folder(temporary, folder, files)
+    try:
+        write_parts(temporary, folder, {f"{part}.safetensors": t for part, t in tensors.items()})
+        finish_folder(temporary, folder, files)
+    except UserError:
+        discard_folder(temporary)
+        raise
 
 
 def begin_folder(folder: pathlib.Path) -> pathlib.Path:
     """A temporary folder for what will be `folder`; raises UserError when it cannot be made."""
     temporary = folder.parent / f"{TEMPORARY}{folder.name}-{os.getpid()}"
-    with _attempt(temporary, folder):
+    with _told(folder):
         temporary.mkdir(parents=True)
     return temporary
 
@@ -60,7 +64,7 @@ def write_parts(
     temporary: pathlib.Path, folder: pathlib.Path, parts: Mapping[str, Mapping[str, Tensor]]
 ) -> None:
     """Writes named tensors as the files of these names; on the disk when this returns."""
-    with _attempt(temporary, folder):
+    with _told(folder):
         for name, named in parts.items():
             path = temporary / name
             contiguous = {key: tensor.contiguous() for key, tensor in named.items()}
@@ -72,7 +76,7 @@ def finish_folder(
     temporary: pathlib.Path, folder: pathlib.Path, files: Mapping[str, bytes]
 ) -> None:
     """Adds the small files and the index, and gives the folder its name."""
-    with _attempt(temporary, folder):
+    with _told(folder):
         for name, content in files.items():
             (temporary / name).write_bytes(content)
             sync(temporary / name)
@@ -82,13 +86,17 @@ def finish_folder(
         _rename(temporary, folder)
 
 
+def discard_folder(temporary: pathlib.Path) -> None:
+    """Removes a temporary folder that will not be finished, when nobody writes into it any more."""
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
 @contextlib.contextmanager
-def _attempt(temporary: pathlib.Path, folder: pathlib.Path) -> Iterator[None]:
-    """Inside, a file that cannot be written removes the temporary folder and is told."""
+def _told(folder: pathlib.Path) -> Iterator[None]:
+    """Inside, a file that cannot be written is the user's to know."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"checkpoint {folder} not written: {_reason(error)}") from error
 
 

@@ -47,6 +47,32 @@ class World:
         """Whether this is the rank that writes files and talks to the user."""
         return self.rank == 0
 
+    @property
+    def first_of_node(self) -> int:
+        """The lowest rank on this rank's node."""
+        return self.rank - self.local_rank
+
+    def beside(self) -> "World":
+        """The same ranks over a control group of their own, whose collectives a thread may call
+        while training calls others; collective."""
+        if self.size == 1:
+            return self
+        timeout = datetime.timedelta(seconds=self.timeout)
+        return dataclasses.replace(self, control=dist.new_group(backend="gloo", timeout=timeout))
+
+    def agree(self, work: Callable[[], Any]) -> list[Any]:
+        """Every rank's JSON answer; the first rank's UserError is everybody's. Collective."""
+        answer, failure = None, None
+        try:
+            answer = work()
+        except UserError as error:
+            failure = str(error)
+        told = self.gather({"answer": answer, "failure": failure})
+        failure = next((entry["failure"] for entry in told if entry["failure"]), None)
+        if failure:
+            raise UserError(failure)
+        return [entry["answer"] for entry in told]
+
     def all_sum(self, values: Sequence[float]) -> list[float]:
         """Element-wise sum of host numbers over ranks, in float64; collective."""
         if self.size == 1:

@@ -75,7 +75,14 @@ def run_finetune(config: TaskConfig) -> dict[str, Any]:
     config, task, train, val = ready.config, ready.task, ready.train, ready.val
     world = launch(config.distributed, config.run.device)
     check_scope(config, task, world)
-    start = claim(pathlib.Path(config.run.dir), config.resume, dump(config), ready.facts, world)
+    start = claim(
+        pathlib.Path(config.run.dir),
+        config.resume,
+        dump(config),
+        ready.facts,
+        world,
+        shared=config.run.shared,
+    )
     learner = build.build_learner(config, task, world.device)
     told = start_weights(config, ready.base, learner, start.checkpoint)
     done = read_trainer(start.checkpoint)["step"] if start.checkpoint else 0
@@ -91,7 +98,12 @@ def run_finetune(config: TaskConfig) -> dict[str, Any]:
             learner,
             world,
             functools.partial(steps, config, stream, noisy, world),
-            checkpoints=Checkpoints(pathlib.Path(config.run.dir), world, config.run.keep_last),
+            checkpoints=Checkpoints(
+                pathlib.Path(config.run.dir),
+                world,
+                config.run.keep_last,
+                shared=config.run.shared,
+            ),
             evaluator=evaluator,
             sinks=sinks,
             throughput=build_throughput(config, train, world),

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,10 +21,34 @@ from torch import Tensor
 
 from nanolm.errors import UserError
 
+_PART = re.compile(r"(?P<part>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+
 
 def part_name(part: str, number: int, count: int) -> str:
     """File name of one of `count` files of a part."""
     return f"{part}-{number:05d}-of-{count:05d}.safetensors"
+
+
+def parts_here(folder: pathlib.Path, part: str) -> list[pathlib.Path]:
+    """The files of a part that this folder holds, in the order of their rows."""
+    single = folder / f"{part}.safetensors"
+    if single.is_file():
+        return [single]
+    paths = folder.iterdir() if folder.is_dir() else ()
+    named = ((path, _PART.fullmatch(path.name)) for path in paths)
+    return sorted(path for path, match in named if match and match["part"] == part)
+
+
+def missing_parts(names: Iterable[str]) -> list[str]:
+    """Files that must exist because others of their parts do, and are not among `names`."""
+    names = set(names)
+    matches = [match for name in names if (match := _PART.fullmatch(name))]
+    wanted = {
+        part_name(match["part"], number, int(match["count"]))
+        for match in matches
+        for number in range(int(match["count"]))
+    }
+    return sorted(wanted - names)
 
 
 def part_files(folder: pathlib.Path, part: str) -> list[pathlib.Path]:
@@ -32,27 +56,26 @@ def part_files(folder: pathlib.Path, part: str) -> list[pathlib.Path]:
 
     Raises UserError when some are missing.
     """
-    single = folder / f"{part}.safetensors"
-    if single.is_file():
-        return [single]
-    pattern = re.compile(re.escape(part) + r"-(\d{5})-of-(\d{5})\.safetensors")
-    found = sorted(path for path in folder.iterdir() if pattern.fullmatch(path.name))
-    counts = {int(pattern.fullmatch(path.name)[2]) for path in found}
-    if found and (len(counts) > 1 or len(found) != counts.pop()):
-        raise UserError(f"checkpoint {folder} lacks some files of {part}; use another checkpoint")
+    found = parts_here(folder, part)
+    if missing_parts(path.name for path in found):
+        raise UserError(
+            f"checkpoint {folder} lacks some files of {part}, which are on other nodes or lost; "
+            f"copy them here or use another checkpoint"
+        )
     return found
 
 
 class LazyTensors(Mapping[str, Tensor]):
     """name -> whole tensor on the CPU; reading one costs the memory of one.
 
-    Raises UserError when a file is missing or is not safetensors.
+    Without `whole`, what of each this folder holds. Raises UserError when a file is missing or is
+    not safetensors.
     """
 
-    def __init__(self, folder: pathlib.Path, part: str) -> None:
+    def __init__(self, folder: pathlib.Path, part: str, *, whole: bool = True) -> None:
         self._stack = contextlib.ExitStack()
         self._where: dict[str, list[Any]] = {}
-        paths = part_files(folder, part)
+        paths = part_files(folder, part) if whole else parts_here(folder, part)
         if not paths:
             raise UserError(
                 f"checkpoint file {folder / part}.safetensors is missing; use another checkpoint"

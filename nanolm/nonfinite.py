@@ -42,7 +42,8 @@ class NonFinitePolicy:
         self.train, self.world, self.run = train, world, run
         self.skips = 0
         self.losses: collections.deque[float] = collections.deque(maxlen=RECENT)
-        self.passed = read_passed(run)
+        mine = world.agree(lambda: sorted(read_passed(run)) if world.is_main else [])
+        self.passed = set(mine[0])
         self._worst = 0
 
     def accepts(self, loss: float, norm: float) -> bool:

@@ -23,6 +23,7 @@ from nanolm.checkpoint import Checkpoints, locate, read_trainer
 from nanolm.container import write_text
 from nanolm.distributed import World
 from nanolm.errors import UserError
+from nanolm.nodes import common_checkpoint
 
 HARMLESS = (
     "resume",
@@ -58,31 +59,37 @@ class Start:
 
 
 def claim(
-    run: pathlib.Path, resume: str, config_text: str, facts: Mapping[str, Any], world: World
+    run: pathlib.Path,
+    resume: str,
+    config_text: str,
+    facts: Mapping[str, Any],
+    world: World,
+    *,
+    shared: bool = True,
 ) -> Start:
-    """Takes possession of the run's folder; collective.
+    """Takes possession of the run's folder, or with shared=False of each node's; collective.
 
     `resume` is never, auto or a checkpoint's folder; `facts` are hashes of data and tokenizer.
     Raises UserError, on every rank, when the folder holds another run or nothing to resume from.
     """
-    answer: dict[str, Any] = {}
-    if world.is_main:
-        try:
-            checkpoint, notes = _find(run, resume)
-            if checkpoint is not None:
-                _same_run(checkpoint, config_text, facts)
-                notes += differences(read_trainer(checkpoint)["environment"], world)
-            elif resume == "auto" and (run / "config.yaml").is_file():
-                _same_config(run / "config.yaml", config_text)
-            _make(run)
-            Checkpoints(run, world).clean()
-            write_text(run / "config.yaml", config_text)
-            answer = {"checkpoint": checkpoint and str(checkpoint), "notes": notes}
-        except UserError as error:
-            answer = {"error": str(error)}
-    answer = world.broadcast(answer)
-    if "error" in answer:
-        raise UserError(answer["error"])
+    checkpoints = Checkpoints(run, world, shared=shared)
+    common = None if shared or resume != "auto" else common_checkpoint(run, world)
+
+    def take() -> dict[str, Any] | None:
+        if not checkpoints.leads:
+            return None
+        checkpoint, notes = common or _find(run, resume)
+        if checkpoint is not None:
+            _same_run(checkpoint, config_text, facts)
+            notes += differences(read_trainer(checkpoint)["environment"], world)
+        elif resume == "auto" and (run / "config.yaml").is_file():
+            _same_config(run / "config.yaml", config_text)
+        _make(run)
+        checkpoints.clean()
+        write_text(run / "config.yaml", config_text)
+        return {"checkpoint": checkpoint and str(checkpoint), "notes": notes}
+
+    answer = world.agree(take)[checkpoints.leader]
     found = answer["checkpoint"]
     return Start(pathlib.Path(found) if found else None, answer["notes"])
 

@@ -13,12 +13,16 @@ import pathlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
+from nanolm.background import Background
 from nanolm.checkpoint import Checkpoints, read_trainer
 from nanolm.container import verify
 from nanolm.diagnosis import first_bad
 from nanolm.errors import UserError
 from nanolm.lazy_tensors import LazyTensors
 from nanolm.runfolder import environment
+from nanolm.spread_tensors import SpreadTensors
 from nanolm.state import learner_tensors, load_named, load_optimizers, optimizer_tensors
 
 if TYPE_CHECKING:
@@ -39,17 +43,43 @@ class Snapshot:
         self.checkpoints = checkpoints
         self.files = files
         self.facts = facts
+        self._background = Background()
+        self._beside: Checkpoints | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether a checkpoint could not be written in the background, which `settle` will tell."""
+        return self._background.failed
+
+    def settle(self) -> None:
+        """Waits until the checkpoint in flight is whole; raises UserError when it could not be."""
+        self._background.settle()
 
     def save(self) -> pathlib.Path:
-        """Writes the checkpoint of the trainer's present step; collective."""
-        trainer = self.trainer
+        """Writes the checkpoint of the trainer's present step; collective.
+
+        With run.checkpoint_async the tensors are copied to host memory, after the checkpoint
+        before is whole, and written while training goes on.
+        """
+        trainer, checkpoints = self.trainer, self.checkpoints
         tensors = {
             "model": learner_tensors(trainer.engine.learner),
             "optimizer": optimizer_tensors(trainer.optimizers),
         }
         if trainer.ema is not None:
             tensors["ema"] = trainer.ema.tensors
-        return self.checkpoints.save(trainer.done, tensors, self._json(), self.files)
+        parts, content = checkpoints.own_parts(tensors), self._json()
+        if not trainer.config.run.checkpoint_async:
+            return checkpoints.write(trainer.done, parts, content, self.files)
+        self.settle()
+        self._beside = self._beside or checkpoints.beside()
+        copies = {
+            name: {key: tensor.to("cpu", copy=True) for key, tensor in named.items()}
+            for name, named in parts.items()
+        }
+        write = self._beside.write
+        self._background.start(lambda: write(content["step"], copies, content, self.files))
+        return checkpoints.path(trainer.done)
 
     def rewind(self) -> pathlib.Path:
         """Fills the trainer from the newest checkpoint that is intact and finite; collective.
@@ -57,28 +87,29 @@ class Snapshot:
         Counters that tell how often the run went wrong are not turned back. Raises UserError when
         there is no such checkpoint.
         """
+        self.settle()
         skips = self.trainer.policy.skips
         self.trainer.policy.losses.clear()
-        folder = self.trainer.world.broadcast(self._last_good())
-        if folder is None:
+        step = self._last_good()
+        if step is None:
             raise UserError(
                 f"nothing to rewind to in {self.checkpoints.folder}: lower run.checkpoint_every, "
                 f"or set train.nonfinite to skip"
             )
         for optimizer in self.trainer.optimizers:
             optimizer.state.clear()
-        self.restore(pathlib.Path(folder))
+        folder = self.checkpoints.path(step)
+        self.restore(folder)
         self.trainer.policy.skips = skips
-        return pathlib.Path(folder)
+        return folder
 
-    def _last_good(self) -> str | None:
-        """Rank 0's choice; other ranks are told."""
-        if not self.trainer.world.is_main:
-            return None
-        for step in reversed(self.checkpoints.steps()):
-            folder = self.checkpoints.path(step)
-            if is_good(folder):
-                return str(folder)
+    def _last_good(self) -> int | None:
+        """Step of the newest checkpoint that is good for all who lead; collective."""
+        own, world = self.checkpoints, self.trainer.world
+        steps = set().union(*world.gather(own.steps() if own.leads else []))
+        for step in sorted(steps, reverse=True):
+            if all(world.gather(not own.leads or is_good(own.path(step)))):
+                return step
         return None
 
     def _json(self) -> dict[str, Any]:
@@ -109,10 +140,10 @@ class Snapshot:
         """
         trainer, what = self.trainer, f"checkpoint {folder}"
         saved = read_trainer(folder)
-        load_named(learner_tensors(trainer.engine.learner), LazyTensors(folder, "model"), what)
-        load_optimizers(trainer.optimizers, LazyTensors(folder, "optimizer"), what)
+        load_named(learner_tensors(trainer.engine.learner), self._open(folder, "model"), what)
+        load_optimizers(trainer.optimizers, self._open(folder, "optimizer"), what)
         if trainer.ema is not None:
-            load_named(trainer.ema.tensors, LazyTensors(folder, "ema"), what)
+            load_named(trainer.ema.tensors, self._open(folder, "ema"), what)
         if saved["step"] > trainer.config.train.steps:
             raise UserError(
                 f"{what} is at step {saved['step']}, beyond train.steps="
@@ -126,11 +157,17 @@ class Snapshot:
         if trainer.scaler.is_enabled():
             trainer.scaler.load_state_dict(saved["scaler"])
 
+    def _open(self, folder: pathlib.Path, part: str) -> Mapping[str, Tensor]:
+        """The tensors of a part: of this folder, or of all nodes' folders together."""
+        if self.checkpoints.shared:
+            return LazyTensors(folder, part)
+        return SpreadTensors(folder, part, self.trainer.world)
+
 
 def is_good(folder: pathlib.Path) -> bool:
-    """Whether a checkpoint is intact and all its weights are finite."""
+    """Whether what this folder holds of a checkpoint is intact and its weights are finite."""
     try:
         verify(folder)
     except UserError:
         return False
-    return first_bad(LazyTensors(folder, "model").items()) is None
+    return first_bad(LazyTensors(folder, "model", whole=False).items()) is None

@@ -123,7 +123,9 @@ class Trainer:
         seconds, run = self.config.distributed.hang_seconds, self.snapshot.checkpoints.run
         with self.preemption, Watchdog(self.world, self.progress, seconds, run):
             try:
-                return self._fit()
+                figures = self._fit()
+                self.snapshot.settle()
+                return figures
             except RuntimeError as error:
                 if self.world.size == 1 or not peer_lost(error):
                     raise
@@ -240,9 +242,12 @@ class Trainer:
         names = sorted(backward.sums)
         flat = [backward.sums[name] for name in names] + [backward.seen[name] for name in names]
         values = torch.stack(flat).tolist()
-        total = self.world.all_sum([*values, float(self.preemption.requested)])
-        pairs = zip(names, total[: len(names)], total[len(names) : -1], strict=True)
-        return {name: value / max(count, 1) for name, value, count in pairs}, total[-1] > 0
+        flags = [float(self.preemption.requested), float(self.snapshot.failed)]
+        *total, stop, failed = self.world.all_sum([*values, *flags])
+        if failed:
+            self.snapshot.settle()
+        pairs = zip(names, total[: len(names)], total[len(names) :], strict=True)
+        return {name: value / max(count, 1) for name, value, count in pairs}, stop > 0
 
     def _apply(self, norm: float) -> None:
         clip = self.config.train.clip
@@ -340,10 +345,12 @@ class Trainer:
         lowest = self.best is None or badness < self.best
         if best and lowest and self.config.run.keep_best:
             self.best = badness
+            self.snapshot.settle()
             self.snapshot.checkpoints.mark_best(self.done)
         return figures
 
     def _leave(self) -> None:
+        self.snapshot.settle()
         self.preempted = True
         reason = self.preemption.signal or "a signal to another rank"
         self.snapshot.checkpoints.mark_preempted(self.done, reason)

@@ -20,7 +20,8 @@ from nanolm.distributed import close, launch
 
 def elastic(logs: pathlib.Path, ranks: int, restarts: int, function, *arguments) -> bool:
     """Runs function(world, *arguments) in `ranks` workers; whether they ended well at last."""
-    multiprocessing.set_forkserver_preload(["torch._dynamo", "tests.tiny_run", "tests.elastic"])
+    modules = ["torch._dynamo", "tests.tiny_run", "tests.elastic", function.__module__]
+    multiprocessing.set_forkserver_preload(modules)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -31,7 +32,7 @@ def elastic(logs: pathlib.Path, ranks: int, restarts: int, function, *arguments)
         max_restarts=restarts,
         monitor_interval=0.05,
         start_method="forkserver",
-        shutdown_timeout=1,
+        shutdown_timeout=0.3,
         logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL),
     )
     try:

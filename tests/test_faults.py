@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nanolm import watchdog
+from nanolm import container, watchdog
+from nanolm.container import append_line
 from nanolm.distributed import World
 from nanolm.errors import UserError
 from nanolm.progress import Progress, straggler
@@ -24,39 +25,66 @@ from tests.tiny_run import build_trainer, in_ranks, tiny_config
 CHANGES = {"train__ema": 0.9, "model__dropout": 0.1}
 
 
-def fit_and_be_killed(world, config, kills, seed):
-    """Fits, and in each of the first `kills` attempts one random rank dies at a random moment."""
+def fit_and_be_killed(world, config, kills, seed, book):
+    """Fits, and in each of the first `kills` attempts one random rank dies, some steps after the
+    start and some milliseconds later; in every fifth attempt rank 0 dies as it writes a file."""
     attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     rng = random.Random(f"{seed} {attempt}")
-    victim, delay = rng.randrange(world.size), rng.uniform(0.0, 0.4)
-    trainer = build_trainer(config, world, hook=lambda record: time.sleep(0.01))
-    if attempt < kills and victim == world.rank:
-        threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
-    trainer.fit()
-    if attempt < kills:  # as fast as that: die at the end instead, the next attempt has less to do
-        world.barrier()
+    writes = attempt % 5 == 1
+    victim, steps = 0 if writes else rng.randrange(world.size), rng.randrange(1, 18)
+    delay, left = rng.uniform(0.0, 0.02), [None] * rng.randrange(1, 9)
+    trainer = build_trainer(config, world, hook=lambda record: hook(record))
+    first = trainer.done
+
+    def die():
+        writing = bool(list(trainer.snapshot.checkpoints.folder.glob(".tmp-*")))
+        entry = {"attempt": attempt, "step": trainer.done, "phase": trainer.progress.phase}
+        append_line(book / f"{world.rank}.jsonl", json.dumps(entry | {"writing": writing}))
         os.kill(os.getpid(), signal.SIGKILL)
 
+    def hook(record):
+        time.sleep(0.005)
+        due = (record["step"], record["kind"]) == (first + steps, "train")
+        if due and not writes and victim == world.rank and attempt < kills:
+            threading.Timer(delay, die).start()
 
-def survive(tmp_path, ranks, kills, steps):
-    changes = CHANGES | {"train__steps": steps, "run__checkpoint_every": 4}
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    def sync(path):
+        left.pop()
+        if not left:
+            die()
+        real(path)
+
+    if writes and victim == world.rank and attempt < kills:
+        real, container.sync = container.sync, sync
+    trainer.fit()
+
+
+def survive(tmp_path, ranks, kills, **changes):
+    """Every attempt but the last was killed while it trained, some while it wrote."""
+    steps = 18 * kills
+    changes = CHANGES | {"train__steps": steps, "run__checkpoint_every": 4} | changes
+    whole, broken, logs, book = (tmp_path / name for name in ("whole", "broken", "logs", "book"))
+    book.mkdir()
     in_ranks(ranks, fit, tiny_config(whole, **changes))
     config = tiny_config(broken, resume="auto", **changes)
-    logs = tmp_path / "logs"
-    assert elastic(logs, ranks, kills, fit_and_be_killed, config, kills, 5), output(logs)
+    assert elastic(logs, ranks, kills, fit_and_be_killed, config, kills, 5, book), output(logs)
     assert_same_bits(whole, broken, f"checkpoints/step-{steps:08d}")
     assert not list(broken.rglob(".tmp*"))
+    entries = [json.loads(line) for path in book.iterdir() for line in path.open()]
+    assert sorted(entry["attempt"] for entry in entries) == list(range(kills))
+    assert all(entry["step"] < steps and entry["phase"] != "start" for entry in entries)
+    assert sum(entry["writing"] for entry in entries) >= kills // 5
 
 
-def test_kills_at_random_moments_end_bit_equal(tmp_path):
-    survive(tmp_path, ranks=2, kills=2, steps=30)
+@pytest.mark.parametrize("checkpoint_async", [False, True])
+def test_kills_at_random_moments_end_bit_equal(tmp_path, checkpoint_async):
+    survive(tmp_path, ranks=2, kills=2, run__checkpoint_async=checkpoint_async)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_fifty_kills_at_random_moments_end_bit_equal(tmp_path, ranks):
-    survive(tmp_path, ranks, kills=50, steps=900)
+    survive(tmp_path, ranks, kills=50, run__checkpoint_async=ranks == 3)
 
 
 def fit_and_hang(world, config, rank, step, how):

@@ -179,7 +179,7 @@ def build_trainer(config, world, *, learner=None, hook=None, log=None, notes=Non
     """The trainer of a tiny run, restored as `config.resume` says."""
     run = pathlib.Path(config.run.dir)
     text = yaml.safe_dump(dataclasses.asdict(config))
-    start = claim(run, config.resume, text, {"data_hash": "d"}, world)
+    start = claim(run, config.resume, text, {"data_hash": "d"}, world, shared=config.run.shared)
     if world.is_main:
         step = int(start.checkpoint.name[5:]) if start.checkpoint else 0
         cut_metrics(run / "metrics.jsonl", step)
@@ -196,7 +196,7 @@ def build_trainer(config, world, *, learner=None, hook=None, log=None, notes=Non
         learner or build_learner(config.model.dropout),
         world,
         loader(config, world, log),
-        checkpoints=Checkpoints(run, world, config.run.keep_last),
+        checkpoints=Checkpoints(run, world, config.run.keep_last, shared=config.run.shared),
         evaluator=Evaluator(evaluation, world),
         sinks=sinks,
         note=(notes if notes is not None else []).append,

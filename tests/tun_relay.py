@@ -2,10 +2,12 @@
 
     python -m tests.tun_relay SECONDS SHARE NAMESPACE/DEVICE NAMESPACE/DEVICE
 
-For machines whose kernel has no netem. Each packet arrives SECONDS after it was sent, in order, or
-(SHARE of them, by a seeded generator) not at all. Both devices exist and are up; ends with SIGTERM.
+For machines whose kernel has no netem. As with `tc qdisc add dev DEVICE root netem delay … loss …`
+on the first of them, what that one sends arrives SECONDS later, in order, or (SHARE of the packets,
+by a seeded generator) not at all. Both devices exist and are up; ends with SIGTERM.
 """
 
+import contextlib
 import ctypes
 import fcntl
 import os
@@ -36,22 +38,26 @@ def attach(place):
 
 
 def relay(delay, loss, ends):
-    """Carries packets for ever; `ends` are the two files."""
-    other, draw = dict(zip(ends, reversed(ends), strict=True)), random.Random(0)
-    under_way = deque()
+    """Carries packets for ever; `ends` are the two files, the first of which sends badly."""
+    bad, draw = ends[0], random.Random(0)
+    late = deque()
     while True:
-        wait = max(under_way[0][0] - time.monotonic(), 0) if under_way else None
+        wait = max(late[0][0] - time.monotonic(), 0) if late else None
         readable, _, _ = select.select(ends, [], [], wait)
         for end in readable:
             packet = os.read(end, LARGEST)
-            if draw.random() >= loss:
-                under_way.append((time.monotonic() + delay, other[end], packet))
-        while under_way and under_way[0][0] <= time.monotonic():
-            _, end, packet = under_way.popleft()
-            try:
-                os.write(end, packet)
-            except OSError:  # the device is down: what arrives there is lost, as on a cable
-                continue
+            if end != bad:
+                deliver(bad, packet)
+            elif draw.random() >= loss:
+                late.append((time.monotonic() + delay, packet))
+        while late and late[0][0] <= time.monotonic():
+            deliver(ends[1], late.popleft()[1])
+
+
+def deliver(end, packet):
+    """Hands a packet to a device; one that is down loses it, as a cable does."""
+    with contextlib.suppress(OSError):
+        os.write(end, packet)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,14 @@ def run_train(config: Config) -> dict[str, Any]:
     objective = build.build_objective(config, tokenizer)
     stream = build.build_stream(config, objective, "train")
     facts = {"data_hash": data_hash(stream), "tokenizer_hash": tokenizer.hash}
-    start = claim(pathlib.Path(config.run.dir), config.resume, dump(config), facts, world)
+    start = claim(
+        pathlib.Path(config.run.dir),
+        config.resume,
+        dump(config),
+        facts,
+        world,
+        shared=config.run.shared,
+    )
     meta = config.distributed.strategy != "ddp" and world.size > 1 and config.init_from is None
     learner = build.build_learner(config, objective, world.device, meta=meta)
     origin = start_from(config, learner, start.checkpoint)
@@ -71,7 +78,12 @@ def run_train(config: Config) -> dict[str, Any]:
             learner,
             world,
             functools.partial(steps, config, stream, objective, world),
-            checkpoints=Checkpoints(pathlib.Path(config.run.dir), world, config.run.keep_last),
+            checkpoints=Checkpoints(
+                pathlib.Path(config.run.dir),
+                world,
+                config.run.keep_last,
+                shared=config.run.shared,
+            ),
             evaluator=build_evaluator(config, objective, tokenizer, world, "val"),
             sinks=sinks,
             throughput=build_throughput(config, stream, objective, world, note),

@@ -1,0 +1,43 @@
+"""Background: one piece of work beside training, such as writing a checkpoint, and how it ended.
+
+The thread is no daemon: a process that leaves, for whatever reason, finishes the work first.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+
+class Background:
+    """Runs one function at a time in a thread; what it raises is raised by `settle`."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether the work has failed and nobody was told yet."""
+        return self._error is not None
+
+    def start(self, work: Callable[[], object]) -> None:
+        """Begins the work, when what was begun before is over; raises what that raised."""
+        self.settle()
+        self._thread = threading.Thread(target=self._run, args=(work,))
+        self._thread.start()
+
+    def _run(self, work: Callable[[], object]) -> None:
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001  (settle raises it)
+            self._error = error
+
+    def settle(self) -> None:
+        """Waits for the work and raises what it raised, once."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
