@@ -173,11 +173,13 @@ def curves(family, shape, dtype, steps, corpus, tokenizer, *, floor=False):
     learner = build_learner(config, objective).to(dtype).train()
     learner.load_state_dict(getattr(transformers_weights, family)(theirs))
     rows, lr = shape["rows"], shape["lr"]
-    in_pieces = Loader(stream, objective, global_batch=rows, micro_batch=rows - 2)
-    in_one = Loader(stream, objective, global_batch=rows, micro_batch=rows)
+
+    def batches(micro_batch):
+        return Loader(stream, objective, global_batch=rows, micro_batch=micro_batch)
+
     models = [disturbed(theirs), theirs] if floor else [theirs]
-    found = [train_theirs(model, family, in_one, steps, lr) for model in models]
-    found.append(train_ours(learner, config, in_pieces, steps))
+    found = [train_theirs(model, family, batches(rows), steps, lr) for model in models]
+    found.append(train_ours(learner, config, batches(rows - 2), steps))
     return torch.tensor(found[::-1], dtype=torch.float64)
 
 
