@@ -65,11 +65,13 @@ class Engine:
     def _last_bucket(self) -> None:
         self.progress.enter("communication")
 
-    def local(self, batch: Any) -> Mapping[str, Any]:
-        """Terms of one micro-batch on this rank alone: no collective, for evaluation."""
+    def local(self, batch: Any, objective: Any = None) -> Any:
+        """Terms of one micro-batch on this rank alone, for evaluation: no collective, unless the
+        weights are sharded. With an objective, what its `loss` returns instead."""
+        other = () if objective is None else (objective,)
         self.progress.enter("evaluation")
         with self.precision():
-            terms = self.learner(self.move(batch))
+            terms = self.learner(self.move(batch), *other)
         if self.sharded:  # no backward pass follows that would drop the gathered weights
             for module in sharded_modules(self.learner):
                 module.reshard()

@@ -48,6 +48,34 @@ CHUNK = 1024
 
 
 @dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Numbers of parameters: in all, trained, and of each block (with its matrices' alone)."""
+
+    total: int
+    trained: int
+    blocks: tuple[int, ...]
+    matrices: tuple[int, ...]
+
+    @classmethod
+    def of(cls, learner: nn.Module) -> Sizes:
+        """Those of a learner, which may be on the meta device."""
+        blocks = [list(block.parameters()) for block in learner.trunk.blocks]
+        return cls(
+            total=sum(p.numel() for p in learner.parameters()),
+            trained=sum(p.numel() for p in learner.parameters() if p.requires_grad),
+            blocks=tuple(sum(p.numel() for p in block) for block in blocks),
+            matrices=tuple(sum(p.numel() for p in block if p.ndim == 2) for block in blocks),
+        )
+
+    def deeper(self, n_layers: int) -> Sizes:
+        """Those of the same learner with so many blocks, all trained; more repeat the last one."""
+        more = n_layers - len(self.blocks)
+        total = self.total + more * self.blocks[-1]
+        blocks = (*self.blocks, *self.blocks[-1:] * more)
+        return Sizes(total, total, blocks, (*self.matrices, *self.matrices[-1:] * more))
+
+
+@dataclasses.dataclass(frozen=True)
 class Needs:
     """Bytes per GPU by part, and what follows for time and disk."""
 
@@ -101,7 +129,7 @@ def activation_bytes(model: ModelConfig, precision: str, recompute: str, tokens:
 
 def estimate(
     config: Config,
-    learner: nn.Module,
+    sizes: Sizes,
     gpus: int,
     device: str,
     *,
@@ -109,10 +137,10 @@ def estimate(
     gpus_per_node: int = 8,
     predicted_share: float = 1.0,
 ) -> Needs:
-    """What each of `gpus` devices needs for this run; `learner` may be on the meta device."""
+    """What each of `gpus` devices needs for this run of a model of these sizes."""
     name = find_device(device)
     model, train = config.model, config.train
-    parameters = sum(p.numel() for p in learner.parameters())
+    parameters = sizes.total
     share = {"ddp": 1, "fsdp": gpus, "hsdp": config.distributed.shard_size or gpus_per_node}
     divided = min(share[config.distributed.strategy], gpus)
     rows = min(train.micro_batch or train.global_batch, -(-train.global_batch // gpus))
@@ -120,9 +148,9 @@ def estimate(
     memory = {
         "weights": 4.0 * parameters / divided,
         "gradients": 4.0 * parameters / divided,
-        "optimizer": 4.0 * optimizer_numbers(config, learner) / divided,
+        "optimizer": 4.0 * optimizer_numbers(config, sizes) / divided,
         "moving average": 4.0 * parameters / divided if train.ema else 0.0,
-        "gathered weights": gathered_bytes(config, learner) if divided > 1 else 0.0,
+        "gathered weights": gathered_bytes(config, sizes) if divided > 1 else 0.0,
         "activations": activation_bytes(
             model, train.precision, train.activation_checkpointing, tokens
         ),
@@ -133,28 +161,25 @@ def estimate(
     peak = (single if train.precision == "fp32" else half) * 1e12
     speed = gpus * peak * mfu / flops
     total = train.steps * train.global_batch * config.data.row_length
-    saved = 4.0 * (parameters * (2 if train.ema else 1) + optimizer_numbers(config, learner))
+    saved = 4.0 * (parameters * (2 if train.ema else 1) + optimizer_numbers(config, sizes))
     available = GIBIBYTES[name] * 2**30
     return Needs(parameters, flops, memory, available, speed, total / speed / 86400, saved)
 
 
-def optimizer_numbers(config: Config, learner: nn.Module) -> float:
+def optimizer_numbers(config: Config, sizes: Sizes) -> float:
     """Numbers that the optimizer keeps; raises UserError for one that a plug-in brought."""
-    total = sum(p.numel() for p in learner.parameters() if p.requires_grad)
     if config.optim.name == "muon":
-        matrices = sum(p.numel() for p in learner.trunk.blocks.parameters() if p.ndim == 2)
-        return matrices + 2.0 * (total - matrices)
+        matrices = sum(sizes.matrices)
+        return matrices + 2.0 * (sizes.trained - matrices)
     if config.optim.name not in STATE:
         raise UserError(f"optim={config.optim.name}: it is not known how much state it keeps")
-    return STATE[config.optim.name] * total
+    return STATE[config.optim.name] * sizes.trained
 
 
-def gathered_bytes(config: Config, learner: nn.Module) -> float:
+def gathered_bytes(config: Config, sizes: Sizes) -> float:
     """Whole weights that exist at a time under fsdp: two blocks and the outermost group."""
     item = 4 if config.train.precision == "fp32" else 2
-    blocks = [sum(p.numel() for p in block.parameters()) for block in learner.trunk.blocks]
-    outer = sum(p.numel() for p in learner.parameters()) - sum(blocks)
-    return item * (outer + 2 * max(blocks))
+    return item * (sizes.total - sum(sizes.blocks) + 2 * max(sizes.blocks))
 
 
 def parts_of(needs: Needs) -> Mapping[str, float]:

@@ -86,7 +86,7 @@ class Evaluator:
             before = sums.get(name, (0.0, 0.0))
             sums[name] = (before[0] + value, before[1] + count)
 
-        for batch in self._in_step(engine):
+        for batch in in_step(engine, iter(self.batches())):
             if stop() and not engine.sharded:
                 return sums, 1.0
             terms = engine.local(batch)
@@ -100,24 +100,25 @@ class Evaluator:
                 add("unigram bytes", nats, text_bytes)
         return sums, 0.0
 
-    def _in_step(self, engine: Engine) -> Iterator[Any]:
-        """This rank's batches; of sharded weights, as many as the rank with the most has.
 
-        What is added, and comes first where a rank has none at all, repeats a batch without rows.
-        """
-        if not engine.sharded:
-            yield from self.batches()
+def in_step(engine: Engine, batches: Iterator[Any]) -> Iterator[Any]:
+    """A rank's batches; of sharded weights, as many as the rank with the most has.
+
+    What is added, and comes first where a rank has none at all, repeats a batch without rows.
+    """
+    if not engine.sharded:
+        yield from batches
+        return
+    last = None
+    while True:
+        batch = next(batches, None)
+        if not engine.world.all_sum([batch is not None])[0]:
             return
-        batches, last = iter(self.batches()), None
-        while True:
-            batch = next(batches, None)
-            if not self.world.all_sum([batch is not None])[0]:
-                return
-            last = batch or last
-            if last is None:
-                raise UserError("the validation split has fewer rows than ranks; add to it")
-            blank = dataclasses.replace(last, row_ids=last.row_ids[:0])
-            yield batch or blank
+        last = batch or last
+        if last is None:
+            raise UserError("the validation split has fewer rows than ranks; add to it")
+        blank = dataclasses.replace(last, row_ids=last.row_ids[:0])
+        yield batch or blank
 
 
 def figures(

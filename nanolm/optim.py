@@ -18,9 +18,11 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from nanolm.errors import UserError
 from nanolm.registry import OPTIMIZERS, Options
+from nanolm.sharding import divided, whole
 
 Named = tuple[str, nn.Parameter]
 
@@ -207,10 +209,20 @@ class Muon(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(weight)
                 momentum, mu = state["momentum"], group["momentum"]
                 momentum.lerp_(weight.grad, 1 - mu)
-                update = orthogonalise(weight.grad.lerp(momentum, mu), group["steps"])
+                update = orthogonal_part(weight.grad.lerp(momentum, mu), group["steps"])
                 scale = math.sqrt(max(1.0, weight.shape[0] / weight.shape[1]))
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.add_(update.to(weight.dtype), alpha=-group["lr"] * scale)
+                weight.add_(update, alpha=-group["lr"] * scale)
+
+
+def orthogonal_part(matrix_MN: Tensor, steps: int) -> Tensor:
+    """The matrix orthogonalised, in its own type; of a sharded one, this rank's rows of the result.
+
+    Every rank gathers the whole matrix and orthogonalises it, one matrix at a time: the update of
+    some rows needs all rows.
+    """
+    whole_MN = orthogonalise(whole(matrix_MN), steps).to(matrix_MN.dtype)
+    return divided(whole_MN, matrix_MN) if isinstance(matrix_MN, DTensor) else whole_MN
 
 
 def gram(x_MN: Tensor) -> Tensor:

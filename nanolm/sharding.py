@@ -27,7 +27,6 @@ from nanolm.errors import require
 
 REFUSED = {
     "adafactor": "torch's Adafactor takes row and column means of the rows that a rank holds only",
-    "muon": "Muon orthogonalises whole matrices, and a rank holds some rows of each",
 }
 """Optimizers whose update of a part of a matrix is not the part of its update."""
 
@@ -38,8 +37,9 @@ def require_shardable(config: Config) -> None:
     remedy = "set distributed.strategy to ddp"
     require(optim not in REFUSED, f"optim={optim} with {strategy}: {REFUSED.get(optim)}; {remedy}")
     require(
-        config.train.precision != "fp16",
-        f"train.precision=fp16 with {strategy}: the loss scale would differ by rank; use bf16",
+        not (optim == "muon" and config.distributed.cpu_offload),
+        "optim=muon with distributed.cpu_offload: Muon gathers whole matrices on the accelerator, "
+        "and offloaded ones are in host memory; set distributed.cpu_offload to false",
     )
     require(
         config.train.rule.name == "plain",
@@ -47,12 +47,9 @@ def require_shardable(config: Config) -> None:
         f"which are gathered block by block; {remedy}",
     )
     require(
-        config.peft.name == "none",
-        f"peft={config.peft.name} with {strategy}: an adapter is small; {remedy}",
-    )
-    require(
-        type(config) is Config,
-        f"fine-tuning with {strategy}: its evaluation runs on each rank alone; {remedy}",
+        config.peft.name != "adalora",
+        f"peft=adalora with {strategy}: it scores rows and columns of whole matrices between "
+        f"steps, and a rank holds some rows of each; {remedy}, or peft to lora",
     )
 
 
@@ -111,7 +108,7 @@ def shard(
 
 def _options(world: World, config: Config) -> dict:
     distributed = config.distributed
-    half = torch.bfloat16 if config.train.precision == "bf16" else None
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision)
     precision = MixedPrecisionPolicy(
         param_dtype=half,
         reduce_dtype=torch.float32 if half else None,

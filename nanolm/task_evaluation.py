@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from nanolm.data.task_splits import pick
 from nanolm.data.task_stream import TaskStream
 from nanolm.distributed import World
 from nanolm.engine import Engine
 from nanolm.evaluation import figures as means_of
+from nanolm.evaluation import in_step
 from nanolm.loader import MicroBatch, eval_batches
 from nanolm.objectives.task import Item, Task
 from nanolm.task_data import Split
@@ -75,10 +77,12 @@ def evaluated(
     learner.eval()
     try:
         with torch.no_grad():
-            for batch in batches:
-                if stop():
+            for batch in in_step(engine, batches):
+                if stop() and not engine.sharded:
                     return {"answers": [], "sums": {}, "stopped": True}
-                terms, found = one_batch(engine, task, batch)
+                terms, found = engine.local(batch, Answering(task))
+                if not len(batch.row_ids):
+                    continue
                 answers += found
                 for name, term in terms.items():
                     before = sums.get(name, (0.0, 0.0))
@@ -88,15 +92,18 @@ def evaluated(
     return {"answers": answers, "sums": sums, "stopped": False}
 
 
-def one_batch(engine: Engine, task: Task, batch: MicroBatch) -> tuple[dict[str, Any], list[Any]]:
-    """(loss terms, answers) of one batch from one forward pass."""
-    learner = engine.learner
-    with engine.precision():
-        tensors = engine.move(batch)
-        hidden_BTD = learner.trunk(task.inputs(tensors))
-        has_gold = task.has_gold(tensors)
-        terms = task.loss(hidden_BTD, learner.heads, tensors) if has_gold else {}
-        return terms, task.answers(hidden_BTD, learner.heads, tensors)
+class Answering:
+    """A task whose loss brings the answers along, both from one forward pass of the learner."""
+
+    def __init__(self, task: Task) -> None:
+        self.task, self.inputs = task, task.inputs
+
+    def loss(
+        self, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: dict[str, Tensor]
+    ) -> tuple[dict[str, Any], list[Any]]:
+        """(loss terms, none without gold; one answer per item)."""
+        terms = self.task.loss(hidden_BTD, heads, batch) if self.task.has_gold(batch) else {}
+        return terms, self.task.answers(hidden_BTD, heads, batch)
 
 
 def predict(engine: Engine, split: Split, batch: int) -> list[Prediction]:

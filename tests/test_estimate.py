@@ -14,7 +14,8 @@ from nanolm import cli
 from nanolm.arguments import load_config
 from nanolm.build import build_learner, build_objective, resolve
 from nanolm.errors import UserError
-from nanolm.estimate import activation_bytes, estimate, find_device
+from nanolm.estimate import Sizes, activation_bytes, estimate, find_device
+from nanolm.largest import largest, lean, scaled
 from tests.conftest import tiny_tokenizer
 
 BASE = {"d_model": 96, "n_layers": 4, "n_heads": 4, "max_length": 128, "vocab_size": 512}
@@ -68,11 +69,12 @@ def test_parameters_memory_and_checkpoint_are_those_of_a_run(tmp_path):
     config = load_config([*SMALL, f"--data.path={prepared_corpus()}", "--train.ema=0.9"])
     config = resolve(config, tiny_tokenizer())
     learner = build_learner(config, build_objective(config, tiny_tokenizer()), meta=True)
-    needs = estimate(config, learner, 1, "h100")
+    sizes = Sizes.of(learner)
+    needs = estimate(config, sizes, 1, "h100")
     assert needs.parameters == summary["params"]
     assert needs.checkpoint == pytest.approx(sum(f.stat().st_size for f in files), rel=0.1)
     sharded = dataclasses.replace(config.distributed, strategy="fsdp")
-    parts = estimate(dataclasses.replace(config, distributed=sharded), learner, 8, "h100").memory
+    parts = estimate(dataclasses.replace(config, distributed=sharded), sizes, 8, "h100").memory
     assert parts["weights"] == needs.memory["weights"] / 8 and parts["gathered weights"] > 0
 
 
@@ -84,8 +86,29 @@ def test_the_command_prints_the_parts(tmp_path):
     figures = json.loads(report.read_text())
     assert 120e6 < figures["parameters"] < 130e6 and figures["fits"]
     assert "memory: activations" in text.getvalue() and "days for" in text.getvalue()
+    sizes = [limit["parameters"] / 1e9 for limit in figures["largest"]]
+    assert 2 < sizes[0] < 6 and sizes[0] < sizes[1] <= sizes[2] < sizes[3] < sizes[4]
+    assert "Largest model of this shape per 80 GiB" in text.getvalue()
     with pytest.raises(UserError, match="device=abacus is not known"):
         find_device("abacus")
+
+
+def test_the_largest_model_fits_and_the_next_does_not():
+    config, _ = build(LLAMA)
+    assert scaled(config.model, 5).n_layers == 10 and scaled(config.model, 5).d_model == 240
+
+    def sizes_of(model):
+        changed = dataclasses.replace(config, model=model)
+        objective = build_objective(changed, tiny_tokenizer())
+        return Sizes.of(build_learner(changed, objective, meta=True))
+
+    assert sizes_of(config.model) == sizes_of(scaled(config.model, 2)).deeper(4)
+    for limit in largest(config, sizes_of, [("ddp", 1), ("fsdp", 8)], "rtx4090"):
+        for groups, fits in ((limit.model.kv_heads, True), (limit.model.kv_heads + 1, False)):
+            model = scaled(config.model, groups)
+            sizes = sizes_of(dataclasses.replace(model, n_layers=2)).deeper(model.n_layers)
+            tried = lean(config, model, limit.strategy, limit.gpus)
+            assert estimate(tried, sizes, limit.gpus, "rtx4090").fits == fits
 
 
 FAKE = """

@@ -13,7 +13,7 @@ from nanolm.container import read_tensors
 from nanolm.distributed import World
 from nanolm.engine import Engine
 from nanolm.errors import UserError
-from nanolm.registry import OPTIMIZERS
+from nanolm.registry import OPTIMIZERS, PEFT
 from nanolm.sharding import require_shardable, whole
 from nanolm.state import learner_tensors
 from tests.conftest import TINY, tiny_tokenizer
@@ -57,6 +57,26 @@ def test_losses_equal_ddp_and_a_kill_is_exact(tmp_path, strategy, ranks):
     assert files == {f"model-{i:05d}-of-{size:05d}.safetensors" for i in range(size)}
     learner = tiny_learner()  # what reads checkpoints of one process reads these
     load_weights(tmp_path / "whole/checkpoints/step-00000020", learner, ema=False)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"optim": OPTIMIZERS.get("muon").options(lr=0.02)}, {"train__precision": "fp16"}],
+    ids=["muon", "fp16"],
+)
+def test_muon_and_the_loss_scale_equal_ddp(tmp_path, changes):
+    """Each rank keeps its rows of the whole matrix's update; an overflow on one rank is all
+    ranks'. Evaluation in fp16 rounds at other places."""
+    for strategy in ("ddp", "fsdp"):
+        options = STEADY | changes | {"distributed__strategy": strategy}
+        in_ranks(2, fit, tiny_config(tmp_path / strategy, **options))
+    tolerance = 1e-5 if "optim" in changes else 5e-3
+    assert_same_losses(tmp_path / "ddp", tmp_path / "fsdp", tolerance)
+    folder = tmp_path / "fsdp" / "checkpoints" / "step-00000020"
+    scale = json.loads((folder / "trainer.json").read_text())["scaler"].get("scale", 1.0)
+    assert scale == json.loads(
+        (tmp_path / "ddp" / "checkpoints" / "step-00000020" / "trainer.json").read_text()
+    )["scaler"].get("scale", 1.0)
 
 
 def test_any_strategy_goes_on_from_any_other(tmp_path):
@@ -146,12 +166,19 @@ def test_meta_device_and_recomputation(tmp_path):
     ("changes", "word"),
     [
         ({"optim": OPTIMIZERS.get("adafactor").options()}, "Adafactor"),
-        ({"optim": OPTIMIZERS.get("muon").options()}, "orthogonalises whole matrices"),
-        ({"train__precision": "fp16"}, "use bf16"),
+        ({"peft": PEFT.get("adalora").options()}, "it scores rows and columns"),
+        (
+            {
+                "optim": OPTIMIZERS.get("muon").options(),
+                "distributed__strategy": "fsdp",
+                "distributed__cpu_offload": True,
+            },
+            "gathers whole matrices",
+        ),
     ],
 )
 def test_what_cannot_be_sharded_is_refused(tmp_path, changes, word):
-    config = tiny_config(tmp_path, distributed__strategy="fsdp", **changes)
+    config = tiny_config(tmp_path, **{"distributed__strategy": "fsdp"} | changes)
     with pytest.raises(UserError, match=word):
         require_shardable(config)
     with pytest.raises(UserError, match="keeps none"):

@@ -18,7 +18,9 @@ from nanolm.bench_step import StandInTokenizer
 from nanolm.commands.figures import write_json
 from nanolm.config import Config
 from nanolm.errors import require
-from nanolm.estimate import Needs, estimate, parts_of
+from nanolm.estimate import GIBIBYTES, Needs, Sizes, estimate, find_device, parts_of
+from nanolm.largest import Limit, largest
+from nanolm.model_config import ModelConfig
 
 POSITIONAL = ("config_file",)
 
@@ -62,17 +64,24 @@ def run(arguments: Arguments) -> None:
     """Estimate and print."""
     config = read(arguments)
     objective = build.build_objective(config, StandInTokenizer(config.model.vocab_size))
-    learner = build.build_learner(config, objective, meta=True)
+
+    def sizes_of(model: ModelConfig) -> Sizes:
+        changed = dataclasses.replace(config, model=model)
+        return Sizes.of(build.build_learner(changed, objective, meta=True))
+
     needs = estimate(
         config,
-        learner,
+        sizes_of(config.model),
         arguments.gpus,
         arguments.device,
         mfu=arguments.mfu,
         gpus_per_node=arguments.gpus_per_node,
     )
-    Console().print(table_of(needs, arguments, config))
+    limits = largest(config, sizes_of, strategies(arguments), arguments.device)
+    console = Console()
+    console.print(table_of(needs, arguments, config), limits_of(limits, arguments))
     figures = dataclasses.asdict(needs) | {"total": needs.total, "fits": needs.fits}
+    figures["largest"] = [dataclasses.asdict(limit) for limit in limits]
     write_json(arguments.json, {"gpus": arguments.gpus, "device": arguments.device, **figures})
 
 
@@ -90,4 +99,29 @@ def table_of(needs: Needs, arguments: Arguments, config: Config) -> Table:
     table.add_row(f"tokens/s at MFU {arguments.mfu:.0%}", f"{needs.tokens_per_second:,.0f}")
     table.add_row(f"days for {config.train.steps:,} steps", f"{needs.days:,.2f}")
     table.add_row("checkpoint", f"{needs.checkpoint / 2**30:,.2f} GiB")
+    return table
+
+
+def strategies(arguments: Arguments) -> list[tuple[str, int]]:
+    """Each strategy with numbers of GPUs whose limits are worth knowing."""
+    node = arguments.gpus_per_node
+    return [("ddp", 1), ("hsdp", node), *(("fsdp", n * node) for n in (1, 8, 64))]
+
+
+def limits_of(limits: list[Limit], arguments: Arguments) -> Table:
+    """The largest models for people."""
+    memory = GIBIBYTES[find_device(arguments.device)]
+    table = Table(
+        "strategy",
+        "parameters",
+        "blocks x width",
+        title=f"Largest model of this shape per {memory:.0f} GiB (one row per GPU, full "
+        "recomputation; no tensor parallelism)",
+        title_justify="left",
+    )
+    wide = {"ddp": "any number of GPUs", "hsdp": f"nodes of {arguments.gpus_per_node}"}
+    for limit in limits:
+        where = wide.get(limit.strategy, f"{limit.gpus} GPUs")
+        shape = f"{limit.model.n_layers} x {limit.model.d_model:,}"
+        table.add_row(f"{limit.strategy}, {where}", f"{limit.parameters / 1e9:,.2f} B", shape)
     return table

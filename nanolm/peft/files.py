@@ -16,7 +16,7 @@ from typing import Any
 from nanolm.checkpoint import load_trunk, load_weights, locate
 from nanolm.config import Config
 from nanolm.container import read_json, read_tensors, write_folder
-from nanolm.errors import UserError, require
+from nanolm.errors import UserError
 from nanolm.learner import Learner
 from nanolm.peft.base import Adapter, attach, detach, trainable_counts
 from nanolm.registry import PEFT, Options
@@ -125,12 +125,6 @@ def begin_adapter(
     `base` is the checkpoint that the weights came from; `fresh` heads, which it lacks, are trained
     whole. With a checkpoint to go on from, raises UserError when that belongs to another base.
     """
-    strategy = config.distributed.strategy
-    require(
-        strategy == "ddp",
-        f"peft={config.peft.name} is trained with distributed.strategy=ddp, not {strategy}: what "
-        f"an adapter trains is small",
-    )
     adapter = attach(learner, config.peft, heads=fresh, seed=config.run.seed, base=str(base))
     if checkpoint is not None:
         check_base(checkpoint, read_description(checkpoint), adapter, learner)

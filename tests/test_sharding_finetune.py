@@ -1,0 +1,100 @@
+"""Fine-tuning with divided weights: the same losses, figures and adapters as with whole ones."""
+
+import contextlib
+import dataclasses
+import io
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nanolm import finetune
+from nanolm.arguments import load_config
+from nanolm.build import build_learner, build_objective, resolve
+from nanolm.container import read_tensors
+from nanolm.engine import Engine
+from nanolm.peft.base import attach
+from nanolm.registry import PEFT
+from nanolm.sharding import whole
+from tests.conftest import TINY, tiny_tokenizer
+from tests.finetuned import checkpoint, config, questions, table
+from tests.tiny_run import in_ranks
+
+WORDS = ("--train.steps=7", "--train.global_batch=7", "--train.micro_batch=2", "--eval.every=3")
+WORDS += ("--optim.name=sgd", "--optim.lr=0.1", "--objective.head_dropout=0")
+
+
+def tune(world, config, strategy):
+    """A fine-tuning run in ranks that are joined already."""
+    finetune.launch, finetune.close = lambda *_: world, lambda _: None
+    changed = dataclasses.replace(config.distributed, strategy=strategy)
+    with contextlib.redirect_stdout(io.StringIO()):
+        summary = finetune.run_finetune(dataclasses.replace(config, distributed=changed))
+    return summary["val"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("questions")
+    table(folder, "train", questions(60))
+    table(folder, "val", questions(31, 1000))
+    return folder
+
+
+@pytest.mark.parametrize("peft", ["none", "lora"])
+def test_fine_tuning_equals_ddp(peft, data, tmp_path):
+    """31 records in batches of 7 on two ranks: one rank has a batch more to evaluate."""
+    base, figures = checkpoint("mlm"), {}
+    for strategy in ("ddp", "fsdp"):
+        words = (*WORDS, f"--peft.name={peft}")
+        figures[strategy] = in_ranks(
+            2, tune, config(base, data, tmp_path / strategy, *words), strategy
+        )
+    assert figures["ddp"][0] == pytest.approx(figures["fsdp"][0], abs=1e-5)
+    assert figures["fsdp"][0] == figures["fsdp"][1]
+    runs = [(tmp_path / strategy / "metrics.jsonl").read_text() for strategy in figures]
+    for left, right in zip(*(map(json.loads, run.splitlines()) for run in runs), strict=True):
+        assert (left["step"], left["kind"]) == (right["step"], right["kind"])
+        assert left["loss"] == pytest.approx(right["loss"], abs=1e-5)
+    expected = load_file(tmp_path / "ddp/checkpoints/step-00000007/model.safetensors")
+    found = read_tensors(tmp_path / "fsdp/checkpoints/step-00000007", "model")
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5)
+
+
+def gradients(world, method):
+    """Of every small weight, with the base divided over the ranks and whole."""
+    tokenizer = tiny_tokenizer()
+    base = {"model": TINY, "data": {"row_length": 16}, "distributed": {"strategy": "fsdp"}}
+    settled = resolve(load_config([], base=base), tokenizer)
+    divided, plain = (build_learner(settled, build_objective(settled, tokenizer)) for _ in range(2))
+    for learner in (divided, plain):
+        attach(learner, PEFT.get(method).options())
+        learner.eval()
+    engine = Engine(divided, world, settled)
+    tokens = torch.arange(48).view(3, 16) % 512
+    batch = {"tokens": tokens, "targets": tokens}
+    for number in range(2):
+        with engine.synchronised(number == 1):
+            engine.module(batch)["clm"].sum.backward()
+    (2 * world.size * plain(batch)["clm"].sum).backward()
+    names = [name for name, p in plain.named_parameters() if p.grad is not None]
+    live = dict(divided.named_parameters())
+    for name, parameter in plain.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(
+                whole(live[name].grad), parameter.grad, msg=f"{method} {name}", rtol=1e-3, atol=1e-2
+            )
+    return len(names)
+
+
+def of_all_methods(world, methods):
+    return {method: gradients(world, method) for method in methods}
+
+
+def test_every_adapter_has_the_gradients_that_it_has_with_whole_weights():
+    methods = [name for name in PEFT.names() if name not in ("none", "adalora")]
+    counts = in_ranks(2, of_all_methods, methods)
+    assert counts[0] == counts[1] and all(count > 0 for count in counts[0].values())
