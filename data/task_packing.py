@@ -1,5 +1,9 @@
 """Sequences of unequal length in one rectangle, side by side (packed) or one a row (padded).
 
+    in line   one row, by length, nothing but tokens; for attention that runs length by length
+    packed    rows as wide as the longest sequence, documents kept apart by a mask
+    padded    one sequence a row
+
 Packed, the rectangle is as wide as the longest sequence and sequences share rows: longest first,
 each into the fullest row that still has room (best fit, Johnson 1973; at most 11/9 of the optimum).
 Within a row the document mask keeps them apart and positions restart, so the model computes for
@@ -32,14 +36,26 @@ def best_fit(lengths: list[int], width: int) -> tuple[np.ndarray, np.ndarray]:
     return rows, offsets
 
 
+def by_length(lengths: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """(row, offset) int64[S] of each sequence in a single row, the shortest first."""
+    order = np.argsort(lengths, kind="stable")
+    sorted_lengths = np.asarray(lengths, dtype=np.int64)[order]
+    offsets = np.empty(len(lengths), np.int64)
+    offsets[order] = np.cumsum(sorted_lengths) - sorted_lengths
+    return np.zeros(len(lengths), np.int64), offsets
+
+
 def rectangle(
-    sequences: list[np.ndarray], pad: int, *, packed: bool
+    sequences: list[np.ndarray], pad: int, *, packed: bool, in_line: bool = False
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """(arrays, index): tokens [R, T] with either documents and positions [R, T] or lengths [R], and
     for the M tokens of all sequences, end to end, their flat index int64[M] in R x T."""
     lengths = [len(sequence) for sequence in sequences]
     width = max(lengths)
-    if packed:
+    if packed and in_line:
+        rows, offsets = by_length(lengths)
+        width = sum(lengths)
+    elif packed:
         rows, offsets = best_fit(lengths, width)
     else:
         rows, offsets = np.arange(len(lengths)), np.zeros(len(lengths), np.int64)

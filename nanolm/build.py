@@ -40,6 +40,7 @@ from nanolm.learner import Learner
 from nanolm.model import Trunk, init_weights
 from nanolm.model_config import ModelConfig
 from nanolm.objectives.base import Objective
+from nanolm.objectives.task import Task
 from nanolm.ops import Kernels, Phase
 from nanolm.registry import HEADS, OBJECTIVES, POSITIONS, TRUNKS
 
@@ -134,6 +135,8 @@ def build_learner(
             }
         )
         learner = Learner(trunk, heads, objective)
+        if isinstance(objective, Task):
+            objective.arrange_for(kernels)
         torch.manual_seed(config.run.seed)
         init_weights(learner, config.model)
     trunk.stack.recompute = config.train.activation_checkpointing

@@ -22,6 +22,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
+Classes = tuple[tuple[int, int], ...]
+"""(number, length) of sequences that fill a row end to end, ascending in length."""
 KINDS = ("causal", "window", "lengths", "documents", "prefix", "order")
 
 
@@ -41,6 +43,9 @@ class Mask:
     order: Tensor | None = None  # [B, T]
     key_order: Tensor | None = None  # [B, S]; None means order
     strict: bool = False  # order: < (the query stream of XLNet) instead of <=
+    # No condition of its own: documents again, for kernels that run length by length. Only where
+    # the one row of the batch is full of documents, each of which lies in one piece.
+    classes: Classes | None = None
 
     def kinds(self) -> frozenset[str]:
         """The names, out of KINDS, of the conditions that this mask has."""

@@ -61,7 +61,9 @@ class AttentionSpec(Spec):
     head_dim: int
     causal: bool = False
     window: int | None = None
-    masks: frozenset[str] = frozenset()  # mask kinds that batches may bring (nanolm.masks.KINDS)
+    # Mask kinds that batches may bring (nanolm.masks.KINDS); "classes" where they can also tell
+    # documents by length (Mask.classes).
+    masks: frozenset[str] = frozenset()
     bias: Literal["alibi", "bucket", "dense"] | None = None
     softcap: float | None = None
     dropout: float = 0.0
@@ -137,13 +139,14 @@ BUILT_IN: dict[str, list[str]] = {
         "nanolm.ops_cross_entropy",
         "nanolm.ops_wide",
         "nanolm.ops_triton",
+        "nanolm.ops_by_length",
     ]
     for op in OPS
 }
 
 # `auto` tries these first, in this order; plug-ins are taken only by name.
 AUTO: dict[str, list[str]] = {
-    "attention": ["triton_decode", "triton", "wide", "sdpa", "reference"],
+    "attention": ["triton_decode", "triton", "by_length", "wide", "sdpa", "reference"],
     "linear": ["wide", "reference"],
     "linear_cross_entropy": ["triton", "wide", "chunked", "reference"],
     "norm": ["triton", "torch", "reference"],
@@ -229,6 +232,10 @@ class Kernels:
         self.choices: dict[Spec, Choice] = {}
 
     @property
+    def chosen(self, op: str) -> list[Kernel]:
+        """The kernels that serve this op anywhere in the model."""
+        return [choice.kernel for choice in self.choices.values() if choice.op == op]
+
     def phase(self) -> Phase:
         """The phase that the model is built for."""
         return self.common["phase"]

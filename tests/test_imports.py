@@ -25,6 +25,8 @@ LAYERS = [
         "nanolm.ops_torch",
         "nanolm.ops_cross_entropy",
         "nanolm.ops_wide",
+        "nanolm.ops_by_length",
+        "nanolm.ops_flex",
         "nanolm.ops_triton",
         "nanolm.rederive",
     },

@@ -21,6 +21,7 @@ METHODS = {
         "--data.pack=false",
         "--data.row_length=48",
     ],
+    "packed prompt": ["--peft.name=prompt", "--peft.length=4", "--data.row_length=48"],
     "last": ["--tune.what=last", "--tune.n_layers=1", "--tune.layer_decay=0.8"],
     "gradual": ["--tune.unfreeze_every=3"],
     "fgm": ["--train.rule.name=fgm", "--train.rule.inner.name=rdrop", "--train.micro_batch=7"],
@@ -67,7 +68,8 @@ def test_a_fine_tuned_adapter_is_merged(data, tmp_path):
 def test_what_cannot_go_together_is_refused(data, tmp_path):
     base, run = checkpoint("mlm"), tmp_path / "run"
     with pytest.raises(UserError, match=r"peft=prompt .*data\.pack"):
-        finetune(base, data, run / "1", *SHORT, "--peft.name=prompt")
+        masked = ("--peft.name=prompt", "--kernels.attention=sdpa")
+        finetune(base, data, run / "1", *SHORT, *masked)
     with pytest.raises(UserError, match=r"tune\.what=heads cannot go with peft"):
         finetune(base, data, run / "2", *SHORT, "--peft.name=lora", "--tune.what=heads")
     with pytest.raises(UserError, match="not random ones"):

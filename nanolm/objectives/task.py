@@ -28,6 +28,7 @@ from nanolm.heads import HeadRequest
 from nanolm.masks import Mask
 from nanolm.model import Inputs
 from nanolm.objectives.base import Draw, Term
+from nanolm.ops import Kernels
 from nanolm.registry import Options
 from nanolm.task_config import TaskConfig
 from nanolm.task_heads import Layout
@@ -92,7 +93,8 @@ class Task:
         self.heads: dict[str, HeadRequest] = {}
         self.weights = {self.term: 1.0}
         padding = {"lengths"} if self.trunk == "encoder" else set()
-        self.masks = frozenset({"documents"} if self.packed else padding)
+        self.masks = frozenset({"documents", "classes"} if self.packed else padding)
+        self.compiled, self.in_line = config.train.compile, False
 
     # From records to items.
 
@@ -146,6 +148,14 @@ class Task:
         """Token ids of a text; no more of it is encoded than could ever fit."""
         return self.tokenizer.encode(text)
 
+    def arrange_for(self, kernels: Kernels) -> None:
+        """Packed sequences lie in one row, by length, where every attention kernel runs length by
+        length; elsewhere in a rectangle, whose width bounds what a masked row costs. A compiled
+        block would be compiled anew for each batch's lengths, so it gets the rectangle too."""
+        chosen = kernels.chosen("attention")
+        serve = all(hasattr(kernel, "takes_classes") for kernel in chosen)
+        self.in_line = self.packed and serve and not self.compiled
+
     def require_heads(self, fresh: list[str], base: str) -> None:
         """Raises UserError when a head that must come from the base is fresh."""
 
@@ -158,19 +168,33 @@ class Task:
     def collate(self, examples: list[Item]) -> dict[str, np.ndarray]:
         """The sequences of all items in one rectangle, the layout's indices, and the targets."""
         sequences = [sequence for item in examples for sequence in item.sequences]
+        batch, index_M = self.rows(sequences)
+        ends_S = np.cumsum([len(sequence.tokens) for sequence in sequences])
+        batch |= self.places(np.split(index_M, ends_S[:-1]))
+        return batch | self.targets_of(examples, batch)
+
+    def rows(self, sequences: list[Sequence]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """(what the trunk reads, the flat places int64[M] of all sequences' tokens, end to end)."""
         tokens = [sequence.tokens for sequence in sequences]
         pad = self.tokenizer.roles().get("pad", 0)
-        batch, index_M = rectangle(tokens, pad, packed=self.packed)
         lengths_S = np.array([len(ids) for ids in tokens], dtype=np.int64)
-        ends_S = np.cumsum(lengths_S)
-        batch["index"] = index_M
-        batch["owner"] = np.repeat(np.arange(len(tokens)), lengths_S)
-        batch["first"], batch["last"] = index_M[ends_S - lengths_S], index_M[ends_S - 1]
+        batch, index_M = rectangle(tokens, pad, packed=self.packed, in_line=self.in_line)
+        if self.in_line:
+            batch["classes"] = np.stack(np.unique(lengths_S, return_counts=True)[::-1], axis=1)
         if self.segments:
             values = [np.arange(len(s.tokens)) >= s.second for s in sequences]
             segments_M = np.concatenate(values).astype(np.int64)
             batch["segments"] = scatter(batch["tokens"].shape, index_M, segments_M, 0)
-        return batch | self.targets_of(examples, batch)
+        return batch, index_M
+
+    def places(self, spans: list[np.ndarray]) -> dict[str, np.ndarray]:
+        """The arrays of a Layout, from each sequence's flat places."""
+        return {
+            "index": np.concatenate(spans),
+            "owner": np.repeat(np.arange(len(spans)), [len(span) for span in spans]),
+            "first": np.array([span[0] for span in spans]),
+            "last": np.array([span[-1] for span in spans]),
+        }
 
     def targets_of(
         self, examples: list[Item], batch: dict[str, np.ndarray]
@@ -187,7 +211,8 @@ class Task:
     def inputs(self, batch: dict[str, Tensor]) -> Inputs:
         """Tokens, kept apart in packed rows or hidden behind their lengths in padded ones."""
         if self.packed:
-            mask = Mask(documents=batch["documents"])
+            classes = tuple(map(tuple, batch["classes"].tolist())) if "classes" in batch else None
+            mask = Mask(documents=batch["documents"], classes=classes)
         else:
             mask = Mask(key_lengths=batch["lengths"] if self.trunk == "encoder" else None)
         return Inputs(

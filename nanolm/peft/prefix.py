@@ -81,6 +81,8 @@ class Prefix(nn.Module):
 @PEFT.register("prefix", options=PrefixTuningOptions)
 def prefix(options: PrefixTuningOptions, learner: Learner, adapter: Adapter) -> None:
     """A Prefix for every block's self-attention."""
+    if getattr(learner.objective, "in_line", False):  # the reference kernel reads masks only
+        adapter.replace(learner.objective, "in_line", False)
     for block in learner.trunk.blocks:
         attention: Any = block.attention
         module = Prefix(attention.n_kv_heads, attention.head_dim, options)

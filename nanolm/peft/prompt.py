@@ -3,9 +3,11 @@
     trunk([prompt; E(tokens)])[P:]
 
 They have positions of their own (the text begins at P) and are seen by every token. The trunk takes
-embeddings in place of tokens, so two hooks around it do the whole work.
+embeddings in place of tokens, so two hooks around it do the whole work. Where many texts lie in one
+row by length (`Mask.classes`), each of them gets the vectors in front and belongs, with them, to
+the class of texts that are P tokens longer.
 
-Shapes: B batch, T tokens, P prompt length, D model width.
+Shapes: B batch, T tokens, P prompt length, D model width; N texts of a class, L their length.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 
 from nanolm.errors import require
 from nanolm.learner import Learner
-from nanolm.masks import Mask
+from nanolm.masks import Classes, Mask
 from nanolm.model import Inputs, Trunk
 from nanolm.peft.base import Adapter, PeftOptions
 from nanolm.registry import PEFT
@@ -51,11 +53,13 @@ class Prompt(nn.Module):
             vectors_PD = 0.02 * torch.randn(options.length, width)
         self.vectors_PD = nn.Parameter(vectors_PD)
         self.added = False
+        self.classes: Classes | None = None
+        self.places: Tensor | None = None  # with classes: see `places_by_class`
 
     def before(self, trunk: Trunk, arguments: tuple[Inputs, ...]) -> tuple[Inputs]:
         """The trunk's inputs with the prompt in front, or, behind a cache that has it, moved on."""
         (inputs,) = arguments
-        length = len(self.vectors_PD)
+        length, self.classes = len(self.vectors_PD), inputs.mask.classes
         self.added = inputs.cache is None or inputs.cache.length == 0
         positions_BT = inputs.positions_BT
         if not self.added:
@@ -65,13 +69,15 @@ class Prompt(nn.Module):
         x_BTD = inputs.embeddings_BTD
         if x_BTD is None:
             x_BTD = trunk.embedding(inputs.tokens_BT) * trunk.scale
-        total = length + x_BTD.shape[1]
+        n_tokens = x_BTD.shape[1] if self.classes is None else self.classes[-1][1]
         require(
-            total <= trunk.max_length,
-            f"peft=prompt puts {length} vectors before rows of {x_BTD.shape[1]} tokens, and "
+            length + n_tokens <= trunk.max_length,
+            f"peft=prompt puts {length} vectors before rows of {n_tokens} tokens, and "
             f"model.max_length={trunk.max_length} holds fewer; shorten data.row_length or "
             f"peft.length",
         )
+        if self.classes is not None:
+            return (self.before_each(inputs, x_BTD),)
         if inputs.cache is not None:
             inputs.cache.grow(length)
         if positions_BT is not None:
@@ -90,6 +96,31 @@ class Prompt(nn.Module):
                 segments_BT=segments_BT,
                 mask=self.lengthened(inputs.mask, queries=True),
             ),
+        )
+
+    def before_each(self, inputs: Inputs, x_1TD: Tensor) -> Inputs:
+        """The inputs of one row of texts by length, with the prompt in front of every text."""
+        length, device = len(self.vectors_PD), x_1TD.device
+        self.places, first = (found.to(device) for found in places_by_class(self.classes, length))
+        counted_P = torch.arange(length, device=device)
+        positions_T = inputs.positions_BT[0] + length
+        segments_BT = inputs.segments_BT
+        if segments_BT is not None:
+            segments_BT = nn.functional.pad(segments_BT, (length, 0))[:, self.places]
+        mask = dataclasses.replace(
+            inputs.mask,
+            documents=inputs.mask.documents[:, first],
+            classes=tuple((number, own + length) for number, own in self.classes),
+        )
+        return dataclasses.replace(
+            inputs,
+            tokens_BT=None,
+            embeddings_BTD=torch.cat([self.vectors_PD.to(x_1TD.dtype), x_1TD[0]])[
+                None, self.places
+            ],
+            positions_BT=torch.cat([counted_P, positions_T])[None, self.places],
+            segments_BT=segments_BT,
+            mask=mask,
         )
 
     def lengthened(self, mask: Mask, *, queries: bool) -> Mask:
@@ -112,7 +143,27 @@ class Prompt(nn.Module):
 
     def after(self, trunk: Trunk, arguments: Any, hidden_BTD: Tensor) -> Tensor:
         """The hidden states of the text alone."""
-        return hidden_BTD[:, len(self.vectors_PD) :] if self.added else hidden_BTD
+        length = len(self.vectors_PD)
+        if self.classes is not None:
+            return hidden_BTD[:, self.places >= length]
+        return hidden_BTD[:, length:] if self.added else hidden_BTD
+
+
+def places_by_class(classes: Classes, length: int) -> tuple[Tensor, Tensor]:
+    """(places, first) int64 [T'] of the row in which P vectors stand before every text.
+
+    Each place of the new row takes number `places` of [vectors; tokens of the old row]; `first` is
+    the old row's token itself, or for a vector the first token of the text behind it.
+    """
+    places, first, start = [], [], 0
+    for number, own in classes:
+        tokens_NL = torch.arange(start, start + number * own).view(number, own)
+        counted_NP = torch.arange(length).expand(number, -1)
+        places.append(torch.cat([counted_NP, tokens_NL + length], dim=1).flatten())
+        fronts_NP = tokens_NL[:, :1].expand(-1, length)
+        first.append(torch.cat([fronts_NP, tokens_NL], dim=1).flatten())
+        start += number * own
+    return torch.cat(places), torch.cat(first)
 
 
 @PEFT.register("prompt", options=PromptOptions)
@@ -120,7 +171,7 @@ def prompt(options: PromptOptions, learner: Learner, adapter: Adapter) -> None:
     """A Prompt around the trunk."""
     trunk, coupled = learner.trunk, {"documents", "order"} & learner.objective.masks
     require(
-        not coupled,
+        not coupled or getattr(learner.objective, "in_line", False),
         f"peft=prompt stands before one text a row, and these rows are masked by "
         f"{' and '.join(sorted(coupled))}; set data.pack or data.document_mask to false, or use "
         f"peft=prefix",

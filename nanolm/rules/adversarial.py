@@ -105,7 +105,8 @@ class Perturbation:
         if self.delta is None:
             delta = torch.zeros_like(out_BTD, requires_grad=False)
             if self.start > 0:
-                delta.uniform_(-1, 1).mul_(self.start / out_BTD[0].numel() ** 0.5)
+                n_examples = len(delta) if self.documents is None else self.documents.max() + 1
+                delta.uniform_(-1, 1).mul_(self.start * (n_examples / delta.numel()) ** 0.5)
             self.delta = delta.requires_grad_()
         require(
             self.delta.shape == out_BTD.shape,
