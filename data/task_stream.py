@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from nanolm.data.mixture import Mixture
 from nanolm.data.permutation import Permutation, fold_key
 from nanolm.errors import UserError
 
@@ -37,6 +38,9 @@ class TaskRow:
 class TaskStream:
     """Endless shuffled epochs over a list of items (`name` is what errors call it)."""
 
+    read_ahead = 0
+    """Items lie in memory: the loader need not announce them."""
+
     def __init__(self, items: Sequence[Any], *, seed: int, name: str = "the task's data") -> None:
         if not items:
             raise UserError(f"{name} has no usable row")
@@ -47,12 +51,7 @@ class TaskStream:
 
     def places(self, start: int, stop: int) -> TaskPlaces:
         """Where training rows [start, stop) stand."""
-        epochs, places = np.divmod(np.arange(start, stop, dtype=np.int64), len(self))
-        row_ids = np.empty_like(places)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            row_ids[here] = Permutation(len(self), (self.seed, int(epoch)))(places[here])
-        return TaskPlaces(epochs, row_ids)
+        return shuffled(np.arange(start, stop, dtype=np.int64), len(self), self.seed)
 
     def places_of(self, row_ids: np.ndarray, epoch: int = 0) -> TaskPlaces:
         """The items with these numbers."""
@@ -78,3 +77,44 @@ class TaskStream:
         other = fold_key(self.seed, row.epoch, row.row_id, k) % (len(self) - 1)
         other += other >= row.row_id
         return TaskRow(self.items[other], row.epoch, other)
+
+
+def shuffled(rows: np.ndarray, n_items: int, *key: int) -> TaskPlaces:
+    """Where these rows of endless shuffled epochs over n items stand."""
+    epochs, places = np.divmod(rows, n_items)
+    row_ids = np.empty_like(places)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        row_ids[here] = Permutation(n_items, (*key, int(epoch)))(places[here])
+    return TaskPlaces(epochs, row_ids)
+
+
+class MixedTaskStream(TaskStream):
+    """Several tasks' items, one task after the other in `items`, mixed by `shares`.
+
+    Which task a row comes from is arithmetic (`nanolm.data.mixture`); each task's items come in
+    shuffled epochs of its own. `sizes` are the numbers of items of the tasks.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Any],
+        sizes: Sequence[int],
+        shares: Sequence[float],
+        *,
+        seed: int,
+        name: str,
+    ) -> None:
+        super().__init__(items, seed=seed, name=name)
+        self.sizes, self.mixture = sizes, Mixture(shares)
+        self.firsts = np.cumsum([0, *sizes[:-1]])
+
+    def places(self, start: int, stop: int) -> TaskPlaces:
+        """Where training rows [start, stop) stand."""
+        tasks, ranks = self.mixture.locate(np.arange(start, stop, dtype=np.int64))
+        epochs, row_ids = np.empty_like(ranks), np.empty_like(ranks)
+        for task in np.unique(tasks):
+            here = tasks == task
+            found = shuffled(ranks[here], self.sizes[task], self.seed, int(task))
+            epochs[here], row_ids[here] = found.epoch, found.row_id + self.firsts[task]
+        return TaskPlaces(epochs, row_ids)

@@ -24,7 +24,6 @@ from nanolm.augment import Augmented
 from nanolm.checkpoint import Checkpoints, locate, read_trainer
 from nanolm.commands.train import open_sinks, steps
 from nanolm.container import write_json
-from nanolm.data.task_stream import TaskStream
 from nanolm.data.tokenizer import MODEL_FILE
 from nanolm.distributed import World, close, launch
 from nanolm.finetune_build import (
@@ -33,6 +32,7 @@ from nanolm.finetune_build import (
     build_throughput,
     check_scope,
     describe,
+    open_stream,
     prepare,
     start_weights,
     tokens_per_step,
@@ -89,7 +89,7 @@ def run_finetune(config: TaskConfig) -> dict[str, Any]:
     sinks, note = open_sinks(config, world, done)
     for line in [*start.notes, *told, *describe(train, val, learner)]:
         note(line)
-    stream = TaskStream(train.items, seed=config.run.seed, name=train.table.path)
+    stream = open_stream(config, task, train)
     noisy = Augmented(task, config.augment, ready.tokenizer) if config.augment.used else task
     evaluator = build_evaluator(config, val, world)
     try:

@@ -10,6 +10,7 @@ before anything is trained; `finetune.py` runs what was built.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import pathlib
 from collections.abc import Mapping
@@ -19,12 +20,15 @@ from nanolm import build
 from nanolm.checkpoint import load_trunk, locate
 from nanolm.container import read_tensors
 from nanolm.data.task_files import Table
+from nanolm.data.task_stream import TaskStream
 from nanolm.data.tokenizer import MODEL_FILE, Tokenizer
 from nanolm.distributed import World
 from nanolm.errors import UserError, require
 from nanolm.flops import train_flops_per_token
 from nanolm.learner import Learner
 from nanolm.metrics import Throughput, peak_flops
+from nanolm.multi_task import MixedSplit, MultiEvaluator, joined, mixed, resolve_parts
+from nanolm.objectives.multi import Multi
 from nanolm.objectives.task import Task
 from nanolm.peft.files import begin_adapter
 from nanolm.registry import OBJECTIVES
@@ -54,16 +58,37 @@ def prepare(config: TaskConfig) -> Prepared:
     """Reads and checks everything that a run needs; raises UserError for what the user can mend."""
     base = base_folder(config)
     tokenizer = Tokenizer.load(base / MODEL_FILE)
-    task_class = task_of(config)
-    *tables, whole = training_tables(config, task_class)
-    config = resolve(config, task_class, tokenizer, whole)
-    task = build.build_objective(config, tokenizer)
-    train, val = (
-        make_split(name, table, task, config.data) for name, table in zip(("train", "val"), tables)
-    )
+    if issubclass(task_of(config), Multi):
+        config, found = resolve_parts(config, functools.partial(read_tables, tokenizer=tokenizer))
+        task = build.build_objective(config, tokenizer)
+        tables = [table for pair in found.values() for table in pair]
+        train, val = (
+            joined(
+                name,
+                {
+                    part: make_split(name, pair[place], task.parts[part], task.configs[part].data)
+                    for part, pair in found.items()
+                },
+            )
+            for place, name in enumerate(("train", "val"))
+        )
+    else:
+        config, tables = read_tables(config, tokenizer)
+        task = build.build_objective(config, tokenizer)
+        train, val = (
+            make_split(name, table, task, config.data)
+            for name, table in zip(("train", "val"), tables)
+        )
     config = count_steps(config, len(train.items))
     facts = {"data_hash": digest(tables), "tokenizer_hash": tokenizer.hash}
     return Prepared(config, base, tokenizer, task, train, val, facts)
+
+
+def read_tables(config: TaskConfig, tokenizer: Tokenizer) -> tuple[TaskConfig, list[Table]]:
+    """(config with all that one task's data decide filled in, its train and val tables)."""
+    task_class = task_of(config)
+    *tables, whole = training_tables(config, task_class)
+    return resolve(config, task_class, tokenizer, whole), tables
 
 
 def base_folder(config: TaskConfig) -> pathlib.Path:
@@ -182,8 +207,20 @@ def describe(train: Split, val: Split, learner: Learner) -> list[str]:
     ]
 
 
-def build_evaluator(config: TaskConfig, split: Split, world: World) -> TaskEvaluator:
+def open_stream(config: TaskConfig, task: Task, train: Split) -> TaskStream:
+    """The rows of training; of several tasks, mixed."""
+    if isinstance(train, MixedSplit):
+        return mixed(task, train, config.run.seed)
+    return TaskStream(train.items, seed=config.run.seed, name=train.table.path)
+
+
+def build_evaluator(
+    config: TaskConfig, split: Split, world: World
+) -> TaskEvaluator | MultiEvaluator:
     """The evaluator of a split, in pieces no larger than a training micro-batch."""
+    if isinstance(split, MixedSplit):
+        parts = split.parts.items()
+        return MultiEvaluator({name: build_evaluator(config, part, world) for name, part in parts})
     batch = config.eval.batch or config.train.micro_batch or config.train.global_batch
     limit = config.eval.batches and config.eval.batches * batch
     return TaskEvaluator(split, world, batch=batch, limit=limit, seed=config.run.seed)

@@ -5,6 +5,7 @@ After Mitchell et al. 2019 (Model Cards for Model Reporting), as far as a progra
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -46,14 +47,19 @@ def _model(config: TaskConfig, summary: dict[str, Any]) -> list[str]:
 
 def _data(config: TaskConfig, summary: dict[str, Any]) -> list[str]:
     data = config.data
+    tasks = getattr(config.objective, "tasks", {})  # of a run of several
+    parts = [task["data"] for task in tasks.values()] or [dataclasses.asdict(data)]
+    named = ", ".join(f"`{part['train'] or part['path']}`" for part in parts)
     lines = [
         "## Data",
-        f"`{data.train or data.path}`: {summary['train_records']:,} records to train on, "
+        f"{named}: {summary['train_records']:,} records to train on, "
         f"{summary['val_records']:,} to choose by; at most {data.row_length} tokens of each are "
         f"read. SHA-256 of the records: `{summary['data_hash'][:16]}…`",
     ]
     labels = getattr(config.objective, "labels", None)
-    return lines + ([f"Labels: {', '.join(labels)}."] if labels else [])
+    if labels:
+        lines.append(f"Labels: {', '.join(labels)}.")
+    return lines + [f"- {name}: {task['objective']['name']}" for name, task in tasks.items()]
 
 
 def _method(config: TaskConfig, summary: dict[str, Any]) -> list[str]:

@@ -34,6 +34,8 @@ class Saved:
     config: Config
     tokenizer: Tokenizer
     learner: Learner
+    part: str | None = None  # the task, where it was taken out of a run of several
+    whole: Config | None = None  # and that run's config
 
 
 def read_config(folder: pathlib.Path, plugins: list[str] | None = None) -> Config:

@@ -97,6 +97,8 @@ def keep(
     run = saved.folder.parent.parent
     folder = run / "evaluation"
     folder.mkdir(exist_ok=True)
+    if saved.part is not None:
+        name = f"{saved.part}_{name}"
     content: dict[str, Any] = {"checkpoint": saved.folder.name, "rows": len(split.table)}
     content["figures"] = figures
     if report is not None and report.confusion is not None:
@@ -108,7 +110,7 @@ def keep(
     lines = [json.dumps(p, ensure_ascii=False) + "\n" for p in predictions]
     write_text(folder / f"{name}_predictions.jsonl", "".join(lines))
     if (run / "summary.json").is_file():
-        write_card(run, saved.config, read_json(run, "summary.json"))
+        write_card(run, saved.whole or saved.config, read_json(run, "summary.json"))
 
 
 def draw_confusion(report: Report, path: pathlib.Path, title: str) -> None:

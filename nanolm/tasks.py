@@ -3,6 +3,7 @@
 import nanolm.objectives.choose
 import nanolm.objectives.classify
 import nanolm.objectives.embed
+import nanolm.objectives.multi
 import nanolm.objectives.prompt
 import nanolm.objectives.read
 import nanolm.objectives.regress

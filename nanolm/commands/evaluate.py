@@ -8,7 +8,7 @@ batch size; `torchrun -m nanolm evaluate RUN` shares the rows.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -18,7 +18,11 @@ from nanolm.commands.train import build_evaluator
 from nanolm.config import Config
 from nanolm.distributed import World, close, launch
 from nanolm.engine import Engine
-from nanolm.saved import Saved, open_saved
+from nanolm.ensemble import open_together
+from nanolm.errors import require
+from nanolm.multi_task import part_of
+from nanolm.objectives.multi import Multi
+from nanolm.saved import Saved
 from nanolm.task_config import TaskConfig
 from nanolm.task_report import evaluate_task
 
@@ -31,10 +35,16 @@ class Arguments:
 
     run: str
     """Folder of a run or of a checkpoint."""
+    ensemble: list[str] = dataclasses.field(default_factory=list)
+    """Further runs of the same task, such as other seeds: their average with `run` answers."""
+    average: Literal["logits", "weights"] = "logits"
+    """What of an ensemble is averaged; weights need runs from the same pretrained weights."""
     split: str | None = None
     """train, val or test; null: val of a pretrained model, test of a fine-tuned one."""
     data: str | None = None
     """Prepared folder (or, fine-tuned, a table) to evaluate on; null means the run's own."""
+    task: str | None = None
+    """Which task of a run of several; null: all, one after the other."""
     batches: int | None = None
     """Batches to use; null for the whole split."""
     batch: int | None = None
@@ -64,18 +74,33 @@ def with_evaluation(config: Config, arguments: Arguments) -> Config:
 
 def run(arguments: Arguments) -> None:
     """Evaluate and print."""
-    saved = open_saved(arguments.run, phase="train", plugins=arguments.plugins, ema=arguments.ema)
+    saved = open_together(
+        arguments.run,
+        arguments.ensemble,
+        arguments.average,
+        phase="train",
+        plugins=arguments.plugins,
+        ema=arguments.ema,
+    )
     world = launch(saved.config.distributed, arguments.device)
     described = {"run": arguments.run, "checkpoint": saved.folder.name}
     if isinstance(saved.config, TaskConfig):
-        figures = evaluate_task(
-            saved, world, split=arguments.split, data=arguments.data, batch=arguments.batch
-        )
+        figures = evaluate_tasks(saved, world, arguments)
     else:
         figures = evaluate_pretrained(saved, world, arguments)
     if world.is_main:
         write_json(arguments.json, described | figures)
     close(world)
+
+
+def evaluate_tasks(saved: Saved, world: World, arguments: Arguments) -> dict[str, Any]:
+    """The figures of a fine-tuned run; of a run of several tasks, those of each by its name."""
+    words = {"split": arguments.split, "data": arguments.data, "batch": arguments.batch}
+    task = saved.learner.objective
+    if not isinstance(task, Multi) or arguments.task is not None:
+        return evaluate_task(part_of(saved, arguments.task), world, **words)
+    require(arguments.data is None, "--data is one table: say whose with --task")
+    return {name: evaluate_task(part_of(saved, name), world, **words) for name in task.parts}
 
 
 def evaluate_pretrained(saved: Saved, world: World, arguments: Arguments) -> dict[str, Any]:

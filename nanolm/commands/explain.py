@@ -19,6 +19,7 @@ from nanolm.distributed import World
 from nanolm.errors import UserError, require_at_least
 from nanolm.explain import Baseline, Explainer, best_window
 from nanolm.explain_page import Explanation, draw, write_page
+from nanolm.multi_task import part_of
 from nanolm.saved import Saved, open_saved
 from nanolm.task_data import make_split
 
@@ -34,6 +35,8 @@ class Arguments:
     """Folder of a fine-tuning run (its best checkpoint is used) or of a checkpoint."""
     text: str
     """The text: fields separated by tabs, or a JSON object."""
+    task: str | None = None
+    """Which task of a run of several."""
     target: str | None = None
     """What to explain: a label, a score's column, or a word's number from 1 (tag); null: what the
     model predicts."""
@@ -106,6 +109,7 @@ def pieces_of(explainer: Explainer) -> list[str]:
 def run(arguments: Arguments) -> None:
     """Explain, write the files, say the strongest tokens."""
     saved = open_saved(arguments.run, phase="train", plugins=arguments.plugins)
+    saved = part_of(saved, arguments.task)
     explanation = explain(saved, arguments)
     for line in told(explanation):
         print(line)

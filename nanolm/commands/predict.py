@@ -13,14 +13,16 @@ import itertools
 import json
 import sys
 from collections.abc import Iterable, Iterator
-from typing import TextIO
+from typing import Literal, TextIO
 
 from nanolm.data.task_files import Record, Table, read_table
 from nanolm.distributed import World, launch
 from nanolm.engine import Engine
+from nanolm.ensemble import open_together
 from nanolm.errors import UserError, require
+from nanolm.multi_task import part_of
 from nanolm.objectives.task import Task
-from nanolm.saved import Saved, open_saved
+from nanolm.saved import Saved
 from nanolm.task_config import TaskConfig
 from nanolm.task_data import make_split, renamed
 from nanolm.task_evaluation import predict
@@ -35,10 +37,16 @@ class Arguments:
 
     run: str
     """Folder of a fine-tuning run (its best checkpoint is used) or of a checkpoint."""
+    ensemble: list[str] = dataclasses.field(default_factory=list)
+    """Further runs of the same task, such as other seeds: their average with `run` answers."""
+    average: Literal["logits", "weights"] = "logits"
+    """What of an ensemble is averaged; weights need runs from the same pretrained weights."""
     file: str | None = None
     """Table to read; null: standard input, a text or a JSON object a line."""
     out: str | None = None
     """JSONL file to write; null: standard output."""
+    task: str | None = None
+    """Which task of a run of several."""
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
     """Which column holds a field, where it has another name: {text: question}."""
     batch: int = 64
@@ -95,7 +103,10 @@ def record_of_line(line: str, where: str, task: Task) -> Record:
 
 def run(arguments: Arguments) -> None:
     """Predict and write."""
-    saved = open_saved(arguments.run, phase="prefill", plugins=arguments.plugins)
+    saved = open_together(
+        arguments.run, arguments.ensemble, arguments.average, plugins=arguments.plugins
+    )
+    saved = part_of(saved, arguments.task)
     world = launch(saved.config.distributed, arguments.device)
     saved.learner.to(world.device)
     predictor = Predictor(saved, world, arguments.batch)
