@@ -43,6 +43,8 @@ COMMANDS = {
     "bench train": ("nanolm.commands.bench_train", "step throughput beside other models"),
 }
 
+    "bench finetune": ("nanolm.commands.bench_finetune", "fine-tuning beside padded loops"),
+    "bench scale": ("nanolm.commands.bench_scale", "step time with 1 and 2 processes"),
 
 def usage() -> str:
     """One line per command."""

@@ -72,7 +72,7 @@ def test_batches_of_peers_have_the_objectives_targets():
 def test_finished_cells_are_kept_and_found(tmp_path, monkeypatch, capsys):
     calls = []
 
-    def fake(job):
+    def fake(job, module):
         calls.append(job)
         if job["settings"]["model"] == "matmul":
             return {"matmul_flops": 1e11}

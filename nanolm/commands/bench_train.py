@@ -124,16 +124,19 @@ def contestants(objective: str) -> dict[str, dict[str, Any]]:
 
 
 class Cells:
-    """Finished measurements on disk: hash of the job and its turn -> what it gave."""
+    """Finished measurements on disk: hash of the job and its turn -> what it gave.
 
-    def __init__(self, path: str, fresh: bool = False) -> None:
-        self.path = pathlib.Path(path)
+    `module` is what measures a job in a process of its own.
+    """
+
+    def __init__(self, path: str, fresh: bool = False, module: str = "nanolm.bench_step") -> None:
+        self.path, self.module = pathlib.Path(path), module
         self.cells: dict[str, dict] = {}
         if self.path.is_file() and not fresh:
             try:
                 self.cells = json.loads(self.path.read_text(encoding="utf-8"))["cells"]
             except (json.JSONDecodeError, KeyError, TypeError):
-                raise UserError(f"{path} is no results file of bench train; move it away") from None
+                raise UserError(f"{path} is no results file of a benchmark; move it away") from None
 
     def measure(self, job: dict[str, Any], turn: int) -> dict[str, Any]:
         """The measurement of a job in a turn, taken now unless it is there."""
@@ -142,7 +145,7 @@ class Cells:
         key = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
         if key not in self.cells:
             begin = time.perf_counter()
-            result = run_process(job)
+            result = run_process(job, self.module)
             result["wall_seconds"] = time.perf_counter() - begin
             result["load_average"] = os.getloadavg()[0]  # above `cores`, others were running
             self.cells[key] = {"job": job, "turn": turn, "machine": machine, "result": result}
@@ -158,11 +161,11 @@ class Cells:
         temporary.replace(self.path)
 
 
-def run_process(job: dict[str, Any]) -> dict[str, Any]:
+def run_process(job: dict[str, Any], module: str = "nanolm.bench_step") -> dict[str, Any]:
     """One contestant in a fresh process; raises UserError with its last line when it fails."""
     threads = {"OMP_NUM_THREADS": str(job["threads"]), "MKL_NUM_THREADS": str(job["threads"])}
     done = subprocess.run(
-        [sys.executable, "-m", "nanolm.bench_step", json.dumps(job)],
+        [sys.executable, "-m", module, json.dumps(job)],
         env=os.environ | ENVIRONMENT | threads | {"PYTHONPATH": python_path()},
         capture_output=True,
         text=True,
@@ -170,7 +173,7 @@ def run_process(job: dict[str, Any]) -> dict[str, Any]:
     )
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise UserError(f"bench train: {job['settings']} failed: {lines[-1]}")
+        raise UserError(f"{module}: {job['settings']} failed: {lines[-1]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 

@@ -1,0 +1,279 @@
+"""One measurement of `nanolm bench finetune`: one contestant in a process of its own.
+
+    python -m nanolm.bench_finetune '{"settings": …, "data": …, "shape": …}'   ->   one line of JSON
+
+All contestants fine-tune the same model, BERT's block with a pooled first token and a classifier,
+on the same sequences of token ids, `batch` of them a step. nanolm is measured as it trains: its
+Loader, its Trainer's step. The others' batches are padded to their longest sequence and ready made
+(their data phase costs nothing); `grouped` takes sequences of like length together, as
+transformers' `group_by_length` does: it sorts within 50 batches of shuffled examples.
+
+Tokens are real ones; padding is none of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanolm.bench_shape import Clock, forget_peak, resident_bytes
+
+MEGABATCH = 50
+"""Batches within which `grouped` sorts by length: transformers' own number."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TuneShape:
+    """One model and batch, the same for every contestant."""
+
+    n_layers: int = 4
+    d_model: int = 256
+    n_heads: int = 4
+    batch: int = 32
+    vocab_size: int = 8192
+    n_classes: int = 6
+    row_length: int = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Token ids of all sequences and their classes, as `nanolm bench finetune` prepared them."""
+
+    sequences: list[np.ndarray]
+    labels: np.ndarray
+
+    @classmethod
+    def load(cls, path: str) -> Examples:
+        """From the prepared file."""
+        with np.load(path) as arrays:
+            sequences = np.split(arrays["tokens"].astype(np.int64), arrays["ends"][:-1])
+            return cls(sequences, arrays["labels"].astype(np.int64))
+
+    def save(self, path: pathlib.Path) -> None:
+        """Into a prepared file."""
+        ends = np.cumsum([len(ids) for ids in self.sequences])
+        tokens = np.concatenate(self.sequences).astype(np.int32)
+        np.savez(path, tokens=tokens, ends=ends, labels=self.labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class StandInTokenizer:
+    """As much of a tokenizer as collating items asks for."""
+
+    vocab_size: int
+    hash: str = "bench finetune"
+
+    def roles(self) -> dict[str, int]:
+        """Padding alone: sequences come framed."""
+        return {"pad": 0}
+
+
+def nanolm_config(shape: TuneShape, job: dict[str, Any], folder: str) -> Any:
+    """The fine-tuning run's config: transformers' BERT."""
+    from nanolm.arguments import load_config  # noqa: PLC0415
+    from nanolm.task_config import TaskConfig  # noqa: PLC0415
+
+    labels = [str(n) for n in range(shape.n_classes)]
+    base = {
+        "model": {
+            "trunk": "encoder",
+            "norm_position": "post",
+            "embedding_norm": True,
+            "norm_eps": 1e-12,
+            "n_segments": 2,
+            "d_model": shape.d_model,
+            "n_layers": shape.n_layers,
+            "n_heads": shape.n_heads,
+            "max_length": shape.row_length,
+            "vocab_size": shape.vocab_size,
+        },
+        "objective": {
+            "name": "classify",
+            "labels": labels,
+            "pair": False,
+            "pooling": "cls",
+            "head_dropout": 0.0,
+        },
+        "data": {"path": folder, "row_length": shape.row_length},
+        "optim": {"name": "adamw", "lr": 3e-4, "weight_decay": 0.01},
+        "schedule": {"name": "constant"},
+        "train": {
+            "steps": 1_000_000,
+            "global_batch": shape.batch,
+            "precision": job["precision"],
+            "compile": job["settings"]["compile"],
+        },
+        "kernels": job["settings"].get("kernels", {}),
+        "run": {"dir": f"{folder}/run", "device": "cpu"},
+    }
+    return load_config([], schema=TaskConfig, base=base, prog="nanolm bench finetune")
+
+
+class NanolmTuning:
+    """nanolm's own step: Loader over a TaskStream, then Trainer.step."""
+
+    def __init__(self, shape: TuneShape, job: dict[str, Any], examples: Examples) -> None:
+        from nanolm import build  # noqa: PLC0415
+        from nanolm.checkpoint import Checkpoints  # noqa: PLC0415
+        from nanolm.data.task_stream import TaskStream  # noqa: PLC0415
+        from nanolm.distributed import World  # noqa: PLC0415
+        from nanolm.loader import Loader  # noqa: PLC0415
+        from nanolm.objectives.task import Item, Sequence  # noqa: PLC0415
+        from nanolm.trainer import Trainer  # noqa: PLC0415
+
+        self.folder = tempfile.TemporaryDirectory()
+        config = nanolm_config(shape, job, self.folder.name)
+        objective = build.build_objective(config, StandInTokenizer(shape.vocab_size))
+        learner = build.build_learner(config, objective)
+        self.n_parameters = sum(parameter.numel() for parameter in learner.parameters())
+        items = [
+            Item(n, [Sequence(ids, len(ids))], label)
+            for n, (ids, label) in enumerate(zip(examples.sequences, examples.labels))
+        ]
+        stream = TaskStream(items, seed=0)
+        loader = Loader(stream, objective, global_batch=shape.batch, micro_batch=shape.batch)
+        self.batches = iter(loader)
+        run = pathlib.Path(self.folder.name) / "run"
+        self.trainer = Trainer(
+            config,
+            learner,
+            World(),
+            lambda step: self.batches,
+            checkpoints=Checkpoints(run, World()),
+        )
+
+    def __call__(self, clock: Clock) -> tuple[float, int, int]:
+        """One optimizer step: (loss, real tokens, places computed for)."""
+        micro_batches = next(self.batches)
+        loss = self.trainer.step(micro_batches).loss
+        tensors = [batch.tensors for batch in micro_batches]
+        real = sum(len(batch["index"]) for batch in tensors)
+        return loss, real, sum(batch["tokens"].numel() for batch in tensors)
+
+
+def peer_model(shape: TuneShape) -> torch.nn.Module:
+    """BertForSequenceClassification at the shape, without dropout."""
+    from transformers import BertConfig, BertForSequenceClassification  # noqa: PLC0415
+
+    config = BertConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.d_model,
+        num_hidden_layers=shape.n_layers,
+        num_attention_heads=shape.n_heads,
+        intermediate_size=4 * shape.d_model,
+        max_position_embeddings=shape.row_length,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        num_labels=shape.n_classes,
+        attn_implementation="sdpa",
+    )
+    return BertForSequenceClassification(config)
+
+
+def peer_order(n: int, batch: int, lengths: np.ndarray, *, grouped: bool) -> Iterator[np.ndarray]:
+    """The examples of each step, without end: shuffled, or shuffled and sorted within megabatches,
+    whose batches then come in random order."""
+    rng = np.random.default_rng(0)
+    while True:
+        order = rng.permutation(n)[: n // batch * batch]
+        if not grouped:
+            yield from order.reshape(-1, batch)
+            continue
+        size = MEGABATCH * batch
+        parts = [order[start : start + size] for start in range(0, len(order), size)]
+        whole = np.concatenate([part[np.argsort(-lengths[part], kind="stable")] for part in parts])
+        yield from rng.permutation(whole.reshape(-1, batch))
+
+
+class PeerTuning:
+    """The loop as people write it around transformers' model, one step a call."""
+
+    def __init__(self, shape: TuneShape, job: dict[str, Any], examples: Examples) -> None:
+        torch.manual_seed(0)
+        self.model = peer_model(shape).train()
+        if job["settings"]["compile"]:
+            self.model.compile(dynamic=True)
+        self.dtype = torch.bfloat16 if job["precision"] == "bf16" else None
+        parameters = list(self.model.parameters())
+        self.n_parameters = sum(parameter.numel() for parameter in parameters)
+        self.optimizer = torch.optim.AdamW(
+            parameters, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.01, fused=True
+        )
+        self.examples = examples
+        lengths = np.array([len(ids) for ids in examples.sequences])
+        grouped = job["settings"]["model"] == "grouped"
+        self.order = peer_order(len(lengths), shape.batch, lengths, grouped=grouped)
+        self.ready: list[dict[str, Tensor]] = []
+
+    def prepare(self, count: int) -> None:
+        """Makes the batches of so many steps."""
+        self.ready += [self.batch(next(self.order)) for _ in range(count)]
+
+    def batch(self, chosen: np.ndarray) -> dict[str, Tensor]:
+        """input_ids and attention_mask [B, T] and labels [B], padded to the longest."""
+        sequences = [torch.from_numpy(self.examples.sequences[n]) for n in chosen]
+        ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+        lengths = torch.tensor([len(sequence) for sequence in sequences])
+        mask = (torch.arange(ids.shape[1])[None] < lengths[:, None]).long()
+        labels = torch.from_numpy(self.examples.labels[chosen])
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+    def __call__(self, clock: Clock) -> tuple[float, int, int]:
+        """One optimizer step: (loss, real tokens, places computed for)."""
+        batch = self.ready[clock.step]
+        with torch.autocast("cpu", dtype=self.dtype, enabled=self.dtype is not None):
+            loss = self.model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.item(), int(batch["attention_mask"].sum()), batch["input_ids"].numel()
+
+
+def build_tuning(job: dict[str, Any], examples: Examples) -> NanolmTuning | PeerTuning:
+    """The contestant that the job names."""
+    shape = TuneShape(**job["shape"])
+    kind = NanolmTuning if job["settings"]["model"] == "nanolm" else PeerTuning
+    return kind(shape, job, examples)
+
+
+def measure(job: dict[str, Any]) -> dict[str, Any]:
+    """Seconds, CPU seconds, real tokens and computed places of every measured step."""
+    torch.set_num_threads(job["threads"])
+    step, clock = build_tuning(job, Examples.load(job["data"])), Clock()
+    count = job["warmup"] + job["steps"]
+    if isinstance(step, PeerTuning):
+        step.prepare(count)
+    losses, tokens, places = [], [], []
+    for number in range(count):
+        if number == job["warmup"]:
+            forget_peak()
+        clock.start()
+        loss, real, computed = step(clock)
+        clock.stop()
+        losses.append(loss)
+        tokens.append(real)
+        places.append(computed)
+    begin = job["warmup"]
+    return {
+        "seconds": clock.seconds[begin:],
+        "cpu_seconds": clock.cpu_seconds[begin:],
+        "tokens": tokens[begin:],
+        "places": places[begin:],
+        "losses": losses,
+        "peak_bytes": resident_bytes(peak=True),
+        "parameters": step.n_parameters,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(json.loads(sys.argv[1]))))

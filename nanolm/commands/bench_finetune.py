@@ -1,0 +1,274 @@
+"""`nanolm bench finetune`: real tokens per second of fine-tuning beside transformers' padded loop
+and beside the same loop on batches of like length.
+
+Same model, same examples per step, same environment, a fresh process for each measurement, and
+turns A B C A B C …, as in `nanolm bench train`; where it helps a contestant, it is compiled. A
+turn's rate is the tokens of its steps over their seconds, and the table shows the median turn;
+"useful" is the share of computed places that hold a real token.
+
+Data: any table with a text column. The default are short docstring lines of the Python standard
+library. Finished measurements are kept in `results`; an interrupted benchmark goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+import statistics
+import sys
+import tempfile
+from typing import Any
+
+import numpy as np
+
+from nanolm.bench_finetune import Examples, TuneShape
+from nanolm.commands.bench_train import Cells, cpu_name
+from nanolm.commands.figures import write_json
+from nanolm.data.task_splits import find_split, read_split
+from nanolm.data.tokenizer import Tokenizer
+from nanolm.data.tokenizer_training import sentences, train_tokenizer
+from nanolm.errors import UserError
+
+CONTESTANTS = {
+    "nanolm": {"model": "nanolm"},
+    "nanolm, masked rectangle": {"model": "nanolm", "kernels": {"attention": "sdpa"}},
+    "transformers, padded": {"model": "padded"},
+    "transformers, grouped by length": {"model": "grouped"},
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Measure fine-tuning steps of nanolm and of transformers, each in a process of its own."""
+
+    data: str = "stdlib:docstring"
+    """Folder or file of texts, or a table made from the standard library."""
+    column: str = "query"
+    """Column that holds the text."""
+    label: str | None = None
+    """Column that holds the class; null: classes are drawn by the text's hash (the speed is the
+    same)."""
+    precisions: list[str] = dataclasses.field(default_factory=lambda: ["fp32", "bf16"])
+    """In which arithmetic: fp32, bf16."""
+    rounds: int = 5
+    """Turns of every contestant, after the round that tries settings."""
+    steps: int = 25
+    """Measured steps in each turn."""
+    warmup: int = 5
+    """Steps before them."""
+    threads: int | None = None
+    """Threads of every contestant; null means all cores."""
+    compile: bool = True
+    """Also try each contestant with torch.compile."""
+    only: list[str] | None = None
+    """Contestants to measure; null means all."""
+    n_layers: int = 4
+    """Blocks."""
+    d_model: int = 256
+    """Width."""
+    n_heads: int = 4
+    """Heads."""
+    batch: int = 32
+    """Examples of a step."""
+    vocab_size: int = 8192
+    """Tokens of the vocabulary."""
+    row_length: int = 128
+    """Longest sequence."""
+    results: str = "docs/bench_finetune.json"
+    """Where finished measurements are kept, and found by the next call."""
+    fresh: bool = False
+    """Measure everything anew: throw away what `results` holds."""
+    json: str | None = None
+    """Also write the figures to this file."""
+
+    def __post_init__(self) -> None:
+        for value in self.precisions:
+            if value not in ("fp32", "bf16"):
+                raise UserError(f"precisions: {value!r} is none of fp32, bf16")
+        for value in self.only or []:
+            if value not in CONTESTANTS:
+                raise UserError(f"only: {value!r} is none of {'; '.join(CONTESTANTS)}")
+        for name in ("rounds", "steps", "batch", "n_layers"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+
+    def shape(self, n_classes: int) -> TuneShape:
+        """The shape of model and batch."""
+        names = [f.name for f in dataclasses.fields(TuneShape) if f.name != "n_classes"]
+        return TuneShape(n_classes=n_classes, **{name: getattr(self, name) for name in names})
+
+
+def read_examples(arguments: Arguments) -> tuple[Examples, int]:
+    """(examples, number of classes): texts in the ids of a vocabulary trained on them, framed.
+
+    Raises UserError for a table without the columns, or with too few texts.
+    """
+    where = find_split(arguments.data, {}, "train")
+    if where is None:
+        raise UserError(f"data={arguments.data} has no train split")
+    table = read_split(where, "train")
+    for column in filter(None, (arguments.column, arguments.label)):
+        if column not in table.columns:
+            raise UserError(
+                f"{table.path} has no column {column}; it has {', '.join(table.columns)}"
+            )
+    texts = [str(record[arguments.column]) for record in table.records]
+    if len(texts) < 2 * arguments.batch:
+        raise UserError(f"{table.path} has {len(texts)} texts, fewer than two batches")
+    tokenizer = tokenizer_of(texts, arguments.vocab_size)
+    room = arguments.row_length - 2
+    sequences = [
+        np.concatenate([[tokenizer.cls], ids[:room], [tokenizer.sep]])
+        for ids in tokenizer.encode_batch(texts)
+    ]
+    if arguments.label is None:
+        keys = [str(hashlib.sha256(text.encode()).digest()[0] % 6) for text in texts]
+    else:
+        keys = [str(record[arguments.label]) for record in table.records]
+    classes = sorted(set(keys))
+    return Examples(sequences, np.array([classes.index(key) for key in keys])), len(classes)
+
+
+def tokenizer_of(texts: list[str], vocab_size: int) -> Tokenizer:
+    """A unigram vocabulary of at most this size; small texts make a smaller one."""
+    pieces = [piece for text in texts for piece in sentences(text)]
+    size = vocab_size
+    while True:
+        try:
+            return Tokenizer(train_tokenizer(iter(pieces), vocab_size=size, kind="unigram"))
+        except UserError:
+            if size <= 600:
+                raise
+            size = size * 3 // 4
+
+
+def prepared(arguments: Arguments) -> tuple[str, int, dict[str, Any]]:
+    """(file of examples, number of classes, facts about lengths); the file's name is its content's
+    hash, so cells that were measured on it are found again."""
+    examples, n_classes = read_examples(arguments)
+    lengths = np.array([len(ids) for ids in examples.sequences])
+    digest = hashlib.sha256(np.concatenate(examples.sequences).tobytes())
+    digest.update(lengths.tobytes() + examples.labels.tobytes())
+    folder = pathlib.Path(tempfile.gettempdir()) / "nanolm-bench-finetune"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{digest.hexdigest()[:16]}.npz"
+    examples.save(path)
+    facts = {
+        "data": arguments.data,
+        "texts": len(lengths),
+        "mean_tokens": float(lengths.mean()),
+        "longest": int(lengths.max()),
+    }
+    return str(path), n_classes, facts
+
+
+def rate(result: dict[str, Any], key: str = "seconds") -> float:
+    """Real tokens per second of one turn."""
+    return sum(result["tokens"]) / sum(result[key])
+
+
+def fastest(
+    settings: dict[str, Any], common: dict[str, Any], cells: Cells, try_compile: bool
+) -> dict[str, Any]:
+    """The contestant's job with those of its settings that were fastest in turn 0."""
+    variants = [settings | {"compile": False}]
+    if try_compile:
+        variants.append(settings | {"compile": True})
+    jobs = [common | {"settings": variant} for variant in variants]
+    return max(jobs, key=lambda job: rate(cells.measure(job, 0)))
+
+
+def bench(
+    arguments: Arguments, precision: str, data: str, shape: TuneShape, cells: Cells
+) -> dict[str, Any]:
+    """All contestants in one precision: figures by name, and nanolm's ratios."""
+    common = {
+        "precision": precision,
+        "data": data,
+        "shape": dataclasses.asdict(shape),
+        "threads": arguments.threads or os.cpu_count(),
+        "warmup": arguments.warmup,
+        "steps": arguments.steps,
+    }
+    wanted = arguments.only or list(CONTESTANTS)
+    jobs = {name: fastest(CONTESTANTS[name], common, cells, arguments.compile) for name in wanted}
+    turns: dict[str, list[dict[str, Any]]] = {name: [] for name in jobs}
+    for turn in range(1, arguments.rounds + 1):
+        for name, job in jobs.items():
+            turns[name].append(cells.measure(job, turn))
+        print(f"{precision}: turn {turn} of {arguments.rounds}", file=sys.stderr)
+    rows = {name: figures_of(jobs[name], turns[name]) for name in jobs}
+    return {"precision": precision, "rows": rows, "ratios": ratios(rows)}
+
+
+def figures_of(job: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the table shows of one contestant."""
+    tokens = sum(sum(result["tokens"]) for result in results)
+    return {
+        "compile": job["settings"]["compile"],
+        "tokens_per_second": statistics.median(map(rate, results)),
+        "tokens_per_cpu_second": statistics.median(rate(r, "cpu_seconds") for r in results),
+        "useful": tokens / sum(sum(result["places"]) for result in results),
+        "step_seconds": statistics.median(s for r in results for s in r["seconds"]),
+        "peak_bytes": statistics.median(r["peak_bytes"] for r in results),
+        "parameters": results[0]["parameters"],
+        "load_average": statistics.median(r["load_average"] for r in results),
+    }
+
+
+def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """nanolm's rate over each other's, by wall clock and by CPU time."""
+    ours = rows.get("nanolm")
+    keys = ("tokens_per_second", "tokens_per_cpu_second")
+    return {
+        name: {key: ours[key] / row[key] for key in keys}
+        for name, row in rows.items()
+        if ours is not None and name != "nanolm"
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """One precision's contestants, a line each, then the ratios."""
+    lines = [["", "compile", "tokens/s", "tokens/CPU s", "useful", "step", "peak MB"]]
+    for name, row in report["rows"].items():
+        lines.append(
+            [
+                name,
+                "yes" if row["compile"] else "no",
+                f"{row['tokens_per_second']:,.0f}",
+                f"{row['tokens_per_cpu_second']:,.0f}",
+                f"{row['useful']:.0%}",
+                f"{1e3 * row['step_seconds']:.0f} ms",
+                f"{row['peak_bytes'] / 1e6:,.0f}",
+            ]
+        )
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    texts = [report["precision"]]
+    texts += [
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
+        for line in lines
+    ]
+    texts += [
+        f"nanolm / {name}: {ratio['tokens_per_second']:.2f}x (by CPU time "
+        f"{ratio['tokens_per_cpu_second']:.2f}x)"
+        for name, ratio in report["ratios"].items()
+    ]
+    return "\n".join(texts)
+
+
+def run(arguments: Arguments) -> None:
+    """Prepare, measure, print tables, write the figures."""
+    cells = Cells(arguments.results, arguments.fresh, "nanolm.bench_finetune")
+    data, n_classes, facts = prepared(arguments)
+    shape = arguments.shape(n_classes)
+    print(
+        f"{facts['texts']:,} texts of {facts['mean_tokens']:.1f} tokens, {facts['longest']} at most"
+    )
+    reports = []
+    for precision in arguments.precisions:
+        reports.append(bench(arguments, precision, data, shape, cells))
+        print(table(reports[-1]) + "\n", flush=True)
+    described = {"shape": dataclasses.asdict(shape), "cpu": cpu_name(), "data": facts}
+    write_json(arguments.json, described | {"reports": reports})

@@ -1,0 +1,99 @@
+"""bench finetune: the same model and examples for all, tokens counted right; no time is asserted."""
+
+import json
+
+import numpy as np
+import pytest
+
+from nanolm.bench_finetune import Examples, PeerTuning, build_tuning, peer_order
+from nanolm.bench_shape import Clock
+from nanolm.cli import main
+from nanolm.commands import bench_train
+from nanolm.commands.bench_finetune import CONTESTANTS, Arguments, read_examples
+from tests.finetuned import table
+
+TINY = {"n_layers": 1, "d_model": 32, "n_heads": 2, "batch": 4, "vocab_size": 64, "row_length": 24}
+
+
+def examples(n=40):
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(3, 24, n)
+    return Examples([rng.integers(4, 64, length) for length in lengths], rng.integers(0, 3, n))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_all_contestants_train_one_model_on_real_tokens(precision):
+    given, counts, tokens = examples(), {}, {}
+    for name, settings in CONTESTANTS.items():
+        shape = TINY | {"n_classes": 3}
+        job = {"shape": shape, "precision": precision, "settings": settings | {"compile": False}}
+        step, clock = build_tuning(job, given), Clock()
+        if isinstance(step, PeerTuning):
+            step.prepare(10)
+        seen = []
+        for _ in range(10):  # one epoch
+            clock.start()
+            loss, real, places = step(clock)
+            clock.stop()
+            assert 0.5 < loss < 3 and real <= places
+            seen.append((real, places))
+        counts[name], tokens[name] = step.n_parameters, sum(real for real, _ in seen)
+        if name == "nanolm":
+            assert all(real == places for real, places in seen)  # nothing is padding
+    assert len(set(counts.values())) == 1
+    assert set(tokens.values()) == {sum(len(ids) for ids in given.sequences)}
+
+
+def test_grouped_batches_hold_every_example_once_and_little_padding():
+    lengths = np.random.default_rng(1).integers(3, 60, 320)
+    wasted = []
+    for grouped in (False, True):
+        order = peer_order(len(lengths), 8, lengths, grouped=grouped)
+        batches = [next(order) for _ in range(40)]
+        assert sorted(np.concatenate(batches)) == list(range(320))
+        wasted.append(sum(8 * lengths[b].max() - lengths[b].sum() for b in batches))
+    assert wasted[1] < 0.1 * wasted[0]
+
+
+def test_texts_become_framed_ids_and_columns_are_checked(tmp_path, capsys):
+    records = [{"text": f"open the file {i} again", "kind": "ab"[i % 2]} for i in range(80)]
+    table(tmp_path, "train", records)
+    words = {"data": str(tmp_path), "column": "text", "batch": 4, "vocab_size": 600}
+    found, n_classes = read_examples(Arguments(label="kind", **words))
+    assert n_classes == 2 and len(found.sequences) == 80
+    assert len({int(ids[0]) for ids in found.sequences}) == 1
+    found.save(tmp_path / "kept.npz")
+    again = Examples.load(str(tmp_path / "kept.npz"))
+    assert all(map(np.array_equal, again.sequences, found.sequences))
+    with pytest.raises(SystemExit):
+        main(["bench", "finetune", "--data", str(tmp_path), "--column", "query"])
+    assert "has no column query; it has text, kind" in capsys.readouterr().err
+
+
+def test_the_command_reports_rates_and_ratios(tmp_path, monkeypatch, capsys):
+    table(tmp_path, "train", [{"text": f"a file {i}"} for i in range(80)])
+
+    def fake(job, module):
+        assert module == "nanolm.bench_finetune"
+        slow = {"nanolm": 1, "padded": 4, "grouped": 2}[job["settings"]["model"]]
+        slow *= 3 if job["settings"]["compile"] else 1
+        seconds = [0.1 * slow] * job["steps"]
+        tokens = [100] * job["steps"]
+        places = [100 * slow] * job["steps"]
+        both = {"seconds": seconds, "cpu_seconds": seconds, "tokens": tokens, "places": places}
+        return both | {"peak_bytes": 1e6, "parameters": 5}
+
+    monkeypatch.setattr(bench_train, "run_process", fake)
+    words = ["bench", "finetune", "--data", str(tmp_path), "--column", "text", "--batch", "4"]
+    words += ["--vocab_size", "600", "--rounds", "2", "--precisions", "fp32"]
+    words += ["--results", str(tmp_path / "cells.json"), "--json", str(tmp_path / "figures.json")]
+    main(words)
+    printed = capsys.readouterr().out
+    assert "nanolm / transformers, padded: 4.00x" in printed
+    assert "nanolm / transformers, grouped by length: 2.00x" in printed
+    (report,) = json.loads((tmp_path / "figures.json").read_text())["reports"]
+    assert report["rows"]["nanolm"]["tokens_per_second"] == pytest.approx(1000)
+    assert report["rows"]["transformers, padded"]["useful"] == 0.25
+    monkeypatch.setattr(bench_train, "run_process", None)  # nothing is measured twice
+    main(words)
+    assert capsys.readouterr().out == printed
