@@ -24,11 +24,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from nanolm.kernels.attention_ranges import key_range
 from nanolm.kernels.attention_tiles import (
     LN2,
     head_pointer,
     kept,
-    key_range,
     load_tile,
     scores_tile,
     store_tile,

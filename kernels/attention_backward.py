@@ -23,13 +23,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from nanolm.kernels.attention_ranges import key_range, query_range
 from nanolm.kernels.attention_tiles import (
     LOG2E,
     head_pointer,
     kept,
-    key_range,
     load_tile,
-    query_range,
     scores_tile,
     store_tile,
 )

@@ -15,15 +15,20 @@ tile (T x H/G of them are used), P parts.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from nanolm.bias import Bias
-from nanolm.kernels.attention_op import Call, Options, Tensors, check, flatten, view
-from nanolm.kernels.attention_tiles import LN2, head_pointer, key_range, load_tile, scores_tile
-from nanolm.kernels.launch import device_guard, processors, wide_dtype
+from nanolm.kernels.attention_call import SCHEMA, Call, empty_outputs, flatten, product_flops
+from nanolm.kernels.attention_ranges import key_range
+from nanolm.kernels.attention_tiles import LN2, head_pointer, load_tile, scores_tile
+from nanolm.kernels.launch import processors, wide_dtype
+from nanolm.kernels.operators import register_autocast
 from nanolm.masks import Mask
 
 N_KEYS = 64  # keys of a tile
@@ -83,31 +88,12 @@ def attention_decode_kernel(
     tl.store(part_lse + own, lse, mask=t < shape.n_queries)
 
 
-@torch.library.custom_op("nanolm::attention_decode", mutates_args=())
-def attention_decode_op(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    buckets: Tensor | None,
-    key_lengths: Tensor | None,
-    documents: Tensor | None,
-    key_documents: Tensor | None,
-    prefix_lengths: Tensor | None,
-    order: Tensor | None,
-    key_order: Tensor | None,
-    bias_kind: str,
-    causal: bool,
-    strict: bool,
-    window: int | None,
-    scale: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    """(out [B, T, H, K], lse [B, H, T]); arguments as in attention_op."""
-    tensors = Tensors(
-        bias, buckets, key_lengths, documents, key_documents, prefix_lengths, order, key_order, None
-    )
-    call = Call(q, k, v, tensors, Options(bias_kind, causal, strict, window, scale, softcap, 0.0))
+@torch.library.custom_op(
+    "nanolm::attention_decode", mutates_args=(), schema=f"({SCHEMA}) -> (Tensor, Tensor)"
+)
+def attention_decode_op(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """(out [B, T, H, K], lse [B, H, T]); arguments as in attention_call, without dropout."""
+    call = Call(q, k, v, *rest)
     pairs = call.n_rows * call.n_groups
     tiles = triton.cdiv(call.n_keys, N_KEYS)
     n_parts = max(1, min(tiles, 2 * processors(q.device) // max(pairs, 1)))
@@ -118,25 +104,25 @@ def attention_decode_op(
     part_out = q.new_empty((*shape, call.width), dtype=wide)
     part_lse = q.new_empty(shape, dtype=wide)
     rows = call.n_queries * call.constants["GROUP"]
-    if part_lse.numel() > 0:
-        with device_guard(q):
-            attention_decode_kernel[(n_parts * pairs,)](
-                view(q), view(k), view(v), part_out, part_lse, call.shape, call.masks, call.bias,
-                call.scores, part_keys, **call.constants,
-                R=max(16, triton.next_power_of_2(rows)), N=N_KEYS, num_warps=4, num_stages=2,
-            )  # fmt: skip
+    call.start(
+        attention_decode_kernel, n_parts * pairs,
+        *call.inputs, part_out, part_lse, *call.problem[:-1], part_keys,
+        R=max(16, triton.next_power_of_2(rows)), N=N_KEYS, num_warps=4, num_stages=2,
+    )  # fmt: skip
     lse = torch.logsumexp(part_lse, dim=0)
     share = torch.exp(part_lse - torch.where(lse == -torch.inf, 0.0, lse))
     out = (share[..., None] * part_out).sum(0).to(q.dtype)
     return out, lse.transpose(1, 2).contiguous()
 
 
-@attention_decode_op.register_fake
-def fake_attention_decode(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    """Outputs of the right shape, not computed."""
-    n_rows, n_queries, n_heads, _width = q.shape
-    lse = q.new_empty((n_rows, n_heads, n_queries), dtype=wide_dtype(q.dtype))
-    return q.new_empty(q.shape), lse
+attention_decode_op.register_fake(empty_outputs)
+register_autocast("nanolm::attention_decode", 3)
+
+
+@register_flop_formula(torch.ops.nanolm.attention_decode)
+def decode_flops(q_shape: Any, k_shape: Any, *_: Any, **__: Any) -> int:
+    """Two products a head."""
+    return product_flops(q_shape, k_shape)
 
 
 def attention_decode(
@@ -150,10 +136,5 @@ def attention_decode(
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out [B, T, H, K], lse [B, H, T]) for few queries and many keys; no gradient."""
-    check(q_BTHK, k_BSGK, v_BSGK)
-    tensors, kind = flatten(q_BTHK, k_BSGK, mask, bias)
-    flat = [None if x is None else x.detach() for x in tensors[:-1]]
-    return attention_decode_op(
-        q_BTHK.detach(), k_BSGK.detach(), v_BSGK.detach(), *flat,
-        kind, mask.causal, mask.strict, mask.window, scale, softcap,
-    )  # fmt: skip
+    flat = flatten(q_BTHK, k_BSGK, v_BSGK, mask, bias, scale=scale, softcap=softcap)
+    return attention_decode_op(*(x.detach() if isinstance(x, Tensor) else x for x in flat))

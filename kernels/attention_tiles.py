@@ -1,4 +1,4 @@
-"""What all attention kernels share: one tile of scores, who may see whom in it, which tiles matter.
+"""What all attention kernels share: one tile of scores, and who may see whom in it.
 
 A tile is M queries by N keys. Its scores are kept in units of log2, because the GPU has exp2:
 
@@ -7,7 +7,7 @@ A tile is M queries by N keys. Its scores are kept in units of log2, because the
 Query indices `t` and key indices `s` arrive as tensors that broadcast against each other, [M, 1]
 and [1, N] or, in the kernel that walks along queries, [1, M] and [N, 1]: every function here is
 elementwise and does not care. As in `nanolm.masks`, a query stands among the keys at
-t' = t + (S - T).
+t' = t + (S - T). Which tiles are visited at all is decided in attention_ranges.py.
 
 Arguments travel in named tuples. A field that is None disappears when the kernel is compiled.
 
@@ -23,7 +23,6 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-SCAN = tl.constexpr(1024)  # how many document or order numbers one step of a scan reads
 
 
 class View(NamedTuple):
@@ -240,155 +239,3 @@ def kept(dropout, batch, head, t, s):
     zero = t * 0 + s * 0
     bits, _, _, _ = tl.philox(tl.load(dropout.seed), zero + s, zero + t, zero + head, zero + batch)
     return (bits >> 1).to(tl.int32) >= dropout.threshold
-
-
-@triton.jit
-def matching_range(
-    ids, other_ids, order, other_order, begin, end, first, length, IS_KEY: tl.constexpr,
-    STRICT: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Narrows [begin, end) to what rows first … first + ROWS could see by documents and order.
-
-    Ranges of document numbers that do not meet hold no equal pair, and a key whose order is after
-    that of every query is seen by none. With `IS_KEY` the rows are keys and the others queries.
-    """
-    row = tl.minimum(first + tl.arange(0, ROWS), length - 1)
-    lowest = end
-    highest = begin
-    if ids is not None:
-        mine = tl.load(ids + row)
-        doc_min = tl.min(mine, axis=0)
-        doc_max = tl.max(mine, axis=0)
-    if order is not None:
-        if IS_KEY:
-            bound = tl.min(tl.load(order + row), axis=0)
-        else:
-            bound = tl.max(tl.load(order + row), axis=0)
-    for start in range(begin, end, SCAN):
-        other = start + tl.arange(0, SCAN)
-        match = other < end
-        if ids is not None:
-            theirs = tl.load(other_ids + other, mask=other < end, other=0)
-            match = match & (theirs >= doc_min) & (theirs <= doc_max)
-        if order is not None:
-            theirs = tl.load(other_order + other, mask=other < end, other=0)
-            if IS_KEY:
-                match = match & ((theirs > bound) if STRICT else (theirs >= bound))
-            else:
-                match = match & ((theirs < bound) if STRICT else (theirs <= bound))
-        lowest = tl.minimum(lowest, tl.min(tl.where(match, other, end), axis=0))
-        highest = tl.maximum(highest, tl.max(tl.where(match, other + 1, begin), axis=0))
-    return lowest, highest
-
-
-@triton.jit
-def split_range(begin, full_begin, full_end, end, STEP: tl.constexpr):
-    """(begin, full_begin, full_end, end) on tile boundaries: tiles in [full_begin, full_end) need
-    no mask, those in [begin, full_begin) and [full_end, end) do; all others are skipped."""
-    begin = begin // STEP * STEP
-    full_begin = tl.maximum((full_begin + STEP - 1) // STEP * STEP, begin)
-    full_end = full_end // STEP * STEP
-    if full_end <= full_begin:
-        full_begin = begin
-        full_end = begin
-    return begin, full_begin, full_end, tl.maximum(end, full_end)
-
-
-@triton.jit
-def key_range(
-    masks,
-    batch,
-    first,
-    shape,
-    CAUSAL: tl.constexpr,
-    STRICT: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-):
-    """Which keys the queries first … first + M - 1 may see, in tiles of N: see `split_range`."""
-    low = first + (shape.n_keys - shape.n_queries)  # t' of the first and the last query
-    high = tl.minimum(first + M, shape.n_queries) - 1 + (shape.n_keys - shape.n_queries)
-    begin = first * 0
-    end = begin + shape.n_keys
-    full_begin = begin
-    full_end = end
-    if CAUSAL:
-        prefix = begin
-        if masks.prefix_lengths is not None:
-            prefix = tl.load(masks.prefix_lengths + batch).to(tl.int32)
-        end = tl.minimum(end, tl.maximum(high + 1, prefix))
-        full_end = tl.minimum(full_end, tl.maximum(low + 1, prefix))
-    if masks.window is not None:
-        begin = tl.maximum(begin, low - masks.window + 1)
-        end = tl.minimum(end, high + masks.window)
-        full_begin = tl.maximum(full_begin, high - masks.window + 1)
-        full_end = tl.minimum(full_end, low + masks.window)
-    if masks.key_lengths is not None:
-        length = tl.load(masks.key_lengths + batch).to(tl.int32)
-        end = tl.minimum(end, length)
-        full_end = tl.minimum(full_end, length)
-    if masks.documents is not None or masks.order is not None:
-        full_end = full_begin
-        query_row = tl.cast(batch, tl.int64) * shape.n_queries
-        key_row = tl.cast(batch, tl.int64) * shape.n_keys
-        begin, end = matching_range(
-            masks.documents + query_row if masks.documents is not None else None,
-            masks.key_documents + key_row if masks.documents is not None else None,
-            masks.order + query_row if masks.order is not None else None,
-            masks.key_order + key_row if masks.order is not None else None,
-            begin, end, first, shape.n_queries, False, STRICT, M,
-        )  # fmt: skip
-    return split_range(begin, full_begin, tl.maximum(full_end, 0), tl.maximum(end, 0), N)
-
-
-@triton.jit
-def query_range(
-    masks,
-    batch,
-    first,
-    shape,
-    CAUSAL: tl.constexpr,
-    STRICT: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-):
-    """Which queries may see the keys first … first + N - 1, in tiles of M: see `split_range`."""
-    shift = shape.n_keys - shape.n_queries
-    low = first - shift  # the query that stands at the first and at the last key
-    high = tl.minimum(first + N, shape.n_keys) - 1 - shift
-    begin = first * 0
-    end = begin + shape.n_queries
-    full_begin = begin
-    full_end = end
-    if CAUSAL:
-        see_first = low  # the first query that sees the first key, and the last key
-        see_last = high
-        if masks.prefix_lengths is not None:
-            prefix = tl.load(masks.prefix_lengths + batch).to(tl.int32)
-            see_first = tl.where(low + shift < prefix, 0, see_first)
-            see_last = tl.where(high + shift < prefix, 0, see_last)
-        begin = tl.maximum(begin, see_first)
-        full_begin = tl.maximum(full_begin, see_last)
-    if masks.window is not None:
-        begin = tl.maximum(begin, low - masks.window + 1)
-        end = tl.minimum(end, high + masks.window)
-        full_begin = tl.maximum(full_begin, high - masks.window + 1)
-        full_end = tl.minimum(full_end, low + masks.window)
-    n_whole = shape.n_keys  # a tile that sticks out of the keys is never free of masks
-    if masks.key_lengths is not None:
-        length = tl.load(masks.key_lengths + batch).to(tl.int32)
-        n_whole = tl.minimum(n_whole, length)
-        end = tl.where(first < length, end, 0)
-    full_end = tl.where(first + N <= n_whole, full_end, 0)
-    if masks.documents is not None or masks.order is not None:
-        full_end = full_begin
-        query_row = tl.cast(batch, tl.int64) * shape.n_queries
-        key_row = tl.cast(batch, tl.int64) * shape.n_keys
-        begin, end = matching_range(
-            masks.key_documents + key_row if masks.documents is not None else None,
-            masks.documents + query_row if masks.documents is not None else None,
-            masks.key_order + key_row if masks.order is not None else None,
-            masks.order + query_row if masks.order is not None else None,
-            begin, end, first, shape.n_keys, True, STRICT, N,
-        )  # fmt: skip
-    return split_range(begin, full_begin, tl.maximum(full_end, 0), tl.maximum(end, 0), M)

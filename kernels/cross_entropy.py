@@ -21,9 +21,11 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from nanolm.kernels.attention_tiles import tanh
 from nanolm.kernels.launch import device_guard, wide_dtype
+from nanolm.kernels.operators import register_autocast
 
 BLOCK = 4096  # logits that a program looks at at once
 LOGITS = 2**26  # logits of a chunk
@@ -110,7 +112,13 @@ def cross_entropy_op(
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, nll, correct, lse, and the gradients that are needed, else empty tensors)."""
+    """(loss, nll, correct, lse, and the gradients that are needed, else empty tensors).
+
+    Products are computed in hidden's dtype; weight and bias may have a wider one, in which their
+    gradients are then returned unrounded.
+    """
+    narrow = weight.to(hidden.dtype)
+    narrow_bias = None if bias is None else bias.to(hidden.dtype)
     needs = (needs_hidden, needs_weight, needs_bias)
     outputs = fake_cross_entropy(
         hidden, weight, bias, targets, softcap, label_smoothing, z_loss, *needs
@@ -123,7 +131,7 @@ def cross_entropy_op(
     chunk = max(1, LOGITS // n_columns)
     for start in range(0, n_tokens, chunk):
         part = slice(start, min(start + chunk, n_tokens))
-        logits = F.linear(hidden[part], weight, bias)
+        logits = F.linear(hidden[part], narrow, narrow_bias)
         with device_guard(hidden):
             cross_entropy_kernel[(logits.shape[0],)](
                 logits, targets[part], loss_N[part], nll[part], correct[part], lse[part],
@@ -133,7 +141,7 @@ def cross_entropy_op(
                 BLOCK=min(BLOCK, triton.next_power_of_2(n_columns)), num_warps=8,
             )  # fmt: skip
         if needs_hidden:
-            torch.mm(logits, weight, out=grad_hidden[part])
+            torch.mm(logits, narrow, out=grad_hidden[part])
         if needs_weight:
             grad_weight += product(logits.t(), hidden[part])
         if needs_bias:
@@ -189,6 +197,15 @@ def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple:
 
 
 cross_entropy_op.register_autograd(backward, setup_context=save_for_backward)
+register_autocast("nanolm::linear_cross_entropy", 1)
+
+
+@register_flop_formula(torch.ops.nanolm.linear_cross_entropy)
+def product_flops(hidden_shape: Any, weight_shape: Any, *rest: Any, **_: Any) -> int:
+    """One product of [N, D] by [D, V] for the logits and one for each large gradient taken."""
+    needs_hidden, needs_weight, _ = rest[-3:]
+    n_tokens, width = hidden_shape
+    return 2 * n_tokens * width * weight_shape[0] * (1 + needs_hidden + needs_weight)
 
 
 def linear_cross_entropy(

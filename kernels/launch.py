@@ -45,6 +45,10 @@ class Launch:
         """Keyword arguments of a Triton launch."""
         return {"num_warps": self.warps, "num_stages": self.stages}
 
+    def tiled(self) -> dict[str, int]:
+        """The same with the tile's sizes."""
+        return {"M": self.m, "N": self.n} | self.options()
+
 
 # (architecture, COLUMNS) -> launches of 16-bit attention: forward, dK and dV, dQ and bias.
 HALF = {
@@ -112,15 +116,22 @@ def relative(arch: str) -> str:
 INTERPRETER = dict.fromkeys(KINDS, Launch(32, 32))
 
 
-def attention_launch(kind: str, device: torch.device, columns: int, dtype: torch.dtype) -> Launch:
-    """The launch of one attention kernel: "forward", "key_value", "query" or "bias"."""
+def attention_launch(
+    kind: str, device: torch.device, columns: int, dtype: torch.dtype, *, heavy: bool = False
+) -> Launch:
+    """The launch of one attention kernel: "forward", "key_value", "query" or "bias".
+
+    `heavy`: with a bias or dropout, whose registers do not fit beside the largest tiles.
+    """
     arch = arch_of(device)
     if arch == "cpu":
         return INTERPRETER[kind]
     columns = max(columns, 64)
     if dtype.itemsize > 2:
-        # No 32-bit tensor cores are used (`ieee`), so tiles are small and registers the limit.
+        # `ieee` has no tensor cores and tf32x3 three operands for one: small tiles, for registers.
         return Launch(32, 32, 4 if columns == 64 else 8, 1)
+    if heavy:  # spill-free at width 128, so with room to spare at 64
+        columns = max(columns, 128)
     forward, key_value, query = HALF[relative(arch), columns]
     return {"forward": forward, "key_value": key_value, "query": query, "bias": query}[kind]
 

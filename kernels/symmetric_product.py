@@ -14,14 +14,16 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from nanolm.kernels.launch import accumulator, device_guard, product_launch
+from nanolm.kernels.operators import register_autocast
 
 
 @triton.jit
 def symmetric_product_kernel(
     x, out, n_rows, n_columns, stride_matrix, stride_row, stride_column,
-    ACCUMULATE: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
+    PRECISION: tl.constexpr, ACCUMULATE: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     """One program: tile (i, j) with i >= j of one matrix, and its mirror image."""
     n_tiles = tl.cdiv(n_rows, M)
@@ -40,7 +42,7 @@ def symmetric_product_kernel(
         right = base + tl.cast(column, tl.int64)[:, None] * stride_row + k * stride_column
         a = tl.load(left, mask=(row[:, None] < n_rows) & (k < n_columns), other=0.0)
         b = tl.load(right, mask=(column[:, None] < n_rows) & (k < n_columns), other=0.0)
-        total += tl.dot(a, tl.trans(b), input_precision="ieee")
+        total += tl.dot(a, tl.trans(b), input_precision=PRECISION)
     result = total.to(out.dtype.element_ty)
     out += matrix * n_rows * n_rows
     inside = (row[:, None] < n_rows) & (column[None, :] < n_rows)
@@ -53,40 +55,49 @@ def symmetric_product_kernel(
 
 
 @torch.library.custom_op("nanolm::symmetric_product", mutates_args=())
-def symmetric_product_op(x: Tensor) -> Tensor:
+def symmetric_product_op(x: Tensor, precision: str) -> Tensor:
     """[B, M, N], any strides -> [B, M, M]."""
-    out = fake_symmetric_product(x)
+    out = fake_symmetric_product(x, precision)
     n_matrices, n_rows, n_columns = x.shape
     launch = product_launch(x.device, x.dtype)
     n_programs = n_matrices * triton.cdiv(n_rows, launch.m) ** 2
     if n_programs > 0:
         with device_guard(x):
             symmetric_product_kernel[(n_programs,)](
-                x, out, n_rows, n_columns, *x.stride(), ACCUMULATE=accumulator(x.dtype),
-                M=launch.m, K=launch.n, **launch.options(),
+                x, out, n_rows, n_columns, *x.stride(),
+                PRECISION=precision if x.dtype == torch.float32 else "ieee",
+                ACCUMULATE=accumulator(x.dtype), M=launch.m, K=launch.n, **launch.options(),
             )  # fmt: skip
     return out
 
 
 @symmetric_product_op.register_fake
-def fake_symmetric_product(x: Tensor) -> Tensor:
+def fake_symmetric_product(x: Tensor, precision: str) -> Tensor:
     """The product, not computed."""
     return x.new_empty((x.shape[0], x.shape[1], x.shape[1]))
 
 
-def backward(ctx: Any, grad_out: Tensor) -> Tensor:
+def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None]:
     """(G + G^T) x."""
     (x,) = ctx.saved_tensors
-    return (grad_out + grad_out.mT) @ x
+    return (grad_out + grad_out.mT) @ x, None
 
 
 symmetric_product_op.register_autograd(
-    backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+    backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0])
 )
+register_autocast("nanolm::symmetric_product", 1)
 
 
-def symmetric_product(x_MN: Tensor) -> Tensor:
-    """[..., M, N] -> [..., M, M]."""
+@register_flop_formula(torch.ops.nanolm.symmetric_product)
+def product_flops(x_shape: Any, *_: Any, **__: Any) -> int:
+    """Those of the plain product: a formula counts what is asked for, not what is saved."""
+    n_matrices, n_rows, n_columns = x_shape
+    return 2 * n_matrices * n_rows**2 * n_columns
+
+
+def symmetric_product(x_MN: Tensor, precision: str = "ieee") -> Tensor:
+    """[..., M, N] -> [..., M, M]; `precision`, of float32 products, is "ieee" or "tf32x3"."""
     n_rows = x_MN.shape[-2]
-    out = symmetric_product_op(x_MN.reshape(-1, *x_MN.shape[-2:]))
+    out = symmetric_product_op(x_MN.reshape(-1, *x_MN.shape[-2:]), precision)
     return out.view(*x_MN.shape[:-2], n_rows, n_rows)

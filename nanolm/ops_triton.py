@@ -3,6 +3,8 @@
 `nanolm.kernels.*` holds the kernels themselves. They are imported when one of them first runs, so
 that a machine without a GPU pays nothing for them; on a CPU they run only in Triton's interpreter
 (TRITON_INTERPRET=1, set before anything imports triton), slowly, for tests, and only when named.
+A `run` here passes its options on: the functions of nanolm.kernels, whose signatures are the op's,
+refuse what they do not know.
 
 Shapes: B batch, T queries, S keys, H query heads, G key/value heads, K head width, N tokens,
 D model width, V vocabulary, F feed-forward width.
@@ -17,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanolm.bias import Bias
 from nanolm.masks import Mask
 from nanolm.ops import AttentionSpec, GluSpec, NormSpec, Spec, kernel
 from nanolm.ops_reference import AttentionOutput, CrossEntropyOutput
@@ -30,6 +31,7 @@ class TritonKernel:
 
     name = "triton"
     only_by_name_on = frozenset({"cpu"})
+    precision = "ieee"  # of float32 products
 
     def why_not(self, spec: Spec) -> str | None:
         """No Triton, no device for it, or a dtype without kernels."""
@@ -67,28 +69,15 @@ class TritonAttention(TritonKernel):
         v_BSGK: Tensor,
         mask: Mask,
         *,
-        bias: Bias | None = None,
-        scale: float,
-        softcap: float | None = None,
-        dropout: float = 0.0,
         return_lse: bool = False,
-        seed: Tensor | None = None,
+        **options: Any,
     ) -> Tensor | AttentionOutput:
-        """Attention, [B, T, H, K]; `seed`, int64 [1], keys dropout (else torch's generator does).
-
-        Under autocast in its dtype. (PyTorch's register_autocast fixes one dtype for ever, so the
-        cast stands here.)
-        """
+        """As the reference; `seed`, int64 [1], keys dropout (without it torch's generator does)."""
         from nanolm.kernels.attention_op import attention  # noqa: PLC0415
 
-        device = q_BTHK.device.type
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-            q_BTHK, k_BSGK, v_BSGK = (x.to(dtype) for x in (q_BTHK, k_BSGK, v_BSGK))
         out_BTHK, lse_BHT = attention(
-            q_BTHK, k_BSGK, v_BSGK, mask,
-            bias=bias, scale=scale, softcap=softcap, dropout=dropout, seed=seed,
-        )  # fmt: skip
+            q_BTHK, k_BSGK, v_BSGK, mask, precision=self.precision, **options
+        )
         return AttentionOutput(out_BTHK, lse_BHT) if return_lse else out_BTHK
 
 
@@ -113,20 +102,16 @@ class TritonDecodeAttention(TritonKernel):
         v_BSGK: Tensor,
         mask: Mask,
         *,
-        bias: Bias | None = None,
-        scale: float,
-        softcap: float | None = None,
         dropout: float = 0.0,
         return_lse: bool = False,
+        **options: Any,
     ) -> Tensor | AttentionOutput:
         """Attention without a gradient; raises ValueError when asked for dropout."""
         from nanolm.kernels.attention_decode import attention_decode  # noqa: PLC0415
 
         if dropout > 0:
             raise ValueError("triton_decode has no dropout: it serves decoding only")
-        out_BTHK, lse_BHT = attention_decode(
-            q_BTHK, k_BSGK, v_BSGK, mask, bias=bias, scale=scale, softcap=softcap
-        )
+        out_BTHK, lse_BHT = attention_decode(q_BTHK, k_BSGK, v_BSGK, mask, **options)
         return AttentionOutput(out_BTHK, lse_BHT) if return_lse else out_BTHK
 
 
@@ -140,26 +125,14 @@ class TritonCrossEntropy(TritonKernel):
         weight_VD: Tensor,
         bias_V: Tensor | None,
         targets_N: Tensor,
-        *,
-        softcap: float | None = None,
-        label_smoothing: float = 0.0,
-        z_loss: float = 0.0,
+        **options: Any,
     ) -> CrossEntropyOutput:
         """As the reference; under autocast in its dtype, with float32 gradients of W."""
         from nanolm.kernels.cross_entropy import linear_cross_entropy  # noqa: PLC0415
 
-        device = hidden_ND.device.type
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-            hidden_ND, weight_VD = hidden_ND.to(dtype), weight_VD.to(dtype)
-            bias_V = None if bias_V is None else bias_V.to(dtype)
-        with torch.autocast(device, enabled=False):
-            return CrossEntropyOutput(
-                *linear_cross_entropy(
-                    hidden_ND, weight_VD, bias_V, targets_N,
-                    softcap=softcap, label_smoothing=label_smoothing, z_loss=z_loss,
-                )
-            )  # fmt: skip
+        return CrossEntropyOutput(
+            *linear_cross_entropy(hidden_ND, weight_VD, bias_V, targets_N, **options)
+        )
 
 
 @kernel("norm")
@@ -173,19 +146,12 @@ class TritonNorm(TritonKernel):
         return None
 
     def run(
-        self,
-        x: Tensor,
-        weight_D: Tensor,
-        bias_D: Tensor | None,
-        *,
-        kind: str,
-        eps: float,
-        residual: Tensor | None = None,
+        self, x: Tensor, weight_D: Tensor, bias_D: Tensor | None, **options: Any
     ) -> tuple[Tensor, Tensor]:
-        """(norm(x + residual), x + residual)."""
+        """As the reference: (norm(x + residual), x + residual)."""
         from nanolm.kernels.norm import norm  # noqa: PLC0415
 
-        return norm(x, weight_D, bias_D, kind=kind, eps=eps, residual=residual)
+        return norm(x, weight_D, bias_D, **options)
 
 
 @kernel("rotary")
@@ -222,4 +188,29 @@ class TritonSymmetricProduct(TritonKernel):
         """[..., M, N] -> [..., M, M]."""
         from nanolm.kernels.symmetric_product import symmetric_product  # noqa: PLC0415
 
-        return symmetric_product(x_MN)
+        return symmetric_product(x_MN, self.precision)
+
+
+class Tf32x3(TritonKernel):
+    """float32 products as three TF32 products on the tensor cores: about 21 of 23 bits."""
+
+    name = "triton_tf32x3"
+    precision = "tf32x3"
+
+    def why_not(self, spec: Spec) -> str | None:
+        """As its base, on NVIDIA GPUs and in float32."""
+        if spec.dtype != torch.float32:
+            return f"it differs from triton in float32 only, and this is {spec.dtype}"
+        if torch.version.hip is not None:
+            return "TF32 is a format of NVIDIA's tensor cores"
+        return super().why_not(spec)
+
+
+@kernel("attention")
+class Tf32x3Attention(Tf32x3, TritonAttention):
+    """FlashAttention-2 with float32 products on the tensor cores (tf32x3)."""
+
+
+@kernel("symmetric_product")
+class Tf32x3SymmetricProduct(Tf32x3, TritonSymmetricProduct):
+    """Half of the tiles of x x^T with float32 products on the tensor cores (tf32x3)."""

@@ -183,13 +183,13 @@ def test_gradcheck(bias):
 
 
 def test_operator_is_registered_as_pytorch_wants_it():
-    from nanolm.kernels.attention_op import attention_op, flatten
+    from nanolm.kernels.attention_call import flatten
+    from nanolm.kernels.attention_op import attention_op
 
     q, k, v = problem(1, 9, 9, 2, 16)
     bias = DenseBias(torch.randn(1, 2, 9, 9, device=DEVICE, requires_grad=True))
-    tensors, kind = flatten(q, k, Mask(causal=True), bias)
-    scalars = (kind, True, False, None, 0.25, None, 0.0)
-    torch.library.opcheck(attention_op, (q, k, v, *tensors, *scalars))
+    arguments = flatten(q, k, v, Mask(causal=True), bias, scale=0.25, softcap=None)
+    torch.library.opcheck(attention_op, arguments)
 
 
 def test_compiles_into_one_graph_and_recomputes_and_counts():

@@ -18,15 +18,18 @@ import torch
 
 from nanolm.kernel_check.attention_trials import SINGLE, Case, trial_of
 from nanolm.kernel_check.op_trials import norm_trial
-from nanolm.kernel_check.sanitizer import KernelFaultError, sanitized
+from nanolm.kernel_check.sanitizer import sanitized
 from nanolm.kernel_check.trial import TOLERANCE, Trial, errors
+from nanolm.kernel_check.watch import KernelFaultError
 from nanolm.ops_reference import AttentionOutput
 
 FILES = (
     "attention",
     "attention_tiles",
+    "attention_ranges",
     "attention_backward",
     "attention_bias",
+    "attention_call",
     "attention_op",
     "norm",
 )
@@ -93,7 +96,7 @@ MUTANTS = (
         "(theirs < mine) if STRICT", "(theirs <= mine) if STRICT", "strict order",
     ),
     Mutant(
-        "last visible tile skipped", "attention_tiles",
+        "last visible tile skipped", "attention_ranges",
         "end = tl.minimum(end, tl.maximum(high + 1, prefix))",
         "end = tl.minimum(end, tl.maximum(high - 15, prefix))", "causal",
     ),

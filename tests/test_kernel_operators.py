@@ -1,0 +1,169 @@
+"""The operators as PyTorch sees them: opcheck, autocast, FLOPs, one graph, also by inductor."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from nanolm.bias import BucketBias, DenseBias
+from nanolm.kernel_check.op_trials import normal
+from nanolm.masks import Mask
+from nanolm.ops import KERNELS, candidates
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+OPERATORS = (
+    "attention",
+    "attention_backward",
+    "attention_decode",
+    "norm",
+    "norm_backward",
+    "rotary",
+    "glu",
+    "glu_backward",
+    "linear_cross_entropy",
+    "symmetric_product",
+)
+
+
+def draw(*shape, seed=0, grad=True):
+    x = normal(*shape, dtype=torch.float32, seed=seed, device=DEVICE)
+    return x.requires_grad_(grad)
+
+
+def attention_arguments(bias, *, grad=True):
+    from nanolm.kernels.attention_call import flatten
+
+    q, k, v = (draw(1, n, h, 16, seed=n, grad=grad) for n, h in ((9, 2), (11, 1), (11, 1)))
+    mask = Mask(causal=True, key_lengths=torch.tensor([10], device=DEVICE))
+    return flatten(q, k, v, mask, bias, scale=0.25, softcap=None)
+
+
+def arguments_of(name):
+    """The operator's arguments, a few per operator where it has branches."""
+    import nanolm.kernels.attention_decode
+    import nanolm.kernels.cross_entropy
+    import nanolm.kernels.glu
+    import nanolm.kernels.norm
+    import nanolm.kernels.rotary
+    import nanolm.kernels.symmetric_product  # noqa: F401
+
+    x, weight, bias = draw(5, 24), draw(24, seed=1), draw(24, seed=2)
+    if name == "attention":
+        yield attention_arguments(DenseBias(draw(1, 2, 9, 11)))
+        yield attention_arguments(BucketBias(draw(8, 2), False, 16))
+    elif name == "attention_decode":
+        yield attention_arguments(None, grad=False)
+    elif name == "attention_backward":
+        flat = attention_arguments(DenseBias(draw(1, 2, 9, 11, grad=False)), grad=False)
+        out, lse = torch.ops.nanolm.attention(*flat)
+        yield torch.ones_like(out), None, out, lse, True, *flat
+    elif name == "norm":
+        yield x, weight, bias, draw(5, 24, seed=3), True, 1e-5
+        yield x, weight, None, None, False, 1e-5
+    elif name == "norm_backward":
+        x, weight, stats = x.detach(), weight.detach(), torch.ones(5, device=DEVICE)
+        yield x, x, x, weight, stats, stats, True, True
+        yield x, None, x, weight, stats[:0], stats, False, False
+    elif name == "rotary":
+        yield draw(2, 3, 2, 16), draw(1, 3, 6, grad=False), draw(1, 3, 6, grad=False), False
+    elif name == "glu":
+        yield x, "swiglu"
+        yield x, "geglu"
+    elif name == "glu_backward":
+        yield x.detach(), draw(5, 12, grad=False), "swiglu"
+    elif name == "linear_cross_entropy":
+        targets = torch.tensor([0, 3, -100, 30, 7], device=DEVICE)
+        yield x, draw(31, 24), draw(31), targets, 5.0, 0.1, 1e-2, True, True, True
+        yield x.detach(), draw(31, 24, grad=False), None, targets, None, 0.0, 0.0, *[False] * 3
+    else:
+        yield draw(2, 7, 5), "ieee"
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operator_is_registered_as_pytorch_wants_it(name):
+    for arguments in arguments_of(name):
+        torch.library.opcheck(getattr(torch.ops.nanolm, name).default, arguments)
+
+
+def kernel_of(op, name="triton"):
+    candidates(op)
+    return KERNELS[op].get(name).build()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_casts_products_to_the_dtype_of_its_region(dtype):
+    q, k, v = (draw(1, 9, 2, 16, seed=seed) for seed in range(3))
+    mixed = q, k, v.to(torch.bfloat16)  # as rotary leaves queries and keys beside values
+    decode = kernel_of("attention", "triton_decode")
+    product, hidden, weight = kernel_of("symmetric_product"), draw(300, 1), draw(2, 1)
+    with torch.autocast(DEVICE, dtype):
+        out = kernel_of("attention").run(*mixed, Mask(), scale=0.25)
+        assert out.dtype == dtype
+        assert decode.run(q[:, -1:], k, v, Mask(), scale=0.25).dtype == dtype
+        assert product.run(hidden).dtype == dtype
+        targets = torch.zeros(300, dtype=torch.int64, device=DEVICE)
+        loss = kernel_of("linear_cross_entropy").run(hidden, weight, None, targets).loss
+    assert kernel_of("attention").run(q, k, v, Mask(), scale=0.25).dtype == torch.float32
+    assert loss.dtype == torch.float32
+    grads = torch.autograd.grad(loss + out.float().sum(), [hidden, weight, q])
+    assert [grad.dtype for grad in grads] == [torch.float32] * 3
+    # A weight's gradient is a float32 sum that is never rounded to the region's dtype.
+    assert (grads[1] != grads[1].to(dtype).float()).any()
+
+
+def test_flops_are_counted():
+    list(arguments_of("glu"))  # formulas are registered when a kernel is imported, before counting
+    q, k = draw(1, 9, 2, 16), draw(1, 11, 2, 16)
+    hidden, weight = draw(5, 24), draw(31, 24)
+    targets = torch.zeros(5, dtype=torch.int64, device=DEVICE)
+    with FlopCounterMode(display=False) as counter:
+        kernel_of("attention").run(q, k, k, Mask(), scale=0.25).sum().backward()
+        with torch.no_grad():
+            kernel_of("attention", "triton_decode").run(q, k, k, Mask(), scale=0.25)
+            kernel_of("symmetric_product").run(hidden)
+        kernel_of("linear_cross_entropy").run(hidden, weight, None, targets).loss.backward()
+    one = 4 * 2 * 9 * 11 * 16
+    assert counter.get_total_flops() == (
+        one * (1 + 5 / 2) + one + 2 * 5 * 5 * 24 + 3 * 2 * 5 * 24 * 31
+    )
+
+
+class Layer(torch.nn.Module):
+    """Norm, rotation, attention, gate and loss: every operator that trains."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.ones(16))
+        self.qkv = torch.nn.Linear(16, 48)
+        self.up = torch.nn.Linear(16, 32)
+        self.vocabulary = torch.nn.Parameter(draw(32, 16).detach() * 0.1)
+        ops = ("attention", "norm", "rotary", "glu", "linear_cross_entropy")
+        self.runs = {op: kernel_of(op).run for op in ops}
+
+    def forward(self, x_BTD, targets_BT):
+        """The loss."""
+        y, _ = self.runs["norm"](x_BTD, self.gain, None, kind="rmsnorm", eps=1e-5, residual=x_BTD)
+        q, k, v = (z.unflatten(-1, (1, 16)) for z in self.qkv(y).chunk(3, dim=-1))
+        angle = torch.arange(x_BTD.shape[1], device=x_BTD.device)[None, :, None] * torch.ones(
+            8, device=x_BTD.device
+        )
+        q, k = (self.runs["rotary"](z, angle.cos(), angle.sin()) for z in (q, k))
+        out = self.runs["attention"](q, k, v, Mask(causal=True), scale=0.25).flatten(2)
+        out = self.runs["glu"](self.up(out), kind="swiglu")
+        loss = self.runs["linear_cross_entropy"]
+        return loss(out.flatten(0, 1), self.vocabulary, None, targets_BT.flatten()).loss
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_layer_compiles_into_one_graph(backend):
+    torch.manual_seed(0)
+    layer = Layer().to(DEVICE)
+    x, targets = draw(2, 7, 16), torch.arange(14, device=DEVICE).view(2, 7)
+    wanted = [x, *layer.parameters()]
+    expected = torch.autograd.grad(layer(x, targets), wanted)
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    for actual, grad in zip(
+        torch.autograd.grad(compiled(x, targets), wanted), expected, strict=True
+    ):
+        torch.testing.assert_close(actual, grad, rtol=1e-5, atol=1e-6)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert torch.isfinite(compiled(x, targets))
