@@ -9,70 +9,21 @@ for real tokens only. A layer's causality, window and bias mean the same in ever
 they depend on distances within it. Batches that do not say where their sequences lie go through
 the mask, as ever.
 
-Shapes: B rows, T queries, S keys, H query heads, G key/value heads, K head width, M tokens of the
-row, N sequences of a class, L their length.
+Shapes: B rows, T queries, S keys, H query heads, G key/value heads, K head width, N sequences of a
+class, L their length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nanolm.masks import Classes, Mask
+from nanolm.masks import Mask
 from nanolm.ops import AttentionSpec, kernel
 from nanolm.ops_torch import SdpaAttention
 from nanolm.ops_wide import BF16, WideAttention, autocasts, multiplies_bf16, rounded
-
-_ATEN = torch.ops.aten
-
-
-class PlainByLength(torch.autograd.Function):
-    """All lengths as one node: many short calls would spend more on the graph than on products.
-
-    q, k, v and the result are [M, H, K]; calls what sdpa calls on a CPU.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, classes: Classes, causal: bool, scale: float
-    ) -> Tensor:
-        out_MHK, lses = torch.empty_like(q), []
-        for part in parts_of(classes, q, k, v, out_MHK):
-            *inputs, result = part
-            found, lse = _ATEN._scaled_dot_product_flash_attention_for_cpu(
-                *inputs, 0.0, causal, scale=scale
-            )
-            result.copy_(found)
-            lses.append(lse)
-        ctx.save_for_backward(q, k, v, out_MHK, *lses)
-        ctx.classes, ctx.causal, ctx.scale = classes, causal, scale
-        return out_MHK
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_MHK: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out_MHK, *lses = ctx.saved_tensors
-        grads = [torch.empty_like(x) for x in (q, k, v)]
-        parts = parts_of(ctx.classes, grad_MHK.contiguous(), q, k, v, out_MHK, *grads)
-        for (*inputs, dq, dk, dv), lse in zip(parts, lses, strict=True):
-            found = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward(
-                *inputs, lse, 0.0, ctx.causal, scale=ctx.scale
-            )
-            for target, values in zip((dq, dk, dv), found, strict=True):
-                target.copy_(values)
-        return *grads, None, None, None
-
-
-def parts_of(classes: Classes, *xs_MHK: Tensor) -> Iterator[list[Tensor]]:
-    """For each class, every tensor's part as a view [N, H, L, K]."""
-    start = 0
-    for number, length in classes:
-        stop = start + number * length
-        yield [x[start:stop].unflatten(0, (number, length)).transpose(1, 2) for x in xs_MHK]
-        start = stop
 
 
 @kernel("attention")
@@ -109,29 +60,10 @@ class ByLengthAttention:
             inputs = (rounded(x) for x in (q_BTHK, k_BSGK, v_BSGK))
             return self.by_length(*inputs, mask, **rest).to(BF16)
 
-    def fuses(
-        self,
-        q_BTHK: Tensor,
-        k_BSGK: Tensor,
-        mask: Mask,
-        *,
-        scale: float,
-        bias: Any = None,
-        softcap: float | None = None,
-        dropout: float = 0.0,
-    ) -> bool:
-        """Whether all lengths can be one node of the gradient's graph."""
-        plain = bias is None and mask.window is None and dropout == 0
-        return plain and q_BTHK.shape == k_BSGK.shape and q_BTHK.device.type == "cpu"
-
     def by_length(
         self, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Mask, **rest: Any
     ) -> Tensor:
         """Attention on [N, L, H, K] for each length."""
-        if self.fuses(q_BTHK, k_BSGK, mask, **rest):
-            inputs = (x.flatten(0, 1) for x in (q_BTHK, k_BSGK, v_BSGK))
-            out_MHK = PlainByLength.apply(*inputs, mask.classes, mask.causal, rest["scale"])
-            return out_MHK.view(q_BTHK.shape)
         sizes = [number * length for number, length in mask.classes]
         within = Mask(causal=mask.causal, window=mask.window)
         # One split and one cat: the gradient of many slices would be many full-sized tensors.

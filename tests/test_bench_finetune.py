@@ -1,6 +1,8 @@
-"""bench finetune: the same model and examples for all, tokens counted right; no time is asserted."""
+"""bench finetune: one model and one set of examples for all, tokens counted; no time asserted."""
 
+import argparse
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -13,6 +15,12 @@ from nanolm.commands.bench_finetune import CONTESTANTS, Arguments, read_examples
 from tests.finetuned import table
 
 TINY = {"n_layers": 1, "d_model": 32, "n_heads": 2, "batch": 4, "vocab_size": 64, "row_length": 24}
+
+
+def source_lines():
+    """300 lines of text that supports a vocabulary of 600 pieces."""
+    lines = pathlib.Path(argparse.__file__).read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line.strip()][:300]
 
 
 def examples(n=40):
@@ -56,11 +64,11 @@ def test_grouped_batches_hold_every_example_once_and_little_padding():
 
 
 def test_texts_become_framed_ids_and_columns_are_checked(tmp_path, capsys):
-    records = [{"text": f"open the file {i} again", "kind": "ab"[i % 2]} for i in range(80)]
+    records = [{"text": line, "kind": "ab"[i % 2]} for i, line in enumerate(source_lines())]
     table(tmp_path, "train", records)
     words = {"data": str(tmp_path), "column": "text", "batch": 4, "vocab_size": 600}
     found, n_classes = read_examples(Arguments(label="kind", **words))
-    assert n_classes == 2 and len(found.sequences) == 80
+    assert n_classes == 2 and len(found.sequences) == 300
     assert len({int(ids[0]) for ids in found.sequences}) == 1
     found.save(tmp_path / "kept.npz")
     again = Examples.load(str(tmp_path / "kept.npz"))
@@ -71,7 +79,7 @@ def test_texts_become_framed_ids_and_columns_are_checked(tmp_path, capsys):
 
 
 def test_the_command_reports_rates_and_ratios(tmp_path, monkeypatch, capsys):
-    table(tmp_path, "train", [{"text": f"a file {i}"} for i in range(80)])
+    table(tmp_path, "train", [{"text": line} for line in source_lines()])
 
     def fake(job, module):
         assert module == "nanolm.bench_finetune"

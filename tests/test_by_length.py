@@ -17,7 +17,7 @@ from nanolm.registry import PEFT
 from tests.test_objectives_tasks import CASES, build, tensors
 
 HEADS = {"n_heads": 4, "n_kv_heads": 2, "head_dim": 8}
-KEY_HEADS = [2, 4]  # grouped, and as many as queries, which is one node of the graph
+KEY_HEADS = [2, 4]
 BOTH = frozenset({"documents", "classes"})
 BIASES = {
     "none": None,

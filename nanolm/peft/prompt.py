@@ -102,6 +102,7 @@ class Prompt(nn.Module):
         """The inputs of one row of texts by length, with the prompt in front of every text."""
         length, device = len(self.vectors_PD), x_1TD.device
         self.places, first = (found.to(device) for found in places_by_class(self.classes, length))
+        all_TD = torch.cat([self.vectors_PD.to(x_1TD.dtype), x_1TD[0]])
         counted_P = torch.arange(length, device=device)
         positions_T = inputs.positions_BT[0] + length
         segments_BT = inputs.segments_BT
@@ -115,9 +116,7 @@ class Prompt(nn.Module):
         return dataclasses.replace(
             inputs,
             tokens_BT=None,
-            embeddings_BTD=torch.cat([self.vectors_PD.to(x_1TD.dtype), x_1TD[0]])[
-                None, self.places
-            ],
+            embeddings_BTD=all_TD[None, self.places],
             positions_BT=torch.cat([counted_P, positions_T])[None, self.places],
             segments_BT=segments_BT,
             mask=mask,
