@@ -136,10 +136,11 @@ BUILT_IN: dict[str, list[str]] = {
     op: [
         "nanolm.ops_reference",
         "nanolm.ops_torch",
+        "nanolm.ops_flex",
         "nanolm.ops_cross_entropy",
         "nanolm.ops_wide",
-        "nanolm.ops_triton",
         "nanolm.ops_by_length",
+        "nanolm.ops_triton",
     ]
     for op in OPS
 }
@@ -231,11 +232,11 @@ class Kernels:
         self.common = {"dtype": dtype, "device": device, "phase": phase}
         self.choices: dict[Spec, Choice] = {}
 
-    @property
     def chosen(self, op: str) -> list[Kernel]:
         """The kernels that serve this op anywhere in the model."""
         return [choice.kernel for choice in self.choices.values() if choice.op == op]
 
+    @property
     def phase(self) -> Phase:
         """The phase that the model is built for."""
         return self.common["phase"]

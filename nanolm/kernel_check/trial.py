@@ -75,7 +75,7 @@ def like(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def execute(trial: Trial, kernel: Any, dtype: torch.dtype, *, backward: bool) -> Result:
     """Runs a kernel on the trial's numbers in a dtype."""
-    leaves = {name: like(x, dtype) for name, x in trial.leaves.items()}
+    leaves = {name: like(x, dtype).requires_grad_(backward) for name, x in trial.leaves.items()}
     outputs = trial.run(kernel, leaves)
     if not backward:
         return Result({name: x.detach() for name, x in outputs.items()}, {})
