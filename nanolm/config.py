@@ -149,7 +149,8 @@ class KernelsConfig:
     """Which implementation computes each op: `auto`, or a registered kernel's name."""
 
     attention: str = "auto"
-    """auto | triton | reference | sdpa | wide | a plug-in's name."""
+    """auto | triton | triton_tf32x3 | reference | sdpa | flex | by_length | wide | a plug-in's
+    name. triton multiplies float32 exactly (ieee), triton_tf32x3 as three TF32 products."""
     linear: str = "auto"
     """auto | triton | reference | wide | a plug-in's name."""
     linear_cross_entropy: str = "auto"
@@ -160,6 +161,8 @@ class KernelsConfig:
     """auto | triton | reference | a plug-in's name."""
     glu: str = "auto"
     """auto | triton | reference | a plug-in's name."""
+    symmetric_product: str = "auto"
+    """auto | triton | triton_tf32x3 | reference | a plug-in's name; Muon's x x^T, in bfloat16."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -44,6 +44,7 @@ class Trunk(nn.Module):
         super().__init__()
         if model.vocab_size is None:
             raise ValueError("model.vocab_size must be known when the model is built")
+        self.kernels = kernels  # for whoever chooses more of them later: Muon
         self.embedding = nn.Embedding(model.vocab_size, model.d_model)
         self.segments = nn.Embedding(model.n_segments, model.d_model) if model.n_segments else None
         entry = POSITIONS.get(model.positions.name)

@@ -14,17 +14,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from nanolm.errors import UserError
+from nanolm.ops import Kernels, SymmetricProductSpec
 from nanolm.registry import OPTIMIZERS, Options
 from nanolm.sharding import divided, whole
 
 Named = tuple[str, nn.Parameter]
+Product = Callable[[Tensor], Tensor]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,7 +157,13 @@ def muon(learner: nn.Module, options: MuonOptions) -> list[torch.optim.Optimizer
     optimizers: list[torch.optim.Optimizer] = []
     if matrices:
         group = _group(matrices, options.lr, options.weight_decay)
-        optimizers.append(Muon([group], options.momentum, options.newton_schulz_steps))
+        # A plug-in's trunk may not keep its chooser: then `auto` on the matrices' device.
+        device = matrices[0][1].device.type
+        kernels = getattr(learner.trunk, "kernels", None) or Kernels(device=device)
+        product = kernels.choose("symmetric_product", SymmetricProductSpec, dtype=torch.bfloat16)
+        optimizers.append(
+            Muon([group], options.momentum, options.newton_schulz_steps, product=product.run)
+        )
     groups = decay_groups(rest, options.adamw_lr, options.weight_decay)
     if groups:
         betas = tuple(options.betas)
@@ -192,10 +200,15 @@ class Muon(torch.optim.Optimizer):
     m <- mu m + (1 - mu) g                        momentum
     u  = orthogonalise((1 - mu) g + mu m)         Nesterov look-ahead, then U V^T of its SVD
     w <- (1 - lr * weight_decay) w - lr sqrt(max(1, rows / columns)) u
+
+    `product` computes X X^T, most of the iteration's work: a kernel of the op symmetric_product.
     """
 
-    def __init__(self, groups: list[dict], momentum: float = 0.95, steps: int = 5) -> None:
+    def __init__(
+        self, groups: list[dict], momentum: float = 0.95, steps: int = 5, *, product: Product
+    ) -> None:
         super().__init__(groups, {"momentum": momentum, "steps": steps, "weight_decay": 0.0})
+        self.product = product
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -209,28 +222,22 @@ class Muon(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(weight)
                 momentum, mu = state["momentum"], group["momentum"]
                 momentum.lerp_(weight.grad, 1 - mu)
-                update = orthogonal_part(weight.grad.lerp(momentum, mu), group["steps"])
+                update = self.orthogonal_part(weight.grad.lerp(momentum, mu), group["steps"])
                 scale = math.sqrt(max(1.0, weight.shape[0] / weight.shape[1]))
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
                 weight.add_(update, alpha=-group["lr"] * scale)
 
+    def orthogonal_part(self, matrix_MN: Tensor, steps: int) -> Tensor:
+        """The matrix orthogonalised, in its own type; of a sharded one, this rank's rows of it.
 
-def orthogonal_part(matrix_MN: Tensor, steps: int) -> Tensor:
-    """The matrix orthogonalised, in its own type; of a sharded one, this rank's rows of the result.
-
-    Every rank gathers the whole matrix and orthogonalises it, one matrix at a time: the update of
-    some rows needs all rows.
-    """
-    whole_MN = orthogonalise(whole(matrix_MN), steps).to(matrix_MN.dtype)
-    return divided(whole_MN, matrix_MN) if isinstance(matrix_MN, DTensor) else whole_MN
-
-
-def gram(x_MN: Tensor) -> Tensor:
-    """The symmetric product X X^T; one function, so that a kernel can compute half of it."""
-    return x_MN @ x_MN.mT
+        Every rank gathers the whole matrix and orthogonalises it, one matrix at a time: the update
+        of some rows needs all rows.
+        """
+        whole_MN = orthogonalise(whole(matrix_MN), steps, self.product).to(matrix_MN.dtype)
+        return divided(whole_MN, matrix_MN) if isinstance(matrix_MN, DTensor) else whole_MN
 
 
-def orthogonalise(matrix_MN: Tensor, steps: int = 5) -> Tensor:
+def orthogonalise(matrix_MN: Tensor, steps: int, product: Product) -> Tensor:
     """Nearest semi-orthogonal matrix, roughly: the singular values of the input become about 1.
 
     Newton-Schulz iteration X <- a X + (b A + c A^2) X with A = X X^T, in bfloat16, with the
@@ -242,7 +249,7 @@ def orthogonalise(matrix_MN: Tensor, steps: int = 5) -> Tensor:
     x_MN = (matrix_MN.mT if tall else matrix_MN).to(torch.bfloat16)
     x_MN = x_MN / x_MN.norm().clamp(min=1e-7)
     for _ in range(steps):
-        a_MM = gram(x_MN)
+        a_MM = product(x_MN)
         polynomial_MM = torch.addmm(a_MM, a_MM, a_MM, beta=b, alpha=c)
         x_MN = torch.addmm(x_MN, polynomial_MM, x_MN, beta=a)
     return x_MN.mT if tall else x_MN

@@ -63,5 +63,20 @@ def test_muon_takes_the_blocks_matrices_and_agrees_with_torch():
 @pytest.mark.parametrize("shape", [(4, 16), (16, 4), (8, 8)])
 def test_newton_schulz_brings_singular_values_near_one(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    values = torch.linalg.svdvals(optim.orthogonalise(matrix).float())
+    values = torch.linalg.svdvals(optim.orthogonalise(matrix, 5, lambda x: x @ x.mT).float())
     assert values.min() > 0.6 and values.max() < 1.3
+
+
+def test_muon_multiplies_with_the_kernel_that_the_config_names(make_learner):
+    weights = {}
+    for name in ("auto", "reference", "triton"):
+        learner = make_learner(kernels={"symmetric_product": name})
+        muon, _ = optim.build_optimizers(learner, optim.MuonOptions())
+        chosen = learner.trunk.kernels.chosen("symmetric_product")
+        assert [kernel.name for kernel in chosen] == ["reference" if name == "auto" else name]
+        matrix = torch.randn(40, 24, generator=torch.Generator().manual_seed(0))
+        weights[name] = muon.orthogonal_part(matrix, 5)
+    plain = optim.orthogonalise(matrix, 5, lambda x: x @ x.mT)
+    assert torch.equal(weights["auto"], plain.float())
+    assert torch.equal(weights["auto"], weights["reference"])
+    assert (weights["triton"] - weights["auto"]).abs().max() < 0.02  # bfloat16, summed otherwise
