@@ -19,6 +19,7 @@ COMMANDS = {
     "data verify": ("nanolm.commands.data_verify", "re-check every checksum and token id"),
     "train": ("nanolm.commands.train", "pretrain a model"),
     "finetune": ("nanolm.commands.finetune", "turn a checkpoint into a classifier, tagger, …"),
+    "study": ("nanolm.commands.study", "a table of fine-tuning experiments, cell by cell"),
     "predict": ("nanolm.commands.predict", "labels, spans or texts of a fine-tuned model"),
     "explain": ("nanolm.commands.explain", "which tokens made a model say what it says"),
     "merge": ("nanolm.commands.merge", "fold an adapter into its base's weights"),

@@ -1,0 +1,50 @@
+"""`nanolm study STUDY.yaml`: a table of fine-tuning experiments, restartable cell by cell.
+
+STUDY.yaml is an instance of `study_config.StudyConfig`; any of its keys can be given beside it, as
+in `nanolm study configs/study/tasks.yaml --data DIR --jobs 2`.
+"""
+
+from __future__ import annotations
+
+import pathlib
+
+from rich.console import Console
+
+import nanolm.build  # noqa: F401  (registers the names that the cells' configs use)
+from nanolm.arguments import parse
+from nanolm.study import Results, Study, plan
+from nanolm.study_config import StudyConfig
+from nanolm.study_table import grid_of, sheet, split_page, write_page
+
+
+def main(argv: list[str]) -> None:
+    """Reads the study and runs it."""
+    if argv and not argv[0].startswith("-"):
+        argv = [f"--config={argv[0]}", *argv[1:]]
+    run(parse(StudyConfig, argv, prog="nanolm study"))
+
+
+def run(study: StudyConfig) -> None:
+    """Runs what is missing of a study, prints the table and writes it into its page.
+
+    Raises UserError before anything is run for a cell whose config is refused, and at the end for
+    the first cell that failed.
+    """
+    if study.table is not None:
+        split_page(study)
+    results = Results(pathlib.Path(study.results or f"{study.out}/{study.name}.json"))
+    groups = plan(study)
+    console = Console()
+    console.print(
+        f"study {study.name}: {len(groups)} groups of {len(study.seeds)} seeds, {study.jobs} at "
+        f"once; {len(results.cells)} cells are in {results.path}",
+        highlight=False,
+    )
+    runner = Study(study, results, lambda text: console.print(text, highlight=False, markup=False))
+    try:
+        runner.run(groups)
+    finally:
+        made = sheet(study, groups, results)
+        console.print(grid_of(study, made))
+    if study.table is not None and study.only is None:
+        write_page(study, made)

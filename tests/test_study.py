@@ -1,0 +1,168 @@
+"""`nanolm study`: cells, their keys, the choice on val, restarts, the table."""
+
+import json
+import math
+
+import pytest
+
+from nanolm import cli, study_cells
+from nanolm.errors import UserError
+from nanolm.study import settings
+from nanolm.study_config import StudyConfig
+from nanolm.study_table import mean_and_error
+from nanolm.typed import instance
+from tests.finetuned import QUIET, checkpoint, command, questions, table
+
+STUDY = """
+name: tiny
+data: null
+paths: {encoder: null_path}
+seeds: [0, 1]
+jobs: 2
+overrides: {init_from: "{encoder}", train.steps: 3, train.global_batch: 12}
+tune:
+  grid: {optim.lr: [1.0e-3, 3.0e-3]}
+rows:
+  - {name: kinds, overrides: {data.path: "{data}/kinds"}, metric: accuracy, yardstick: 0.5}
+variants:
+  random: {overrides: {weights: random}}
+  pretrained: {}
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A study's file, its data and its page."""
+    folder = tmp_path_factory.mktemp("study")
+    for split, n, start in (("train", 60, 0), ("val", 21, 1000), ("test", 21, 2000)):
+        table(folder / "data" / "kinds", split, questions(n, start))
+    (folder / "study.yaml").write_text(STUDY.replace("null_path", str(checkpoint("mlm"))))
+    page = "# Page\n\n<!-- study: tiny -->\nold\n<!-- end of study: tiny -->\n\nend\n"
+    (folder / "page.md").write_text(page)
+    return folder
+
+
+def words(place, *more):
+    return [
+        "study",
+        str(place / "study.yaml"),
+        f"--data={place / 'data'}",
+        f"--out={place / 'out'}",
+        f"--results={place / 'results.json'}",
+        f"--table={place / 'page.md'}",
+        *more,
+    ]
+
+
+def in_this_process(ran):
+    """Stands for `run_process`: the same command without a process of its own."""
+
+    def run_process(cell, name, argv):
+        ran.append((name, cell.label))
+        study_cells.log_of(cell, name).parent.mkdir(parents=True, exist_ok=True)
+        command(name, *argv, *(QUIET[2:] if name == "finetune" else []))
+        return {"cpu_seconds": 6.0, "peak_mib": 100.0}
+
+    return run_process
+
+
+def test_a_study_runs_what_is_missing_and_no_more(place, monkeypatch):
+    ran: list = []
+    monkeypatch.setattr(study_cells, "run_process", in_this_process(ran))
+    monkeypatch.setattr("nanolm.preemption.signal.signal", lambda *handler: None)
+    printed = command(*words(place, "--jobs=1"))
+    # per variant: two settings with seed 0, the better one with seed 1, two looks at test
+    assert [name for name, _ in ran].count("finetune") == 6
+    assert [name for name, _ in ran].count("evaluate") == 4
+    cells = json.loads((place / "results.json").read_text())["cells"]
+    assert len(cells) == 6
+    for variant in ("random", "pretrained"):
+        mine = [cell for cell in cells.values() if cell["variant"] == variant]
+        tested = [cell for cell in mine if cell["test"]]
+        assert {cell["seed"] for cell in tested} == {0, 1} and len(tested) == 2
+        best = max(cell["val"] for cell in mine if cell["seed"] == 0)
+        (chosen,) = {json.dumps(cell["setting"]) for cell in tested}
+        assert next(c["val"] for c in tested if c["seed"] == 0) == best, chosen
+        assert all(cell["trained_params"] == cell["params"] > 0 for cell in mine)
+    assert not list((place / "out").rglob("*.safetensors"))
+    page = (place / "page.md").read_text()
+    assert page.startswith("# Page") and page.endswith("end\n") and "old" not in page
+    assert "| kinds | accuracy | 0.500 |" in page and "±" in page
+    assert "6 cells, 0.7 CPU minutes" not in page  # test counts too: 6 trainings, 4 evaluations
+    assert "6 cells, 1.0 CPU minutes in all" in page and "kinds" in printed
+    # a second call runs nothing; another path to the same data and weights is the same study
+    ran.clear()
+    command(*words(place, "--jobs=1"))
+    (place / "moved").symlink_to(place / "data")
+    command(*words(place, f"--data={place / 'moved'}"))
+    assert ran == [] and (place / "page.md").read_text() == page
+    # what is gone from the results is run again, and nothing else
+    key = next(key for key, cell in cells.items() if cell["test"] and cell["seed"] == 1)
+    left = {k: cell for k, cell in cells.items() if k != key}
+    (place / "results.json").write_text(json.dumps({"cells": left}))
+    command(*words(place))
+    assert [name for name, _ in ran] == ["finetune", "evaluate"]
+    again = json.loads((place / "results.json").read_text())["cells"][key]
+    assert again["test"] == cells[key]["test"]
+
+
+def test_a_cell_in_a_process_of_its_own(place, tmp_path):
+    text = (place / "study.yaml").read_text().split("variants:")[0]
+    (tmp_path / "one.yaml").write_text(text.replace("[1.0e-3, 3.0e-3]", "[1.0e-3]"))
+    argv = [*words(place, f"--out={tmp_path / 'out'}", "--seeds=[3]"), "--costs", "--keep_weights"]
+    argv[1], argv[4] = str(tmp_path / "one.yaml"), f"--results={tmp_path / 'r.json'}"
+    printed = command(*argv, "--table=null")
+    (cell,) = json.loads((tmp_path / "r.json").read_text())["cells"].values()
+    assert cell["peak_mib"] > 50 and cell["cpu_seconds"] > 0.5 and cell["test"]["rows"] == 21
+    assert "trained" in printed and list((tmp_path / "out").rglob("model.safetensors"))
+
+
+def test_a_cell_that_fails_is_named_and_the_rest_is_kept(place, tmp_path, monkeypatch):
+    inner = in_this_process([])
+
+    def run_process(cell, name, argv):
+        if cell.variant == "random":
+            raise UserError(f"cell {cell.label} failed: out of memory")
+        return inner(cell, name, argv)
+
+    monkeypatch.setattr(study_cells, "run_process", run_process)
+    monkeypatch.setattr("nanolm.preemption.signal.signal", lambda *handler: None)
+    argv = words(place, f"--results={tmp_path / 'r.json'}", "--seeds=[0]")
+    argv = [word for word in argv if not word.startswith("--table")]
+    with pytest.raises(UserError, match=r"1 of 2 groups are not finished: cell kinds, random, op"):
+        cli.run(argv)
+    cells = json.loads((tmp_path / "r.json").read_text())["cells"].values()
+    assert {cell["variant"] for cell in cells} == {"pretrained"}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ("seeds:", "seed:", "seed: there is no such key"),
+        ("train.steps: 3", "train.stepz: 3", "train.stepz: there is no such key"),
+        ("name: kinds", "nome: kinds", r"rows\[0\].nome: there is no such key"),
+        ("[1.0e-3, 3.0e-3]", "[]", "tune.grid.optim.lr is empty"),
+        ("init_from: ", "run.log_every: 1, data.limit: ", "cannot|expected|has no init_from"),
+    ],
+)
+def test_mistakes_are_one_sentence_before_anything_is_run(place, tmp_path, old, new, sentence):
+    path = tmp_path / "bad.yaml"
+    path.write_text((place / "study.yaml").read_text().replace(old, new))
+    argv = words(place)
+    argv[1] = str(path)
+    with pytest.raises(UserError, match=sentence):
+        cli.run(argv)
+    with pytest.raises(UserError, match=r"say where \{data\} is with --data FOLDER"):
+        cli.run(["study", str(place / "study.yaml")])
+    with pytest.raises(UserError, match=r"needs one line <!-- study: tiny -->"):
+        cli.run([*words(place), f"--table={place / 'study.yaml'}"])
+
+
+def test_grid_and_standard_error():
+    assert settings({"a": [1, 2], "b": [3]}) == [{"a": 1, "b": 3}, {"a": 2, "b": 3}]
+    assert settings({}) == [{}]
+    mean, error = mean_and_error([1.0, 2.0, 3.0])
+    assert mean == 2 and error == pytest.approx(math.sqrt(1 / 3))
+    assert mean_and_error([0.5]) == (0.5, None)
+    with pytest.raises(UserError, match="stands twice"):
+        instance(StudyConfig, {"name": "x", "rows": [{"name": "a"}, {"name": "a"}]})
