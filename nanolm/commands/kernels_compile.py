@@ -26,8 +26,11 @@ class Arguments:
     """GPU architectures."""
     sample: bool = False
     """Only a few kernels."""
+    only: str = ""
+    """Only builds whose name contains this, such as bucket or tf32x3."""
     write: bool = False
-    """Replace these architectures' rows in kernels/compile_matrix.json."""
+    """Put these rows into kernels/compile_matrix.json; without --only also drop other rows of
+    these architectures."""
     json: str | None = None
     """Also write the rows here."""
 
@@ -64,13 +67,15 @@ def run(arguments: Arguments) -> None:
     if RECORD.exists():
         recorded = {key(row): row for row in json.loads(RECORD.read_text(encoding="utf-8"))}
     rows, complaints = [], []
-    for row in compile_elsewhere(arguments.archs, sample=arguments.sample):
+    for row in compile_elsewhere(arguments.archs, sample=arguments.sample, only=arguments.only):
         print(line(row), flush=True)
         rows.append(row)
         worse = None if arguments.write else regression(row, recorded.get(key(row)))
         complaints += [f"{key(row)}: {words}" for words in [*faults(row), worse] if words]
     if arguments.write:
-        merged = {k: row for k, row in recorded.items() if row["arch"] not in arguments.archs}
+        partial = arguments.sample or arguments.only
+        dropped = () if partial else arguments.archs
+        merged = {k: row for k, row in recorded.items() if row["arch"] not in dropped}
         merged |= {key(row): row for row in rows}
         write_rows(RECORD, [merged[k] for k in sorted(merged)])
     write_json(arguments.json, rows)
