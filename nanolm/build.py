@@ -134,9 +134,9 @@ def build_learner(
                 for name, request in objective.heads.items()
             }
         )
-        learner = Learner(trunk, heads, objective)
         if isinstance(objective, Task):
             objective.arrange_for(kernels)
+        learner = Learner(trunk, heads, objective)
         torch.manual_seed(config.run.seed)
         init_weights(learner, config.model)
     trunk.stack.recompute = config.train.activation_checkpointing

@@ -41,11 +41,10 @@ COMMANDS = {
     "kernels compile": ("nanolm.commands.kernels_compile", "registers and spills, without a GPU"),
     "bench prepare": ("nanolm.commands.bench_prepare", "preparation beside its encoders"),
     "bench data": ("nanolm.commands.bench_data", "loader throughput beside other loaders"),
+    "bench finetune": ("nanolm.commands.bench_finetune", "fine-tuning beside padded loops"),
     "bench train": ("nanolm.commands.bench_train", "step throughput beside other models"),
 }
 
-    "bench finetune": ("nanolm.commands.bench_finetune", "fine-tuning beside padded loops"),
-    "bench scale": ("nanolm.commands.bench_scale", "step time with 1 and 2 processes"),
 
 def usage() -> str:
     """One line per command."""
