@@ -46,6 +46,7 @@ TRAINER_KEYS: dict[str, Any] = {
     "skips": int,
     "losses": list,
     "best": float | None,
+    "patience": dict | None,
     "seconds": float,
     "scaler": dict,
     "environment": dict,

@@ -139,9 +139,16 @@ class EvalConfig:
     """Batches of the validation split to use; null for all of it."""
     batch: int | None = None
     """Rows per evaluation batch; null means train.global_batch."""
+    patience: int | None = None
+    """Stop after so many evaluations in a row without a new best; null trains to the end."""
 
     def __post_init__(self) -> None:
-        require_at_least("eval", self, every=0, batches=1, batch=1)
+        require_at_least("eval", self, every=0, batches=1, batch=1, patience=1)
+        require(
+            self.patience is None or self.every != 0,
+            f"eval.patience={self.patience} counts evaluations, and eval.every=0 makes only the "
+            f"last one; set eval.every",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

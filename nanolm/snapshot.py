@@ -124,6 +124,7 @@ class Snapshot:
                 "(seed, epoch, row id)",
             },
             "best": trainer.best,
+            "patience": trainer.patience.state(),
             "skips": trainer.policy.skips,
             "losses": list(trainer.policy.losses),
             "seconds": trainer.throughput.total_seconds,
@@ -151,6 +152,7 @@ class Snapshot:
             )
         trainer.done = saved["step"]
         trainer.best = saved["best"]
+        trainer.patience.restore(saved.get("patience"))
         trainer.policy.skips = saved["skips"]
         trainer.policy.losses.extend(saved["losses"])
         trainer.throughput.total_seconds = saved["seconds"]

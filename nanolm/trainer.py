@@ -31,6 +31,7 @@ from nanolm.evaluation import Evaluator, total_loss
 from nanolm.gradient import Backward
 from nanolm.metrics import Throughput
 from nanolm.nonfinite import NonFinitePolicy
+from nanolm.patience import Patience
 from nanolm.preemption import Preemption
 from nanolm.progress import Pace
 from nanolm.schedules import build_schedule
@@ -105,6 +106,7 @@ class Trainer:
         self.done = 0
         self.preempted = False
         self.best: float | None = None
+        self.patience = Patience(config.eval.patience)
         self.policy = NonFinitePolicy(config.train, world, checkpoints.run)
         self.snapshot = Snapshot(self, checkpoints, files or {}, facts or {})
         self._resumed = False
@@ -115,10 +117,10 @@ class Trainer:
         self._resumed = True
 
     def fit(self) -> dict[str, float]:
-        """Trains up to train.steps; returns the last evaluation's figures.
+        """Trains up to train.steps, or until eval.patience is over; returns the last figures.
 
-        Ends early, with a checkpoint, when a signal asks for it: `preempted` is then true. Raises
-        UserError when a loss is not finite, the disk is full or a peer is gone.
+        A signal ends it early too, with a checkpoint: `preempted` is then true. Raises UserError
+        when a loss is not finite, the disk is full or a peer is gone.
         """
         seconds, run = self.config.distributed.hang_seconds, self.snapshot.checkpoints.run
         with self.preemption, Watchdog(self.world, self.progress, seconds, run):
@@ -137,9 +139,9 @@ class Trainer:
     def _fit(self) -> dict[str, float]:
         figures: dict[str, float] = {}
         if self._resumed and self._due(self.config.eval.every):
-            figures = self.evaluate(best=self._due(self.config.run.checkpoint_every))
+            figures = self.evaluate(best=self._saves())
         settled = False
-        while self.done < self.config.train.steps and not self.preempted:
+        while not self._over:
             with contextlib.closing(iter(self.loader_factory(self.done))) as batches:
                 for micro_batches, waited in self._timed(batches):
                     if not settled:
@@ -150,7 +152,17 @@ class Trainer:
                     figures = self._after_step(result) or figures
                     if result.rewound:
                         break
+        if self.patience.over:
+            self.note(
+                f"stopped after step {self.done} of {self.config.train.steps}: "
+                f"{self.patience.stale} evaluations in a row without a new best"
+            )
         return figures
+
+    @property
+    def _over(self) -> bool:
+        """Whether no further step is to be taken."""
+        return self.done >= self.config.train.steps or self.preempted or self.patience.over
 
     @property
     def weights(self) -> Mapping[str, float]:
@@ -159,7 +171,7 @@ class Trainer:
 
     def _timed(self, batches: Iterator[Sequence[Any]]) -> Iterator[tuple[Sequence[Any], float]]:
         """Micro-batches of each step that is left, and the seconds spent waiting for them."""
-        while self.done < self.config.train.steps and not self.preempted:
+        while not self._over:
             self.progress.enter("data", self.done + 1)
             start = time.perf_counter()
             micro_batches = next(batches)
@@ -287,6 +299,12 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return self.done == self.config.train.steps or bool(every and self.done % every == 0)
 
+    def _saves(self) -> bool:
+        """Whether this step gets a checkpoint; with eval.patience all that are evaluated do, since
+        the run may end there and the best of them is what remains."""
+        watched = self.config.eval.patience is not None and self._due(self.config.eval.every)
+        return watched or self._due(self.config.run.checkpoint_every)
+
     def _after_step(self, result: StepResult) -> dict[str, float]:
         """Metrics line, checkpoint, evaluation, as they are due; the evaluation's figures."""
         config = self.config
@@ -298,7 +316,7 @@ class Trainer:
         if every and self.done % every == 0:
             compare_weights(self.engine.learner, self.world, self.done)
         self.progress.enter("checkpoint" if self.world.is_main else "waiting")
-        save = self._due(config.run.checkpoint_every)
+        save = self._saves()
         if save or result.stop:
             with self.throughput.excluded():
                 self.snapshot.save()
@@ -342,6 +360,7 @@ class Trainer:
             return {}
         self._write({"step": self.done, "kind": "val", **figures})
         badness = self.badness(figures)
+        self.patience.see(badness)
         lowest = self.best is None or badness < self.best
         if best and lowest and self.config.run.keep_best:
             self.best = badness

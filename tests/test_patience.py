@@ -1,0 +1,73 @@
+"""Early stopping: when it ends a run, what remains, and that a resume counts the same."""
+
+import json
+import os
+import signal
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanolm.config import EvalConfig
+from nanolm.errors import UserError
+from nanolm.patience import Patience
+from tests.test_resume import assert_same_bits, metrics
+from tests.tiny_run import build_trainer, in_ranks, tiny_config
+
+
+def fit(world, config, kill_after=None):
+    """A run whose validation figure is best at step 10; its last step and notes."""
+
+    def hook(record):
+        if record["step"] == kill_after and record["kind"] == "train":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    notes: list[str] = []
+    trainer = build_trainer(config, world, hook=hook, notes=notes)
+    trainer.badness = lambda figures: float(abs(trainer.done - 10))
+    trainer.fit()
+    return trainer.done, notes
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_it_stops_keeps_the_best_and_resumes_exactly(tmp_path, ranks):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    changes = {"eval__every": 5, "eval__patience": 2, "run__checkpoint_every": 15}
+    changes |= {"run__keep_last": 1, "model__dropout": 0.1}
+    for done, notes in in_ranks(ranks, fit, tiny_config(whole, **changes)):
+        assert done == 20
+        assert notes[-1] == "stopped after step 20 of 40: 2 evaluations in a row without a new best"
+    kept = {path.name for path in (whole / "checkpoints").glob("step-*")}
+    assert kept == {"step-00000010", "step-00000020"}
+    assert (whole / "checkpoints" / "best").read_text() == "step-00000010\n"
+    in_ranks(ranks, fit, tiny_config(broken, **changes), 18, kill=True)
+    ((done, _), *_) = in_ranks(ranks, fit, tiny_config(broken, resume="auto", **changes))
+    assert done == 20
+    assert_same_bits(whole, broken, "checkpoints/step-00000020")
+    # a run that has stopped stays where it is
+    before = metrics(whole)
+    ((done, _), *_) = in_ranks(ranks, fit, tiny_config(whole, resume="auto", **changes))
+    assert done == 20 and metrics(whole) == before
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(st.lists(st.integers(0, 5), max_size=12), st.integers(1, 4), st.integers(0, 11))
+def test_it_is_over_when_the_last_values_bring_nothing_new(values, limit, cut):
+    patience = Patience(limit)
+    for n, value in enumerate(values, start=1):
+        patience.see(float(value))
+        since = n - 1 - values.index(min(values[:n]))
+        assert patience.over == (since >= limit) and patience.stale == since
+        if n == cut:
+            saved = json.loads(json.dumps(patience.state()))
+            patience = Patience(limit)
+            patience.restore(saved)
+    assert not Patience(None).over
+
+
+def test_mistakes():
+    with pytest.raises(UserError, match=r"eval\.patience=1 counts evaluations"):
+        EvalConfig(every=0, patience=1)
+    with pytest.raises(UserError, match="no usable 'patience'"):
+        Patience(1).restore({"stale": -1, "lowest": 0.0})
+    Patience(1).restore(None)
