@@ -93,6 +93,24 @@ def carve(table: Table, fraction: float, key: tuple[str, ...] = ()) -> tuple[Tab
     return parts[0], parts[1]
 
 
+def fold_out(
+    table: Table, folds: int, fold: int, key: tuple[str, ...] = ()
+) -> tuple[Table, Table]:
+    """(train, val) of cross-validation: val is part `fold` of `folds`, train the other parts.
+
+    A record's part follows from the hash of its content, or of the columns `key`: it is the same on
+    every machine, and what is equal stays together. Raises UserError when a side would be empty.
+    """
+    part_of = [_hash(record, key) * folds >> 64 for record in table.records]
+    sides = [
+        [i for i, part in enumerate(part_of) if (part == fold) == held_out]
+        for held_out in (False, True)
+    ]
+    if not all(sides):
+        raise UserError(f"{table.path} is too small for data.folds={folds}; use fewer folds")
+    return pick(table, sides[0]), pick(table, sides[1])
+
+
 def _hash(record: dict[str, Any], key: tuple[str, ...]) -> int:
     content = [record.get(name) for name in key] if key else record
     text = json.dumps(content, sort_keys=True, ensure_ascii=False, default=str)

@@ -24,6 +24,7 @@ COMMANDS = {
     "explain": ("nanolm.commands.explain", "which tokens made a model say what it says"),
     "merge": ("nanolm.commands.merge", "fold an adapter into its base's weights"),
     "evaluate": ("nanolm.commands.evaluate", "figures of a checkpoint on a split"),
+    "compare": ("nanolm.commands.compare", "two evaluated runs side by side"),
     "generate": ("nanolm.commands.generate", "write text with a decoder"),
     "fill": ("nanolm.commands.fill", "fill masks with an encoder"),
     "estimate": ("nanolm.commands.estimate", "memory, speed and days of a run, before it starts"),

@@ -39,28 +39,35 @@ from nanolm.finetune_build import (
 )
 from nanolm.model_card import write_card
 from nanolm.peft.files import adapter_files
+from nanolm.repeats import is_repeated, run_repeats
 from nanolm.runfolder import claim
 from nanolm.task_config import TaskConfig
 from nanolm.task_data import Split
 from nanolm.trainer import Trainer
 
+ShapeOf = Callable[[str], dict[str, Any]]
+
 
 def main(argv: list[str]) -> None:
-    """Reads the command line and fine-tunes."""
-    run_finetune(load_task_config(argv))
-
-
-def load_task_config(argv: list[str]) -> TaskConfig:
-    """The run's config; the group `model` starts from that of the checkpoint in `init_from`."""
-    words = split_words(argv)
-    named = words.get("init_from") or [read_files(dict(words), {}).get("init_from")]
-    base = {"model": base_model(named[0])} if named[0] not in (None, "null") else {}
-    return load_config(argv, schema=TaskConfig, prog="nanolm finetune", base=base)
+    """Reads the command line and fine-tunes, once or for every seed and fold."""
+    config = load_task_config(argv)
+    if is_repeated(config):
+        run_repeats(config, run_finetune)
+    else:
+        run_finetune(config)
 
 
 def base_model(path: str) -> dict[str, Any]:
     """The saved `model` group of a run or checkpoint."""
     return strict_yaml.read_mapping(locate(path, best=True) / "config.yaml")["model"]
+
+
+def load_task_config(argv: list[str], shape_of: ShapeOf = base_model) -> TaskConfig:
+    """The run's config; the group `model` starts from that of the checkpoint in `init_from`."""
+    words = split_words(argv)
+    named = words.get("init_from") or [read_files(dict(words), {}).get("init_from")]
+    base = {"model": shape_of(named[0])} if named[0] not in (None, "null") else {}
+    return load_config(argv, schema=TaskConfig, prog="nanolm finetune", base=base)
 
 
 def run_finetune(config: TaskConfig) -> dict[str, Any]:

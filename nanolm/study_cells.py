@@ -27,12 +27,15 @@ from nanolm.container import INDEX, checksum, read_json
 from nanolm.data.task_splits import find_split
 from nanolm.data.tokenizer import MODEL_FILE
 from nanolm.errors import UserError, require
-from nanolm.finetune import load_task_config
+from nanolm.finetune import base_model, load_task_config
 from nanolm.study_config import Overrides, RowConfig, StudyConfig
 from nanolm.task_config import TaskConfig
 
 ALWAYS: Overrides = {"run.threads": 1, "run.wandb.mode": "disabled"}
 """What every cell has: one thread, no logging service."""
+
+shape_of = functools.cache(base_model)
+"""The model of a checkpoint, which is verified once and not for every cell."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +71,7 @@ def build_cell(
         merged["eval.metric"] = row.metric
     files = [f"--config={filled(row.config, study)}"] if row.config is not None else []
     words = [*files, *(f"--{key}={word(filled(value, study))}" for key, value in merged.items())]
-    config = load_task_config(words)
+    config = load_task_config(words, shape_of)
     require(config.data.path is not None, f"rows: {row.name} has no data.path")
     key = identity(config)
     metric = config.eval.metric or task_metric(config)

@@ -38,6 +38,12 @@ class TaskDataConfig:
     """What to do with a row that cannot be used: stop and name it, or leave it out and count."""
     val_fraction: float = 0.1
     """Share of the train records that is carved out as val where there is none."""
+    folds: int | None = None
+    """Cross-validation: cut train into so many parts by the hash of each record, hold one out as
+    val and train on the others; a val split is left alone."""
+    fold: int | None = None
+    """With folds: which part is held out, from 0; null: each in turn, a run in a folder of its own
+    under run.dir, and mean and standard deviation of all."""
     limit: int | None = None
     """Train on a keyed sample of so many records (few-shot)."""
     shots: int | None = None
@@ -47,6 +53,11 @@ class TaskDataConfig:
 
     def __post_init__(self) -> None:
         require_at_least("data", self, row_length=4, workers=0, limit=1, shots=1)
+        require_at_least("data", self, folds=2, fold=0)
+        require(
+            self.fold is None or (self.folds is not None and self.fold < self.folds),
+            f"data.fold={self.fold} must be below data.folds={self.folds}",
+        )
         fraction = self.val_fraction
         require(0 < fraction < 1, f"data.val_fraction={fraction} must lie in (0, 1)")
 
@@ -92,6 +103,17 @@ class TaskRunConfig(RunConfig):
     """Steps between checkpoints; null means eval.every: only what is saved can be the best."""
     keep_last: int = 1
     """Newest checkpoints to keep beside the best one."""
+    seeds: list[int] | None = None
+    """Train once from each seed, in a folder of its own under run.dir, and report mean and standard
+    deviation; null: once, from run.seed."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        seeds = self.seeds
+        require(
+            seeds is None or len(set(seeds)) == len(seeds) > 0,
+            f"run.seeds={seeds} must be different seeds, at least one",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from nanolm.data.task_files import Table
 from nanolm.data.task_splits import (
     carve,
     find_split,
+    fold_out,
     pick,
     read_split,
     sample,
@@ -41,8 +42,8 @@ class Split:
 
 
 def training_tables(config: TaskConfig, task: type[Task]) -> tuple[Table, Table, Table]:
-    """(train, val, whole): val carved out of train where there is none, few-shot subsets taken, and
-    the whole train file, which decides on label sets.
+    """(train, val, whole): val carved out of train where there is none, or a fold of it; few-shot
+    subsets taken; and the whole train file, which decides on label sets.
 
     Raises UserError when there is nothing to train on.
     """
@@ -51,7 +52,9 @@ def training_tables(config: TaskConfig, task: type[Task]) -> tuple[Table, Table,
     if train is None:
         raise UserError("no data: set data.path to a folder with train files, or data.train")
     whole, val = train, open_table(data, "val")
-    if val is None:
+    if data.folds is not None:
+        train, val = fold_out(train, data.folds, data.fold or 0, task.split_by)
+    elif val is None:
         train, val = carve(train, data.val_fraction, task.split_by)
     if data.shots:
         column = task.gold[0]

@@ -1,0 +1,72 @@
+"""`nanolm compare RUN OTHER`: what `nanolm evaluate` found out about two runs, side by side.
+
+Reads RUN/evaluation/SPLIT.json of both; the last line says how far apart they are in the figure
+that chose their checkpoints, such as what pretraining was worth against --weights random.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table as Grid
+
+from nanolm.container import read_json
+from nanolm.errors import require
+from nanolm.task_metrics import LOWER_IS_BETTER
+
+POSITIONAL = ("run", "other")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Compare two fine-tuned runs on a split that both were evaluated on."""
+
+    run: str
+    """Folder of a fine-tuned run."""
+    other: str
+    """Folder of the run that it is compared with."""
+    split: str = "test"
+    """Split whose evaluation is compared."""
+
+
+def run(arguments: Arguments) -> None:
+    """Print both runs' figures and the difference."""
+    places = (pathlib.Path(arguments.run), pathlib.Path(arguments.other))
+    mine, others = (evaluation(place, arguments.split) for place in places)
+    metrics = {read_json(place, "summary.json")["metric"] for place in places}
+    require(
+        len(metrics) == 1 and mine["rows"] == others["rows"],
+        f"{places[0]} and {places[1]} were not evaluated alike: {mine['rows']} and "
+        f"{others['rows']} records, by {' and '.join(sorted(metrics))}",
+    )
+    (metric,) = metrics
+    left, right = mine["figures"], others["figures"]
+    grid = Grid("figure", str(places[0]), str(places[1]), "difference")
+    for name in [name for name in left if name in right]:
+        values = (left[name], right[name])
+        grid.add_row(name, *(f"{v:.4f}" for v in values), f"{values[0] - values[1]:+.4f}")
+    console = Console()
+    console.print(grid)
+    console.print(verdict(metric, left[metric], right[metric], places), highlight=False)
+
+
+def evaluation(place: pathlib.Path, split: str) -> dict[str, Any]:
+    """What was found out about a run; raises UserError when it was not evaluated."""
+    require(
+        (place / "evaluation" / f"{split}.json").is_file(),
+        f"{place} has no evaluation of {split}: first run `nanolm evaluate {place} --split {split}`",
+    )
+    return read_json(place / "evaluation", f"{split}.json")
+
+
+def verdict(
+    metric: str, value: float, other: float, places: tuple[pathlib.Path, pathlib.Path]
+) -> str:
+    """One line: which is better, and by how much."""
+    gain = (other - value) if metric in LOWER_IS_BETTER else (value - other)
+    word = "better" if gain > 0 else "worse" if gain < 0 else "neither better nor worse"
+    amount = f"{abs(gain):.4f} " if gain else ""
+    return f"{metric}: {places[0]} reaches {value:.4f}, {places[1]} {other:.4f}: {amount}{word}"
