@@ -4,6 +4,7 @@
     stdlib:tokens     a line's tokens -> their lexical category, as `tokenize` says      tag
     stdlib:parameter  docstring sentence + signature -> the parameter it speaks of       read
     stdlib:docstring  first docstring line -> the function that it describes             embed, rank
+    stdlib:alike      two functions -> 2 of one module, 1 of one package, else 0         similar
 
 No download is needed; the records differ by Python version, as the library does. A record's split
 follows from the hash of its function's qualified name: 80 % train, 10 % val, 10 % test.
@@ -171,6 +172,36 @@ def docstring_records(function: Function) -> Iterator[Record]:
         yield {"id": function.name, "query": document.splitlines()[0], "positive": body}
 
 
+@functools.cache
+def _neighbours(split: str) -> dict[str, tuple[Function, ...]]:
+    """{module, package, or "" for all: its functions} within a split, so that none crosses it."""
+    found: dict[str, list[Function]] = {}
+    for function in functions():
+        if in_split(function.name, split):
+            for place in {function.module, function.module.split(".")[0], ""}:
+                found.setdefault(place, []).append(function)
+    return {place: tuple(members) for place, members in found.items()}
+
+
+def alike_records(function: Function) -> Iterator[Record]:
+    """text, text_pair: two functions; score: 2 when they are of one module, 1 when they are of one
+    package's other modules, else 0. The name's hash draws score and partner."""
+    draw = hashlib.sha256(f"alike {function.name}".encode()).digest()
+    split = next(split for split in SPLITS if in_split(function.name, split))
+    package, score = function.module.split(".")[0], draw[0] % 3
+    place = {2: function.module, 1: package, 0: ""}[score]
+    partners = _neighbours(split)[place]
+    begin = int.from_bytes(draw[1:5], "big")
+    for step in range(min(len(partners), 50)):
+        partner = partners[(begin + step) % len(partners)]
+        same_module = partner.module == function.module
+        same_package = partner.module.split(".")[0] == package
+        if partner.name != function.name and same_module + same_package == score:
+            texts = {"text": function.source, "text_pair": partner.source}
+            yield {"id": function.name, **texts, "score": score}
+            return
+
+
 def _dedented(source: str) -> str:
     indent = len(source) - len(source.lstrip())
     lines = source.splitlines(keepends=True)
@@ -182,4 +213,5 @@ TASKS = {
     "tokens": token_records,
     "parameter": parameter_records,
     "docstring": docstring_records,
+    "alike": alike_records,
 }

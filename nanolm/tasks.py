@@ -7,6 +7,7 @@ import nanolm.objectives.multi
 import nanolm.objectives.prompt
 import nanolm.objectives.read
 import nanolm.objectives.regress
+import nanolm.objectives.similar
 import nanolm.objectives.tag
 import nanolm.objectives.write
 import nanolm.task_heads  # noqa: F401  (imported for what they register)

@@ -21,6 +21,7 @@ CONFIGS = sorted((ROOT / "configs" / "finetune").glob("*.yaml"))
 def a_small_library():
     """Five packages instead of the whole library, so that nothing takes long."""
     task_stdlib.functions.cache_clear()
+    task_stdlib._neighbours.cache_clear()
     everything = task_stdlib.LEFT_OUT
     root = pathlib.Path(task_stdlib.sysconfig.get_paths()["stdlib"])
     names = {path.stem for path in root.iterdir()}
@@ -29,6 +30,7 @@ def a_small_library():
     task_stdlib.largest_packages.cache_clear()
     yield
     task_stdlib.LEFT_OUT = everything
+    task_stdlib._neighbours.cache_clear()
     task_stdlib.functions.cache_clear()
     task_stdlib.largest_packages.cache_clear()
 
@@ -71,6 +73,11 @@ def test_records_from_the_standard_library(task):
     if task == "tokens":
         tags = tag_labels((tag for r in records for tag in r["tags"]), task)
         assert {"KEYWORD", "NAME", "OPERATOR"} <= set(tags)
+    if task == "alike":
+        assert {record["score"] for record in records} == {0, 1, 2}
+        for name, here in tables.items():  # both texts are of the split's own functions
+            own = {f.source for f in task_stdlib.functions() if task_stdlib.in_split(f.name, name)}
+            assert all({r["text"], r["text_pair"]} <= own for r in here.records)
     if task == "parameter":
         for record in records:
             (answer,) = record["answers"]

@@ -42,6 +42,7 @@ CONTEXT = [f"In {i} {text(i, 40)} stands the answer {i * i}, {text(i + 1, 30)}."
 RECORDS = {
     "classify": [{"text": text(i), "label": "abc"[i % 3]} for i in range(12)],
     "regress": [{"text": text(i), "text_pair": text(i + 1), "score": i / 3} for i in range(12)],
+    "similar": [{"text": text(i), "text_pair": text(i + 1), "score": i / 3} for i in range(12)],
     "tag": [
         {
             "tokens": text(i).split(),
