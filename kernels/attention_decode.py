@@ -60,14 +60,14 @@ def attention_decode_kernel(
     m = tl.full([R], float("-inf"), ACCUMULATE)
     l = tl.zeros([R], ACCUMULATE)
 
-    begin, _, _, end = key_range(masks, batch, 0, shape, CAUSAL, STRICT, R, N)
+    begin, _full_begin, _full_end, end = key_range(masks, batch, 0, shape, CAUSAL, STRICT, R, N)
     first = tl.maximum(begin, part * part_keys)
     for start in range(first, tl.minimum(end, (part + 1) * part_keys), N):
         s = start + tl.arange(0, N)[None, :]
         k_tile = load_tile(k, k_head, start, shape.n_keys, WIDTH, N, COLUMNS, True)
         v_tile = load_tile(v, v_head, start, shape.n_keys, WIDTH, N, COLUMNS, True)
         dots = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-        score, _ = scores_tile(
+        score, _slope = scores_tile(
             dots, batch, head, t, s, shape, masks, bias, scores, CAUSAL, STRICT, BIAS, SOFTCAP, True
         )
         m_new = tl.maximum(m, tl.max(score, axis=1))

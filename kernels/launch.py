@@ -130,10 +130,12 @@ def attention_launch(
     if dtype.itemsize > 2:
         # `ieee` has no tensor cores and tf32x3 three operands for one: small tiles, for registers.
         return Launch(32, 32, 4 if columns == 64 else 8, 1)
-    if heavy:  # spill-free at width 128, so with room to spare at 64
-        columns = max(columns, 128)
-    forward, key_value, query = HALF[relative(arch), columns]
-    return {"forward": forward, "key_value": key_value, "query": query, "bias": query}[kind]
+    narrow = columns == 64
+    forward, key_value, query = HALF[relative(arch), 128 if heavy and narrow else columns]
+    if heavy and narrow:
+        key_value = Launch(32, 32, 4, query.stages)
+    bias = dataclasses.replace(query, n=min(query.n, 32))  # beside its scores it holds their sum
+    return {"forward": forward, "key_value": key_value, "query": query, "bias": bias}[kind]
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:

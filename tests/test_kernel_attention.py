@@ -253,6 +253,7 @@ DECODE = {
 
 @pytest.mark.parametrize("name", DECODE)
 def test_decoding(name):
+    candidates("attention")
     kernel = KERNELS["attention"].get("triton_decode").build()
     case = dataclasses.replace(DECODE[name], phase="decode")
     assert "only decodes" in kernel.why_not(trial_of(DECODE[name], DEVICE).spec)

@@ -45,16 +45,10 @@ def test_flex_passes_the_conformance_suite():
     assert sum(f.verdict == "pass" for f in findings) > 30
 
 
-@pytest.mark.slow
-def test_flex_is_compiled_by_inductor_on_a_cpu_forward_only():
-    q, k, v = (torch.randn(2, 20, 2, 16) for _ in range(3))
-    mask = Mask(causal=True, key_lengths=torch.tensor([20, 7]))
-    compiled = torch.compile(flex().run, fullgraph=True)
-    with torch.no_grad():
-        out = compiled(q, k, v, mask, scale=0.25)
-    assert distance(out, reference("attention").run(q, k, v, mask, scale=0.25)) < 1e-5
-    with pytest.raises(Exception, match="backward on CPU"):
-        flex().run(q.requires_grad_(), k, v, mask, scale=0.25)
+def test_flex_would_refuse_a_gradient_on_a_cpu_itself():
+    q, k, v = torch.randn(3, 1, 9, 2, 16)
+    with pytest.raises(NotImplementedError, match="backward on CPU"):
+        flex().run(q.requires_grad_(), k, v, Mask(causal=True), scale=0.25)
 
 
 def test_flex_returns_the_log_sum_exp():
