@@ -31,7 +31,6 @@ class FlatTokens:
         self.total = sum(lengths)
         self.dtype = self.shards[0].tokens.dtype
         self._begins = np.cumsum([0, *lengths[:-1]])
-        self._windows: dict[tuple[int, int], np.ndarray] = {}
 
     def __reduce__(self) -> tuple:
         return FlatTokens, (self.shards,)
@@ -60,6 +59,13 @@ class FlatTokens:
             block.put_block(places, self._block_from(home, firsts[places], span))
         return block
 
+    def expect(self, firsts: np.ndarray, span: int) -> None:
+        """Told that these stretches will be read soon; shards in a bucket begin to come."""
+        groups = self._by_shard(firsts)
+        for home, places in groups:
+            chosen = firsts if len(groups) == 1 else firsts[places]
+            self.shards[home].expect(chosen - self._begins[home], span, wait=False)
+
     def _by_shard(self, firsts: np.ndarray) -> list[tuple[int, np.ndarray]]:
         """Each shard in which a stretch begins, with the places of those stretches in `firsts`."""
         if len(self.shards) == 1:
@@ -75,7 +81,7 @@ class FlatTokens:
             for b, stretch in enumerate(self._read_from(home, firsts, span)):
                 block.put(b, *stretch)
             return block
-        block = RowBlock(self._all_windows(home, span)[begins])
+        block = RowBlock(shard.windows(begins, span))
         low, high = self._document_range(home, begins, begins + span)
         for b in (low < high).nonzero()[0].tolist():
             block.add_starts(b, shard.offsets[low[b] : high[b]] - begins[b])
@@ -87,6 +93,7 @@ class FlatTokens:
         begins = firsts - self._begins[home]
         ends = np.minimum(begins + span, len(tokens))
         low, high = self._document_range(home, begins, ends).tolist()
+        self.shards[home].expect(begins, span)
         stretches = []
         for begin, end, first, last in zip(begins.tolist(), ends.tolist(), low, high):
             starts = AT_ZERO
@@ -107,14 +114,6 @@ class FlatTokens:
         keys[0] = begins
         keys[1] = ends - 1
         return offsets.searchsorted(keys, side="right")
-
-    def _all_windows(self, home: int, span: int) -> np.ndarray:
-        """Every stretch of a shard as a row of an overlapping view, which takes no memory."""
-        if (home, span) not in self._windows:
-            self._windows[home, span] = np.lib.stride_tricks.sliding_window_view(
-                self.shards[home].tokens, span
-            )
-        return self._windows[home, span]
 
     def _continued(self, stretch: Stretch, home: int, missing: int) -> Stretch:
         """A stretch with the next tokens of shard `home` (and on) behind it: a copy."""

@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import os
 import pathlib
+import zlib
 from collections.abc import Iterable
 from typing import Self
 
 import numpy as np
 import pyarrow as pa
 
-from nanolm.data.files import AtomicFile
+from nanolm.data.files import AtomicFile, file_sha256
 from nanolm.errors import UserError
 
 FORMAT_VERSION = 1
 MAX_SHARD_TOKENS = (1 << 31) - 1
 COUNTED_TOKENS = 1 << 22
+BLOCK_BYTES = 1 << 20
+"""What a shard in a bucket is read by; each block's CRC-32 stands in the manifest."""
 # The metadata keys that are whole numbers; the others are words.
 COUNTS = ("format_version", "vocab_size", "tokens", "documents", "bytes")
 
@@ -105,6 +108,7 @@ class ShardWriter:
             "tokens": len(values),
             "documents": len(offsets) - 1,
             "bytes": self._bytes,
+            "blocks": block_checksums(self.path),
         }
 
 
@@ -116,18 +120,20 @@ class Shard:
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = pathlib.Path(path)
+        self._windows: dict[int, np.ndarray] = {}
         try:
             self._map = pa.memory_map(str(self.path))
             batch = _only_batch(pa.ipc.open_file(self._map))
             self.metadata = _read_metadata(batch.schema)
             column = batch.column(0)
+            column.validate()  # what a stranger's file claims of its buffers
             self.tokens = column.values.to_numpy(zero_copy_only=True)
             self.offsets = column.offsets.to_numpy(zero_copy_only=True)
         except FileNotFoundError as error:
             raise UserError(
                 f"shard {self.path} is missing; restore it or prepare the data again"
             ) from error
-        except (pa.ArrowInvalid, OSError, KeyError, ValueError, AttributeError) as error:
+        except (pa.ArrowException, OSError, KeyError, ValueError, AttributeError) as error:
             raise damaged(self.path, f"it is no token shard: {error}") from error
         self._check_structure()
 
@@ -136,6 +142,19 @@ class Shard:
 
     def __reduce__(self) -> tuple:
         return (Shard, (self.path,))
+
+    def windows(self, begins: np.ndarray, span: int) -> np.ndarray:
+        """[len(begins), span]: the tokens from each place on; all must end in this shard."""
+        if span not in self._windows:  # overlapping views, which take no memory
+            self._windows[span] = np.lib.stride_tricks.sliding_window_view(self.tokens, span)
+        return self._windows[span][begins]
+
+    def expect(self, begins: np.ndarray, span: int, *, wait: bool = True) -> None:
+        """Told which stretches will be read: a local file has nothing to do for them."""
+
+    def sha256_and_tokens(self) -> tuple[str, np.ndarray]:
+        """The file's hash and its tokens."""
+        return file_sha256(self.path), self.tokens
 
     def document(self, index: int) -> np.ndarray:
         """The tokens of one document, eos included: a view."""
@@ -157,7 +176,16 @@ class Shard:
             raise damaged(self.path, "its number of documents is not the one recorded")
 
 
-def damaged(path: pathlib.Path, reason: str) -> UserError:
+def block_checksums(path: pathlib.Path) -> dict:
+    """{bytes: length of a block, crc32: eight hex digits for each, joined} of a file."""
+    sums = []
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            sums.append(f"{zlib.crc32(block):08x}")
+    return {"bytes": BLOCK_BYTES, "crc32": "".join(sums)}
+
+
+def damaged(path: pathlib.Path | str, reason: str) -> UserError:
     """The sentence for a shard that cannot be trusted."""
     return UserError(f"shard {path} is damaged ({reason}); restore it or prepare the data again")
 
@@ -173,11 +201,11 @@ def _read_metadata(schema: pa.Schema) -> dict:
     return {**words, **{key: int(words[key]) for key in COUNTS}}
 
 
-def check_ids(shard: Shard) -> None:
+def check_ids(shard: Shard, tokens: np.ndarray) -> None:
     """Read every id and boundary of a shard; raises UserError at the first that is impossible."""
     size = shard.metadata["vocab_size"]
-    if len(shard.tokens) and int(shard.tokens.max()) >= size:
-        raise damaged(shard.path, f"token id {shard.tokens.max()} with a vocabulary of {size}")
+    if len(tokens) and int(tokens.max()) >= size:
+        raise damaged(shard.path, f"token id {tokens.max()} with a vocabulary of {size}")
     if np.any(np.diff(shard.offsets) < 1):
         raise damaged(shard.path, "document boundaries do not increase")
 

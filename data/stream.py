@@ -19,8 +19,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nanolm.config import CacheConfig
 from nanolm.data.flat import FlatTokens
 from nanolm.data.mixture import Mixture
+from nanolm.data.object_store import is_remote
 from nanolm.data.permutation import Permutation, fold_key
 from nanolm.data.rows import Row, RowBlock, fill_blocks
 from nanolm.data.schedule import shard_rows, share_of
@@ -49,9 +51,12 @@ class Places(NamedTuple):
 class RowStream:
     """The rows of a split.
 
-    corpora: (prepared directory, weight) pairs. partial=False (training) drops a block whose span
-    would overrun the end; partial=True (evaluation) keeps the last row, shorter than span, so that
-    every token of the split is read. `len(stream)` is the number of rows in one pass over all
+    corpora: (prepared directory or s3://bucket/prefix, weight) pairs; cache: where this node keeps
+    blocks of the latter; read_ahead: micro-batches to `expect` before they are read. partial=False
+    (training) drops a block whose span would overrun the end; partial=True (evaluation) keeps the
+    last row, shorter than span, so that every token of the split is read.
+
+    `len(stream)` is the number of rows in one pass over all
     corpora, `blocks` the number in each, `tokens` the total of tokens; `manifests` are the
     corpora's. A stream can be pickled: the copy opens the same files again.
 
@@ -67,6 +72,7 @@ class RowStream:
         span: int,
         seed: int,
         partial: bool = False,
+        cache: CacheConfig | None = None,
     ) -> None:
         if not 1 <= stride <= span:
             raise ValueError(f"a row reads span={span} tokens and advances stride={stride}")
@@ -75,7 +81,9 @@ class RowStream:
         self.corpora, self.split = [(str(where), weight) for where, weight in corpora], split
         self.stride, self.span, self.seed, self.partial = stride, span, seed, partial
         self.mixture = Mixture([weight for _, weight in corpora])
-        opened = [open_split(where, split) for where, _ in corpora]
+        opened = [open_split(where, split, cache=cache) for where, _ in corpora]
+        self.remote = any(is_remote(where) for where, _ in self.corpora)
+        self.read_ahead = (cache or CacheConfig()).read_ahead if self.remote else 0
         self.manifests = [manifest for manifest, _ in opened]
         self._flat = [FlatTokens(shards) for _, shards in opened]
         self._check_tokenizers()
@@ -122,6 +130,12 @@ class RowStream:
                 stretches[place] = stretch
         names = [values.tolist() for values in places[:4]]
         return [Row(*stretch, *name) for stretch, *name in zip(stretches, *names)]
+
+    def expect(self, start: int, stop: int) -> None:
+        """Told that rows [start, stop) of training will be read soon."""
+        places = self.places(start, stop)
+        for corpus, chosen in self._by_corpus(places):
+            self._flat[corpus].expect(places.first[chosen], self.span)
 
     def read_block(self, places: Places) -> RowBlock:
         """The same rows as one block, [rows, span], much faster than row by row."""

@@ -20,6 +20,7 @@ import unicodedata
 import numpy as np
 import sentencepiece
 
+from nanolm.data.object_store import ObjectStore, is_remote
 from nanolm.errors import UserError
 
 MODEL_FILE = "tokenizer.model"
@@ -113,10 +114,12 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | pathlib.Path) -> Tokenizer:
-        """Open a `.model` file, or the tokenizer of a prepared directory.
+        """Open a `.model` file, or the tokenizer of a prepared directory (a folder or s3://…).
 
         Raises UserError when there is none or it is no SentencePiece model.
         """
+        if is_remote(path):
+            return cls(ObjectStore(str(path)).read_all(MODEL_FILE), f"{path}/{MODEL_FILE}")
         file = pathlib.Path(path)
         if file.is_dir():
             file = file / MODEL_FILE

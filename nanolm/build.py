@@ -93,6 +93,7 @@ def build_stream(config: Config, objective: Objective, split: str) -> RowStream:
         span=objective.span,
         seed=config.run.seed,
         partial=split != "train",
+        cache=config.data.cache,
     )
 
 

@@ -21,9 +21,26 @@ class CorpusConfig:
     """One prepared corpus in the mixture."""
 
     path: str
-    """Folder that `nanolm prepare` wrote."""
+    """Folder that `nanolm prepare` wrote, or s3://bucket/prefix."""
     weight: float = 1.0
     """Its share of the training rows, relative to the other corpora."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """Blocks of corpora in S3-compatible storage that this node keeps on its own disk."""
+
+    dir: str = "~/.cache/nanolm/blocks"
+    """Folder on this node's disk; all ranks and loader workers of the node share it."""
+    gigabytes: float = 100.0
+    """Most that it may hold, in 10^9 bytes; what was not read for longest makes room."""
+    read_ahead: int = 8
+    """Micro-batches whose blocks are fetched before they are needed."""
+    retry_seconds: float = 300.0
+    """How long a read that fails (5xx, time-out, truncated body) is tried again."""
+
+    def __post_init__(self) -> None:
+        require_at_least("data.cache", self, read_ahead=0, retry_seconds=0, gigabytes=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +50,10 @@ class DataConfig:
     corpora: list[CorpusConfig] = dataclasses.field(default_factory=list)
     """Prepared corpora with their mixture weights."""
     path: str | None = None
-    """Shorthand for a single corpus: the folder that `nanolm prepare` wrote."""
+    """Shorthand for a single corpus: the folder that `nanolm prepare` wrote, or
+    s3://bucket/prefix."""
+    cache: CacheConfig = dataclasses.field(default_factory=CacheConfig)
+    """Where blocks of corpora in S3-compatible storage are kept."""
     row_length: int = 256
     """Tokens per training row, T."""
     document_mask: bool = False

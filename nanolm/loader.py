@@ -16,6 +16,7 @@ or None, they are used.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import os
@@ -170,7 +171,19 @@ class Loader:
         return batch if self.device.type == "cpu" else batch.to(self.device, self.pin)
 
     def _ahead(self) -> Iterator[range]:
-        """Rows of all micro-batches from the present step on, without end."""
+        """Rows of all micro-batches from the present step on, without end.
+
+        The stream is told of those to come, also for the workers: they share the node's cache.
+        """
+        coming: collections.deque[range] = collections.deque()
+        for rows in self._all_rows():
+            if self.stream.read_ahead:
+                self.stream.expect(rows.start, rows.stop)
+            coming.append(rows)
+            if len(coming) > self.stream.read_ahead:
+                yield coming.popleft()
+
+    def _all_rows(self) -> Iterator[range]:
         step, pieces = self.step, self.pieces(0)
         while True:
             first = step * self.global_batch
@@ -188,6 +201,8 @@ class Loader:
                 num_workers=self.workers,
                 prefetch_factor=PREFETCH,
                 worker_init_fn=_leave_the_process_group,
+                # PyArrow's S3 client does not outlive a fork.
+                multiprocessing_context="forkserver" if self.stream.remote else None,
             )
         )
 
