@@ -23,6 +23,7 @@ COMMANDS = {
     "predict": ("nanolm.commands.predict", "labels, spans or texts of a fine-tuned model"),
     "explain": ("nanolm.commands.explain", "which tokens made a model say what it says"),
     "merge": ("nanolm.commands.merge", "fold an adapter into its base's weights"),
+    "export": ("nanolm.commands.export", "a model as one folder, also for transformers"),
     "evaluate": ("nanolm.commands.evaluate", "figures of a checkpoint on a split"),
     "compare": ("nanolm.commands.compare", "two evaluated runs side by side"),
     "generate": ("nanolm.commands.generate", "write text with a decoder"),
@@ -43,6 +44,7 @@ COMMANDS = {
     "bench prepare": ("nanolm.commands.bench_prepare", "preparation beside its encoders"),
     "bench data": ("nanolm.commands.bench_data", "loader throughput beside other loaders"),
     "bench finetune": ("nanolm.commands.bench_finetune", "fine-tuning beside padded loops"),
+    "bench scale": ("nanolm.commands.bench_scale", "step time with 1 and 2 processes"),
     "bench train": ("nanolm.commands.bench_train", "step throughput beside other models"),
 }
 

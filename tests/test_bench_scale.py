@@ -1,0 +1,50 @@
+"""bench scale: real processes, cells that are found again, honest arithmetic; no time asserted."""
+
+import json
+
+import pytest
+
+from nanolm.commands import bench_scale, bench_train
+from nanolm.commands.bench_scale import Arguments
+from nanolm.commands.bench_train import Cells
+from nanolm.errors import UserError
+from nanolm.progress import PHASES
+
+TINY = {"n_layers": 1, "d_model": 32, "n_heads": 2, "row_length": 16, "batch": 4, "vocab_size": 64}
+
+
+@pytest.mark.slow
+def test_one_and_two_processes_are_measured_and_kept(tmp_path, monkeypatch, capsys):
+    results, out = str(tmp_path / "cells.json"), tmp_path / "out.json"
+    keys = {**TINY, "rounds": 1, "steps": 2, "warmup": 1, "device": "cpu", "results": results}
+    bench_scale.run(Arguments(**keys, json=str(out)))
+    first = json.loads(out.read_text())
+    found = {(row["scaling"], row["processes"]) for row in first["rows"]}
+    assert found == {("strong", 1), ("strong", 2), ("weak", 1), ("weak", 2)}
+    for row in first["rows"]:
+        assert set(row["phases"]) == set(PHASES) and sum(row["phases"].values()) > 0
+        assert len(row["turn_seconds"]) == 1
+    assert len(json.loads((tmp_path / "cells.json").read_text())["cells"]) == 3
+    monkeypatch.setattr(bench_train, "run_process", lambda *_: pytest.fail("measured again"))
+    bench_scale.run(Arguments(**keys, json=str(out)))
+    assert json.loads(out.read_text()) == first
+    assert "efficiency" in capsys.readouterr().out
+
+
+def test_efficiency_is_time_or_work_over_processes(tmp_path, monkeypatch):
+    def fake(job, module):
+        rows = job["shape"]["batch"] / job["settings"]["processes"]
+        phases = dict.fromkeys(PHASES, 0.0)
+        return {"seconds": [0.1 * rows + 0.1], "phases": phases, "device": "cpu"}
+
+    monkeypatch.setattr(bench_train, "run_process", fake)
+    cells = Cells(str(tmp_path / "cells.json"))
+    arguments = Arguments(**TINY, rounds=2)
+    strong = bench_scale.measure(arguments, "strong", cells)
+    weak = bench_scale.measure(arguments, "weak", cells)
+    assert [row["step_seconds"] for row in strong] == pytest.approx([0.5, 0.3])
+    assert [row["efficiency"] for row in strong] == pytest.approx([1.0, 0.5 / 0.6])
+    assert [row["efficiency"] for row in weak] == pytest.approx([1.0, 1.0])
+    assert [row["speed"] for row in weak] == pytest.approx([1.0, 2.0])
+    with pytest.raises(UserError, match="processes"):
+        Arguments(processes=[0])
