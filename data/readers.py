@@ -87,7 +87,7 @@ class FilePiece:
         for line in lines(file, self.begin, self.end, counts, limit=RECORD_BYTES):
             try:
                 record = json.loads(line)
-            except ValueError:  # UnicodeDecodeError is one, too
+            except (ValueError, RecursionError):  # UnicodeDecodeError is one, too
                 counts["dropped/not a JSON object"] += 1
                 continue
             if not isinstance(record, dict):

@@ -129,7 +129,10 @@ def _questions(articles: list, path: str) -> list[Record]:
 
 def _parsed(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        if "\\u" in text:  # half of a surrogate pair is no character, and no tokenizer takes it
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not valid JSON: {error}") from None
 

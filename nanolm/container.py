@@ -31,6 +31,8 @@ from nanolm.lazy_tensors import LazyTensors
 INDEX = "index.json"
 FORMAT = 1
 TEMPORARY = ".tmp-"
+TOO_DEEP = (OverflowError, RecursionError)
+"""What JSON from a stranger can cause beside nonsense: numbers and nesting without end."""
 
 
 def write_folder(
@@ -215,7 +217,7 @@ def _index_files(index: pathlib.Path) -> dict[str, dict[str, Any]]:
             for name, entry in value["files"].items()
         }
         version = value["format"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (LookupError, ValueError, TypeError, AttributeError, *TOO_DEEP) as error:
         raise UserError(f"checkpoint index {index} is damaged; use another checkpoint") from error
     if version != FORMAT:
         raise UserError(f"checkpoint index {index} has format {version}; this reads {FORMAT}")
@@ -235,7 +237,7 @@ def read_json(folder: pathlib.Path, name: str) -> dict[str, Any]:
     path = folder / name
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"checkpoint file {path} cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"checkpoint file {path} is damaged; use another checkpoint")

@@ -141,7 +141,7 @@ def read_passed(run: pathlib.Path) -> set[int]:
         try:
             record = json.loads(line)
             passed |= {int(step) for step in record.get("passed", [])}
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             told = f"{path} has a line that nanolm did not write: {line[:60]!r}"
             raise UserError(told) from error
     return passed

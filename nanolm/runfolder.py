@@ -34,6 +34,7 @@ HARMLESS = (
     "distributed.",
     "run.",
     "data.path",
+    "data.cache.",
     "data.workers",
     "train.steps",
     "train.micro_batch",
@@ -199,11 +200,11 @@ def cut_metrics(path: pathlib.Path, step: int) -> None:
         try:
             line = raw.decode()
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             break
         ours = isinstance(record, dict) and isinstance(record.get("step"), int)
         if not ours or "kind" not in record:
-            raise UserError(f"{path} has a line that nanolm did not write; remove it: {line[:60]}")
+            raise UserError(f"{path} has a line that nanolm did not write; remove it: {line[:60]!r}")
         before = record["step"] < step or (record["step"] == step and record["kind"] == "train")
         if before and line.endswith("\n"):
             kept.append(line)

@@ -210,10 +210,24 @@ FAULTS = [
     ),
     (
         "damaged or hostile input",
-        "mutated configs, checkpoints, indexes, records",
+        "mutated configs, manifests, Arrow shards, checkpoints, records; limits on memory and time",
         "accepted rightly or refused in one sentence; nothing is unpickled",
-        "test_fuzz.py",
+        "test_fuzz.py::test_mutated_inputs",
         False,
+    ),
+    (
+        "storage that fails under the data",
+        "a proxy before an S3 server: 500s, slow answers, bodies cut short, flipped bytes",
+        "the same rows in the same order; what no retry mends is one sentence",
+        "test_remote_shards.py",
+        False,
+    ),
+    (
+        "damaged or hostile input, 10,000 of them",
+        "the same, 2,000 of each kind",
+        "the same",
+        "test_fuzz.py::test_ten_thousand_mutated_inputs",
+        True,
     ),
 ]
 
