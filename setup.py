@@ -10,6 +10,7 @@ DEV = [
     *FINETUNE,
     "datasets",
     "hypothesis",
+    "moto[server]",
     "peft",
     "pytest",
     "pytest-xdist",
