@@ -5,6 +5,8 @@ masks and dropout are pure functions of the step, and steps that the run skipped
 looks into the step itself: weights, every module's output, the loss, this rank's gradients. Nothing
 is written to the run. Launched with as many ranks as the run had (`torchrun -m nanolm doctor …`)
 the replay is exact; with another number it agrees to rounding, and says so.
+
+`nanolm doctor --gpu`: the first command on a machine with a GPU (`gpu_check.py`).
 """
 
 from __future__ import annotations
@@ -29,8 +31,9 @@ from nanolm.container import verify
 from nanolm.data.tokenizer import MODEL_FILE, Tokenizer
 from nanolm.diagnosis import find_tensor
 from nanolm.distributed import World, close, launch
-from nanolm.errors import UserError
+from nanolm.errors import UserError, require
 from nanolm.evaluation import total_loss
+from nanolm.gpu_check import check_device
 from nanolm.nonfinite import read_passed
 from nanolm.runfolder import differences
 from nanolm.saved import read_config
@@ -41,12 +44,15 @@ POSITIONAL = ("run", "step")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Replay one step of a run and name its first non-finite tensor."""
+    """Replay one step of a run and name its first non-finite tensor; or check a new GPU."""
 
-    run: str
+    run: str | None = None
     """Folder of the run."""
-    step: int
+    step: int | None = None
     """The step to look into, as the metrics and messages count: the first is 1."""
+    gpu: bool = False
+    """Check this machine's GPU instead: kernels, 20 losses against the CPU, a rank killed under
+    nccl; prints the lines for the README's column *run on a GPU*."""
     device: str = "auto"
     """auto, cpu or cuda."""
     plugins: list[str] = dataclasses.field(default_factory=list)
@@ -56,7 +62,14 @@ class Arguments:
 
 
 def run(arguments: Arguments) -> None:
-    """Replay and print."""
+    """Check the GPU, or replay and print."""
+    if arguments.gpu:
+        check_gpu(arguments)
+        return
+    require(
+        arguments.run is not None and arguments.step is not None,
+        "doctor needs a run and a step, `nanolm doctor RUN STEP`; or `nanolm doctor --gpu`",
+    )
     folder = pathlib.Path(arguments.run)
     config = read_config(folder, arguments.plugins)
     if config.run.threads:
@@ -74,6 +87,23 @@ def run(arguments: Arguments) -> None:
         Console().print(table)
         write_json(arguments.json, {"run": str(folder), "step": arguments.step, **figures})
     close(world)
+
+
+def check_gpu(arguments: Arguments, device: str = "cuda") -> None:
+    """All checks on the device; exits with 1 when one fails. Raises UserError without a GPU."""
+    require(
+        device == "cpu" or torch.cuda.is_available(),
+        f"doctor --gpu: torch {torch.__version__} finds no GPU on this machine; run it where "
+        f"`nvidia-smi` (or `rocminfo`) lists one, with a torch built for it",
+    )
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU as stand-in"
+    verdicts = check_device(device)
+    print(f"\nfor the README's column *run on a GPU* ({name}, torch {torch.__version__}):")
+    for verdict in verdicts:
+        print(verdict.line(name))
+    write_json(arguments.json, [dataclasses.asdict(verdict) for verdict in verdicts])
+    if not all(verdict.passed for verdict in verdicts):
+        raise SystemExit(1)
 
 
 def prepare(

@@ -1,0 +1,57 @@
+"""`nanolm doctor --gpu`, with the CPU as stand-in for the GPU that this machine may lack."""
+
+import json
+
+import pytest
+import torch
+
+from nanolm import cli, gpu_check
+from nanolm.commands import doctor
+from nanolm.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return gpu_check.small_corpus(tmp_path_factory.mktemp("gpu"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_is_one_sentence_and_status_2(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["doctor", "--gpu", "true"])
+    assert caught.value.code == 2
+    assert "finds no GPU on this machine" in capsys.readouterr().err
+    with pytest.raises(UserError, match="nanolm doctor RUN STEP"):
+        cli.run(["doctor"])
+
+
+def test_losses_of_the_device_are_those_of_the_cpu(data, tmp_path):
+    verdict = gpu_check.check_losses("cpu", tmp_path, data)
+    assert verdict.passed and "20 float32 losses" in verdict.words
+    assert "at most 0.0e+00 from the CPU's" in verdict.words
+
+
+@pytest.mark.slow
+def test_a_killed_rank_and_the_lines_for_the_readme(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gpu_check, "KILL_STEPS", 60)
+    report = tmp_path / "report.json"
+    doctor.check_gpu(doctor.Arguments(gpu=True, json=str(report)), device="cpu")
+    found = json.loads(report.read_text())
+    assert [row["name"] for row in found] == ["kernels", "training", "kill and resume"]
+    assert all(row["passed"] for row in found)
+    assert "last loss bit-equal, torchrun ended with 0" in found[2]["words"]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(lines) == 3 and all("| passed, CPU as stand-in, " in line for line in lines)
+
+
+def test_a_wrong_kernel_fails_the_verdict(tmp_path, monkeypatch):
+    def wrong(arguments):
+        rows = [{"op": "norm", "kernel": "x", "passed": 3, "failed": 1, "auto": True}]
+        with open(arguments.json, "w") as file:
+            json.dump(rows, file)
+        raise SystemExit(1)
+
+    monkeypatch.setattr(gpu_check.kernels_doctor, "run", wrong)
+    verdict = gpu_check.check_kernels("cpu", tmp_path)
+    assert not verdict.passed and "norm x wrong" in verdict.words
+    assert "FAILED, some GPU" in verdict.line("some GPU")
