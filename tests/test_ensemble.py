@@ -109,7 +109,7 @@ def test_folds_cover_every_record_once_and_equal_records_stay_together(tmp_path)
         assert not texts & {json.dumps(record, sort_keys=True) for record in train.records}
         held += val.numbers
     assert sorted(held) == whole.numbers
-    with pytest.raises(UserError, match="too small for data.folds=50"):
+    with pytest.raises(UserError, match=r"too small for data\.folds=50"):
         fold_out(Table("t", records[:3], [1, 2, 3]), 50, 0)
     run = tmp_path / "run"
     table(tmp_path / "data", "train", records)

@@ -57,7 +57,8 @@ def evaluation(place: pathlib.Path, split: str) -> dict[str, Any]:
     """What was found out about a run; raises UserError when it was not evaluated."""
     require(
         (place / "evaluation" / f"{split}.json").is_file(),
-        f"{place} has no evaluation of {split}: first run `nanolm evaluate {place} --split {split}`",
+        f"{place} has no evaluation of {split}: first run "
+        f"`nanolm evaluate {place} --split {split}`",
     )
     return read_json(place / "evaluation", f"{split}.json")
 
