@@ -222,8 +222,8 @@ def _index_files(index: pathlib.Path) -> dict[str, dict[str, Any]]:
     if version != FORMAT:
         raise UserError(f"checkpoint index {index} has format {version}; this reads {FORMAT}")
     for name in files:
-        if pathlib.PurePath(name).name != name:
-            raise UserError(f"checkpoint index {index} names {name!r}, outside its folder")
+        if pathlib.PurePath(name).name != name or len(name) > 100 or not name.isprintable():
+            raise UserError(f"checkpoint index {index} names {name[:40]!r}, outside its folder")
     return files
 
 

@@ -43,8 +43,14 @@ StrictLoader.add_implicit_resolver(
 )
 
 
+MOST_NESTING = 100
+"""Brackets inside brackets: PyYAML's time grows with the square of them."""
+
+
 def parse(text: str, origin: str) -> Any:
     """The value of a YAML text; raises UserError that names `origin` and the line."""
+    if _nesting(text) > MOST_NESTING:
+        raise UserError(f"{origin} is not valid YAML: more than {MOST_NESTING} brackets are open")
     try:
         return yaml.load(text, Loader=StrictLoader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
@@ -52,6 +58,15 @@ def parse(text: str, origin: str) -> Any:
         where = f" line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise UserError(f"{origin}{where} is not valid YAML: {problem}") from None
+
+
+def _nesting(text: str) -> int:
+    """Most brackets that are open at once."""
+    depth = most = 0
+    for bracket in re.findall(r"[\[{}\]]", text):
+        depth = depth + 1 if bracket in "[{" else max(depth - 1, 0)
+        most = max(most, depth)
+    return most
 
 
 def read_mapping(path: str | pathlib.Path) -> dict:
