@@ -9,8 +9,11 @@ FINETUNE = ["rouge-score", "sacrebleu", "scikit-learn", "seqeval"]
 DEV = [
     *FINETUNE,
     "datasets",
+    "flask",
+    "flask-cors",
     "hypothesis",
-    "moto[server]",
+    "moto[s3
+]",
     "peft",
     "pytest",
     "pytest-xdist",

@@ -62,6 +62,7 @@ class Explainer:
     def __init__(self, learner: Learner, item: Item, target: str | None = None) -> None:
         self.learner, self.item = learner, item
         self.task: Task = learner.objective
+        self.task.in_line = False  # a rectangle, in which each point has a row of its own
         trunk, tokens = learner.trunk, item.sequences[0].tokens
         self.device = trunk.embedding.weight.device
         self.tokens_T = torch.from_numpy(tokens).to(self.device)

@@ -41,7 +41,7 @@ def test_command_exists(line):
     if name not in COMMANDS:
         return  # a family, such as `nanolm kernels`
     module = importlib.import_module(COMMANDS[name][0])
-    configs = [word for word in words if word.endswith(".yaml")]
+    configs = [word for word in words if word.endswith(".yaml") and not word[:-5].isupper()]
     for config in configs:
         assert (ROOT / config).is_file(), f"there is no {config}"
     options = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
