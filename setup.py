@@ -12,8 +12,7 @@ DEV = [
     "flask",
     "flask-cors",
     "hypothesis",
-    "moto[s3
-]",
+    "moto[s3]",
     "peft",
     "pytest",
     "pytest-xdist",

@@ -93,9 +93,7 @@ def carve(table: Table, fraction: float, key: tuple[str, ...] = ()) -> tuple[Tab
     return parts[0], parts[1]
 
 
-def fold_out(
-    table: Table, folds: int, fold: int, key: tuple[str, ...] = ()
-) -> tuple[Table, Table]:
+def fold_out(table: Table, folds: int, fold: int, key: tuple[str, ...] = ()) -> tuple[Table, Table]:
     """(train, val) of cross-validation: val is part `fold` of `folds`, train the other parts.
 
     A record's part follows from the hash of its content, or of the columns `key`: it is the same on

@@ -204,7 +204,9 @@ def cut_metrics(path: pathlib.Path, step: int) -> None:
             break
         ours = isinstance(record, dict) and isinstance(record.get("step"), int)
         if not ours or "kind" not in record:
-            raise UserError(f"{path} has a line that nanolm did not write; remove it: {line[:60]!r}")
+            raise UserError(
+                f"{path} has a line that nanolm did not write; remove it: {line[:60]!r}"
+            )
         before = record["step"] < step or (record["step"] == step and record["kind"] == "train")
         if before and line.endswith("\n"):
             kept.append(line)
