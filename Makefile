@@ -1,5 +1,5 @@
 # Two commands do everything on a fresh machine that has Python 3.11 and make:
-#   make demo    install, prepare the embedded corpus, train, evaluate, sample    (minutes)
+#   make demo    install, prepare the embedded corpus, train, evaluate, sample, fine-tune (minutes)
 #   make test    install the development tools too, run the tests                 (under 10 minutes)
 # make check is the full, long version of the tests (under an hour).
 
@@ -16,7 +16,7 @@ DEMO_DATA := runs/demo-data
 $(VENV)/base: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
-	$(PIP) -e '.[plot]'
+	$(PIP) -e '.[plot,finetune]'
 	touch $@
 
 $(VENV)/dev: $(VENV)/base
@@ -32,6 +32,12 @@ demo: $(VENV)/base $(DEMO_DATA)/manifest.json
 	$(NANOLM) evaluate --run $(DEMO)
 	$(NANOLM) generate --run $(DEMO) --prompt 'def ' --count 2 --max_tokens 120
 	$(NANOLM) plot $(DEMO)
+	rm -rf $(DEMO)-finetune $(DEMO)-random
+	$(NANOLM) finetune --config configs/finetune/demo_clm.yaml
+	$(NANOLM) finetune --config configs/finetune/demo_clm.yaml --weights random --optim.lr 5e-4 --run.dir $(DEMO)-random
+	$(NANOLM) evaluate $(DEMO)-random
+	$(NANOLM) evaluate $(DEMO)-finetune
+	$(NANOLM) compare $(DEMO)-finetune $(DEMO)-random
 
 demo-mlm: $(VENV)/base $(DEMO_DATA)/manifest.json
 	rm -rf runs/demo-mlm
