@@ -82,7 +82,8 @@ def test_a_rewind_on_own_disks(tmp_path):
     changes = {"train__steps": 12, "train__nonfinite": "rewind"}
     config = tiny_config(tmp_path, distributed__strategy="ddp", **changes)
     answers = in_ranks(2, on_own_disk, config, fit_with_bad_loss)
-    assert "back to" in answers[0][0][0] and answers[0][1] == answers[1][1]
+    notes = answers[0][0]  # a loaded machine may add that a rank is slow
+    assert any("back to" in note for note in notes) and answers[0][1] == answers[1][1]
     assert json.loads((tmp_path / "node0" / "nonfinite.jsonl").read_text())["step"] == 8
 
 
