@@ -4,6 +4,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 
 import pytest
@@ -69,7 +70,12 @@ def test_the_wheel_installs_only_nanolm(copy, tmp_path):
 
 
 def test_the_editable_install_works(copy, tmp_path):
-    pip("install", "--prefix", str(tmp_path), "-e", ".", cwd=copy)
+    # Without --ignore-installed pip would remove the nanolm of the environment that runs the tests.
+    pip("install", "--ignore-installed", "--prefix", str(tmp_path), "-e", ".", cwd=copy)
     (site,) = tmp_path.glob("lib/python*/site-packages")
-    code = f"import site; site.addsitedir({str(site)!r})\n{PROBE}"
-    assert python("-c", code, cwd=tmp_path) == str(copy / "data" / "permutation.py")
+    # -S: libraries, but not the editable install of the environment itself, which would come first.
+    libraries = sysconfig.get_paths()["purelib"]
+    code = (
+        f"import site, sys; sys.path.append({libraries!r}); site.addsitedir({str(site)!r})\n{PROBE}"
+    )
+    assert python("-S", "-c", code, cwd=tmp_path) == str(copy / "data" / "permutation.py")
