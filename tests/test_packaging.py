@@ -73,9 +73,8 @@ def test_the_editable_install_works(copy, tmp_path):
     # Without --ignore-installed pip would remove the nanolm of the environment that runs the tests.
     pip("install", "--ignore-installed", "--prefix", str(tmp_path), "-e", ".", cwd=copy)
     (site,) = tmp_path.glob("lib/python*/site-packages")
-    # -S: libraries, but not the editable install of the environment itself, which would come first.
+    # -S: its libraries, but not the editable install of the environment itself, which would win.
     libraries = sysconfig.get_paths()["purelib"]
-    code = (
-        f"import site, sys; sys.path.append({libraries!r}); site.addsitedir({str(site)!r})\n{PROBE}"
-    )
+    paths = f"site.addsitedir({str(site)!r}); sys.path.append({libraries!r})"
+    code = f"import site, sys; {paths}\n{PROBE}"
     assert python("-S", "-c", code, cwd=tmp_path) == str(copy / "data" / "permutation.py")
