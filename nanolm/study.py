@@ -21,7 +21,7 @@ from typing import Any
 
 from nanolm.container import write_text
 from nanolm.errors import UserError
-from nanolm.study_cells import Cell, build_cell, drop_weights, test, train
+from nanolm.study_cells import Cell, build_cell, drop_weights, end_running, test, train
 from nanolm.study_config import Overrides, RowConfig, StudyConfig
 from nanolm.task_metrics import LOWER_IS_BETTER
 
@@ -113,6 +113,7 @@ class Study:
                     if error := future.exception():
                         failures.append(error)
             except KeyboardInterrupt:
+                end_running()
                 pool.shutdown(cancel_futures=True)
                 raise
         for error in failures:

@@ -186,6 +186,16 @@ def test(cell: Cell, record: dict[str, Any]) -> dict[str, Any]:
     return record | {"test": figures, "cpu_seconds": spent}
 
 
+running: set[subprocess.Popen] = set()
+"""Processes of cells that have not ended."""
+
+
+def end_running() -> None:
+    """Tells the processes of all unfinished cells to end, so that none outlives its study."""
+    for child in list(running):
+        child.terminate()
+
+
 def drop_weights(cell: Cell) -> None:
     """Removes the cell's checkpoints; its log, metrics and summary stay."""
     shutil.rmtree(cell.run / "checkpoints", ignore_errors=True)
@@ -213,8 +223,10 @@ def run_process(cell: Cell, command: str, words: list[str]) -> dict[str, float]:
             stderr=subprocess.STDOUT,
             env=environment,
         )
+        running.add(child)
         _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
+        running.discard(child)
     if child.returncode != 0:
         lines = log.read_text(encoding="utf-8").strip().splitlines()
         said = lines[-1] if lines else f"exit status {child.returncode}"

@@ -2,6 +2,10 @@
 
 import json
 import math
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -12,6 +16,7 @@ from nanolm.study_config import StudyConfig
 from nanolm.study_table import mean_and_error
 from nanolm.typed import instance
 from tests.finetuned import QUIET, checkpoint, command, questions, table
+from tests.test_train_command import ROOT
 
 STUDY = """
 name: tiny
@@ -69,7 +74,7 @@ def in_this_process(ran):
 def test_a_study_runs_what_is_missing_and_no_more(place, monkeypatch):
     ran: list = []
     monkeypatch.setattr(study_cells, "run_process", in_this_process(ran))
-    monkeypatch.setattr("nanolm.preemption.signal.signal", lambda *handler: None)
+    monkeypatch.setattr(signal, "signal", lambda *handler: None)
     printed = command(*words(place, "--jobs=1"))
     # per variant: two settings with seed 0, the better one with seed 1, two looks at test
     assert [name for name, _ in ran].count("finetune") == 6
@@ -126,7 +131,7 @@ def test_a_cell_that_fails_is_named_and_the_rest_is_kept(place, tmp_path, monkey
         return inner(cell, name, argv)
 
     monkeypatch.setattr(study_cells, "run_process", run_process)
-    monkeypatch.setattr("nanolm.preemption.signal.signal", lambda *handler: None)
+    monkeypatch.setattr(signal, "signal", lambda *handler: None)
     argv = words(place, f"--results={tmp_path / 'r.json'}", "--seeds=[0]")
     argv = [word for word in argv if not word.startswith("--table")]
     with pytest.raises(UserError, match=r"1 of 2 groups are not finished: cell kinds, random, op"):
@@ -156,6 +161,26 @@ def test_mistakes_are_one_sentence_before_anything_is_run(place, tmp_path, old, 
         cli.run(["study", str(place / "study.yaml")])
     with pytest.raises(UserError, match=r"needs one line <!-- study: tiny -->"):
         cli.run([*words(place), f"--table={place / 'study.yaml'}"])
+
+
+def test_a_study_that_is_told_to_end_takes_its_cells_along(place, tmp_path):
+    argv = words(place, f"--out={tmp_path}", f"--results={tmp_path / 'r.json'}")
+    more = ["--table=null", "--overrides={train.steps: 100000}"]
+    job = subprocess.Popen(
+        [sys.executable, "-m", "nanolm", *argv, *more],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not list(tmp_path.rglob("metrics.jsonl")):
+        assert job.poll() is None
+        time.sleep(0.2)
+    job.send_signal(signal.SIGTERM)
+    _, said = job.communicate(timeout=60)
+    assert job.returncode == 2 and said.startswith("nanolm: interrupted; finished cells are kept")
+    alive = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, check=False)
+    assert alive.stdout == b""
 
 
 def test_grid_and_standard_error():

@@ -7,11 +7,13 @@ in `nanolm study configs/study/tasks.yaml --data DIR --jobs 2`.
 from __future__ import annotations
 
 import pathlib
+import signal
 
 from rich.console import Console
 
 import nanolm.build  # noqa: F401  (registers the names that the cells' configs use)
 from nanolm.arguments import parse
+from nanolm.errors import UserError
 from nanolm.study import Results, Study, plan
 from nanolm.study_config import StudyConfig
 from nanolm.study_table import grid_of, sheet, split_page, write_page
@@ -41,8 +43,13 @@ def run(study: StudyConfig) -> None:
         highlight=False,
     )
     runner = Study(study, results, lambda text: console.print(text, highlight=False, markup=False))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both end the cells' processes too
     try:
         runner.run(groups)
+    except KeyboardInterrupt:
+        raise UserError(
+            "interrupted; finished cells are kept, and the same command runs the others"
+        ) from None
     finally:
         made = sheet(study, groups, results)
         console.print(grid_of(study, made))
