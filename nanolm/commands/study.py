@@ -43,7 +43,7 @@ def run(study: StudyConfig) -> None:
         highlight=False,
     )
     runner = Study(study, results, lambda text: console.print(text, highlight=False, markup=False))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both end the cells' processes too
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the cells too
     try:
         runner.run(groups)
     except KeyboardInterrupt:
@@ -51,6 +51,7 @@ def run(study: StudyConfig) -> None:
             "interrupted; finished cells are kept, and the same command runs the others"
         ) from None
     finally:
+        signal.signal(signal.SIGTERM, before)
         made = sheet(study, groups, results)
         console.print(grid_of(study, made))
     if study.table is not None and study.only is None:
