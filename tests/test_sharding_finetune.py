@@ -65,7 +65,8 @@ def test_fine_tuning_equals_ddp(peft, data, tmp_path):
 
 
 def gradients(world, method):
-    """Of every small weight, with the base divided over the ranks and whole."""
+    """(largest gradient of any small weight, largest error relative to it), with the base divided
+    over the ranks against whole."""
     tokenizer = tiny_tokenizer()
     base = {"model": TINY, "data": {"row_length": 16}, "distributed": {"strategy": "fsdp"}}
     settled = resolve(load_config([], base=base), tokenizer)
@@ -80,14 +81,11 @@ def gradients(world, method):
         with engine.synchronised(number == 1):
             engine.module(batch)["clm"].sum.backward()
     (2 * world.size * plain(batch)["clm"].sum).backward()
-    names = [name for name, p in plain.named_parameters() if p.grad is not None]
+    expected = {n: p.grad for n, p in plain.named_parameters() if p.grad is not None}
     live = dict(divided.named_parameters())
-    for name, parameter in plain.named_parameters():
-        if parameter.grad is not None:
-            torch.testing.assert_close(
-                whole(live[name].grad), parameter.grad, msg=f"{method} {name}", rtol=1e-3, atol=1e-2
-            )
-    return len(names)
+    largest = max(gradient.abs().max() for gradient in expected.values())
+    errors = {n: (whole(live[n].grad) - g).abs().max() / largest for n, g in expected.items()}
+    return float(largest), max(errors.values()).item()
 
 
 def of_all_methods(world, methods):
@@ -96,5 +94,6 @@ def of_all_methods(world, methods):
 
 def test_every_adapter_has_the_gradients_that_it_has_with_whole_weights():
     methods = [name for name in PEFT.names() if name not in ("none", "adalora")]
-    counts = in_ranks(2, of_all_methods, methods)
-    assert counts[0] == counts[1] and all(count > 0 for count in counts[0].values())
+    for found in in_ranks(2, of_all_methods, methods):
+        for method, (largest, error) in found.items():
+            assert largest > 1e-2 and error < 1e-5, (method, largest, error)
