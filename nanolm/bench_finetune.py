@@ -25,23 +25,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanolm.bench_shape import Clock, forget_peak, resident_bytes
+from nanolm.bench_peers import bert_config
+from nanolm.bench_shape import Clock, Shape, forget_peak, resident_bytes
 
 MEGABATCH = 50
 """Batches within which `grouped` sorts by length: transformers' own number."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TuneShape:
+class TuneShape(Shape):
     """One model and batch, the same for every contestant."""
 
     n_layers: int = 4
     d_model: int = 256
     n_heads: int = 4
-    batch: int = 32
-    vocab_size: int = 8192
-    n_classes: int = 6
     row_length: int = 128
+    batch: int = 32
+    n_classes: int = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,21 +162,9 @@ class NanolmTuning:
 
 def peer_model(shape: TuneShape) -> torch.nn.Module:
     """BertForSequenceClassification at the shape, without dropout."""
-    from transformers import BertConfig, BertForSequenceClassification  # noqa: PLC0415
+    from transformers import BertForSequenceClassification  # noqa: PLC0415
 
-    config = BertConfig(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.d_model,
-        num_hidden_layers=shape.n_layers,
-        num_attention_heads=shape.n_heads,
-        intermediate_size=4 * shape.d_model,
-        max_position_embeddings=shape.row_length,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        num_labels=shape.n_classes,
-        attn_implementation="sdpa",
-    )
-    return BertForSequenceClassification(config)
+    return BertForSequenceClassification(bert_config(shape, num_labels=shape.n_classes))
 
 
 def peer_order(n: int, batch: int, lengths: np.ndarray, *, grouped: bool) -> Iterator[np.ndarray]:

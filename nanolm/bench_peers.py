@@ -119,11 +119,11 @@ def transformers_gpt2(shape: Shape) -> nn.Module:
     return FromTransformers(model, model.transformer, shifts=True)
 
 
-def transformers_bert(shape: Shape) -> nn.Module:
-    """BertForMaskedLM at the shape, without dropout; rows are full, so it gets no padding mask."""
-    from transformers import BertConfig, BertForMaskedLM  # noqa: PLC0415
+def bert_config(shape: Shape, **more: Any) -> Any:
+    """transformers' BertConfig at the shape, without dropout; `more` are further keys of it."""
+    from transformers import BertConfig  # noqa: PLC0415
 
-    config = BertConfig(
+    return BertConfig(
         vocab_size=shape.vocab_size,
         hidden_size=shape.d_model,
         num_hidden_layers=shape.n_layers,
@@ -133,8 +133,15 @@ def transformers_bert(shape: Shape) -> nn.Module:
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         attn_implementation="sdpa",
+        **more,
     )
-    model = BertForMaskedLM(config)
+
+
+def transformers_bert(shape: Shape) -> nn.Module:
+    """BertForMaskedLM at the shape, without dropout; rows are full, so it gets no padding mask."""
+    from transformers import BertForMaskedLM  # noqa: PLC0415
+
+    model = BertForMaskedLM(bert_config(shape))
     return FromTransformers(model, model.bert, shifts=False)
 
 

@@ -12,11 +12,17 @@ class Shape:
     """One model and batch, the same for every contestant."""
 
     n_layers: int = 6
+    """Blocks."""
     d_model: int = 384
+    """Width."""
     n_heads: int = 6
+    """Heads."""
     row_length: int = 256
+    """Tokens of a row."""
     batch: int = 16
+    """Rows of a step."""
     vocab_size: int = 8192
+    """Tokens of the vocabulary."""
 
     @property
     def tokens(self) -> int:

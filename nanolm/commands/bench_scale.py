@@ -30,7 +30,7 @@ from nanolm.progress import PHASES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Arguments(Shape):
     """Measure the training step with several numbers of processes on this machine."""
 
     processes: list[int] = dataclasses.field(default_factory=lambda: [1, 2])
@@ -51,18 +51,8 @@ class Arguments:
     """Measured steps in each turn."""
     warmup: int = 2
     """Steps before them."""
-    n_layers: int = 6
-    """Blocks."""
-    d_model: int = 384
-    """Width."""
-    n_heads: int = 6
-    """Heads."""
-    row_length: int = 256
-    """Tokens of a row."""
     batch: int = 16
     """Rows of a step: of all processes (strong), of each (weak)."""
-    vocab_size: int = 8192
-    """Tokens of the vocabulary."""
     results: str = "runs/bench_scale.json"
     """Where finished measurements are kept, and found by the next call."""
     fresh: bool = False

@@ -51,7 +51,7 @@ MATMUL = {"model": "matmul"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Arguments(Shape):
     """Measure one training step of nanolm and of others, each in a process of its own."""
 
     objectives: list[str] = dataclasses.field(default_factory=lambda: ["clm", "mlm"])
@@ -70,18 +70,6 @@ class Arguments:
     """Also try each contestant with torch.compile."""
     only: list[str] | None = None
     """Contestants to measure; null means all."""
-    n_layers: int = 6
-    """Blocks."""
-    d_model: int = 384
-    """Width."""
-    n_heads: int = 6
-    """Heads."""
-    row_length: int = 256
-    """Tokens of a row."""
-    batch: int = 16
-    """Rows of a step."""
-    vocab_size: int = 8192
-    """Tokens of the vocabulary."""
     results: str = "docs/bench_train.json"
     """Where finished measurements are kept, and found by the next call."""
     fresh: bool = False
