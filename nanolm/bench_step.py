@@ -149,7 +149,7 @@ class NanolmStep:
 
     def prepare(self, clock: Clock) -> None:
         """Marks after the trunk, after the learner (its loss included) and after the gradient."""
-        learner, rule = self.trainer.engine.learner, self.trainer.rule
+        learner, rule = self.trainer.engine.learner, self.trainer.update.rule
 
         def marked_rule(*arguments: Any) -> None:
             rule(*arguments)
@@ -157,7 +157,7 @@ class NanolmStep:
 
         learner.trunk.register_forward_hook(lambda *_: clock.mark("forward"))
         learner.register_forward_hook(lambda *_: clock.mark("loss"))
-        self.trainer.rule = marked_rule
+        self.trainer.update.rule = marked_rule
 
     def __call__(self, clock: Clock) -> float:
         """One optimizer step; the loss."""
@@ -224,7 +224,7 @@ def measure_peak(job: dict[str, Any]) -> dict[str, Any]:
     """FLOP/s of the machine's matrix product in the precision, the denominator of MFU."""
     torch.set_num_threads(job["threads"])
     dtype = torch.bfloat16 if job["precision"] == "bf16" else torch.float32
-    return {"matmul_flops": matmul_flops(dtype, size=2048)}
+    return {"matmul_flops": matmul_flops(dtype, size=2048, seconds=3.0)}
 
 
 def main() -> None:

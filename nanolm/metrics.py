@@ -52,13 +52,15 @@ def peak_flops(device: torch.device, precision: str) -> tuple[float | None, str]
     return None, f"{name} is not in the table of peaks (nanolm/metrics.py), so MFU is not reported"
 
 
-def matmul_flops(dtype: torch.dtype, size: int = 768, repeats: int = 5) -> float:
-    """FLOP/s of the fastest of a few square matmuls on the CPU."""
+def matmul_flops(dtype: torch.dtype, size: int = 768, seconds: float = 0.2) -> float:
+    """FLOP/s of the fastest square matmul on the CPU among those that fit into the time.
+
+    The first products of a process also start its threads, and a machine that is busy for a moment
+    must not pass for its peak.
+    """
     left, right = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
-    left @ right
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
+    best, end = float("inf"), time.perf_counter() + seconds
+    while (start := time.perf_counter()) < end or best == float("inf"):
         left @ right
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best

@@ -64,10 +64,10 @@ class Snapshot:
         trainer, checkpoints = self.trainer, self.checkpoints
         tensors = {
             "model": learner_tensors(trainer.engine.learner),
-            "optimizer": optimizer_tensors(trainer.optimizers),
+            "optimizer": optimizer_tensors(trainer.update.optimizers),
         }
-        if trainer.ema is not None:
-            tensors["ema"] = trainer.ema.tensors
+        if trainer.update.ema is not None:
+            tensors["ema"] = trainer.update.ema.tensors
         parts, content = checkpoints.own_parts(tensors), self._json()
         if not trainer.config.run.checkpoint_async:
             return checkpoints.write(trainer.done, parts, content, self.files)
@@ -96,7 +96,7 @@ class Snapshot:
                 f"nothing to rewind to in {self.checkpoints.folder}: lower run.checkpoint_every, "
                 f"or set train.nonfinite to skip"
             )
-        for optimizer in self.trainer.optimizers:
+        for optimizer in self.trainer.update.optimizers:
             optimizer.state.clear()
         folder = self.checkpoints.path(step)
         self.restore(folder)
@@ -128,7 +128,7 @@ class Snapshot:
             "skips": trainer.policy.skips,
             "losses": list(trainer.policy.losses),
             "seconds": trainer.throughput.total_seconds,
-            "scaler": trainer.scaler.state_dict(),
+            "scaler": trainer.update.scaler.state_dict(),
             "environment": environment(trainer.world),
             "facts": dict(self.facts),
         }
@@ -142,9 +142,9 @@ class Snapshot:
         trainer, what = self.trainer, f"checkpoint {folder}"
         saved = read_trainer(folder)
         load_named(learner_tensors(trainer.engine.learner), self._open(folder, "model"), what)
-        load_optimizers(trainer.optimizers, self._open(folder, "optimizer"), what)
-        if trainer.ema is not None:
-            load_named(trainer.ema.tensors, self._open(folder, "ema"), what)
+        load_optimizers(trainer.update.optimizers, self._open(folder, "optimizer"), what)
+        if trainer.update.ema is not None:
+            load_named(trainer.update.ema.tensors, self._open(folder, "ema"), what)
         if saved["step"] > trainer.config.train.steps:
             raise UserError(
                 f"{what} is at step {saved['step']}, beyond train.steps="
@@ -156,8 +156,8 @@ class Snapshot:
         trainer.policy.skips = saved["skips"]
         trainer.policy.losses.extend(saved["losses"])
         trainer.throughput.total_seconds = saved["seconds"]
-        if trainer.scaler.is_enabled():
-            trainer.scaler.load_state_dict(saved["scaler"])
+        if trainer.update.scaler.is_enabled():
+            trainer.update.scaler.load_state_dict(saved["scaler"])
 
     def _open(self, folder: pathlib.Path, part: str) -> Mapping[str, Tensor]:
         """The tensors of a part: of this folder, or of all nodes' folders together."""

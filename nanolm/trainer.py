@@ -3,7 +3,7 @@
 One optimizer step:
 
     micro-batches -> count targets over all ranks -> gradient rule (forward, backward, all-reduce)
-    -> agree on loss, gradient norm and signals -> clip -> optimizers -> EMA
+    -> agree on loss, gradient norm and signals -> clip -> optimizers -> EMA        (update.py)
 
 After step s, in this order: its metrics line, its checkpoint, its evaluation. A resumed run repeats
 what may be missing of that, so its metrics file ends like an undisturbed run's.
@@ -19,12 +19,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nanolm.checkpoint import Checkpoints
 from nanolm.config import Config
 from nanolm.distributed import World, peer_lost
-from nanolm.ema import ExponentialMovingAverage
 from nanolm.engine import Engine
 from nanolm.errors import UserError
 from nanolm.evaluation import Evaluator, total_loss
@@ -34,11 +33,10 @@ from nanolm.nonfinite import NonFinitePolicy
 from nanolm.patience import Patience
 from nanolm.preemption import Preemption
 from nanolm.progress import Pace
-from nanolm.schedules import build_schedule
-from nanolm.sharding import whole
 from nanolm.sinks import Sink
 from nanolm.snapshot import Snapshot
-from nanolm.tuning import freeze, step_rule, tuned_optimizers
+from nanolm.tuning import freeze
+from nanolm.update import Update
 from nanolm.watchdog import Watchdog
 from nanolm.weight_check import compare_weights
 
@@ -89,13 +87,7 @@ class Trainer:
         self.engine = Engine(learner, world, config)
         self.loader_factory = loader_factory
         self.evaluator, self.sinks = evaluator, sinks
-        self.optimizers = tuned_optimizers(learner, config)
-        self.factor = build_schedule(config.schedule, config.train.steps)
-        self.rule = step_rule(learner, config)
-        decay = config.train.ema
-        self.ema = ExponentialMovingAverage(learner, decay) if decay else None
-        fp16 = config.train.precision == "fp16"
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=fp16)
+        self.update = Update(self.engine, world, config)
         rows = config.train.global_batch
         self.tokens_per_step = tokens_per_step or rows * config.data.row_length
         self.badness = badness
@@ -187,18 +179,17 @@ class Trainer:
         """One optimizer step on this rank's share of a global batch; collective."""
         if self.done + 1 in self.policy.passed:
             return self._pass_over()
-        lr = self._set_learning_rates()
+        lr = self.update.set_rates(self.done)
         terms, norm, counts, stop = self.gradient(micro_batches)
         self.progress.enter("optimizer")
         loss = total_loss(terms, self.weights)
         applied, rewound = self.policy.accepts(loss, norm), False
         if applied:
-            self._apply(norm)
+            self.update.apply(norm)
             self.policy.good(self.done + 1, loss)
         else:
             rewound = self._refuse(micro_batches, loss, counts)
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        self.update.clear()
         if not rewound:
             self.done += 1
         return StepResult(loss, terms, lr, norm, applied, stop, rewound)
@@ -208,46 +199,18 @@ class Trainer:
     ) -> tuple[dict[str, float], float, dict[str, float], bool]:
         """The next step's gradient, in `.grad`, with the terms' means, its norm, the target counts
         and whether any rank was told to stop; collective."""
-        torch.manual_seed(self.seed())
-        self.progress.enter("communication")
-        names = list(self.weights)
-        mine = [sum(batch.counts.get(name, 0) for batch in micro_batches) for name in names]
-        counts = dict(zip(names, self.world.all_sum(mine), strict=True))
-        backward = Backward(self.weights, counts, self._scaled, self.done)
-        self.rule(self.engine, micro_batches, backward)
-        self.progress.enter("optimizer")
-        norm = self._gradient_norm()
+        backward, norm = self.update.gradient(micro_batches, self.weights, self.done, self.seed())
         self.progress.enter("communication")
         terms, stop = self._agree(backward)
-        return terms, norm, counts, stop
-
-    def _scaled(self, total: Tensor) -> Tensor:
-        """The loss as it goes into a backward pass, which begins now."""
-        self.progress.enter("backward")
-        return self.scaler.scale(total)
+        return terms, norm, backward.counts, stop
 
     def _pass_over(self) -> StepResult:
         """A step whose rows a rewind wants skipped: nothing is computed and nothing moves."""
         self.progress.enter("communication")
         stop = self.world.all_sum([float(self.preemption.requested)])[0] > 0
         self.done += 1
-        return StepResult(math.nan, {}, self._set_learning_rates(), math.nan, False, stop)
-
-    def _set_learning_rates(self) -> float:
-        factor = self.factor(self.done)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * factor
-        return self.optimizers[0].param_groups[0]["lr"]
-
-    def _parameters(self) -> list[Tensor]:
-        return [p for p in self.engine.learner.parameters() if p.grad is not None]
-
-    def _gradient_norm(self) -> float:
-        """Global norm of the step's gradient, the same on all ranks."""
-        for optimizer in self.optimizers:
-            self.scaler.unscale_(optimizer)
-        return float(whole(torch.nn.utils.get_total_norm([p.grad for p in self._parameters()])))
+        lr = self.update.set_rates(self.done)
+        return StepResult(math.nan, {}, lr, math.nan, False, stop)
 
     def _agree(self, backward: Backward) -> tuple[dict[str, float], bool]:
         """Global means of all terms, and whether any rank was told to stop."""
@@ -261,30 +224,14 @@ class Trainer:
         pairs = zip(names, total[: len(names)], total[len(names) :], strict=True)
         return {name: value / max(count, 1) for name, value, count in pairs}, stop > 0
 
-    def _apply(self, norm: float) -> None:
-        clip = self.config.train.clip
-        if clip is not None and norm > clip:
-            torch._foreach_mul_([p.grad for p in self._parameters()], clip / norm)
-        for optimizer in self.optimizers:
-            self.scaler.step(optimizer)
-        self.scaler.update()
-        if self.ema is not None:
-            self.ema.update()
-
     def _refuse(
         self, micro_batches: Sequence[Any], loss: float, counts: Mapping[str, float]
     ) -> bool:
         """A bad step moves no weight; the policy says whether the run goes on, and from where.
 
-        Returns whether the trainer went back to a checkpoint. In fp16 a gradient that overflowed at
-        a finite loss only means that the loss scale was too high: it is halved.
+        Returns whether the trainer went back to a checkpoint.
         """
-        scale = self.scaler.get_scale()
-        spikes = self.policy.spikes(loss)
-        overflow = self.scaler.is_enabled() and math.isfinite(loss) and scale > 1 and not spikes
-        if self.scaler.is_enabled():
-            self.scaler.update(scale / 2 if overflow else scale)
-        if overflow:
+        if self.update.refuse(math.isfinite(loss) and not self.policy.spikes(loss)):
             return False
         step = self.done + 1
         told = self.policy.refuse(self.engine, micro_batches, step, self.seed(), loss, counts)
@@ -351,7 +298,7 @@ class Trainer:
         """
         if self.evaluator is None:
             return {}
-        with self.ema.swapped() if self.ema else contextlib.nullcontext():
+        with self.update.ema.swapped() if self.update.ema else contextlib.nullcontext():
             figures = self.evaluator(self.engine, stop=lambda: self.preemption.requested)
         if figures is None:
             if not best:

@@ -30,7 +30,7 @@ def step_gradient(world, run, micro_batch, dtype_name, rows):
         for name, p in trainer.engine.learner.named_parameters():
             caught[name] = p.grad.tolist()
 
-    trainer._apply = catch
+    trainer.update.apply = catch
     mine = list(rows)[slice(*bounds(len(rows), world))]
     parts = [mine[i : i + micro_batch] for i in range(0, len(mine), micro_batch)]
     batches = [batch_of(part) for part in parts] or [batch_of([0], empty=True)]

@@ -92,9 +92,9 @@ def test_fp16_overflow_lowers_the_scale_and_is_no_failure(tmp_path):
     config = tiny_config(tmp_path, train__precision="fp16", train__steps=6)
     trainer = build_trainer(config, World())
     before = [p.clone() for p in trainer.engine.learner.parameters()]
-    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    trainer.update.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
     result = trainer.step([batch_of([1, 2, 3])])
-    assert not result.applied and trainer.scaler.get_scale() == 2.0**39
+    assert not result.applied and trainer.update.scaler.get_scale() == 2.0**39
     assert all(map(torch.equal, before, trainer.engine.learner.parameters()))
     assert not (tmp_path / "nonfinite.jsonl").exists()
 
@@ -106,9 +106,9 @@ def test_ema_follows_its_formula_and_is_what_gets_evaluated(tmp_path):
     for step in range(3):
         trainer.step([batch_of([step])])
         expected.lerp_(trainer.engine.learner.get_parameter(name).detach(), 0.25)
-    assert torch.equal(trainer.ema.tensors[name], expected)
+    assert torch.equal(trainer.update.ema.tensors[name], expected)
     live = trainer.engine.learner.get_parameter(name).detach().clone()
-    with trainer.ema.swapped():
+    with trainer.update.ema.swapped():
         assert torch.equal(trainer.engine.learner.get_parameter(name), expected)
     assert torch.equal(trainer.engine.learner.get_parameter(name), live)
 
