@@ -15,8 +15,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from nanolm.blocks import Context, Stack, StackSpec
 from nanolm.cache import KeyValueCache
-from nanolm.layers import Context, Norm, Stack, StackSpec
+from nanolm.layers import Norm
 from nanolm.masks import Mask
 from nanolm.model_config import ModelConfig
 from nanolm.ops import Kernels

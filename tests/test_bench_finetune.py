@@ -7,10 +7,10 @@ import pathlib
 import numpy as np
 import pytest
 
+from nanolm import bench_cells
 from nanolm.bench_finetune import Examples, PeerTuning, build_tuning, peer_order
 from nanolm.bench_shape import Clock
 from nanolm.cli import main
-from nanolm.commands import bench_train
 from nanolm.commands.bench_finetune import CONTESTANTS, Arguments, read_examples
 from tests.finetuned import table
 
@@ -91,7 +91,7 @@ def test_the_command_reports_rates_and_ratios(tmp_path, monkeypatch, capsys):
         both = {"seconds": seconds, "cpu_seconds": seconds, "tokens": tokens, "places": places}
         return both | {"peak_bytes": 1e6, "parameters": 5}
 
-    monkeypatch.setattr(bench_train, "run_process", fake)
+    monkeypatch.setattr(bench_cells, "run_process", fake)
     words = ["bench", "finetune", "--data", str(tmp_path), "--column", "text", "--batch", "4"]
     words += ["--vocab_size", "600", "--rounds", "2", "--precisions", "fp32"]
     words += ["--results", str(tmp_path / "cells.json"), "--json", str(tmp_path / "figures.json")]
@@ -102,6 +102,6 @@ def test_the_command_reports_rates_and_ratios(tmp_path, monkeypatch, capsys):
     (report,) = json.loads((tmp_path / "figures.json").read_text())["reports"]
     assert report["rows"]["nanolm"]["tokens_per_second"] == pytest.approx(1000)
     assert report["rows"]["transformers, padded"]["useful"] == 0.25
-    monkeypatch.setattr(bench_train, "run_process", None)  # nothing is measured twice
+    monkeypatch.setattr(bench_cells, "run_process", None)  # nothing is measured twice
     main(words)
     assert capsys.readouterr().out == printed

@@ -6,12 +6,13 @@ import json
 import pytest
 import torch
 
-from nanolm import bench_peers
+from nanolm import bench_cells, bench_peers
+from nanolm.bench_cells import Cells
 from nanolm.bench_shape import Clock, Shape
 from nanolm.bench_step import NanolmStep, build_step
 from nanolm.cli import main
-from nanolm.commands import bench_train
-from nanolm.commands.bench_train import Arguments, Cells, against_best, contestants
+from nanolm.commands.bench_train import Arguments, against_best, contestants
+from nanolm.errors import UserError
 
 TINY = {"n_layers": 1, "d_model": 32, "n_heads": 2, "row_length": 16, "batch": 2, "vocab_size": 64}
 SHAPE = Shape(**TINY)
@@ -88,7 +89,7 @@ def test_finished_cells_are_kept_and_found(tmp_path, monkeypatch, capsys):
             "parameters": 5,
         }
 
-    monkeypatch.setattr(bench_train, "run_process", fake)
+    monkeypatch.setattr(bench_cells, "run_process", fake)
     words = ["bench", "train", "--objectives=[clm]", "--precisions=[fp32]", "--rounds", "2"]
     words += ["--results", str(tmp_path / "cells.json"), "--json", str(tmp_path / "figures.json")]
     main(words)
@@ -130,7 +131,7 @@ def test_a_process_measures_and_a_failed_one_says_why(tmp_path):
     cells = Cells(str(tmp_path / "cells.json"))
     result = cells.measure(job, 1)
     assert len(result["seconds"]) == 1 and result["peak_bytes"] > result["before_bytes"] > 0
-    with pytest.raises(bench_train.UserError, match="KeyError"):
+    with pytest.raises(UserError, match="KeyError"):
         cells.measure(job | {"settings": {"model": "nobody", "objective": "clm"}}, 1)
     assert len(Cells(str(tmp_path / "cells.json")).cells) == 1
 

@@ -32,6 +32,7 @@ LAYERS = [
     },
     {"nanolm.positions"},
     {"nanolm.layers"},
+    {"nanolm.blocks"},
     {"nanolm.model", "nanolm.flops"},
     {"nanolm.heads", "nanolm.task_heads", "nanolm.gather"},
     {"nanolm.objectives", "nanolm.task_metrics"},

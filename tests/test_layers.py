@@ -1,19 +1,11 @@
-"""Layers against the same thing written by hand."""
+"""Layers and blocks against the same thing written by hand."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from nanolm.layers import (
-    Block,
-    Context,
-    FeedForward,
-    GatedFeedForward,
-    MultiHeadAttention,
-    Norm,
-    Stack,
-    StackSpec,
-)
+from nanolm.blocks import Block, Context, Stack, StackSpec
+from nanolm.layers import FeedForward, GatedFeedForward, MultiHeadAttention, Norm
 from nanolm.masks import Mask
 from nanolm.model_config import ModelConfig
 from nanolm.ops import Kernels

@@ -69,3 +69,11 @@ def test_make_targets_exist():
     for page in PAGES:
         for target in re.findall(r"`make ([a-z-]+)", page.read_text(encoding="utf-8")):
             assert f"\n{target}:" in makefile, f"{page.name} names make {target}"
+
+
+def test_the_evenings_reading_is_short_enough_for_one():
+    paths = (ROOT / "docs" / "reading_order.txt").read_text(encoding="utf-8").split()
+    lines = [len((ROOT / path).read_text(encoding="utf-8").splitlines()) for path in paths]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"the {len(paths)} files of `docs/reading_order.txt`" in readme
+    assert f"counts {round(sum(lines), -2):,} lines" in readme and max(lines) < 340

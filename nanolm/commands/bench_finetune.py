@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from nanolm.bench_cells import Cells, cpu_name
 from nanolm.bench_finetune import Examples, TuneShape
-from nanolm.commands.bench_train import Cells, cpu_name
 from nanolm.commands.figures import write_json
 from nanolm.data.task_splits import find_split, read_split
 from nanolm.data.tokenizer import Tokenizer

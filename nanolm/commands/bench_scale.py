@@ -22,8 +22,8 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
+from nanolm.bench_cells import Cells, cpu_name
 from nanolm.bench_shape import Shape
-from nanolm.commands.bench_train import Cells, cpu_name
 from nanolm.commands.figures import write_json
 from nanolm.errors import require, require_at_least
 from nanolm.progress import PHASES

@@ -1,0 +1,103 @@
+"""Cells: measurements of a benchmark, each taken in a process of its own and kept on disk.
+
+Every contestant of every benchmark runs in the same environment. A finished cell stands in a JSON
+file under a hash of all that decides it (job, turn, machine, environment), so an interrupted
+benchmark goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import time
+from typing import Any
+
+import torch
+
+from nanolm.errors import UserError
+
+ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": "8589934592",
+    "MALLOC_TRIM_THRESHOLD_": "8589934592",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "OMP_WAIT_POLICY": "passive",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+}
+"""For every contestant: glibc keeps freed memory instead of returning it and faulting it in again
+each step, asks for huge pages, and waiting threads sleep."""
+
+
+class Cells:
+    """Finished measurements on disk: hash of the job and its turn -> what it gave.
+
+    `module` is what measures a job in a process of its own.
+    """
+
+    def __init__(self, path: str, fresh: bool = False, module: str = "nanolm.bench_step") -> None:
+        self.path, self.module = pathlib.Path(path), module
+        self.cells: dict[str, dict] = {}
+        if self.path.is_file() and not fresh:
+            try:
+                self.cells = json.loads(self.path.read_text(encoding="utf-8"))["cells"]
+            except (json.JSONDecodeError, KeyError, TypeError):
+                raise UserError(f"{path} is no results file of a benchmark; move it away") from None
+
+    def measure(self, job: dict[str, Any], turn: int) -> dict[str, Any]:
+        """The measurement of a job in a turn, taken now unless it is there."""
+        machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "torch": torch.__version__}
+        whole = {"job": job, "turn": turn, "machine": machine, "environment": ENVIRONMENT}
+        key = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
+        if key not in self.cells:
+            begin = time.perf_counter()
+            result = run_process(job, self.module)
+            result["wall_seconds"] = time.perf_counter() - begin
+            result["load_average"] = os.getloadavg()[0]  # above `cores`, others were running
+            self.cells[key] = {"job": job, "turn": turn, "machine": machine, "result": result}
+            self.save()
+        return self.cells[key]["result"]
+
+    def save(self) -> None:
+        """Writes all cells, whole or not at all."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"environment": ENVIRONMENT, "cells": self.cells}, indent=1)
+        temporary = self.path.with_suffix(".part")
+        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.replace(self.path)
+
+
+def run_process(job: dict[str, Any], module: str = "nanolm.bench_step") -> dict[str, Any]:
+    """One contestant in a fresh process; raises UserError with its last line when it fails."""
+    threads = {"OMP_NUM_THREADS": str(job["threads"]), "MKL_NUM_THREADS": str(job["threads"])}
+    done = subprocess.run(
+        [sys.executable, "-m", module, json.dumps(job)],
+        env=os.environ | ENVIRONMENT | threads | {"PYTHONPATH": python_path()},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise UserError(f"{module}: {job['settings']} failed: {lines[-1]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def python_path() -> str:
+    """This checkout first, so that the process measures the nanolm that started it."""
+    here = str(pathlib.Path(__file__).resolve().parents[1])
+    return os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def cpu_name() -> str:
+    """The processor's name."""
+    info = pathlib.Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
