@@ -1,7 +1,7 @@
-"""Cells: measurements of a benchmark, each taken in a process of its own and kept on disk.
+"""Cells: measurements of a benchmark, kept on disk as they are finished.
 
 Every contestant of every benchmark runs in the same environment. A finished cell stands in a JSON
-file under a hash of all that decides it (job, turn, machine, environment), so an interrupted
+file under a hash of all that decides it (jobs, turn, machine, environment), so an interrupted
 benchmark goes on where it was.
 """
 
@@ -15,6 +15,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,13 +35,10 @@ each step, asks for huge pages, and waiting threads sleep."""
 
 
 class Cells:
-    """Finished measurements on disk: hash of the job and its turn -> what it gave.
+    """Finished measurements on disk: hash of all that decides one -> what it gave."""
 
-    `module` is what measures a job in a process of its own.
-    """
-
-    def __init__(self, path: str, fresh: bool = False, module: str = "nanolm.bench_step") -> None:
-        self.path, self.module = pathlib.Path(path), module
+    def __init__(self, path: str, fresh: bool = False) -> None:
+        self.path = pathlib.Path(path)
         self.cells: dict[str, dict] = {}
         if self.path.is_file() and not fresh:
             try:
@@ -48,17 +46,17 @@ class Cells:
             except (json.JSONDecodeError, KeyError, TypeError):
                 raise UserError(f"{path} is no results file of a benchmark; move it away") from None
 
-    def measure(self, job: dict[str, Any], turn: int) -> dict[str, Any]:
-        """The measurement of a job in a turn, taken now unless it is there."""
+    def get(self, what: dict[str, Any], take: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The measurement that `what` decides, taken now unless it is there."""
         machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "torch": torch.__version__}
-        whole = {"job": job, "turn": turn, "machine": machine, "environment": ENVIRONMENT}
+        whole = {**what, "machine": machine, "environment": ENVIRONMENT}
         key = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
         if key not in self.cells:
             begin = time.perf_counter()
-            result = run_process(job, self.module)
+            result = take()
             result["wall_seconds"] = time.perf_counter() - begin
             result["load_average"] = os.getloadavg()[0]  # above `cores`, others were running
-            self.cells[key] = {"job": job, "turn": turn, "machine": machine, "result": result}
+            self.cells[key] = {**what, "machine": machine, "result": result}
             self.save()
         return self.cells[key]["result"]
 
@@ -71,20 +69,30 @@ class Cells:
         temporary.replace(self.path)
 
 
-def run_process(job: dict[str, Any], module: str = "nanolm.bench_step") -> dict[str, Any]:
-    """One contestant in a fresh process; raises UserError with its last line when it fails."""
-    threads = {"OMP_NUM_THREADS": str(job["threads"]), "MKL_NUM_THREADS": str(job["threads"])}
+def run_process(job: dict[str, Any], module: str) -> dict[str, Any]:
+    """What `python -m module JOB` prints; raises UserError with its last line when it fails."""
     done = subprocess.run(
         [sys.executable, "-m", module, json.dumps(job)],
-        env=os.environ | ENVIRONMENT | threads | {"PYTHONPATH": python_path()},
+        env=os.environ | ENVIRONMENT | thread_variables(job) | {"PYTHONPATH": python_path()},
         capture_output=True,
         text=True,
         check=False,
     )
     if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise UserError(f"{module}: {job['settings']} failed: {lines[-1]}")
+        words = last_line(done.stderr, done.returncode)
+        raise UserError(f"{module}: {job['settings']} failed: {words}")
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def last_line(said: str, status: int) -> str:
+    """What a process that failed said last."""
+    lines = said.strip().splitlines() or [f"exit status {status}"]
+    return lines[-1]
+
+
+def thread_variables(job: dict[str, Any]) -> dict[str, str]:
+    """The environment that holds a process to its job's number of threads."""
+    return {"OMP_NUM_THREADS": str(job["threads"]), "MKL_NUM_THREADS": str(job["threads"])}
 
 
 def python_path() -> str:

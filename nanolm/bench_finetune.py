@@ -1,6 +1,6 @@
-"""One measurement of `nanolm bench finetune`: one contestant in a process of its own.
+"""A contestant of `nanolm bench finetune`, in a process of its own (see bench_contest.py).
 
-    python -m nanolm.bench_finetune '{"settings": …, "data": …, "shape": …}'   ->   one line of JSON
+    python -m nanolm.bench_finetune '{"settings": …, "data": …, "shape": …}'
 
 All contestants fine-tune the same model, BERT's block with a pooled first token and a classifier,
 on the same sequences of token ids, `batch` of them a step. nanolm is measured as it trains: its
@@ -25,11 +25,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanolm.bench_contest import serve
 from nanolm.bench_peers import bert_config
-from nanolm.bench_shape import Clock, Shape, forget_peak, resident_bytes
+from nanolm.bench_shape import Clock, Shape, forget_peak, take_steps
 
 MEGABATCH = 50
 """Batches within which `grouped` sorts by length: transformers' own number."""
+
+READY = 400
+"""Batches that a peer has ready made, and goes through again and again."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,13 +155,14 @@ class NanolmTuning:
             checkpoints=Checkpoints(run, World()),
         )
 
-    def __call__(self, clock: Clock) -> tuple[float, int, int]:
-        """One optimizer step: (loss, real tokens, places computed for)."""
+    def __call__(self, clock: Clock) -> dict[str, float]:
+        """One optimizer step: its loss, its real tokens, the places computed for."""
         micro_batches = next(self.batches)
         loss = self.trainer.step(micro_batches).loss
         tensors = [batch.tensors for batch in micro_batches]
         real = sum(len(batch["index"]) for batch in tensors)
-        return loss, real, sum(batch["tokens"].numel() for batch in tensors)
+        places = sum(batch["tokens"].numel() for batch in tensors)
+        return {"loss": loss, "tokens": real, "places": places}
 
 
 def peer_model(shape: TuneShape) -> torch.nn.Module:
@@ -200,11 +205,7 @@ class PeerTuning:
         lengths = np.array([len(ids) for ids in examples.sequences])
         grouped = job["settings"]["model"] == "grouped"
         self.order = peer_order(len(lengths), shape.batch, lengths, grouped=grouped)
-        self.ready: list[dict[str, Tensor]] = []
-
-    def prepare(self, count: int) -> None:
-        """Makes the batches of so many steps."""
-        self.ready += [self.batch(next(self.order)) for _ in range(count)]
+        self.ready = [self.batch(next(self.order)) for _ in range(READY)]
 
     def batch(self, chosen: np.ndarray) -> dict[str, Tensor]:
         """input_ids and attention_mask [B, T] and labels [B], padded to the longest."""
@@ -215,16 +216,17 @@ class PeerTuning:
         labels = torch.from_numpy(self.examples.labels[chosen])
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
-    def __call__(self, clock: Clock) -> tuple[float, int, int]:
-        """One optimizer step: (loss, real tokens, places computed for)."""
-        batch = self.ready[clock.step]
+    def __call__(self, clock: Clock) -> dict[str, float]:
+        """One optimizer step: its loss, its real tokens, the places computed for."""
+        batch = self.ready[clock.step % READY]
         with torch.autocast("cpu", dtype=self.dtype, enabled=self.dtype is not None):
             loss = self.model(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss.item(), int(batch["attention_mask"].sum()), batch["input_ids"].numel()
+        tokens, places = int(batch["attention_mask"].sum()), batch["input_ids"].numel()
+        return {"loss": loss.item(), "tokens": tokens, "places": places}
 
 
 def build_tuning(job: dict[str, Any], examples: Examples) -> NanolmTuning | PeerTuning:
@@ -234,34 +236,15 @@ def build_tuning(job: dict[str, Any], examples: Examples) -> NanolmTuning | Peer
     return kind(shape, job, examples)
 
 
-def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """Seconds, CPU seconds, real tokens and computed places of every measured step."""
+def enter(job: dict[str, Any]) -> None:
+    """Builds the job's contestant, takes its warm-up steps, then serves turns of `steps` steps."""
     torch.set_num_threads(job["threads"])
     step, clock = build_tuning(job, Examples.load(job["data"])), Clock()
-    count = job["warmup"] + job["steps"]
-    if isinstance(step, PeerTuning):
-        step.prepare(count)
-    losses, tokens, places = [], [], []
-    for number in range(count):
-        if number == job["warmup"]:
-            forget_peak()
-        clock.start()
-        loss, real, computed = step(clock)
-        clock.stop()
-        losses.append(loss)
-        tokens.append(real)
-        places.append(computed)
-    begin = job["warmup"]
-    return {
-        "seconds": clock.seconds[begin:],
-        "cpu_seconds": clock.cpu_seconds[begin:],
-        "tokens": tokens[begin:],
-        "places": places[begin:],
-        "losses": losses,
-        "peak_bytes": resident_bytes(peak=True),
-        "parameters": step.n_parameters,
-    }
+
+    take_steps(step, clock, job["warmup"])
+    forget_peak()
+    serve({"parameters": step.n_parameters}, lambda: take_steps(step, clock, job["steps"]))
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(json.loads(sys.argv[1]))))
+    enter(json.loads(sys.argv[1]))

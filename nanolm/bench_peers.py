@@ -169,8 +169,8 @@ class PeerStep:
         self.compiled = settings.get("compile", False)
         self.batches = peer_batches(shape, settings["objective"])
 
-    def __call__(self, clock: Clock) -> float:
-        """One optimizer step on the next batch; the loss."""
+    def __call__(self, clock: Clock) -> dict[str, float]:
+        """One optimizer step on the next batch; its loss."""
         tokens, targets = self.batches[clock.step % len(self.batches)]
         clock.mark("data")
         with torch.autocast("cpu", dtype=self.dtype, enabled=self.dtype is not None):
@@ -183,7 +183,7 @@ class PeerStep:
         self.optimizer.zero_grad(set_to_none=True)
         value = loss.item()
         clock.mark("optimizer")
-        return value
+        return {"loss": value}
 
     def prepare(self, clock: Clock) -> None:
         """Compiles, or else sets the mark between forward and loss, which a graph would swallow."""

@@ -1,10 +1,12 @@
-"""What all contestants of `nanolm bench train` share: the shape, the clock, the memory gauge."""
+"""What all contestants of a benchmark share: the shape, the clock, the memory gauge."""
 
 from __future__ import annotations
 
 import dataclasses
 import pathlib
+import statistics
 import time
+from typing import Any, Protocol
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,14 @@ class Shape:
     def n_masked(self) -> int:
         """Masked positions of a row in MLM: 15 % of all but <cls> and <sep>."""
         return round(0.15 * (self.row_length - 2))
+
+
+class Step(Protocol):
+    """A contestant: called once a step, it marks the phases on the clock, and returns figures."""
+
+    n_parameters: int
+
+    def __call__(self, clock: Clock) -> dict[str, Any]: ...
 
 
 PHASES = ("data", "forward", "loss", "backward", "optimizer")
@@ -68,6 +78,28 @@ class Clock:
         self.cpu_seconds.append(time.process_time() - self._cpu)
         self.phases.append(self._now)
         self.step += 1
+
+    def last(self, count: int) -> dict[str, Any]:
+        """seconds and cpu_seconds of the last steps (at least one), and each phase's median."""
+        steps = self.phases[-count:]
+        phases = {
+            phase: statistics.median(times[phase] for times in steps)
+            for phase in PHASES
+            if phase in steps[0]
+        }
+        seconds, cpu_seconds = self.seconds[-count:], self.cpu_seconds[-count:]
+        return {"seconds": seconds, "cpu_seconds": cpu_seconds, "phases": phases}
+
+
+def take_steps(step: Step, clock: Clock, count: int) -> dict[str, Any]:
+    """Takes steps by the clock: their times, their figures as lists, the peak of memory so far."""
+    found = []
+    for _ in range(count):
+        clock.start()
+        found.append(step(clock))
+        clock.stop()
+    figures = {key: [figures[key] for figures in found] for key in found[0]}
+    return clock.last(count) | figures | {"peak_bytes": resident_bytes(peak=True)}
 
 
 def resident_bytes(*, peak: bool) -> int:

@@ -1,9 +1,10 @@
-"""One measurement of `nanolm bench train`: one contestant in a process of its own.
+"""A contestant of `nanolm bench train`, in a process of its own (see bench_contest.py).
 
-    python -m nanolm.bench_step '{"contestant": …, "shape": …, …}'   ->   one line of JSON
+    python -m nanolm.bench_step '{"settings": …, "shape": …, …}'
 
-The process builds the contestant, takes warm-up steps (which compile, if it compiles), then the
-measured ones. nanolm itself is measured as it trains: its Loader, its Trainer's `step`.
+The process builds the contestant and takes its warm-up steps (which compile, if it compiles); then
+it answers each line of input with a turn and its figures, a line of JSON. nanolm itself is measured
+as it trains: its Loader, its Trainer's `step`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-import statistics
 import sys
 import tempfile
 from typing import Any, Protocol
@@ -19,19 +19,16 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from nanolm.bench_shape import PHASES, Clock, Shape, forget_peak, resident_bytes
+from nanolm.bench_contest import serve
+from nanolm.bench_shape import Clock, Shape, Step, forget_peak, resident_bytes, take_steps
 from nanolm.metrics import matmul_flops
 
 
-class Step(Protocol):
-    """A contestant: called once a step, it marks the phases on the clock and returns the loss."""
-
-    n_parameters: int
+class TrainStep(Step, Protocol):
+    """A contestant of this benchmark."""
 
     def prepare(self, clock: Clock) -> None:
         """Last thing before the first step: compile, set marks."""
-
-    def __call__(self, clock: Clock) -> float: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,16 +156,16 @@ class NanolmStep:
         learner.register_forward_hook(lambda *_: clock.mark("loss"))
         self.trainer.update.rule = marked_rule
 
-    def __call__(self, clock: Clock) -> float:
-        """One optimizer step; the loss."""
+    def __call__(self, clock: Clock) -> dict[str, float]:
+        """One optimizer step; its loss."""
         micro_batches = next(self.batches)
         clock.mark("data")
         result = self.trainer.step(micro_batches)
         clock.mark("optimizer")
-        return result.loss
+        return {"loss": result.loss}
 
 
-def build_step(job: dict[str, Any], shape: Shape) -> Step:
+def build_step(job: dict[str, Any], shape: Shape) -> TrainStep:
     """The contestant that the job names."""
     settings = job["settings"]
     if settings["model"] == "nanolm":
@@ -188,50 +185,32 @@ def resident_after_a_toy(job: dict[str, Any]) -> int:
     return resident_bytes(peak=False)
 
 
-def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """Seconds and phases (medians over steps), peak memory in bytes, losses, parameters."""
+def enter(job: dict[str, Any]) -> None:
+    """Builds the job's contestant, takes its warm-up steps, then serves turns of `steps` steps."""
     torch.set_num_threads(job["threads"])
     shape = Shape(**job["shape"])
     before = resident_after_a_toy(job)
     step, clock = build_step(job, shape), Clock()
     step.prepare(clock)
-    losses = []
-    for number in range(job["warmup"] + job["steps"]):
-        if number == job["warmup"]:
-            forget_peak()
-        clock.start()
-        losses.append(step(clock))
-        clock.stop()
-    measured = clock.phases[job["warmup"] :]
-    phases = {
-        phase: statistics.median(times[phase] for times in measured)
-        for phase in PHASES
-        if phase in measured[0]
-    }
-    return {
-        "seconds": clock.seconds[job["warmup"] :],
-        "cpu_seconds": clock.cpu_seconds[job["warmup"] :],
-        "first_step_seconds": clock.seconds[0],
-        "phases": phases,
-        "peak_bytes": resident_bytes(peak=True),
-        "before_bytes": before,
-        "losses": losses,
-        "parameters": step.n_parameters,
-    }
+
+    take_steps(step, clock, job["warmup"])
+    forget_peak()
+    facts = {"before_bytes": before, "parameters": step.n_parameters}
+    serve(facts, lambda: take_steps(step, clock, job["steps"]))
 
 
-def measure_peak(job: dict[str, Any]) -> dict[str, Any]:
-    """FLOP/s of the machine's matrix product in the precision, the denominator of MFU."""
+def enter_matmul(job: dict[str, Any]) -> None:
+    """The machine's matrix product in the job's precision: its rate is the denominator of MFU."""
     torch.set_num_threads(job["threads"])
     dtype = torch.bfloat16 if job["precision"] == "bf16" else torch.float32
-    return {"matmul_flops": matmul_flops(dtype, size=2048, seconds=3.0)}
+    serve({}, lambda: {"matmul_flops": matmul_flops(dtype, size=2048)})
 
 
 def main() -> None:
-    """Read the job, measure, print."""
+    """Read the job, take part."""
     job = json.loads(sys.argv[1])
-    result = measure_peak(job) if job["settings"]["model"] == "matmul" else measure(job)
-    print(json.dumps(result))
+    contestant = enter_matmul if job["settings"]["model"] == "matmul" else enter
+    contestant(job)
 
 
 if __name__ == "__main__":

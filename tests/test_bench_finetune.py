@@ -7,8 +7,8 @@ import pathlib
 import numpy as np
 import pytest
 
-from nanolm import bench_cells
-from nanolm.bench_finetune import Examples, PeerTuning, build_tuning, peer_order
+from nanolm import bench_contest
+from nanolm.bench_finetune import Examples, build_tuning, peer_order
 from nanolm.bench_shape import Clock
 from nanolm.cli import main
 from nanolm.commands.bench_finetune import CONTESTANTS, Arguments, read_examples
@@ -36,15 +36,13 @@ def test_all_contestants_train_one_model_on_real_tokens(precision):
         shape = TINY | {"n_classes": 3}
         job = {"shape": shape, "precision": precision, "settings": settings | {"compile": False}}
         step, clock = build_tuning(job, given), Clock()
-        if isinstance(step, PeerTuning):
-            step.prepare(10)
         seen = []
         for _ in range(10):  # one epoch
             clock.start()
-            loss, real, places = step(clock)
+            figures = step(clock)
             clock.stop()
-            assert 0.5 < loss < 3 and real <= places
-            seen.append((real, places))
+            assert 0.5 < figures["loss"] < 3 and figures["tokens"] <= figures["places"]
+            seen.append((figures["tokens"], figures["places"]))
         counts[name], tokens[name] = step.n_parameters, sum(real for real, _ in seen)
         if name == "nanolm":
             assert all(real == places for real, places in seen)  # nothing is padding
@@ -78,20 +76,32 @@ def test_texts_become_framed_ids_and_columns_are_checked(tmp_path, capsys):
     assert "has no column query; it has text, kind" in capsys.readouterr().err
 
 
+class FakePlayer:
+    """A contestant without a process, four times, twice or just as slow as nanolm."""
+
+    def __init__(self, job, module):
+        assert module == "nanolm.bench_finetune"
+        self.job, self.turns, self.facts = job, [], {"parameters": 5}
+
+    def ready(self):
+        pass
+
+    def turn(self):
+        settings, count = self.job["settings"], self.job["steps"]
+        slow = {"nanolm": 1, "padded": 4, "grouped": 2}[settings["model"]]
+        seconds = [0.1 * slow * (3 if settings["compile"] else 1)] * count
+        times = {"seconds": seconds, "cpu_seconds": seconds, "peak_bytes": 1e6}
+        self.turns.append(times | {"tokens": [100] * count, "places": [100 * slow] * count})
+        return self.turns[-1]
+
+    def leave(self):
+        pass
+
+
 def test_the_command_reports_rates_and_ratios(tmp_path, monkeypatch, capsys):
     table(tmp_path, "train", [{"text": line} for line in source_lines()])
 
-    def fake(job, module):
-        assert module == "nanolm.bench_finetune"
-        slow = {"nanolm": 1, "padded": 4, "grouped": 2}[job["settings"]["model"]]
-        slow *= 3 if job["settings"]["compile"] else 1
-        seconds = [0.1 * slow] * job["steps"]
-        tokens = [100] * job["steps"]
-        places = [100 * slow] * job["steps"]
-        both = {"seconds": seconds, "cpu_seconds": seconds, "tokens": tokens, "places": places}
-        return both | {"peak_bytes": 1e6, "parameters": 5}
-
-    monkeypatch.setattr(bench_cells, "run_process", fake)
+    monkeypatch.setattr(bench_contest, "Player", FakePlayer)
     words = ["bench", "finetune", "--data", str(tmp_path), "--column", "text", "--batch", "4"]
     words += ["--vocab_size", "600", "--rounds", "2", "--precisions", "fp32"]
     words += ["--results", str(tmp_path / "cells.json"), "--json", str(tmp_path / "figures.json")]
@@ -102,6 +112,6 @@ def test_the_command_reports_rates_and_ratios(tmp_path, monkeypatch, capsys):
     (report,) = json.loads((tmp_path / "figures.json").read_text())["reports"]
     assert report["rows"]["nanolm"]["tokens_per_second"] == pytest.approx(1000)
     assert report["rows"]["transformers, padded"]["useful"] == 0.25
-    monkeypatch.setattr(bench_cells, "run_process", None)  # nothing is measured twice
+    monkeypatch.setattr(bench_contest, "Player", None)  # nothing is measured twice
     main(words)
     assert capsys.readouterr().out == printed

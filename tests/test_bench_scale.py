@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from nanolm import bench_cells
 from nanolm.bench_cells import Cells
 from nanolm.commands import bench_scale
 from nanolm.commands.bench_scale import Arguments
@@ -26,7 +25,7 @@ def test_one_and_two_processes_are_measured_and_kept(tmp_path, monkeypatch, caps
         assert set(row["phases"]) == set(PHASES) and sum(row["phases"].values()) > 0
         assert len(row["turn_seconds"]) == 1
     assert len(json.loads((tmp_path / "cells.json").read_text())["cells"]) == 3
-    monkeypatch.setattr(bench_cells, "run_process", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(bench_scale, "run_process", lambda *_: pytest.fail("measured again"))
     bench_scale.run(Arguments(**keys, json=str(out)))
     assert json.loads(out.read_text()) == first
     assert "efficiency" in capsys.readouterr().out
@@ -38,7 +37,7 @@ def test_efficiency_is_time_or_work_over_processes(tmp_path, monkeypatch):
         phases = dict.fromkeys(PHASES, 0.0)
         return {"seconds": [0.1 * rows + 0.1], "phases": phases, "device": "cpu"}
 
-    monkeypatch.setattr(bench_cells, "run_process", fake)
+    monkeypatch.setattr(bench_scale, "run_process", fake)
     cells = Cells(str(tmp_path / "cells.json"))
     arguments = Arguments(**TINY, rounds=2)
     strong = bench_scale.measure(arguments, "strong", cells)

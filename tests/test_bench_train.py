@@ -1,17 +1,17 @@
-"""bench train: fair contestants, resumable cells, honest arithmetic; no time is asserted."""
+"""bench train: fair contestants, resumable contests, honest arithmetic; no time is asserted."""
 
-import dataclasses
 import json
 
 import pytest
 import torch
 
-from nanolm import bench_cells, bench_peers
-from nanolm.bench_cells import Cells
+from nanolm import bench_contest, bench_peers
+from nanolm.bench_contest import play
 from nanolm.bench_shape import Clock, Shape
 from nanolm.bench_step import NanolmStep, build_step
 from nanolm.cli import main
-from nanolm.commands.bench_train import Arguments, against_best, contestants
+from nanolm.commands import bench_train
+from nanolm.commands.bench_train import against_best, contestants
 from nanolm.errors import UserError
 
 TINY = {"n_layers": 1, "d_model": 32, "n_heads": 2, "row_length": 16, "batch": 2, "vocab_size": 64}
@@ -32,7 +32,7 @@ def steps_of(name, settings, precision="fp32", count=2):
     losses = []
     for _ in range(count):
         clock.start()
-        losses.append(step(clock))
+        losses.append(step(clock)["loss"])
         clock.stop()
     return step, clock, losses
 
@@ -70,41 +70,53 @@ def test_batches_of_peers_have_the_objectives_targets():
     assert SHAPE.n_masked == 2 and Shape().n_masked == 38
 
 
-def test_finished_cells_are_kept_and_found(tmp_path, monkeypatch, capsys):
-    calls = []
+class FakePlayer:
+    """A contestant without a process: nanolm takes a second a step, the others two, and compiled
+    ones twice as long; every third turn the machine is three times as slow for all."""
 
-    def fake(job, module):
-        calls.append(job)
-        if job["settings"]["model"] == "matmul":
-            return {"matmul_flops": 1e11}
-        slow = 2.0 if job["settings"].get("compile") else 1.0
-        seconds = [slow * (2 if job["settings"]["model"] != "nanolm" else 1)]
+    turns_taken = []
+
+    def __init__(self, job, module):
+        self.job, self.turns, self.facts = job, [], {"before_bytes": 1e6, "parameters": 5}
+
+    def ready(self):
+        pass
+
+    def turn(self):
+        settings = self.job["settings"]
+        self.turns_taken.append((settings["model"], settings.get("compile")))
+        seconds = [1.0 if settings["model"] == "nanolm" else 2.0]
+        seconds[0] *= (2 if settings.get("compile") else 1) * (1 if len(self.turns) % 3 else 3)
         phases = dict.fromkeys(("data", "forward", "loss", "backward", "optimizer"), 0.2)
-        return {
-            "seconds": seconds,
-            "cpu_seconds": seconds,
-            "phases": phases,
-            "peak_bytes": 3e6,
-            "before_bytes": 1e6,
-            "parameters": 5,
-        }
+        times = {"seconds": seconds, "cpu_seconds": seconds, "phases": phases}
+        figures = times | {"peak_bytes": 3e6, "matmul_flops": 1e11}
+        self.turns.append(figures)
+        return figures
 
-    monkeypatch.setattr(bench_cells, "run_process", fake)
-    words = ["bench", "train", "--objectives=[clm]", "--precisions=[fp32]", "--rounds", "2"]
+    def leave(self):
+        pass
+
+
+def test_contestants_take_turns_and_finished_contests_are_found(tmp_path, monkeypatch, capsys):
+    turns = FakePlayer.turns_taken = []
+    monkeypatch.setattr(bench_contest, "Player", FakePlayer)
+    words = ["bench", "train", "--objectives=[clm]", "--precisions=[fp32]", "--rounds", "6"]
     words += ["--results", str(tmp_path / "cells.json"), "--json", str(tmp_path / "figures.json")]
     main(words)
-    n_calls, printed = len(calls), capsys.readouterr().out
+    n_turns, printed = len(turns), capsys.readouterr().out
     main(words)
-    assert len(calls) == n_calls and capsys.readouterr().out == printed  # nothing measured twice
-    order = [job["settings"]["model"] for job in calls[-12:]]
-    assert order[:6] == order[6:]  # A B C A B C
-    assert not any(job["settings"].get("compile") for job in calls[-12:])  # slower in the trial
+    assert len(turns) == n_turns and capsys.readouterr().out == printed  # nothing measured twice
+    rounds = [turns[-6 * n :][:6] for n in range(6, 0, -1)]
+    assert all(order == rounds[0] for order in rounds)  # A B C A B C
+    assert rounds[0][-1][0] == "matmul"
+    assert not any(compiled for order in rounds for _, compiled in order)  # slower in the trial
     report = json.loads((tmp_path / "figures.json").read_text())["reports"][0]
     assert report["against_best"]["speed"] == 2.0
+    assert report["against_best"]["speed_quartiles"] == [2.0, 2.0]
     assert report["rows"]["nanolm"]["tokens_per_second"] == Shape().tokens
     assert "2.00x" in printed
     main([*words, "--fresh", "true"])
-    assert len(calls) == 2 * n_calls
+    assert len(turns) == 2 * n_turns
 
 
 def test_a_results_file_of_something_else_is_refused(tmp_path, capsys):
@@ -118,31 +130,35 @@ def test_a_results_file_of_something_else_is_refused(tmp_path, capsys):
     assert "nlp" in capsys.readouterr().err
 
 
-def test_a_process_measures_and_a_failed_one_says_why(tmp_path):
-    arguments = Arguments(warmup=1, steps=1, threads=1, **TINY)
-    job = {
-        "precision": "fp32",
-        "shape": dataclasses.asdict(arguments.shape),
-        "threads": 1,
-        "warmup": 1,
-        "steps": 1,
-        "settings": {"model": "nanolm", "objective": "mlm"},
+def test_contestants_in_processes_of_their_own_and_one_that_fails(tmp_path):
+    common = {"precision": "fp32", "shape": TINY, "threads": 1, "warmup": 1, "steps": 2}
+    settings = {"model": "nanolm", "objective": "mlm"}
+    jobs = {
+        "nanolm": [common | {"settings": settings}],
+        "matmul": [common | {"settings": bench_train.MATMUL}],
     }
-    cells = Cells(str(tmp_path / "cells.json"))
-    result = cells.measure(job, 1)
-    assert len(result["seconds"]) == 1 and result["peak_bytes"] > result["before_bytes"] > 0
+    played = play(jobs, 2, "nanolm.bench_step", bench_train.speed)
+    assert played["nanolm"]["facts"]["parameters"] > 0
+    for turn in played["nanolm"]["turns"]:
+        assert len(turn["seconds"]) == len(turn["loss"]) == 2
+        assert turn["peak_bytes"] > played["nanolm"]["facts"]["before_bytes"] > 0
+    assert all(turn["matmul_flops"] > 0 for turn in played["matmul"]["turns"])
+    nobody = common | {"settings": {"model": "nobody", "objective": "clm"}}
     with pytest.raises(UserError, match="KeyError"):
-        cells.measure(job | {"settings": {"model": "nobody", "objective": "clm"}}, 1)
-    assert len(Cells(str(tmp_path / "cells.json")).cells) == 1
+        play({"nobody": [nobody]}, 1, "nanolm.bench_step", bench_train.speed)
 
 
-def test_ratios_are_against_the_fastest_of_the_others():
-    row = {"cpu_seconds": 1.0, "peak_bytes": 10.0, "training_bytes": 4.0}
-    rows = {
-        "nanolm": row | {"step_seconds": 1.0, "training_bytes": 2.0},
-        "nanolm, reference kernels": row | {"step_seconds": 0.5},
-        "a": row | {"step_seconds": 3.0},
-        "b": row | {"step_seconds": 2.0},
+def test_ratios_are_against_the_fastest_of_the_others_round_by_round():
+    def entry(seconds, peak, before):
+        turns = [{"seconds": [s], "cpu_seconds": [1.0], "peak_bytes": peak} for s in seconds]
+        return {"turns": turns, "facts": {"before_bytes": before}}
+
+    played = {
+        "nanolm": entry([1, 1, 10], 8.0, 6.0),
+        "nanolm, reference kernels": entry([0.5, 0.5, 0.5], 8.0, 6.0),
+        "a": entry([3, 3, 30], 10.0, 6.0),
+        "b": entry([2, 2, 20], 10.0, 6.0),
     }
-    ratio = against_best(rows)
-    assert ratio["best"] == "b" and ratio["speed"] == 2.0 and ratio["training_memory"] == 0.5
+    ratio = against_best(played)
+    assert ratio["best"] == "b" and ratio["speed"] == 2.0 and ratio["cpu_time"] == 1.0
+    assert ratio["peak_memory"] == 0.8 and ratio["training_memory"] == 0.5

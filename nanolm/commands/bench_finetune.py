@@ -1,10 +1,11 @@
 """`nanolm bench finetune`: real tokens per second of fine-tuning beside transformers' padded loop
 and beside the same loop on batches of like length.
 
-Same model, same examples per step, same environment, a fresh process for each measurement, and
-turns A B C A B C …, as in `nanolm bench train`; where it helps a contestant, it is compiled. A
-turn's rate is the tokens of its steps over their seconds, and the table shows the median turn;
-"useful" is the share of computed places that hold a real token.
+Same model, same examples per step, same environment, a process for each contestant, and turns
+A B C A B C …, as in `nanolm bench train`; where it helps a contestant, it is compiled. A turn's
+rate is the tokens of its steps over their seconds. The table shows the median turn, a ratio is the
+median of the quotients of all rounds; "useful" is the share of computed places that hold a real
+token.
 
 Data: any table with a text column. The default are short docstring lines of the Python standard
 library. Finished measurements are kept in `results`; an interrupted benchmark goes on.
@@ -17,13 +18,13 @@ import hashlib
 import os
 import pathlib
 import statistics
-import sys
 import tempfile
 from typing import Any
 
 import numpy as np
 
 from nanolm.bench_cells import Cells, cpu_name
+from nanolm.bench_contest import play
 from nanolm.bench_finetune import Examples, TuneShape
 from nanolm.commands.figures import write_json
 from nanolm.data.task_splits import find_split, read_split
@@ -52,12 +53,12 @@ class Arguments:
     same)."""
     precisions: list[str] = dataclasses.field(default_factory=lambda: ["fp32", "bf16"])
     """In which arithmetic: fp32, bf16."""
-    rounds: int = 5
-    """Turns of every contestant, after the round that tries settings."""
-    steps: int = 25
-    """Measured steps in each turn."""
+    rounds: int = 15
+    """Turns of every contestant, after the turns that try its variants."""
+    steps: int = 10
+    """Steps of a turn."""
     warmup: int = 5
-    """Steps before them."""
+    """Steps before all turns."""
     threads: int | None = None
     """Threads of every contestant; null means all cores."""
     compile: bool = True
@@ -90,7 +91,7 @@ class Arguments:
         for value in self.only or []:
             if value not in CONTESTANTS:
                 raise UserError(f"only: {value!r} is none of {'; '.join(CONTESTANTS)}")
-        for name in ("rounds", "steps", "batch", "n_layers"):
+        for name in ("rounds", "steps", "warmup", "batch", "n_layers"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
 
@@ -164,20 +165,9 @@ def prepared(arguments: Arguments) -> tuple[str, int, dict[str, Any]]:
     return str(path), n_classes, facts
 
 
-def rate(result: dict[str, Any], key: str = "seconds") -> float:
+def rate(turn: dict[str, Any], key: str = "seconds") -> float:
     """Real tokens per second of one turn."""
-    return sum(result["tokens"]) / sum(result[key])
-
-
-def fastest(
-    settings: dict[str, Any], common: dict[str, Any], cells: Cells, try_compile: bool
-) -> dict[str, Any]:
-    """The contestant's job with those of its settings that were fastest in turn 0."""
-    variants = [settings | {"compile": False}]
-    if try_compile:
-        variants.append(settings | {"compile": True})
-    jobs = [common | {"settings": variant} for variant in variants]
-    return max(jobs, key=lambda job: rate(cells.measure(job, 0)))
+    return sum(turn["tokens"]) / sum(turn[key])
 
 
 def bench(
@@ -192,39 +182,46 @@ def bench(
         "warmup": arguments.warmup,
         "steps": arguments.steps,
     }
-    wanted = arguments.only or list(CONTESTANTS)
-    jobs = {name: fastest(CONTESTANTS[name], common, cells, arguments.compile) for name in wanted}
-    turns: dict[str, list[dict[str, Any]]] = {name: [] for name in jobs}
-    for turn in range(1, arguments.rounds + 1):
-        for name, job in jobs.items():
-            turns[name].append(cells.measure(job, turn))
-        print(f"{precision}: turn {turn} of {arguments.rounds}", file=sys.stderr)
-    rows = {name: figures_of(jobs[name], turns[name]) for name in jobs}
-    return {"precision": precision, "rows": rows, "ratios": ratios(rows)}
+    compiled = [False, True] if arguments.compile else [False]
+    jobs = {
+        name: [common | {"settings": CONTESTANTS[name] | {"compile": c}} for c in compiled]
+        for name in arguments.only or list(CONTESTANTS)
+    }
+    played = cells.get(
+        {"jobs": jobs, "rounds": arguments.rounds},
+        lambda: {"played": play(jobs, arguments.rounds, "nanolm.bench_finetune", rate)},
+    )["played"]
+    rows = {name: figures_of(entry) for name, entry in played.items()}
+    return {"precision": precision, "rows": rows, "ratios": ratios(played)}
 
 
-def figures_of(job: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, Any]:
+def figures_of(entry: dict[str, Any]) -> dict[str, Any]:
     """What the table shows of one contestant."""
-    tokens = sum(sum(result["tokens"]) for result in results)
+    turns = entry["turns"]
     return {
-        "compile": job["settings"]["compile"],
-        "tokens_per_second": statistics.median(map(rate, results)),
-        "tokens_per_cpu_second": statistics.median(rate(r, "cpu_seconds") for r in results),
-        "useful": tokens / sum(sum(result["places"]) for result in results),
-        "step_seconds": statistics.median(s for r in results for s in r["seconds"]),
-        "peak_bytes": statistics.median(r["peak_bytes"] for r in results),
-        "parameters": results[0]["parameters"],
-        "load_average": statistics.median(r["load_average"] for r in results),
+        "compile": entry["job"]["settings"]["compile"],
+        "tokens_per_second": statistics.median(map(rate, turns)),
+        "tokens_per_cpu_second": statistics.median(rate(t, "cpu_seconds") for t in turns),
+        "useful": sum(sum(t["tokens"]) for t in turns) / sum(sum(t["places"]) for t in turns),
+        "step_seconds": statistics.median(s for turn in turns for s in turn["seconds"]),
+        "peak_bytes": max(turn["peak_bytes"] for turn in turns),
+        "parameters": entry["facts"]["parameters"],
     }
 
 
-def ratios(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """nanolm's rate over each other's, by wall clock and by CPU time."""
-    ours = rows.get("nanolm")
-    keys = ("tokens_per_second", "tokens_per_cpu_second")
+def ratios(played: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """nanolm's rate over each other's, by wall clock and by CPU time: median over rounds."""
+    ours = played.get("nanolm")
+    keys = {"tokens_per_second": "seconds", "tokens_per_cpu_second": "cpu_seconds"}
     return {
-        name: {key: ours[key] / row[key] for key in keys}
-        for name, row in rows.items()
+        name: {
+            shown: statistics.median(
+                rate(own, key) / rate(theirs, key)
+                for own, theirs in zip(ours["turns"], entry["turns"], strict=True)
+            )
+            for shown, key in keys.items()
+        }
+        for name, entry in played.items()
         if ours is not None and name != "nanolm"
     }
 
@@ -260,7 +257,7 @@ def table(report: dict[str, Any]) -> str:
 
 def run(arguments: Arguments) -> None:
     """Prepare, measure, print tables, write the figures."""
-    cells = Cells(arguments.results, arguments.fresh, "nanolm.bench_finetune")
+    cells = Cells(arguments.results, arguments.fresh)
     data, n_classes, facts = prepared(arguments)
     shape = arguments.shape(n_classes)
     print(

@@ -14,6 +14,7 @@ optimizer. Finished measurements are kept in `results`, so an interrupted benchm
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import statistics
 import sys
@@ -22,11 +23,14 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from nanolm.bench_cells import Cells, cpu_name
+from nanolm.bench_cells import Cells, cpu_name, run_process
 from nanolm.bench_shape import Shape
 from nanolm.commands.figures import write_json
 from nanolm.errors import require, require_at_least
 from nanolm.progress import PHASES
+
+MODULE = "nanolm.bench_ranks"
+"""Starts the ranks of one measurement."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,7 +88,10 @@ def measure(arguments: Arguments, scaling: str, cells: Cells) -> list[dict[str, 
     found: dict[int, list[dict[str, Any]]] = {count: [] for count in jobs}
     for turn in range(1, arguments.rounds + 1):
         for count, job in jobs.items():
-            found[count].append(cells.measure(job, turn))
+            taken = cells.get(
+                {"job": job, "turn": turn}, functools.partial(run_process, job, MODULE)
+            )
+            found[count].append(taken)
         print(f"{scaling}: turn {turn} of {arguments.rounds}", file=sys.stderr)
     return rows(arguments, scaling, found)
 
@@ -140,7 +147,7 @@ def table_of(arguments: Arguments, found: list[dict[str, Any]]) -> Table:
 
 def run(arguments: Arguments) -> None:
     """Measure, print the table, write the figures."""
-    cells = Cells(arguments.results, arguments.fresh, "nanolm.bench_ranks")
+    cells = Cells(arguments.results, arguments.fresh)
     found = [row for scaling in ("strong", "weak") for row in measure(arguments, scaling, cells)]
     Console(width=140).print(table_of(arguments, found))
     cores = os.cpu_count() or 1

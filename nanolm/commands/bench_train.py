@@ -1,16 +1,16 @@
 """`nanolm bench train`: one training step of nanolm beside transformers' GPT-2 and BERT and a plain
 loop, at one fixed shape.
 
-Each measurement is a fresh process (`bench_step.py`) with the same environment for all. A first
-round tries every contestant's settings (torch.compile or not) and keeps its fastest; then the
-contestants take turns, A B C A B C …, so that whatever else the machine does meets them all. The
-table shows medians over rounds; a ratio is a quotient of two medians of one run.
+Each contestant is a fresh process (`bench_step.py`) with the same environment for all. Trial turns
+with and without torch.compile keep its faster variant; then the contestants take turns of one step,
+A B C A B C … (`bench_contest.py`). The table shows medians over rounds; a ratio is the median of
+the quotients of all rounds, and stands beside their quartiles.
 
 Model FLOPs are those that the objective needs (for MLM the vocabulary projection of the masked
-positions only), the same figure for every contestant. MFU is their rate over the best matrix
-product rate that was measured between the turns.
+positions only), the same figure for every contestant. MFU is their rate over the matrix product's
+rate, the median of what was measured in the same rounds.
 
-Finished measurements are kept in `results` under a hash of everything that decides them, so an
+Finished contests are kept in `results` under a hash of everything that decides them, so an
 interrupted benchmark goes on where it was.
 """
 
@@ -19,10 +19,10 @@ from __future__ import annotations
 import dataclasses
 import os
 import statistics
-import sys
 from typing import Any
 
 from nanolm.bench_cells import Cells, cpu_name
+from nanolm.bench_contest import play
 from nanolm.bench_shape import PHASES, Shape
 from nanolm.commands.figures import write_json
 from nanolm.errors import UserError
@@ -40,12 +40,12 @@ class Arguments(Shape):
     """Which steps: clm, mlm."""
     precisions: list[str] = dataclasses.field(default_factory=lambda: ["fp32", "bf16"])
     """In which arithmetic: fp32, bf16."""
-    rounds: int = 5
-    """Turns of every contestant, after the round that tries settings."""
-    steps: int = 3
-    """Measured steps in each turn."""
+    rounds: int = 15
+    """Turns of every contestant, after the turns that try its variants."""
+    steps: int = 1
+    """Steps of a turn."""
     warmup: int = 2
-    """Steps before them."""
+    """Steps before all turns."""
     threads: int | None = None
     """Threads of every contestant; null means all cores."""
     compile: bool = True
@@ -64,7 +64,7 @@ class Arguments(Shape):
             for value in getattr(self, name):
                 if value not in known:
                     raise UserError(f"{name}: {value!r} is none of {', '.join(known)}")
-        for name in ("rounds", "steps", "batch", "row_length", "n_layers"):
+        for name in ("rounds", "steps", "warmup", "batch", "row_length", "n_layers"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
 
@@ -93,20 +93,6 @@ def contestants(objective: str) -> dict[str, dict[str, Any]]:
     return {name: settings | {"objective": objective} for name, settings in rows.items()}
 
 
-@dataclasses.dataclass
-class Entry:
-    """A contestant with the settings that won its trial, and its results."""
-
-    name: str
-    job: dict[str, Any]
-    results: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-
-    def median(self, key: str) -> float:
-        """Median over turns; a list's own median stands for it."""
-        values = [result[key] for result in self.results]
-        return statistics.median(statistics.median(v) if isinstance(v, list) else v for v in values)
-
-
 def bench(arguments: Arguments, objective: str, precision: str, cells: Cells) -> dict[str, Any]:
     """All contestants of one step in one precision: figures by name."""
     common = {
@@ -116,70 +102,65 @@ def bench(arguments: Arguments, objective: str, precision: str, cells: Cells) ->
         "warmup": arguments.warmup,
         "steps": arguments.steps,
     }
-    names = {k: v for k, v in contestants(objective).items() if not skipped(arguments, k)}
-    entries = [
-        fastest(name, settings, common, cells, arguments.compile)
-        for name, settings in names.items()
-    ]
-    peaks = []
-    for turn in range(1, arguments.rounds + 1):
-        for entry in entries:
-            entry.results.append(cells.measure(entry.job, turn))
-        peaks.append(cells.measure(common | {"settings": MATMUL}, turn)["matmul_flops"])
-        print(f"{objective} {precision}: turn {turn} of {arguments.rounds}", file=sys.stderr)
-    figures = {entry.name: figures_of(entry, arguments.shape, max(peaks)) for entry in entries}
+    variants = {
+        name: [common | {"settings": variant} for variant in variants_of(settings, arguments)]
+        for name, settings in contestants(objective).items()
+        if arguments.only is None or name in arguments.only
+    }
+    jobs = variants | {"matmul": [common | {"settings": MATMUL}]}
+    played = cells.get(
+        {"jobs": jobs, "rounds": arguments.rounds},
+        lambda: {"played": play(jobs, arguments.rounds, "nanolm.bench_step", speed)},
+    )["played"]
+    peak = statistics.median(turn["matmul_flops"] for turn in played.pop("matmul")["turns"])
     return {
         "objective": objective,
         "precision": precision,
-        "matmul_tflops": max(peaks) / 1e12,
-        "rows": figures,
-        "against_best": against_best(figures),
+        "matmul_tflops": peak / 1e12,
+        "rows": {name: figures_of(entry, arguments.shape, peak) for name, entry in played.items()},
+        "against_best": against_best(played),
     }
 
 
-def skipped(arguments: Arguments, name: str) -> bool:
-    """Whether `--only` leaves this contestant out."""
-    return arguments.only is not None and name not in arguments.only
+def variants_of(settings: dict[str, Any], arguments: Arguments) -> list[dict[str, Any]]:
+    """A contestant as it is, and compiled; the rows that show other kernels only as they are."""
+    tries = arguments.compile and "kernels" not in settings
+    return [settings | {"compile": compiled} for compiled in ([False, True] if tries else [False])]
 
 
-def fastest(
-    name: str, settings: dict[str, Any], common: dict[str, Any], cells: Cells, try_compile: bool
-) -> Entry:
-    """The contestant with those of its settings that were fastest in turn 0.
-
-    The rows that show nanolm with other kernels run without torch.compile.
-    """
-    variants = [settings | {"compile": False}]
-    if try_compile and "kernels" not in settings:
-        variants.append(settings | {"compile": True})
-    jobs = [common | {"settings": variant} for variant in variants]
-    medians = [statistics.median(cells.measure(job, 0)["seconds"]) for job in jobs]
-    return Entry(name, jobs[medians.index(min(medians))])
+def speed(turn: dict[str, Any]) -> float:
+    """Steps per second of one turn."""
+    return len(turn["seconds"]) / sum(turn["seconds"])
 
 
-def figures_of(entry: Entry, shape: Shape, peak: float) -> dict[str, Any]:
+def median(entry: dict[str, Any], key: str) -> float:
+    """Median over turns; a turn's list stands for its own median."""
+    values = [turn[key] for turn in entry["turns"]]
+    return statistics.median(statistics.median(v) if isinstance(v, list) else v for v in values)
+
+
+def figures_of(entry: dict[str, Any], shape: Shape, peak: float) -> dict[str, Any]:
     """What the table shows of one contestant."""
-    seconds = entry.median("seconds")
-    settings = entry.job["settings"]
+    seconds = median(entry, "seconds")
+    settings, facts = entry["job"]["settings"], entry["facts"]
     flops = step_flops(shape, settings["objective"]) / seconds
     phases = {
-        phase: statistics.median(result["phases"][phase] for result in entry.results)
+        phase: statistics.median(turn["phases"][phase] for turn in entry["turns"])
         for phase in PHASES
-        if phase in entry.results[0]["phases"]
+        if phase in entry["turns"][0]["phases"]
     }
+    peak_bytes = max(turn["peak_bytes"] for turn in entry["turns"])
     return {
         "compile": settings["compile"],
         "step_seconds": seconds,
-        "cpu_seconds": entry.median("cpu_seconds"),
-        "load_average": entry.median("load_average"),
+        "cpu_seconds": median(entry, "cpu_seconds"),
         "tokens_per_second": shape.tokens / seconds,
         "model_tflops": flops / 1e12,
         "mfu": flops / peak,
-        "peak_bytes": entry.median("peak_bytes"),
-        "training_bytes": entry.median("peak_bytes") - entry.median("before_bytes"),
+        "peak_bytes": peak_bytes,
+        "training_bytes": peak_bytes - facts["before_bytes"],
         "phases": phases,
-        "parameters": entry.results[0]["parameters"],
-        "turn_seconds": [statistics.median(result["seconds"]) for result in entry.results],
+        "parameters": facts["parameters"],
     }
 
 
@@ -197,19 +178,31 @@ def step_flops(shape: Shape, objective: str) -> float:
     return shape.tokens * train_flops_per_token(model, shape.row_length, predicted_share=share)
 
 
-def against_best(figures: dict[str, dict]) -> dict[str, Any]:
+def against_best(played: dict[str, dict]) -> dict[str, Any]:
     """nanolm over the fastest of the others: speed (higher is better), memory (lower is better)."""
-    others = {name: row for name, row in figures.items() if not name.startswith("nanolm")}
-    if "nanolm" not in figures or not others:
+    others = {name: entry for name, entry in played.items() if not name.startswith("nanolm")}
+    if "nanolm" not in played or not others:
         return {}
-    name = min(others, key=lambda other: others[other]["step_seconds"])
-    ours, best = figures["nanolm"], others[name]
+    name = min(others, key=lambda other: median(others[other], "seconds"))
+    ours, best = played["nanolm"], others[name]
+
+    def quotients(key: str) -> list[float]:
+        pairs = zip(best["turns"], ours["turns"], strict=True)
+        return [sum(theirs[key]) / sum(own[key]) for theirs, own in pairs]
+
+    def memory(entry: dict[str, Any], before: int) -> int:
+        return max(turn["peak_bytes"] for turn in entry["turns"]) - before
+
+    speeds = quotients("seconds")
+    low, middle, high = statistics.quantiles(speeds, n=4) if len(speeds) > 1 else speeds * 3
+    before = [entry["facts"]["before_bytes"] for entry in (ours, best)]
     return {
         "best": name,
-        "speed": best["step_seconds"] / ours["step_seconds"],
-        "cpu_time": best["cpu_seconds"] / ours["cpu_seconds"],
-        "peak_memory": ours["peak_bytes"] / best["peak_bytes"],
-        "training_memory": ours["training_bytes"] / best["training_bytes"],
+        "speed": middle,
+        "speed_quartiles": [low, high],
+        "cpu_time": statistics.median(quotients("cpu_seconds")),
+        "peak_memory": memory(ours, 0) / memory(best, 0),
+        "training_memory": memory(ours, before[0]) / memory(best, before[1]),
     }
 
 
@@ -245,7 +238,8 @@ def table(report: dict[str, Any]) -> str:
     ]
     if ratio := report["against_best"]:
         texts.append(
-            f"nanolm / {ratio['best']}: speed {ratio['speed']:.2f}x (by CPU time "
+            f"nanolm / {ratio['best']}: speed {ratio['speed']:.2f}x (quartiles "
+            f"{ratio['speed_quartiles'][0]:.2f}–{ratio['speed_quartiles'][1]:.2f}; by CPU time "
             f"{ratio['cpu_time']:.2f}x), peak memory {ratio['peak_memory']:.2f}x (without what was "
             f"resident before the model: {ratio['training_memory']:.2f}x)"
         )
