@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 
 from nanolm import container, watchdog
-from nanolm.container import append_line
 from nanolm.distributed import World
 from nanolm.errors import UserError
 from nanolm.progress import Progress, straggler
@@ -39,7 +38,8 @@ def fit_and_be_killed(world, config, kills, seed, book):
     def die():
         writing = bool(list(trainer.snapshot.checkpoints.folder.glob(".tmp-*")))
         entry = {"attempt": attempt, "step": trainer.done, "phase": trainer.progress.phase}
-        append_line(book / f"{world.rank}.jsonl", json.dumps(entry | {"writing": writing}))
+        with (book / f"{world.rank}.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry | {"writing": writing}) + "\n")
         os.kill(os.getpid(), signal.SIGKILL)
 
     def hook(record):
@@ -71,6 +71,7 @@ def survive(tmp_path, ranks, kills, **changes):
     assert_same_bits(whole, broken, f"checkpoints/step-{steps:08d}")
     assert not list(broken.rglob(".tmp*"))
     entries = [json.loads(line) for path in book.iterdir() for line in path.open()]
+    assert all(entry["writing"] for entry in entries if entry["attempt"] % 5 == 1)
     assert sorted(entry["attempt"] for entry in entries) == list(range(kills))
     assert all(entry["step"] < steps and entry["phase"] != "start" for entry in entries)
     assert sum(entry["writing"] for entry in entries) >= kills // 5
@@ -200,8 +201,8 @@ def test_nan_in_one_ranks_gradient(tmp_path, policy):
         assert all("UserError: step 8" in answer for answer in answers)
         return
     assert answers[0][1] == answers[1][1]
-    (note,) = answers[0][0]
-    assert "gradient of trunk.blocks.1.1.weight (rank 1)" in note
+    notes = [note for note in answers[0][0] if "is slow" not in note]  # of a loaded machine
+    assert len(notes) == 1 and "gradient of trunk.blocks.1.1.weight (rank 1)" in notes[0]
     # Going back and passing over the same step is the same as never having taken it.
     config = tiny_config(tmp_path / "b", train__steps=14, train__nonfinite="skip")
     assert in_ranks(2, fit_with_bad_gradient, config, 1, [8])[0][1] == answers[0][1]

@@ -128,6 +128,8 @@ def stairs(options, steps):
 
 @kernel("attention")
 class NamedAttention(ReferenceAttention):
+    """The reference under another name."""
+
     name = "example"
 
 
