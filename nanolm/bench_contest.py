@@ -7,6 +7,10 @@ the machine does for a minute meets them all, a turn's quotient compares neighbo
 many short turns cost no more than a few long ones. (A process per measurement, with a start of its
 own, puts half a minute between two that are to be compared.)
 
+A virtual machine whose host takes its cores away (Linux counts that as stolen time) measures the
+host. A round in which more than `QUIET` of the time was stolen is taken again after a rest as long
+as itself, up to three times as many rounds as were asked for; the result says how many were quiet.
+
 Both ends of the pipe are here: `Player` is the contest's end, `serve` that of a contestant.
 """
 
@@ -14,10 +18,12 @@ from __future__ import annotations
 
 import json
 import os
+import pathlib
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,6 +32,8 @@ from nanolm.errors import UserError
 
 TRIAL_TURNS = 3
 """Turns in which a contestant's variants are compared before the contest."""
+QUIET = 0.03
+"""Share of the cores' time that may be stolen in a round that counts."""
 
 
 def serve(facts: dict[str, Any], turn: Callable[[], dict[str, Any]]) -> None:
@@ -98,8 +106,9 @@ def play(
     rounds: int,
     module: str,
     rate: Callable[[dict[str, Any]], float],
-) -> dict[str, dict[str, Any]]:
-    """{name: {job, facts, turns}} after so many rounds.
+) -> dict[str, Any]:
+    """A contest of so many rounds: `players` {name: {job, facts, turns}}, and of each round the
+    share of the machine's time that was `stolen`.
 
     variants: contestant -> its jobs, of which the one with the best median `rate` in its trial
     turns takes part. Raises UserError when a contestant fails.
@@ -108,17 +117,49 @@ def play(
     try:
         for name, jobs in variants.items():
             players[name] = fittest(jobs, module, rate)
-        for number in range(1, rounds + 1):
-            for player in players.values():
-                player.turn()
-            print(f"round {number} of {rounds}", file=sys.stderr)
-        return {
+        stolen = take_rounds(list(players.values()), rounds)
+        entries = {
             name: {"job": player.job, "facts": player.facts, "turns": player.turns}
             for name, player in players.items()
         }
+        return {"players": entries, "stolen": stolen}
     finally:
         for player in players.values():
             player.leave()
+
+
+def take_rounds(players: Sequence[Player], rounds: int) -> list[float]:
+    """Takes rounds until so many were quiet, or three times as many were taken; the stolen share of
+    each round that counts. The quiet ones count, and the quietest others if they are too few."""
+    shares: list[float] = []
+    seconds = 0.0
+    while sum(share <= QUIET for share in shares) < rounds and len(shares) < 3 * rounds:
+        if shares and shares[-1] > QUIET:
+            time.sleep(seconds)
+        before, begin = stolen_seconds(), time.perf_counter()
+        for player in players:
+            player.turn()
+        seconds = time.perf_counter() - begin
+        shares.append((stolen_seconds() - before) / (seconds * (os.cpu_count() or 1)))
+        print(f"round {len(shares)}: {shares[-1]:.0%} of the time stolen", file=sys.stderr)
+    kept = sorted(sorted(range(len(shares)), key=shares.__getitem__)[:rounds])
+    for player in players:
+        player.turns = [player.turns[number] for number in kept]
+    return [shares[number] for number in kept]
+
+
+def stolen_seconds() -> float:
+    """Seconds that this machine's host has taken from its cores since the start (proc(5), stat)."""
+    stat = pathlib.Path("/proc/stat")
+    if not stat.is_file():
+        return 0.0
+    return int(stat.read_text().split("\n", 1)[0].split()[8]) / os.sysconf("SC_CLK_TCK")
+
+
+def quiet(stolen: Sequence[float]) -> str:
+    """How quiet the rounds were, in words."""
+    count = sum(share <= QUIET for share in stolen)
+    return f"{count} of {len(stolen)} rounds quiet, {max(stolen):.0%} stolen in the worst"
 
 
 def fittest(

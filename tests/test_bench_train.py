@@ -1,5 +1,6 @@
 """bench train: fair contestants, resumable contests, honest arithmetic; no time is asserted."""
 
+import itertools
 import json
 
 import pytest
@@ -137,7 +138,9 @@ def test_contestants_in_processes_of_their_own_and_one_that_fails(tmp_path):
         "nanolm": [common | {"settings": settings}],
         "matmul": [common | {"settings": bench_train.MATMUL}],
     }
-    played = play(jobs, 2, "nanolm.bench_step", bench_train.speed)
+    contest = play(jobs, 2, "nanolm.bench_step", bench_train.speed)
+    played = contest["players"]
+    assert len(contest["stolen"]) == 2 and all(0 <= share <= 1 for share in contest["stolen"])
     assert played["nanolm"]["facts"]["parameters"] > 0
     for turn in played["nanolm"]["turns"]:
         assert len(turn["seconds"]) == len(turn["loss"]) == 2
@@ -146,6 +149,23 @@ def test_contestants_in_processes_of_their_own_and_one_that_fails(tmp_path):
     nobody = common | {"settings": {"model": "nobody", "objective": "clm"}}
     with pytest.raises(UserError, match="KeyError"):
         play({"nobody": [nobody]}, 1, "nanolm.bench_step", bench_train.speed)
+
+
+def test_rounds_that_the_host_disturbed_are_taken_again(monkeypatch):
+    stolen, rests = [0, 0, 0, 50, 0, 0, 0, 10, 0, 0], []  # before and after each round
+    total = itertools.accumulate(stolen)
+    monkeypatch.setattr(bench_contest, "stolen_seconds", lambda: next(total))
+    monkeypatch.setattr(bench_contest.time, "sleep", rests.append)
+    players = [FakePlayer({"settings": {"model": name}}, "") for name in ("nanolm", "a")]
+    shares = bench_contest.take_rounds(players, 3)
+    assert shares == [0, 0, 0] and len(rests) == 2
+    assert [len(player.turns) for player in players] == [3, 3]
+    noisy = itertools.count()
+    monkeypatch.setattr(bench_contest, "stolen_seconds", lambda: next(noisy))
+    for player in players:
+        player.turns = []
+    assert len(bench_contest.take_rounds(players, 2)) == 2 and min(shares) == 0
+    assert [len(player.turns) for player in players] == [2, 2]
 
 
 def test_ratios_are_against_the_fastest_of_the_others_round_by_round():

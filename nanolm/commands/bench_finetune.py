@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from nanolm.bench_cells import Cells, cpu_name
-from nanolm.bench_contest import play
+from nanolm.bench_contest import play, quiet
 from nanolm.bench_finetune import Examples, TuneShape
 from nanolm.commands.figures import write_json
 from nanolm.data.task_splits import find_split, read_split
@@ -187,12 +187,13 @@ def bench(
         name: [common | {"settings": CONTESTANTS[name] | {"compile": c}} for c in compiled]
         for name in arguments.only or list(CONTESTANTS)
     }
-    played = cells.get(
+    contest = cells.get(
         {"jobs": jobs, "rounds": arguments.rounds},
-        lambda: {"played": play(jobs, arguments.rounds, "nanolm.bench_finetune", rate)},
-    )["played"]
+        lambda: play(jobs, arguments.rounds, "nanolm.bench_finetune", rate),
+    )
+    played, stolen = contest["players"], contest["stolen"]
     rows = {name: figures_of(entry) for name, entry in played.items()}
-    return {"precision": precision, "rows": rows, "ratios": ratios(played)}
+    return {"precision": precision, "rows": rows, "ratios": ratios(played), "stolen": stolen}
 
 
 def figures_of(entry: dict[str, Any]) -> dict[str, Any]:
@@ -242,7 +243,7 @@ def table(report: dict[str, Any]) -> str:
             ]
         )
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    texts = [report["precision"]]
+    texts = [f"{report['precision']} ({quiet(report['stolen'])})"]
     texts += [
         "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
         for line in lines

@@ -22,7 +22,7 @@ import statistics
 from typing import Any
 
 from nanolm.bench_cells import Cells, cpu_name
-from nanolm.bench_contest import play
+from nanolm.bench_contest import play, quiet
 from nanolm.bench_shape import PHASES, Shape
 from nanolm.commands.figures import write_json
 from nanolm.errors import UserError
@@ -108,17 +108,20 @@ def bench(arguments: Arguments, objective: str, precision: str, cells: Cells) ->
         if arguments.only is None or name in arguments.only
     }
     jobs = variants | {"matmul": [common | {"settings": MATMUL}]}
-    played = cells.get(
+    contest = cells.get(
         {"jobs": jobs, "rounds": arguments.rounds},
-        lambda: {"played": play(jobs, arguments.rounds, "nanolm.bench_step", speed)},
-    )["played"]
-    peak = statistics.median(turn["matmul_flops"] for turn in played.pop("matmul")["turns"])
+        lambda: play(jobs, arguments.rounds, "nanolm.bench_step", speed),
+    )
+    played = {name: entry for name, entry in contest["players"].items() if name != "matmul"}
+    products = contest["players"]["matmul"]["turns"]
+    peak = statistics.median(turn["matmul_flops"] for turn in products)
     return {
         "objective": objective,
         "precision": precision,
         "matmul_tflops": peak / 1e12,
         "rows": {name: figures_of(entry, arguments.shape, peak) for name, entry in played.items()},
         "against_best": against_best(played),
+        "stolen": contest["stolen"],
     }
 
 
@@ -210,7 +213,7 @@ def table(report: dict[str, Any]) -> str:
     """One step's contestants, a line each."""
     head = (
         f"{report['objective']} {report['precision']} "
-        f"(matrix product: {report['matmul_tflops']:.3f} TFLOP/s)"
+        f"(matrix product: {report['matmul_tflops']:.3f} TFLOP/s; {quiet(report['stolen'])})"
     )
     columns = ["", "compile", "tokens/s", "TFLOP/s", "MFU", "peak MB", "training MB", *PHASES]
     lines = [columns]
