@@ -122,7 +122,8 @@ class Call:
 
     def tile(self, kind: str) -> Launch:
         """Tile sizes, warps and stages of one kernel."""
-        heavy = self.options.bias_kind != "none" or self.tensors.seed is not None
+        options, seed = self.options, self.tensors.seed
+        heavy = options.bias_kind != "none" or options.softcap is not None or seed is not None
         return attention_launch(kind, self.q.device, self.columns, self.q.dtype, heavy=heavy)
 
     def start(self, kernel: Any, n_programs: int, *arguments: Any, **constants: Any) -> None:

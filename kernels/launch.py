@@ -121,7 +121,8 @@ def attention_launch(
 ) -> Launch:
     """The launch of one attention kernel: "forward", "key_value", "query" or "bias".
 
-    `heavy`: with a bias or dropout, whose registers do not fit beside the largest tiles.
+    `heavy`: with a bias, dropout or a soft-cap, whose registers do not fit beside the largest
+    tiles.
     """
     arch = arch_of(device)
     if arch == "cpu":
@@ -134,7 +135,10 @@ def attention_launch(
     forward, key_value, query = HALF[relative(arch), 128 if heavy and narrow else columns]
     if heavy and narrow:
         key_value = Launch(32, 32, 4, query.stages)
-    bias = dataclasses.replace(query, n=min(query.n, 32))  # beside its scores it holds their sum
+    if heavy and relative(arch) == "sm_86":
+        query = dataclasses.replace(query, m=32)
+    # Beside its scores the bias's kernel holds their sum.
+    bias = dataclasses.replace(query, m=min(query.m, 64), n=min(query.n, 32))
     return {"forward": forward, "key_value": key_value, "query": query, "bias": bias}[kind]
 
 
