@@ -37,10 +37,11 @@ class Arguments:
 
 def line(row: dict[str, Any]) -> str:
     """One row as text."""
+    lanes = f" ({row['scalar_spills']} to lanes)" if row.get("scalar_spills") else ""
     cores = " ".join(f"{name}:{count}" for name, count in row["tensor_core"].items()) or "-"
     return (
         f"{row['arch']:<7} {row['build']:<34} {row['kernel']:<30} {row['registers']:>4} registers "
-        f"{row['spills']:>4} spills {row['shared']:>7}/{row['shared_limit']} B shared  {cores}  "
+        f"{row['spills']:>4} spills{lanes} {row['shared']:>7}/{row['shared_limit']} B shared  {cores}  "
         f"{row['wide_loads']} wide loads  {row['seconds']} s"
     )
 

@@ -49,6 +49,8 @@ def faults(row: dict[str, Any]) -> list[str]:
     allowed = SPILLS_AT_256 if "/256/" in row["build"] else SPILLS.get(row["arch"], 0)
     if sixteen and row["spills"] > allowed:
         found.append(f"{row['spills']} spills, {allowed} allowed")
+    if sixteen and row.get("scratch_bytes", 0) and not row["spills"]:
+        found.append(f"{row['scratch_bytes']} bytes of scratch memory, though nothing is spilled")
     if row["shared"] > row["shared_limit"]:
         found.append(f"{row['shared']} bytes of shared memory, {row['shared_limit']} exist")
     if row["precision"] and (sixteen or "tf32x3" in row["build"]) and not row["tensor_core"]:
