@@ -137,6 +137,8 @@ def attention_launch(
         key_value = Launch(32, 32, 4, query.stages)
     if heavy and relative(arch) == "sm_86":
         query = dataclasses.replace(query, m=32)
+    if heavy and relative(arch) == "sm_100":
+        forward = dataclasses.replace(forward, m=64)
     # Beside its scores the bias's kernel holds their sum.
     bias = dataclasses.replace(query, m=min(query.m, 64), n=min(query.n, 32))
     return {"forward": forward, "key_value": key_value, "query": query, "bias": bias}[kind]

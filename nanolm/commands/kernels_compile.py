@@ -41,8 +41,8 @@ def line(row: dict[str, Any]) -> str:
     cores = " ".join(f"{name}:{count}" for name, count in row["tensor_core"].items()) or "-"
     return (
         f"{row['arch']:<7} {row['build']:<34} {row['kernel']:<30} {row['registers']:>4} registers "
-        f"{row['spills']:>4} spills{lanes} {row['shared']:>7}/{row['shared_limit']} B shared  {cores}  "
-        f"{row['wide_loads']} wide loads  {row['seconds']} s"
+        f"{row['spills']:>4} spills{lanes} {row['shared']:>7}/{row['shared_limit']} B shared  "
+        f"{cores}  {row['wide_loads']} wide loads  {row['seconds']} s"
     )
 
 
