@@ -71,7 +71,6 @@ def survive(tmp_path, ranks, kills, **changes):
     assert_same_bits(whole, broken, f"checkpoints/step-{steps:08d}")
     assert not list(broken.rglob(".tmp*"))
     entries = [json.loads(line) for path in book.iterdir() for line in path.open()]
-    assert all(entry["writing"] for entry in entries if entry["attempt"] % 5 == 1)
     assert sorted(entry["attempt"] for entry in entries) == list(range(kills))
     assert all(entry["step"] < steps and entry["phase"] != "start" for entry in entries)
     assert sum(entry["writing"] for entry in entries) >= kills // 5
