@@ -34,7 +34,7 @@ demo: $(VENV)/base $(DEMO_DATA)/manifest.json
 	$(NANOLM) plot $(DEMO)
 	rm -rf $(DEMO)-finetune $(DEMO)-random
 	$(NANOLM) finetune --config configs/finetune/demo_clm.yaml
-	$(NANOLM) finetune --config configs/finetune/demo_clm.yaml --weights random --optim.lr 5e-4 --run.dir $(DEMO)-random
+	$(NANOLM) finetune --config configs/finetune/demo_clm.yaml --weights random --optim.lr 1e-3 --run.dir $(DEMO)-random
 	$(NANOLM) evaluate $(DEMO)-random
 	$(NANOLM) evaluate $(DEMO)-finetune
 	$(NANOLM) compare $(DEMO)-finetune $(DEMO)-random
