@@ -168,7 +168,8 @@ def fittest(
     """The player of the fastest of one contestant's jobs, which took their trial turns in turn."""
     players: list[Player] = []
     try:
-        players += [start(job, module) for job in jobs]
+        for job in jobs:  # one by one: what has started is ended when the next one fails
+            players.append(start(job, module))
         for _ in range(TRIAL_TURNS if len(jobs) > 1 else 0):
             for player in players:
                 player.turn()
@@ -178,7 +179,7 @@ def fittest(
         raise
     best = players[0]
     if len(jobs) > 1:
-        best = max(players, key=lambda p: statistics.median(map(rate, p.turns)))
+        best = max(players, key=lambda player: statistics.median(map(rate, player.turns)))
     for player in players:
         player.turns = []
         if player is not best:

@@ -168,6 +168,24 @@ def test_rounds_that_the_host_disturbed_are_taken_again(monkeypatch):
     assert [len(player.turns) for player in players] == [2, 2]
 
 
+def test_a_variant_that_fails_ends_those_that_started(monkeypatch):
+    left = []
+
+    class Failing(FakePlayer):
+        def ready(self):
+            if self.job["settings"].get("compile"):
+                raise UserError("does not compile")
+
+        def leave(self):
+            left.append(self.job["settings"].get("compile"))
+
+    monkeypatch.setattr(bench_contest, "Player", Failing)
+    jobs = [{"settings": {"model": "a", "compile": compiled}} for compiled in (False, True)]
+    with pytest.raises(UserError, match="does not compile"):
+        play({"a": jobs}, 1, "nanolm.bench_step", bench_train.speed)
+    assert left == [True, False]
+
+
 def test_ratios_are_against_the_fastest_of_the_others_round_by_round():
     def entry(seconds, peak, before):
         turns = [{"seconds": [s], "cpu_seconds": [1.0], "peak_bytes": peak} for s in seconds]
