@@ -35,6 +35,9 @@ MEGABATCH = 50
 READY = 400
 """Batches that a peer has ready made, and goes through again and again."""
 
+EXAMPLES = pathlib.Path(tempfile.gettempdir()) / "nanolm-bench-finetune"
+"""Where prepared examples lie; a job names the file, not the folder."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TuneShape(Shape):
@@ -56,8 +59,8 @@ class Examples:
     labels: np.ndarray
 
     @classmethod
-    def load(cls, path: str) -> Examples:
-        """From the prepared file."""
+    def load(cls, path: pathlib.Path) -> Examples:
+        """From a prepared file."""
         with np.load(path) as arrays:
             sequences = np.split(arrays["tokens"].astype(np.int64), arrays["ends"][:-1])
             return cls(sequences, arrays["labels"].astype(np.int64))
@@ -239,7 +242,7 @@ def build_tuning(job: dict[str, Any], examples: Examples) -> NanolmTuning | Peer
 def enter(job: dict[str, Any]) -> None:
     """Builds the job's contestant, takes its warm-up steps, then serves turns of `steps` steps."""
     torch.set_num_threads(job["threads"])
-    step, clock = build_tuning(job, Examples.load(job["data"])), Clock()
+    step, clock = build_tuning(job, Examples.load(EXAMPLES / job["data"])), Clock()
 
     take_steps(step, clock, job["warmup"])
     forget_peak()

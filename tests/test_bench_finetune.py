@@ -69,7 +69,7 @@ def test_texts_become_framed_ids_and_columns_are_checked(tmp_path, capsys):
     assert n_classes == 2 and len(found.sequences) == 300
     assert len({int(ids[0]) for ids in found.sequences}) == 1
     found.save(tmp_path / "kept.npz")
-    again = Examples.load(str(tmp_path / "kept.npz"))
+    again = Examples.load(tmp_path / "kept.npz")
     assert all(map(np.array_equal, again.sequences, found.sequences))
     with pytest.raises(SystemExit):
         main(["bench", "finetune", "--data", str(tmp_path), "--column", "query"])

@@ -16,16 +16,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-import pathlib
 import statistics
-import tempfile
 from typing import Any
 
 import numpy as np
 
 from nanolm.bench_cells import Cells, cpu_name
 from nanolm.bench_contest import play, quiet
-from nanolm.bench_finetune import Examples, TuneShape
+from nanolm.bench_finetune import EXAMPLES, Examples, TuneShape
 from nanolm.commands.figures import write_json
 from nanolm.data.task_splits import find_split, read_split
 from nanolm.data.tokenizer import Tokenizer
@@ -152,17 +150,16 @@ def prepared(arguments: Arguments) -> tuple[str, int, dict[str, Any]]:
     lengths = np.array([len(ids) for ids in examples.sequences])
     digest = hashlib.sha256(np.concatenate(examples.sequences).tobytes())
     digest.update(lengths.tobytes() + examples.labels.tobytes())
-    folder = pathlib.Path(tempfile.gettempdir()) / "nanolm-bench-finetune"
-    folder.mkdir(exist_ok=True)
-    path = folder / f"{digest.hexdigest()[:16]}.npz"
-    examples.save(path)
+    EXAMPLES.mkdir(exist_ok=True)
+    name = f"{digest.hexdigest()[:16]}.npz"
+    examples.save(EXAMPLES / name)
     facts = {
         "data": arguments.data,
         "texts": len(lengths),
         "mean_tokens": float(lengths.mean()),
         "longest": int(lengths.max()),
     }
-    return str(path), n_classes, facts
+    return name, n_classes, facts
 
 
 def rate(turn: dict[str, Any], key: str = "seconds") -> float:

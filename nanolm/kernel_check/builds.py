@@ -72,6 +72,7 @@ BUILDS = (
     Build("glu", "bfloat16", 4096),
     Build("linear_cross_entropy", "bfloat16", 50304),
     Build("symmetric_product", "bfloat16", 1024),
+    Build("symmetric_product", "float32", 1024, variant="tf32x3"),
 )
 SAMPLE = (BUILDS[0], Build("norm", "bfloat16", 1024))
 
@@ -155,7 +156,7 @@ def symmetric_product(build: Build) -> None:
     """A square matrix."""
     from nanolm.kernels.symmetric_product import symmetric_product as run  # noqa: PLC0415
 
-    run(build.leaf(build.width, build.width))
+    run(build.leaf(build.width, build.width), build.variant or "ieee")
 
 
 CALLS: dict[str, Callable[[Build], None]] = {
