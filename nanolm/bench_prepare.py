@@ -111,7 +111,8 @@ def sum_of_encoders(model: str, texts: list[str], processes: int) -> float:
 def bench_prepare(
     sources: list[str], *, kind: str, vocab_size: int, text_field: str, workers: int, repeats: int
 ) -> dict[str, Any]:
-    """Medians of the rates, in bytes a second, and the highest peaks of memory in bytes."""
+    """Medians of the rates, in bytes a second, the highest peaks of memory in bytes, and the
+    seconds of the last run's phases."""
     rows: list[dict[str, float]] = []
     peaks = [0, 0]
     with tempfile.TemporaryDirectory() as folder:
@@ -147,6 +148,7 @@ def bench_prepare(
         "encoding_over_alone": ratio,
         "peak_bytes": peaks[0],
         "worker_peak_bytes": peaks[1],
+        "seconds": found["seconds"],
         "load_average": os.getloadavg()[0],
     }
 

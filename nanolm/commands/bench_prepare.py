@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
+import tempfile
 
+from nanolm.bench_corpus import grow
 from nanolm.bench_prepare import bench_prepare, print_bench
 from nanolm.commands.figures import write_json
 from nanolm.data.prepare_config import PrepareConfig
@@ -28,19 +31,31 @@ class Arguments:
     """Processes; null means one for each core."""
     repeats: int = 3
     """Interleaved repetitions; the median is reported."""
+    grow: int | None = None
+    """Prepare this many bytes of text, grown from the sources' sentences; null: the sources."""
     json: str | None = None
     """Also write the figures to this file."""
 
     def __post_init__(self) -> None:
-        require_at_least("bench prepare", self, repeats=1, workers=1)
+        require_at_least("bench prepare", self, repeats=1, workers=1, grow=1)
 
 
 def run(arguments: Arguments) -> None:
-    """Measure and print."""
+    """Grow the corpus if asked to, measure and print."""
+    with tempfile.TemporaryDirectory() as folder:
+        sources = arguments.sources
+        if arguments.grow is not None:
+            corpus = pathlib.Path(folder) / "corpus"
+            sources = [grow(sources, arguments.text_field, arguments.grow, corpus)]
+        measure(arguments, sources)
+
+
+def measure(arguments: Arguments, sources: list[str]) -> None:
+    """A row for each kind of tokenizer."""
     workers = PrepareConfig(out="", sources=[], workers=arguments.workers).processes()
     rows = [
         bench_prepare(
-            arguments.sources,
+            sources,
             kind=kind,
             vocab_size=arguments.vocab_size,
             text_field=arguments.text_field,
