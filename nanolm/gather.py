@@ -2,7 +2,7 @@
 
 Rank r holds x_r; everyone gets [x_0; x_1; …]. In the backward pass every rank has a gradient for
 all of them, and the gradient of x_r is the sum over ranks of their parts for it. Ranks may hold
-different numbers of vectors.
+different numbers of vectors, or none.
 
 Shapes: N vectors of this rank, A vectors of all ranks, D width.
 """
@@ -23,7 +23,7 @@ class _Gather(torch.autograd.Function):
         counts = [torch.zeros(1, dtype=torch.int64, device=x_ND.device) for _ in range(size)]
         dist.all_gather(counts, torch.tensor([len(x_ND)], device=x_ND.device))
         sizes = [int(count) for count in counts]
-        padded = x_ND.new_zeros(max(sizes), x_ND.shape[1])
+        padded = x_ND.new_zeros(max(1, *sizes), x_ND.shape[1])
         padded[: len(x_ND)] = x_ND
         parts = [torch.empty_like(padded) for _ in range(size)]
         dist.all_gather(parts, padded)

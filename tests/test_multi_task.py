@@ -34,6 +34,7 @@ def data(tmp_path_factory):
     for split, n, start in (("train", 60, 0), ("val", 12, 1000), ("test", 15, 2000)):
         table(folder / "kind", split, questions(n, start))
         table(folder / "words", split, RECORDS["tag"])
+        table(folder / "near", split, RECORDS["embed"])
     return folder
 
 
@@ -168,6 +169,34 @@ def test_two_ranks_equal_one(data, tmp_path):
     )
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_a_task_that_compares_the_rows_of_a_step(data, tmp_path):
+    """`embed` beside `classify`: 2 ranks = 1, though a rank often has no pair and its stand-in's
+    documents may compete with no other rank's."""
+    near = {"objective": {"name": "embed"}, "data": {"path": str(data / "near")}, "share": 1}
+    parts = json.loads(tasks(data, near=near).split("=", 1)[1])
+    del parts["words"]
+    base = checkpoint("mlm")
+    words = [*COMMON[:2], f"--objective.tasks={json.dumps(parts)}", "--data.path=null"]
+    words += ["--train.steps=8", "--train.global_batch=5", "--optim.name=sgd", "--optim.lr=0.1"]
+    summary = finetune(base, data, tmp_path / "one", *words, "--eval.every=8")
+    expected = (summary["val"]["kind/accuracy"] + summary["val"]["near/mrr"]) / 2
+    assert summary["val"]["score"] == pytest.approx(expected)
+    argv = [f"--init_from={base}", f"--run.dir={tmp_path / 'two'}", *QUIET, *words]
+    torchrun(2, [*argv, "--eval.every=8"])
+    for left, right in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
+        for key in ("loss", "kind/classify", "near/embed"):
+            if key in left:
+                assert left[key] == pytest.approx(right[key], abs=1e-5)
+    one, two = (
+        load_file(tmp_path / run / "checkpoints/step-00000008/model.safetensors")
+        for run in ("one", "two")
+    )
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="compares all rows of a step: train.micro_batch must be"):
+        finetune(base, data, tmp_path / "cut", *words, "--train.micro_batch=2")
 
 
 def test_a_killed_run_resumes_bit_for_bit(data, tmp_path):

@@ -112,7 +112,7 @@ class Embed(Task):
         """
         vectors_SD = heads["embed"](hidden_BTD, self.layout(batch))
         queries_ND, mine = vectors_SD[batch["query"]], vectors_SD[batch["document"]]
-        documents_AD, first = gather_with_gradient(mine) if torch.is_grad_enabled() else (mine, 0)
+        documents_AD, first = competing(mine, stand_in="stand_in" in batch)
         logits_NA = queries_ND @ documents_AD.T / self.options.temperature
         labels_N = batch["labels"] + first
         count = torch.tensor(len(labels_N), device=labels_N.device)
@@ -159,3 +159,16 @@ class Embed(Task):
         right = float(np.mean([rank == 1 for rank in ranks]))
         figures = {"loss": loss, "embed": loss, "accuracy": right}
         return Report(figures | task_metrics.ranking(ranks))
+
+
+def competing(mine_ND: Tensor, *, stand_in: bool) -> tuple[Tensor, int]:
+    """(documents that compete [A, D], where this rank's begin). Collective, but for evaluation.
+
+    Those of a `stand_in` (nanolm/objectives/multi.py) count for nothing: no other rank sees them.
+    """
+    if not torch.is_grad_enabled():
+        return mine_ND, 0
+    if not stand_in:
+        return gather_with_gradient(mine_ND)
+    others_AD, _ = gather_with_gradient(mine_ND[:0])
+    return torch.cat([others_AD, mine_ND]), len(others_AD)

@@ -127,10 +127,8 @@ class Multi(Task):
 
     def _add(self, name: str, part: Task, weight: float) -> None:
         where = f"objective.tasks.{name}"
-        require(
-            part.scope == "rows",
-            f"{where}: objective={part.options.name} compares all rows of a step; train it alone",
-        )
+        if part.scope == "global_batch":
+            self.scope = part.scope
         for head, request in part.heads.items():
             key = head_key(name, head)
             require(
