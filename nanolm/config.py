@@ -189,7 +189,8 @@ class KernelsConfig:
     glu: str = "auto"
     """auto | triton | reference | a plug-in's name."""
     symmetric_product: str = "auto"
-    """auto | triton | triton_tf32x3 | reference | a plug-in's name; Muon's x x^T, in bfloat16."""
+    """auto | triton | triton_tf32x3 | reference | a plug-in's name; Muon's x x^T, in bfloat16
+    (float32 on a CPU without bfloat16 products)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from nanolm.errors import UserError
 from nanolm.ops import Kernels, SymmetricProductSpec
+from nanolm.ops_wide import multiplies_bf16
 from nanolm.registry import OPTIMIZERS, Options
 from nanolm.sharding import divided, whole
 
@@ -160,10 +161,10 @@ def muon(learner: nn.Module, options: MuonOptions) -> list[torch.optim.Optimizer
         # A plug-in's trunk may not keep its chooser: then `auto` on the matrices' device.
         device = matrices[0][1].device.type
         kernels = getattr(learner.trunk, "kernels", None) or Kernels(device=device)
-        product = kernels.choose("symmetric_product", SymmetricProductSpec, dtype=torch.bfloat16)
-        optimizers.append(
-            Muon([group], options.momentum, options.newton_schulz_steps, product=product.run)
-        )
+        dtype = iteration_dtype(device)
+        product = kernels.choose("symmetric_product", SymmetricProductSpec, dtype=dtype)
+        steps = options.newton_schulz_steps
+        optimizers.append(Muon([group], options.momentum, steps, product=product.run, dtype=dtype))
     groups = decay_groups(rest, options.adamw_lr, options.weight_decay)
     if groups:
         betas = tuple(options.betas)
@@ -194,6 +195,12 @@ def adafactor(learner: nn.Module, options: AdafactorOptions) -> list[torch.optim
     return [torch.optim.Adafactor(groups)]
 
 
+def iteration_dtype(device: str) -> torch.dtype:
+    """What Muon's iteration computes in: bfloat16, and float32 on a CPU without bfloat16 products,
+    where it is three times as fast and no less exact."""
+    return torch.float32 if device == "cpu" and not multiplies_bf16() else torch.bfloat16
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is orthogonalised (Jordan et al. 2024, kellerjordan.github.io/posts).
 
@@ -202,13 +209,20 @@ class Muon(torch.optim.Optimizer):
     w <- (1 - lr * weight_decay) w - lr sqrt(max(1, rows / columns)) u
 
     `product` computes X X^T, most of the iteration's work: a kernel of the op symmetric_product.
+    The iteration runs in `dtype`.
     """
 
     def __init__(
-        self, groups: list[dict], momentum: float = 0.95, steps: int = 5, *, product: Product
+        self,
+        groups: list[dict],
+        momentum: float = 0.95,
+        steps: int = 5,
+        *,
+        product: Product,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         super().__init__(groups, {"momentum": momentum, "steps": steps, "weight_decay": 0.0})
-        self.product = product
+        self.product, self.dtype = product, dtype
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -233,20 +247,23 @@ class Muon(torch.optim.Optimizer):
         Every rank gathers the whole matrix and orthogonalises it, one matrix at a time: the update
         of some rows needs all rows.
         """
-        whole_MN = orthogonalise(whole(matrix_MN), steps, self.product).to(matrix_MN.dtype)
+        found_MN = orthogonalise(whole(matrix_MN), steps, self.product, self.dtype)
+        whole_MN = found_MN.to(matrix_MN.dtype)
         return divided(whole_MN, matrix_MN) if isinstance(matrix_MN, DTensor) else whole_MN
 
 
-def orthogonalise(matrix_MN: Tensor, steps: int, product: Product) -> Tensor:
+def orthogonalise(
+    matrix_MN: Tensor, steps: int, product: Product, dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
     """Nearest semi-orthogonal matrix, roughly: the singular values of the input become about 1.
 
-    Newton-Schulz iteration X <- a X + (b A + c A^2) X with A = X X^T, in bfloat16, with the
+    Newton-Schulz iteration X <- a X + (b A + c A^2) X with A = X X^T, in `dtype`, with the
     coefficients of Jordan et al. (2024), which push small singular values up as fast as possible
     and leave all of them within about [0.7, 1.2].
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrix_MN.shape[0] > matrix_MN.shape[1]
-    x_MN = (matrix_MN.mT if tall else matrix_MN).to(torch.bfloat16)
+    x_MN = (matrix_MN.mT if tall else matrix_MN).to(dtype)
     x_MN = x_MN / x_MN.norm().clamp(min=1e-7)
     for _ in range(steps):
         a_MM = product(x_MN)

@@ -43,7 +43,8 @@ def test_every_parameter_once_decay_on_matrices_only_and_state_by_name(name):
         assert torch.equal(left, right)
 
 
-def test_muon_takes_the_blocks_matrices_and_agrees_with_torch():
+def test_muon_takes_the_blocks_matrices_and_agrees_with_torch(monkeypatch):
+    monkeypatch.setattr(optim, "multiplies_bf16", lambda: True)  # torch's own takes bfloat16
     learner, oracle = build_learner(), build_learner()
     muon, adamw = optim.build_optimizers(learner, optim.MuonOptions())
     assert isinstance(muon, optim.Muon)
@@ -60,11 +61,22 @@ def test_muon_takes_the_blocks_matrices_and_agrees_with_torch():
         torch.testing.assert_close(learner.get_parameter(name), matrices[name])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [(4, 16), (16, 4), (8, 8)])
-def test_newton_schulz_brings_singular_values_near_one(shape):
+def test_newton_schulz_brings_singular_values_near_one(shape, dtype):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    values = torch.linalg.svdvals(optim.orthogonalise(matrix, 5, lambda x: x @ x.mT).float())
+    found = optim.orthogonalise(matrix, 5, lambda x: x @ x.mT, dtype)
+    assert found.dtype == dtype
+    values = torch.linalg.svdvals(found.float())
     assert values.min() > 0.6 and values.max() < 1.3
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_the_iteration_is_in_float32_where_a_cpu_cannot_multiply_bf16(monkeypatch, native):
+    monkeypatch.setattr(optim, "multiplies_bf16", lambda: native)
+    muon, _ = optim.build_optimizers(build_learner(), optim.MuonOptions())
+    assert muon.dtype == (torch.bfloat16 if native else torch.float32)
+    assert optim.iteration_dtype("cuda") == torch.bfloat16
 
 
 def test_muon_multiplies_with_the_kernel_that_the_config_names(make_learner):
@@ -76,7 +88,7 @@ def test_muon_multiplies_with_the_kernel_that_the_config_names(make_learner):
         assert [kernel.name for kernel in chosen] == ["reference" if name == "auto" else name]
         matrix = torch.randn(40, 24, generator=torch.Generator().manual_seed(0))
         weights[name] = muon.orthogonal_part(matrix, 5)
-    plain = optim.orthogonalise(matrix, 5, lambda x: x @ x.mT)
+    plain = optim.orthogonalise(matrix, 5, lambda x: x @ x.mT, optim.iteration_dtype("cpu"))
     assert torch.equal(weights["auto"], plain.float())
     assert torch.equal(weights["auto"], weights["reference"])
     assert (weights["triton"] - weights["auto"]).abs().max() < 0.02  # bfloat16, summed otherwise
