@@ -11,8 +11,10 @@ decides:
                              prints its own Python stacks (faulthandler)
     the store is silent      this node is cut off, and says so
 
-Every rank writes its stacks to `hangs/` in the run's folder and exits with status 75 (EX_TEMPFAIL),
-upon which torchrun ends the others and, with --max-restarts, starts anew.
+Whoever decides first calls the others through the store. Every rank writes its stacks to `hangs/`
+in the run's folder, waits until those whose hearts beat have done so too, since torchrun ends all
+others with the first, and exits with status 75 (EX_TEMPFAIL); with --max-restarts the job starts
+anew.
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ class Watchdog:
         self.interval = min(max(timeout / 5, 0.1), 5.0)
         self._over = threading.Event()
         self._everybody = False
+        self._called = self._spoken = False
         self._seen: dict[int, tuple[dict[str, Any], float]] = {}
         self._contact = time.monotonic()
         self._threads: list[threading.Thread] = []
@@ -80,11 +83,13 @@ class Watchdog:
             "step": self.progress.step,
             "phase": phase or self.progress.phase,
             "beat": number,
+            "spoken": self._spoken,
         }
 
     def _beat(self) -> None:
         """The heart: writes this rank's beat and reads the beats that the judge needs."""
         store, number, mine, over = None, 0, f"{self._key}/{self.world.rank}", False
+        end = f"{self._key}/end"
         while True:
             # A store that is gone is no failure of training by itself; the judge counts seconds.
             try:
@@ -92,6 +97,9 @@ class Watchdog:
                 number += 1
                 beat = self._state(number, "done" if over else None)
                 store.set(mine, json.dumps(beat))
+                if self._spoken:
+                    store.set(end, "")
+                self._called = self._called or store.check([end])
                 self._read(store)
                 self._contact = time.monotonic()
             except RuntimeError:
@@ -119,6 +127,8 @@ class Watchdog:
                 self._everybody = False
 
     def _suspects(self) -> bool:
+        if self._called:
+            return True
         now = time.monotonic()
         # The successor alone: other beats are only fresh while everybody is read.
         beat, since = self._seen.get((self.world.rank + 1) % self.world.size, (None, now))
@@ -150,11 +160,24 @@ class Watchdog:
                 text += f"\n{path.read_text(encoding='utf-8')}"
             text += "".join(stack_of(beats[rank]) for rank in still)
             print(f"nanolm: {text}", file=sys.stderr, flush=True)
-            for rank in still:
-                kill_sibling(beats[rank])
-        else:
-            time.sleep(2 * self.interval)  # another rank speaks: torchrun must not end it first
+        if not cut_off:
+            self._wait_for_others(still)
+        for rank in still if text else ():
+            kill_sibling(beats[rank])
         os._exit(EXIT_STATUS)
+
+    def _wait_for_others(self, still: list[int]) -> None:
+        """Until all ranks whose hearts beat have written their stacks and said what falls to them.
+
+        The call takes two beats to reach them; they take four to read everybody's, and two more
+        until their answer is read here.
+        """
+        self._spoken = True
+        others = set(range(self.world.size)) - {self.world.rank, *still}
+        for _ in range(12):
+            if all(self._seen[rank][0]["spoken"] for rank in others & self._seen.keys()):
+                return
+            time.sleep(self.interval)
 
 
 def hanging(beats: Beats) -> list[int]:

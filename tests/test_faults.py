@@ -88,7 +88,8 @@ def test_fifty_kills_at_random_moments_end_bit_equal(tmp_path, ranks):
 
 
 def fit_and_hang(world, config, rank, step, how):
-    """In the first attempt one rank blocks, or is stopped, while it waits for data."""
+    """In the first attempt one rank blocks, or is stopped, while it waits for data; when it is to
+    be `alone`, the others come to that step so late that they have no suspicion yet."""
     trainer = build_trainer(config, world)
     factory = trainer.loader_factory
 
@@ -97,7 +98,9 @@ def fit_and_hang(world, config, rank, step, how):
             first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
             if first and (world.rank, number) == (rank, step):
                 time.sleep(1.0)  # for a heartbeat in this step
-                deadlock() if how == "block" else os.kill(os.getpid(), signal.SIGSTOP)
+                os.kill(os.getpid(), signal.SIGSTOP) if how == "stop" else deadlock()
+            if first and number == step and how == "alone":
+                time.sleep(2.5)
             yield batches
 
     trainer.loader_factory = loader
@@ -110,7 +113,7 @@ def deadlock():
     lock.acquire()
 
 
-@pytest.mark.parametrize("how", ["block", "stop"])
+@pytest.mark.parametrize("how", ["block", "alone", "stop"])
 def test_a_rank_that_hangs_is_named_and_the_job_restarts(tmp_path, how):
     changes = {"train__steps": 12, "distributed__hang_timeout": 2.0}
     config = tiny_config(tmp_path / "run", resume="auto", **changes)
@@ -119,13 +122,15 @@ def test_a_rank_that_hangs_is_named_and_the_job_restarts(tmp_path, how):
     assert elastic(logs, 2, 1, fit_and_hang, config, 1, 7, how), output(logs)
     assert time.monotonic() - started < config.distributed.timeout
     told = output(logs)
-    if how == "block":
+    if how != "stop":
         assert "hangs in step 7, phase data" in told and "nanolm: rank 1 (pid" in told
         assert "in deadlock" in told
     else:
         assert "nanolm: rank 1 (pid" in told and "is stopped, dead or cut off" in told
         assert "its last heartbeat was in step 7, phase data" in told
-    assert list((tmp_path / "run" / "hangs").glob("step-00000007-rank-0000.txt"))
+    written = sorted(path.name for path in (tmp_path / "run" / "hangs").iterdir())
+    ranks = [0] if how == "stop" else [0, 1]
+    assert written == [f"step-00000007-rank-{rank:04d}.txt" for rank in ranks]
     in_ranks(2, fit, tiny_config(tmp_path / "whole", train__steps=12))
     assert_same_bits(tmp_path / "whole", tmp_path / "run", "checkpoints/step-00000012")
 
