@@ -133,19 +133,41 @@ def take_rounds(players: Sequence[Player], rounds: int) -> list[float]:
     each round that counts. The quiet ones count, and the quietest others if they are too few."""
     shares: list[float] = []
     seconds = 0.0
-    while sum(share <= QUIET for share in shares) < rounds and len(shares) < 3 * rounds:
+    while not enough(shares, rounds):
         if shares and shares[-1] > QUIET:
             time.sleep(seconds)
-        before, begin = stolen_seconds(), time.perf_counter()
+        theft, begin = Theft(), time.perf_counter()
         for player in players:
             player.turn()
         seconds = time.perf_counter() - begin
-        shares.append((stolen_seconds() - before) / (seconds * (os.cpu_count() or 1)))
+        shares.append(theft.share())
         print(f"round {len(shares)}: {shares[-1]:.0%} of the time stolen", file=sys.stderr)
-    kept = sorted(sorted(range(len(shares)), key=shares.__getitem__)[:rounds])
+    kept = quietest(shares, rounds)
     for player in players:
         player.turns = [player.turns[number] for number in kept]
     return [shares[number] for number in kept]
+
+
+def enough(shares: Sequence[float], rounds: int) -> bool:
+    """Whether so many rounds were quiet, or three times as many were taken."""
+    return sum(share <= QUIET for share in shares) >= rounds or len(shares) >= 3 * rounds
+
+
+def quietest(shares: Sequence[float], rounds: int) -> list[int]:
+    """The numbers of the quietest rounds, so many of them, in the order in which they were."""
+    return sorted(sorted(range(len(shares)), key=shares.__getitem__)[:rounds])
+
+
+class Theft:
+    """What the host takes of this machine's cores from now on."""
+
+    def __init__(self) -> None:
+        self._stolen, self._begin = stolen_seconds(), time.perf_counter()
+
+    def share(self) -> float:
+        """The stolen share of all cores' time so far."""
+        seconds = time.perf_counter() - self._begin
+        return (stolen_seconds() - self._stolen) / (seconds * (os.cpu_count() or 1))
 
 
 def stolen_seconds() -> float:

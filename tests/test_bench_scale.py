@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from nanolm import bench_contest
 from nanolm.bench_cells import Cells
 from nanolm.commands import bench_scale
 from nanolm.commands.bench_scale import Arguments
@@ -15,6 +16,7 @@ TINY = {"n_layers": 1, "d_model": 32, "n_heads": 2, "row_length": 16, "batch": 4
 
 @pytest.mark.slow
 def test_one_and_two_processes_are_measured_and_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench_contest, "stolen_seconds", lambda: 0.0)
     results, out = str(tmp_path / "cells.json"), tmp_path / "out.json"
     keys = {**TINY, "rounds": 1, "steps": 2, "warmup": 1, "device": "cpu", "results": results}
     bench_scale.run(Arguments(**keys, json=str(out)))
@@ -38,6 +40,7 @@ def test_efficiency_is_time_or_work_over_processes(tmp_path, monkeypatch):
         return {"seconds": [0.1 * rows + 0.1], "phases": phases, "device": "cpu"}
 
     monkeypatch.setattr(bench_scale, "run_process", fake)
+    monkeypatch.setattr(bench_contest, "stolen_seconds", lambda: 0.0)
     cells = Cells(str(tmp_path / "cells.json"))
     arguments = Arguments(**TINY, rounds=2)
     strong = bench_scale.measure(arguments, "strong", cells)
@@ -48,3 +51,18 @@ def test_efficiency_is_time_or_work_over_processes(tmp_path, monkeypatch):
     assert [row["speed"] for row in weak] == pytest.approx([1.0, 2.0])
     with pytest.raises(UserError, match="processes"):
         Arguments(processes=[0])
+
+
+def test_turns_in_which_the_host_took_the_cores_are_taken_again(tmp_path, monkeypatch):
+    measured = iter([9.0, 9.0, 0.5, 0.3, 0.5, 0.3])
+    stolen = iter([0, 1e9, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])
+    phases = dict.fromkeys(PHASES, 0.0)
+    monkeypatch.setattr(
+        bench_scale,
+        "run_process",
+        lambda *_: {"seconds": [next(measured)], "phases": phases, "device": "cpu"},
+    )
+    monkeypatch.setattr(bench_contest, "stolen_seconds", lambda: next(stolen))
+    cells = Cells(str(tmp_path / "cells.json"))
+    found = bench_scale.measure(Arguments(**TINY, rounds=2), "strong", cells)
+    assert [row["turn_seconds"] for row in found] == [[0.5, 0.5], [0.3, 0.3]]

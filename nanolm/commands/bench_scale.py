@@ -6,8 +6,9 @@
              efficiency(N) = t(1) / t(N)
 
 Each measurement is a fresh torchrun of N processes with the same number of threads each, taken in
-turns (1, 2, 1, 2, …), so that whatever else the machine does meets all. The table shows medians
-over turns, with where the step's time goes: waiting for data, forward, backward, communication and
+turns (1, 2, 1, 2, …), so that whatever else the machine does meets all; turns in which the host
+took its cores away are taken again, as in nanolm/bench_contest.py. The table shows medians over
+turns, with where the step's time goes: waiting for data, forward, backward, communication and
 optimizer. Finished measurements are kept in `results`, so an interrupted benchmark goes on.
 """
 
@@ -24,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nanolm.bench_cells import Cells, cpu_name, run_process
+from nanolm.bench_contest import Theft, enough, quiet, quietest
 from nanolm.bench_shape import Shape
 from nanolm.commands.figures import write_json
 from nanolm.errors import require, require_at_least
@@ -85,15 +87,26 @@ def job_of(arguments: Arguments, scaling: str, processes: int) -> dict[str, Any]
 def measure(arguments: Arguments, scaling: str, cells: Cells) -> list[dict[str, Any]]:
     """A row for each number of processes."""
     jobs = {count: job_of(arguments, scaling, count) for count in arguments.processes}
-    found: dict[int, list[dict[str, Any]]] = {count: [] for count in jobs}
-    for turn in range(1, arguments.rounds + 1):
-        for count, job in jobs.items():
-            taken = cells.get(
-                {"job": job, "turn": turn}, functools.partial(run_process, job, MODULE)
-            )
-            found[count].append(taken)
-        print(f"{scaling}: turn {turn} of {arguments.rounds}", file=sys.stderr)
-    return rows(arguments, scaling, found)
+    turns: list[dict[int, dict[str, Any]]] = []
+    shares: list[float] = []
+    while not enough(shares, arguments.rounds):
+        what = {"turn": len(turns) + 1}
+        taken = {
+            count: cells.get({"job": job, **what}, functools.partial(take, job))
+            for count, job in jobs.items()
+        }
+        turns.append(taken)
+        shares.append(max(result["stolen"] for result in taken.values()))
+        print(f"{scaling}: turn {len(turns)}, {shares[-1]:.0%} stolen", file=sys.stderr)
+    kept = quietest(shares, arguments.rounds)
+    print(f"{scaling}: {quiet([shares[n] for n in kept])}")
+    return rows(arguments, scaling, {count: [turns[n][count] for n in kept] for count in jobs})
+
+
+def take(job: dict[str, Any]) -> dict[str, Any]:
+    """One measurement, and the share of the machine's time that was stolen meanwhile."""
+    theft = Theft()
+    return run_process(job, MODULE) | {"stolen": theft.share()}
 
 
 def rows(
