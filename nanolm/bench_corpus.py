@@ -2,7 +2,7 @@
 
 Documents are drawn at random, with replacement, from the first sentences of the sources. So words,
 sentence lengths and script are real, and hardly any document is a duplicate. The same sources and
-size give the same bytes.
+size give the same bytes. Bytes that are no UTF-8 are left out of the sentences.
 """
 
 from __future__ import annotations

@@ -7,6 +7,10 @@ import json
 import pathlib
 import tempfile
 
+import pytest
+import torch
+from safetensors.torch import load_file
+
 from nanolm import cli
 from nanolm.finetune import load_task_config, run_finetune
 from tests.prepared import train
@@ -69,3 +73,20 @@ def questions(n: int, start: int = 0) -> list[dict]:
         text = f"{words[label]} " * (1 + i % 3) + "and return" * (i % 2)
         records.append({"text": text, "label": label})
     return records
+
+
+def assert_two_ranks_equal_one(folder, steps, *keys):
+    """The runs `one` and `two` logged the same figures and ended with the same weights."""
+    runs = [folder / "one", folder / "two"]
+    one, two = (
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in runs
+    )
+    for left, right in zip(one, two, strict=True):
+        assert left["loss"] == pytest.approx(right["loss"], abs=1e-5)
+        for key in keys if left["kind"] == "train" else ():
+            assert left[key] == pytest.approx(right[key], abs=1e-5)
+    one, two = (load_file(run / f"checkpoints/step-{steps:08d}/model.safetensors") for run in runs)
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)

@@ -7,8 +7,15 @@ import torch
 from safetensors.torch import load_file
 
 from nanolm.errors import UserError
-from tests.finetuned import QUIET, checkpoint, command, finetune, table
-from tests.test_finetune import lines, torchrun
+from tests.finetuned import (
+    QUIET,
+    assert_two_ranks_equal_one,
+    checkpoint,
+    command,
+    finetune,
+    table,
+)
+from tests.test_finetune import torchrun
 from tests.test_objectives_tasks import EXTRA, RECORDS
 
 STEPS = ("--train.steps=3", "--train.global_batch=5", "--data.row_length=48", "--eval.batch=4")
@@ -63,14 +70,7 @@ def test_in_batch_negatives_of_two_ranks_equal_one(tmp_path):
         f"--run.dir={tmp_path / 'two'}",
     ]
     torchrun(2, [*argv, *QUIET, *words])
-    for left, right in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
-        assert left["loss"] == pytest.approx(right["loss"], abs=1e-5)
-    one, two = (
-        load_file(tmp_path / run / "checkpoints/step-00000003/model.safetensors")
-        for run in ("one", "two")
-    )
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
+    assert_two_ranks_equal_one(tmp_path, 3)
     with pytest.raises(UserError, match="compares all rows of a step"):
         micro = ("--train.micro_batch=2",)
         finetune(base, tmp_path / "data", tmp_path / "three", *words, *micro)

@@ -19,7 +19,16 @@ from nanolm.errors import UserError
 from nanolm.finetune_build import open_stream, prepare
 from nanolm.metrics import TIMING
 from nanolm.multi_task import learner_of
-from tests.finetuned import QUIET, checkpoint, command, config, finetune, questions, table
+from tests.finetuned import (
+    QUIET,
+    assert_two_ranks_equal_one,
+    checkpoint,
+    command,
+    config,
+    finetune,
+    questions,
+    table,
+)
 from tests.test_finetune import lines, torchrun
 from tests.test_objectives_tasks import RECORDS, tensors
 from tests.test_train_command import ROOT
@@ -160,15 +169,7 @@ def test_two_ranks_equal_one(data, tmp_path):
     base = checkpoint("mlm")
     finetune(base, data, tmp_path / "one", *words)
     torchrun(2, [f"--init_from={base}", f"--run.dir={tmp_path / 'two'}", *QUIET, *words])
-    for left, right in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
-        for key in ("loss", "kind/classify", "words/tag"):
-            assert left[key] == pytest.approx(right[key], abs=1e-5)
-    one, two = (
-        load_file(tmp_path / run / "checkpoints/step-00000006/model.safetensors")
-        for run in ("one", "two")
-    )
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
+    assert_two_ranks_equal_one(tmp_path, 6, "kind/classify", "words/tag")
 
 
 def test_a_task_that_compares_the_rows_of_a_step(data, tmp_path):
@@ -185,16 +186,7 @@ def test_a_task_that_compares_the_rows_of_a_step(data, tmp_path):
     assert summary["val"]["score"] == pytest.approx(expected)
     argv = [f"--init_from={base}", f"--run.dir={tmp_path / 'two'}", *QUIET, *words]
     torchrun(2, [*argv, "--eval.every=8"])
-    for left, right in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
-        for key in ("loss", "kind/classify", "near/embed"):
-            if key in left:
-                assert left[key] == pytest.approx(right[key], abs=1e-5)
-    one, two = (
-        load_file(tmp_path / run / "checkpoints/step-00000008/model.safetensors")
-        for run in ("one", "two")
-    )
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
+    assert_two_ranks_equal_one(tmp_path, 8, "kind/classify", "near/embed")
     with pytest.raises(UserError, match="compares all rows of a step"):
         finetune(base, data, tmp_path / "cut", *words, "--train.micro_batch=2")
 
