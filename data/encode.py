@@ -156,7 +156,11 @@ def assemble(
         return info, count_ids(Shard(path).tokens, tokenizer.vocab_size)
     counts = np.zeros(tokenizer.vocab_size, np.int64)
     with ShardWriter(
-        path, vocab_size=tokenizer.vocab_size, tokenizer_hash=tokenizer.hash, source=source
+        path,
+        tokens=plan.tokens,
+        vocab_size=tokenizer.vocab_size,
+        tokenizer_hash=tokenizer.hash,
+        source=source,
     ) as writer:
         for unit, begin, end in plan.ranges:
             lengths = read_lengths(unit, plan.split)

@@ -36,28 +36,33 @@ def token_dtype(vocab_size: int) -> np.dtype:
 class ShardWriter:
     """Writes one shard atomically.
 
-    >>> with ShardWriter(path, vocab_size=V, tokenizer_hash=h, source="wiki") as writer:
+    >>> with ShardWriter(path, tokens=N, vocab_size=V, tokenizer_hash=h, source="wiki") as writer:
     ...     writer.write(tokens, lengths, text_bytes)
 
     `write` may be called several times: tokens [n] of whole documents, lengths [d] in tokens with
-    eos, text_bytes = UTF-8 bytes of those documents. After the block, `info` is the shard's entry
-    for a manifest. Raises UserError when the disk is full.
+    eos, text_bytes = UTF-8 bytes of those documents. N is their number in all, so that they stand
+    in memory once. After the block, `info` is the shard's entry for a manifest. Raises UserError
+    when the disk is full.
     """
 
     def __init__(
         self,
         path: str | os.PathLike,
         *,
+        tokens: int,
         vocab_size: int,
         tokenizer_hash: str,
         source: str = "",
     ) -> None:
+        if tokens > MAX_SHARD_TOKENS:
+            raise ValueError(f"{tokens} tokens do not fit one shard")
         self.path = pathlib.Path(path)
         self.vocab_size = vocab_size
         self.tokenizer_hash = tokenizer_hash
         self.source = source
         self.info: dict = {}
-        self._tokens: list[np.ndarray] = []
+        self._values = np.empty(tokens, token_dtype(vocab_size))
+        self._filled = 0
         self._lengths: list[np.ndarray] = []
         self._bytes = 0
 
@@ -70,7 +75,11 @@ class ShardWriter:
             raise ValueError(f"document lengths do not add up to {len(tokens)} tokens")
         if len(tokens) and int(tokens.max()) >= self.vocab_size:
             raise ValueError(f"token id {tokens.max()} is outside the vocabulary")
-        self._tokens.append(tokens)
+        end = self._filled + len(tokens)
+        if end > len(self._values):
+            raise ValueError(f"{end} tokens where {len(self._values)} were announced")
+        self._values[self._filled : end] = tokens
+        self._filled = end
         self._lengths.append(lengths)
         self._bytes += text_bytes
 
@@ -79,10 +88,9 @@ class ShardWriter:
             self._save()
 
     def _save(self) -> None:
-        dtype = token_dtype(self.vocab_size)
-        values = np.concatenate([np.empty(0, dtype), *self._tokens]).astype(dtype, copy=False)
-        if len(values) > MAX_SHARD_TOKENS:
-            raise ValueError(f"{len(values)} tokens do not fit one shard")
+        values = self._values
+        if self._filled < len(values):
+            raise ValueError(f"{self._filled} tokens where {len(values)} were announced")
         offsets = np.zeros(1 + sum(map(len, self._lengths)), np.int32)
         np.cumsum(np.concatenate([np.empty(0, np.int64), *self._lengths]), out=offsets[1:])
         metadata = {

@@ -37,15 +37,16 @@ from nanolm.data.tokenizer import MODEL_FILE, Tokenizer
 from nanolm.errors import require
 
 MB, MIB = 1e6, 1 << 20
-CHILD = """
-import json, resource, sys, time
+CHILD = r"""
+import json, re, resource, sys, time
 from nanolm.data.prepare import PrepareConfig, prepare
 from nanolm.data.progress import Silent
 begin = time.perf_counter()
 summary = prepare(PrepareConfig(**json.loads(sys.argv[1])), Silent())
 whole = time.perf_counter() - begin
-peak = [resource.getrusage(who).ru_maxrss * 1024
-        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+own = re.search(r"VmHWM:\s*(\d+)", open("/proc/self/status").read())[1]
+workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+peak = [int(own) * 1024, workers * 1024]
 print(json.dumps({"seconds": summary.seconds, "whole": whole, "bytes": summary.encoded_bytes,
                   "peak_bytes": peak}))
 """

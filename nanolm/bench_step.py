@@ -61,7 +61,9 @@ def write_random_shard(folder: pathlib.Path, shape: Shape, n_tokens: int = 1 << 
     lengths = rng.integers(10, 600, n_tokens // 300)
     tokens = rng.integers(4, shape.vocab_size, lengths.sum())
     path, name = folder / "train-00000.arrow", "random ids"
-    with ShardWriter(path, vocab_size=shape.vocab_size, tokenizer_hash=name) as writer:
+    with ShardWriter(
+        path, tokens=len(tokens), vocab_size=shape.vocab_size, tokenizer_hash=name
+    ) as writer:
         writer.write(tokens, lengths, len(tokens))
     splits = {"train": [writer.info]}
     Manifest(

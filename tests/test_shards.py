@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -46,7 +48,9 @@ def data(prepared, tmp_path):
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65536, np.uint16), (65537, np.uint32)])
 def test_a_shard_is_read_without_a_copy(tmp_path, vocab_size, dtype):
     path = tmp_path / "one.arrow"
-    with ShardWriter(path, vocab_size=vocab_size, tokenizer_hash="h", source="s") as writer:
+    with ShardWriter(
+        path, tokens=6, vocab_size=vocab_size, tokenizer_hash="h", source="s"
+    ) as writer:
         writer.write(np.array([5, 6, 3], dtype), np.array([3]), 10)
         writer.write(np.array([3, 65535, 3], dtype), np.array([1, 2]), 4)
     shard = Shard(path)
@@ -63,11 +67,41 @@ def test_a_shard_is_read_without_a_copy(tmp_path, vocab_size, dtype):
     assert writer.info["tokens"] == 6 and writer.info["size"] == path.stat().st_size
 
 
+ONE_SHARD = r"""
+import re, sys
+import numpy as np
+from nanolm.data.shards import ShardWriter
+
+def peak():  # not ru_maxrss, which knows of the process that started this one
+    return int(re.search(r"VmHWM:\s*(\d+)", open("/proc/self/status").read())[1]) * 1024
+
+before = peak()
+with ShardWriter(sys.argv[1], tokens=32 << 20, vocab_size=9, tokenizer_hash="h") as writer:
+    for _ in range(32):
+        writer.write(np.ones(1 << 20, np.uint16), np.array([1 << 20]), 1)
+print(peak() - before)
+"""
+
+
+def test_a_writer_takes_two_shards_of_memory(tmp_path):
+    """The array that is filled, and the bytes that Arrow hands to the file."""
+    command = [sys.executable, "-c", ONE_SHARD, str(tmp_path / "one.arrow")]
+    grown = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    shard = 32 << 21
+    assert shard < grown < 2.1 * shard
+
+
 def test_writers_refuse_impossible_documents_and_leave_nothing_behind(tmp_path):
-    for tokens, lengths in (([1, 9], [2]), ([1, 2], [1]), ([1, 2], [2, 0])):
+    for tokens, lengths in (
+        ([1, 9], [2]),
+        ([1, 2], [1]),
+        ([1, 2], [2, 0]),
+        ([1], [1]),
+        ([1] * 3, [3]),
+    ):
         with (
             pytest.raises(ValueError),
-            ShardWriter(tmp_path / "x.arrow", vocab_size=9, tokenizer_hash="h") as writer,
+            ShardWriter(tmp_path / "x.arrow", tokens=2, vocab_size=9, tokenizer_hash="h") as writer,
         ):
             writer.write(np.array(tokens, np.uint16), np.array(lengths), 1)
     assert list(tmp_path.iterdir()) == []
@@ -115,7 +149,7 @@ def rewrite(data, shard, **changes):
     tokens = changes.pop("tokens", old.tokens)
     lengths = np.diff(old.offsets)
     options = {key: old.metadata[key] for key in ("vocab_size", "tokenizer_hash", "source")}
-    with ShardWriter(data / shard, **{**options, **changes}) as writer:
+    with ShardWriter(data / shard, tokens=len(tokens), **{**options, **changes}) as writer:
         writer.write(tokens, lengths, entry["bytes"])
     entry["size"] = writer.info["size"]
     (data / "manifest.json").write_text(json.dumps(manifest))

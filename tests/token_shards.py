@@ -25,9 +25,11 @@ def write_prepared(
         entries[split] = []
         for number, documents in enumerate(shards):
             path = directory / f"{split}-{number:05d}.arrow"
-            with ShardWriter(path, vocab_size=vocab_size, tokenizer_hash=tokenizer_hash) as writer:
+            tokens = np.concatenate([np.empty(0, np.int64), *documents])
+            with ShardWriter(
+                path, tokens=len(tokens), vocab_size=vocab_size, tokenizer_hash=tokenizer_hash
+            ) as writer:
                 if documents:
-                    tokens = np.concatenate(documents)
                     writer.write(tokens, np.array([len(d) for d in documents]), len(tokens))
             entries[split].append(writer.info)
     Manifest(
