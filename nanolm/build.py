@@ -36,8 +36,9 @@ from nanolm.config import Config
 from nanolm.data.stream import RowStream
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import require
+from nanolm.initial_weights import init_weights
 from nanolm.learner import Learner
-from nanolm.model import Trunk, init_weights
+from nanolm.model import Trunk
 from nanolm.model_config import ModelConfig
 from nanolm.objectives.base import Objective
 from nanolm.objectives.task import Task

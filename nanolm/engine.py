@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nanolm.config import Config
 from nanolm.distributed import World, synchronised, wrap
-from nanolm.model import init_parameter
+from nanolm.initial_weights import init_parameter
 from nanolm.progress import Progress
 from nanolm.sharding import shard, sharded_modules
 

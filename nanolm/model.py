@@ -103,22 +103,3 @@ def decoder(model: ModelConfig, kernels: Kernels, masks: frozenset[str] = frozen
 def encoder(model: ModelConfig, kernels: Kernels, masks: frozenset[str] = frozenset()) -> Trunk:
     """A bidirectional trunk: every token sees every token (Devlin et al. 2019)."""
     return Trunk(model, StackSpec(causal=False, masks=masks), kernels)
-
-
-def init_weights(module: nn.Module, model: ModelConfig) -> None:
-    """Normal(0, init_std) for matrices, zero for biases; the projections that write into a pre-norm
-    residual stream divided by sqrt(2 n_layers) (Radford et al. 2019, section 2.3)."""
-    for name, parameter in module.named_parameters():
-        init_parameter(name, parameter, model)
-
-
-def init_parameter(name: str, parameter: Tensor, model: ModelConfig) -> None:
-    """Fills one parameter; gains of norms, all that is neither bias nor matrix, become one."""
-    if name.endswith("bias"):
-        nn.init.zeros_(parameter)
-    elif parameter.ndim >= 2:
-        writes = name.endswith(("attention.out.weight", "feed_forward.down.weight"))
-        shrink = math.sqrt(2 * model.n_layers) if model.norm_position == "pre" else 1.0
-        nn.init.normal_(parameter, std=model.init_std / (shrink if writes else 1.0))
-    else:
-        nn.init.ones_(parameter)
