@@ -74,6 +74,9 @@ class ModelConfig:
     64."""
     init_std: float = 0.02
     """Standard deviation of the initial weights."""
+    attention_init: Literal["normal", "mimetic"] = "normal"
+    """normal: queries and keys start as other weights do; mimetic: a head's start as the same
+    projection, so that tokens attend to their like."""
 
     def __post_init__(self) -> None:
         sizes = ("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "max_length")

@@ -107,6 +107,24 @@ def test_initial_weights_have_the_stated_deviations(make_learner):
                 assert abs(parameter.mean().item()) < 0.05 * 0.03, name
 
 
+@pytest.mark.parametrize("n_kv_heads", [4, 2])
+def test_mimetic_attention_starts_by_comparing(make_learner, n_kv_heads):
+    keys = {"d_model": 64, "n_heads": 4, "n_kv_heads": n_kv_heads, "attention_init": "mimetic"}
+    learner, normal = make_learner(keys), make_learner({**keys, "attention_init": "normal"})
+    tokens = torch.nn.functional.layer_norm(torch.randn(200, 64), (64,))
+    for block, other in zip(learner.trunk.blocks, normal.trunk.blocks, strict=True):
+        rows = block.attention.qkv.weight.split(16)
+        for head in range(4):
+            query, key = rows[head], rows[4 + head * n_kv_heads // 4]
+            scores = (tokens @ query.T) @ (tokens @ key.T).T / math.sqrt(16)
+            alike = scores.diagonal()
+            assert abs(alike.mean().item() / 4 - 1) < 0.1
+            assert abs((scores.sum() - alike.sum()).item() / (200 * 199)) < 0.05
+        assert not torch.equal(rows[0], rows[3])
+        value, elsewhere = rows[-1], other.attention.qkv.weight.split(16)[-1]
+        assert abs(value.std().item() / elsewhere.std().item() - 1) < 0.2
+
+
 def test_the_whole_model_builds_on_the_meta_device():
     for trunk, encoding in itertools.product(("decoder", "encoder"), ENCODINGS):
         options = POSITIONS.get(encoding).options()
