@@ -55,10 +55,11 @@ def peak_flops(device: torch.device, precision: str) -> tuple[float | None, str]
 def matmul_flops(dtype: torch.dtype, size: int = 768, seconds: float = 0.2) -> float:
     """FLOP/s of the fastest square matmul on the CPU among those that fit into the time.
 
-    The first products of a process also start its threads, and a machine that is busy for a moment
-    must not pass for its peak.
+    The first product of a process also starts its threads and is not counted, and a machine that is
+    busy for a moment must not pass for its peak.
     """
     left, right = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
+    left @ right
     best, end = float("inf"), time.perf_counter() + seconds
     while (start := time.perf_counter()) < end or best == float("inf"):
         left @ right

@@ -41,3 +41,16 @@ def test_peaks_by_device_name(monkeypatch):
         assert found == peak and name[0] in origin
     found, origin = metrics.peak_flops(torch.device("cpu"), "fp32")
     assert found > 1e8 and "measured" in origin
+
+
+def test_the_peak_of_a_cpu_leaves_out_a_slow_first_product(monkeypatch):
+    now, took = [0.0], iter([5.0, 0.3, 0.1, *[0.2] * 9])
+
+    class Matrix:
+        def __matmul__(self, other: object) -> None:
+            now[0] += next(took)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(torch, "ones", lambda *size, dtype: Matrix())
+    found = metrics.matmul_flops(torch.float32, size=100, seconds=1.0)
+    assert abs(found / (2 * 100**3 / 0.1) - 1) < 1e-9
