@@ -120,6 +120,13 @@ def fill_blocks(
     return blocks
 
 
+def count_targets(targets_BT: np.ndarray) -> int:
+    """How many targets are not IGNORED; mostly all, which the lowest of them tells at once."""
+    if targets_BT.min() >= 0:
+        return targets_BT.size
+    return int(np.count_nonzero(targets_BT != IGNORED))
+
+
 def _fill_documents(block: RowBlock, positions_BT: np.ndarray, documents_BT: np.ndarray) -> None:
     """Write restarting positions and document indices."""
     if len(block.start_rows) > 3 * len(block):
@@ -134,7 +141,8 @@ def _fill_documents(block: RowBlock, positions_BT: np.ndarray, documents_BT: np.
     for b, start in zip(block.start_rows, block.start_offsets):
         if start < T:
             positions_BT[b, start:] = counting[: T - start]
-            documents_BT[b, start:] += 1
+            rest = documents_BT[b, start:]
+            rest += 1
 
 
 def _fill_many_documents(

@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from nanolm.data.rows import IGNORED, RowBlock, fill_blocks
+from nanolm.data.rows import RowBlock, count_targets, fill_blocks
 from nanolm.data.shards import Manifest, open_split
 from nanolm.data.stream import RowStream
 from nanolm.errors import UserError
@@ -47,7 +47,7 @@ class CausalBlocks:
 
     def counts(self, batch: dict[str, np.ndarray]) -> dict[str, int]:
         """Targets that are not padding."""
-        return {"clm": int(np.count_nonzero(batch["targets"] != IGNORED))}
+        return {"clm": count_targets(batch["targets"])}
 
 
 def ours(directory: str, split: str, batch: int, length: int, documents: bool) -> Batches:

@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from nanolm.config import Config
-from nanolm.data.rows import Row, RowBlock, fill_blocks
+from nanolm.data.rows import Row, RowBlock, count_targets, fill_blocks
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.heads import HeadRequest
 from nanolm.masks import Mask
@@ -67,7 +67,7 @@ class Clm:
 
     def counts(self, batch: dict[str, np.ndarray]) -> dict[str, int]:
         """Targets that are not padding."""
-        return {"clm": int(np.count_nonzero(batch["targets"] != IGNORED))}
+        return {"clm": count_targets(batch["targets"])}
 
     def inputs(self, batch: dict[str, Tensor]) -> Inputs:
         """Tokens; with the document mask also positions that restart in each document."""
