@@ -24,7 +24,13 @@ METHODS = {
     "packed prompt": ["--peft.name=prompt", "--peft.length=4", "--data.row_length=48"],
     "last": ["--tune.what=last", "--tune.n_layers=1", "--tune.layer_decay=0.8"],
     "gradual": ["--tune.unfreeze_every=3"],
-    "fgm": ["--train.rule.name=fgm", "--train.rule.inner.name=rdrop", "--train.micro_batch=7"],
+    "fgm": [
+        "--train.rule.name=fgm",
+        # Embeddings of so few steps are short: an epsilon of 1 leaves nothing of them.
+        "--train.rule.epsilon=0.1",
+        "--train.rule.inner.name=rdrop",
+        "--train.micro_batch=7",
+    ],
     "noise": ["--augment.dropout=0.1", "--augment.swap=0.1", "--augment.mask=0.1"],
 }
 
