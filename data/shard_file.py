@@ -40,9 +40,9 @@ class ShardWriter:
     ...     writer.write(tokens, lengths, text_bytes)
 
     `write` may be called several times: tokens [n] of whole documents, lengths [d] in tokens with
-    eos, text_bytes = UTF-8 bytes of those documents. N is their number in all, so that they stand
-    in memory once. After the block, `info` is the shard's entry for a manifest. Raises UserError
-    when the disk is full.
+    eos, text_bytes = UTF-8 bytes of those documents. N is the number of tokens in all, so that
+    they stand in memory once. After the block, `info` is the shard's entry for a manifest. Raises
+    UserError when the disk is full, ValueError when more or fewer than N tokens were written.
     """
 
     def __init__(
