@@ -33,7 +33,7 @@ from nanolm.objectives.task import Task
 from nanolm.peft.files import begin_adapter
 from nanolm.registry import OBJECTIVES
 from nanolm.task_config import TaskConfig
-from nanolm.task_data import Split, make_split, require_fields, training_tables
+from nanolm.task_data import Split, make_split, require_fields, training_split, training_tables
 from nanolm.task_evaluation import TaskEvaluator
 from nanolm.task_metrics import LOWER_IS_BETTER
 
@@ -58,6 +58,7 @@ def prepare(config: TaskConfig) -> Prepared:
     """Reads and checks everything that a run needs; raises UserError for what the user can mend."""
     base = base_folder(config)
     tokenizer = Tokenizer.load(base / MODEL_FILE)
+    makers = {"train": training_split, "val": make_split}
     if issubclass(task_of(config), Multi):
         config, found = resolve_parts(config, functools.partial(read_tables, tokenizer=tokenizer))
         task = build.build_objective(config, tokenizer)
@@ -66,18 +67,18 @@ def prepare(config: TaskConfig) -> Prepared:
             joined(
                 name,
                 {
-                    part: make_split(name, pair[place], task.parts[part], task.configs[part].data)
+                    part: make(name, pair[place], task.parts[part], task.configs[part].data)
                     for part, pair in found.items()
                 },
             )
-            for place, name in enumerate(("train", "val"))
+            for place, (name, make) in enumerate(makers.items())
         )
     else:
         config, tables = read_tables(config, tokenizer)
         task = build.build_objective(config, tokenizer)
         train, val = (
-            make_split(name, table, task, config.data)
-            for name, table in zip(("train", "val"), tables)
+            make(name, table, task, config.data)
+            for (name, make), table in zip(makers.items(), tables)
         )
     config = count_steps(config, len(train.items))
     facts = {"data_hash": digest(tables), "tokenizer_hash": tokenizer.hash}

@@ -130,6 +130,15 @@ def make_split(
     return Split(name, table, items, notes_of(name, table, items, skipped, data.row_length))
 
 
+def training_split(name: str, table: Table, task: Task, data: TaskDataConfig) -> Split:
+    """`make_split` without the items that the task leaves out of training; a note says how many."""
+    split = make_split(name, table, task, data)
+    items = task.trained(split.items)
+    left_out = len(split.items) - len(items)
+    notes = [f"{name}: {left_out:,} of {len(split.items):,} rows are not trained on"]
+    return dataclasses.replace(split, items=items, notes=split.notes + notes * bool(left_out))
+
+
 def notes_of(
     name: str, table: Table, items: list[Item], skipped: dict[str, list[int]], row_length: int
 ) -> list[str]:

@@ -9,11 +9,11 @@ from nanolm.build import build_learner, build_objective, resolve
 from nanolm.data.task_files import Table
 from nanolm.data.task_packing import best_fit, rectangle
 from nanolm.errors import UserError
-from nanolm.objectives.read import answers_of
+from nanolm.objectives.spans import answers_of
 from nanolm.objectives.tag import entities, spaced
 from nanolm.registry import OBJECTIVES
 from nanolm.task_config import TaskConfig
-from nanolm.task_data import make_split
+from nanolm.task_data import make_split, training_split
 from tests.conftest import TINY, tiny_tokenizer
 
 WORDS = [
@@ -337,3 +337,38 @@ def test_misplaced_answers_are_found_or_refused():
     record["answers"] = {"text": ["none", "b"], "answer_start": [-1, 2]}
     assert strict.objective.check(record, with_gold=True) is None
     assert strict.objective.located(record) == ("b", 2)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_training_leaves_out_windows_that_lack_an_answer_which_stands_elsewhere(share):
+    learner, whole = build("read", "encoder", empty_windows=share, length=24)
+    records = [r for r in RECORDS["read"] for _ in range(20)]  # many windows: the share is exact
+    table = Table("records", records, list(range(1, len(records) + 1)))
+    data = TaskConfig().data
+    whole = make_split("train", table, learner.objective, data)
+    split = training_split("train", table, learner.objective, data)
+    empty = {item.record for item in whole.items} - {
+        item.record for item in whole.items if item.target != (0, 0)
+    }
+    lacking = [i for i in whole.items if i.target == (0, 0) and i.record not in empty]
+    left_out = len(whole.items) - len(split.items)
+    assert len(lacking) > 100
+    assert abs(left_out - (1 - share) * len(lacking)) <= 2
+    kept = {id(item) for item in learner.objective.trained(whole.items)}
+    assert len(kept) == len(split.items)
+    assert all(id(i) in kept for i in whole.items if i.target != (0, 0) or i.record in empty)
+    assert any("are not trained on" in note for note in split.notes) == (share < 1)
+    with pytest.raises(UserError, match="is a share, between 0 and 1"):
+        build("read", "encoder", empty_windows=2.0)
+
+
+def test_a_window_sure_of_its_first_token_does_not_outbid_one_sure_of_a_span():
+    """Raw scores are no probabilities: 9 beside a first token of 20 says less than 5 beside 0."""
+    learner, _ = build("read", "encoder")
+    objective = learner.objective
+    first = torch.tensor([[20.0, 9.0, 0.0], [0.0, 5.0, 0.0]])
+    objective.scores = lambda *_: (first, first.clone())
+    answers = objective.answers(None, None, {})
+    assert answers[0][0] < answers[1][0]
+    assert [answer[1:3] for answer in answers] == [[1, 1], [1, 1]]
+    assert answers[0][3] == pytest.approx(2 * first.log_softmax(-1)[0, 0].item())

@@ -3,8 +3,11 @@
     loss = - sum_n [log p_start(s_n) + log p_end(e_n)] / 2   (Devlin et al. 2019, sections 4.2, 4.3)
 
 A long context is read in windows that overlap by `stride` tokens. In a window that does not hold
-the answer, and where there is none, the right span is the first token. An answer's score is start +
-end; "no answer" scores what the first token does in the window where it scores least.
+the answer, and where there is none, the right span is the first token: such an empty window teaches
+less than another, and training may leave some out (Alberti et al. 2019, "A BERT Baseline for the
+Natural Questions"). An answer's score is log p_start + log p_end, each within its own window, so
+that a window which is sure of its first token does not outbid one which is sure of a span; "no
+answer" scores what the first token does in the window where it scores least.
 
 Token ids become characters by their byte lengths, which needs a tokenizer that loses nothing.
 
@@ -29,9 +32,14 @@ from nanolm.errors import require
 from nanolm.heads import HeadRequest
 from nanolm.objectives.base import Term
 from nanolm.objectives.ragged import ragged, within
+from nanolm.objectives.spans import Answer, answers_of, cut_out, find_nearest, token_span
 from nanolm.objectives.task import Item, Sequence, Task, TaskOptions, text_problem
 from nanolm.registry import OBJECTIVES
 from nanolm.task_metrics import Report
+
+NO_SPAN = (0, 0)
+GOLDEN = (5**0.5 - 1) / 2
+"""Its multiples, modulo 1, fill [0, 1) evenly and keep step with nothing in the data."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +53,9 @@ class ReadOptions(TaskOptions):
     """Longest question in tokens; longer ones are cut."""
     longest_answer: int = 48
     """Longest answer in tokens."""
+    empty_windows: float = 1.0
+    """Share that training reads of the windows that lack an answer which stands elsewhere in their
+    context. Evaluation and prediction read every window."""
     relocate: bool = True
     """An answer that does not stand where its record says is looked for in the context, nearest to
     that place; false refuses such a record."""
@@ -58,6 +69,10 @@ class ReadOptions(TaskOptions):
         require(
             min(sizes) >= 1, "objective.stride, question_length and longest_answer must be >= 1"
         )
+        require(
+            0 <= self.empty_windows <= 1,
+            f"objective.empty_windows={self.empty_windows} is a share, between 0 and 1",
+        )
 
 
 class Window(NamedTuple):
@@ -67,13 +82,6 @@ class Window(NamedTuple):
     offset: int
     begins: np.ndarray
     ends: np.ndarray
-
-
-class Answer(NamedTuple):
-    """One gold answer and the character at which it stands in the context."""
-
-    text: str
-    start: int
 
 
 @OBJECTIVES.register("read", options=ReadOptions)
@@ -155,6 +163,19 @@ class Read(Task):
             cut = 0
         return items
 
+    def trained(self, items: list[Item]) -> list[Item]:
+        """Every window with its answer, every window of a record without one, and evenly spread
+        `empty_windows` of the others."""
+        answered = {item.record for item in items if item.target != NO_SPAN}
+        kept, n_empty = [], 0
+        for item in items:
+            if item.target == NO_SPAN and item.record in answered:
+                n_empty += 1
+                if n_empty * GOLDEN % 1 >= self.options.empty_windows:
+                    continue
+            kept.append(item)
+        return kept
+
     def targets_of(
         self, examples: list[Item], batch: dict[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
@@ -204,7 +225,8 @@ class Read(Task):
         self, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: dict[str, Tensor]
     ) -> list[Any]:
         """[score, first token, last token, score of no answer] of each window's best span."""
-        start_SL, end_SL = self.scores(hidden_BTD, heads, batch)
+        scores = self.scores(hidden_BTD, heads, batch)
+        start_SL, end_SL = (scores_SL.log_softmax(dim=-1) for scores_SL in scores)
         none_S = start_SL[:, 0] + end_SL[:, 0]
         start_SL[:, 0] = end_SL[:, 0] = -torch.inf
         width = start_SL.shape[1]
@@ -243,60 +265,11 @@ class Read(Task):
         return task_metrics.reading(golds, guesses, by_character=bool(self.options.by_character))
 
 
-def answers_of(record: Record) -> list[Answer] | None:
-    """The gold answers, from SQuAD's list or from parallel lists; None when they are neither."""
-    value = record.get("answers")
-    if isinstance(value, dict):
-        texts, starts = value.get("text"), value.get("answer_start")
-        if not (isinstance(texts, list) and isinstance(starts, list) and len(texts) == len(starts)):
-            return None
-        value = [{"text": t, "answer_start": s} for t, s in zip(texts, starts)]
-    if not isinstance(value, list):
-        return None
-    try:
-        found = [Answer(str(answer["text"]), int(answer["answer_start"])) for answer in value]
-    except (KeyError, TypeError, ValueError):
-        return None
-    return found
-
-
-def find_nearest(context: str, answer: Answer) -> int | None:
-    """Where an answer's text begins in its context, as near as possible to where it should."""
-    text, start = answer
-    if start >= 0 and context.startswith(text, start):
-        return start
-    before = context.rfind(text, 0, max(0, start) + len(text))
-    after = context.find(text, max(0, start))
-    found = [place for place in (before, after) if place >= 0]
-    return min(found, key=lambda place: abs(place - start)) if found else None
-
-
-def token_span(
-    context: str, answer: Answer, begins: np.ndarray, ends: np.ndarray
-) -> tuple[int, int]:
-    """The tokens, first and last, that cover an answer."""
-    first_byte = len(context[: answer.start].encode())
-    last_byte = first_byte + len(answer.text.encode())
-    first = int(np.searchsorted(begins, first_byte, side="right")) - 1
-    last = int(np.searchsorted(ends, last_byte, side="left"))
-    return first, max(first, last)
-
-
 def target_of(
     span: tuple[int, int] | None, start: int, stop: int, sequence: Sequence
 ) -> tuple[int, int]:
     """The span within a window's sequence; the first token when the window does not hold it."""
     if span is None or span[0] < start or span[1] >= stop:
-        return 0, 0
+        return NO_SPAN
     shift = sequence.second - start
     return span[0] + shift, span[1] + shift
-
-
-def cut_out(context: str, begin: int, end: int) -> dict[str, Any]:
-    """The text of bytes [begin, end) without the spaces around it, and its characters' bounds."""
-    data = context.encode()
-    before = len(data[:begin].decode(errors="ignore"))
-    text = data[begin:end].decode(errors="ignore")
-    stripped = text.strip()
-    start = before + len(text) - len(text.lstrip()) if stripped else before
-    return {"answer": stripped, "start": start, "end": start + len(stripped)}

@@ -116,6 +116,10 @@ class Task:
         """The record made ready, token ids and all; one item, or one for each window."""
         raise NotImplementedError
 
+    def trained(self, items: list[Item]) -> list[Item]:
+        """The items of the train split that are trained on; evaluation always reads all."""
+        return items
+
     def record_of(self, line: str) -> Record:
         """A line of text as a record: its fields, separated by tabs."""
         parts = line.split("\t")
