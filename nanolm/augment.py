@@ -1,6 +1,9 @@
-"""Augmentation of labelled examples: noise that keeps the label (Wei & Zou 2019; Xie et al. 2020).
+"""Augmentation of labelled examples: noise that keeps the label (Wei & Zou 2019; Xie et al. 2020),
+and counterfactuals, whose label is the other one (Kaushik et al. 2020).
 
-    record -> item -> Augmented.example: each segment of each sequence, its special tokens apart
+    record -> item -> Augmented.example: one word of the first text
+        opposites  a word of the user's table, replaced, and the answer turned
+    then each segment of each sequence, its special tokens apart
         synonyms   words of the user's table, replaced            (changes lengths)
         dropout    tokens left out                                 (changes lengths)
         swap       pairs of tokens exchanged
@@ -16,7 +19,6 @@ Shapes: T tokens of a segment.
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ import numpy as np
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import require
 from nanolm.task_config import AugmentConfig
+from nanolm.word_table import WordTable
 
 
 class Augmented:
@@ -40,7 +43,16 @@ class Augmented:
             "augment.mask needs a tokenizer with a mask token, and this one has none",
         )
         self.task, self.config, self.tokenizer = task, config, tokenizer
-        self.table = read_synonyms(config.synonyms, tokenizer) if config.synonyms else {}
+        require(
+            config.opposites is None or task.turns,
+            f"augment.opposites turns an answer into the other one: it needs objective=choose with "
+            f"two candidates or objective=classify with two labels, not objective={name}",
+        )
+        self.synonyms = self.opposites = None
+        if config.synonyms:
+            self.synonyms = WordTable.synonyms(config.synonyms, tokenizer)
+        if config.opposites:
+            self.opposites = WordTable.opposites(config.opposites, tokenizer)
 
     def __getattr__(self, name: str) -> Any:
         if name == "task":  # asked for by copies in worker processes, before there is one
@@ -48,13 +60,15 @@ class Augmented:
         return getattr(self.task, name)
 
     def example(self, row: Any, rng: np.random.Generator, draw: Any) -> Any:
-        """The task's item with noise in its sequences."""
+        """The task's item, perhaps turned, with noise in its sequences."""
         item = self.task.example(row, rng, draw)
         require(
             item.extra is None or not self.config.moves,
             f"objective={self.task.options.name} has targets at single tokens, which "
-            f"augment.dropout, swap and synonyms would move; use augment.mask",
+            f"augment.dropout, swap, synonyms and opposites would move; use augment.mask",
         )
+        if self.opposites and rng.random() < self.config.opposite_rate:
+            item = self.turned(item, rng)
         return dataclasses.replace(
             item, sequences=[self.sequence(sequence, rng) for sequence in item.sequences]
         )
@@ -77,7 +91,7 @@ class Augmented:
             return tokens_T
         begin, end = inner[0], inner[-1] + 1
         words = tokens_T[begin:end]
-        if self.table:
+        if self.synonyms:
             words = self.replace_words(words, rng, room)
         if config.dropout > 0:
             words = leave_out(words, config.dropout, rng)
@@ -92,28 +106,42 @@ class Augmented:
         self, tokens_T: np.ndarray, rng: np.random.Generator, room: int
     ) -> np.ndarray:
         """Words of the table replaced, each with its probability; longest match first."""
-        ids, at, out = tokens_T.tolist(), 0, []
-        longest = max(map(len, self.table))
-        while at < len(ids):
-            lengths = range(min(longest, len(ids) - at), 0, -1)
-            found = (n for n in lengths if self.stands_alone(ids, at, at + n))
-            length = next((n for n in found if tuple(ids[at : at + n]) in self.table), 0)
-            new = ids[at : at + max(length, 1)]
-            if length and rng.random() < self.config.synonym_rate:
-                others = self.table[tuple(new)]
+        ids, done, out = tokens_T.tolist(), 0, []
+        for begin, end in self.synonyms.matches(ids):
+            new = ids[begin:end]
+            if rng.random() < self.config.synonym_rate:
+                others = self.synonyms.entries[tuple(new)]
                 other = others[rng.integers(len(others))]
-                if len(other) - length <= room:
-                    room -= len(other) - length
+                if len(other) - len(new) <= room:
+                    room -= len(other) - len(new)
                     new = other
-            out += new
-            at += max(length, 1)
-        return np.array(out, dtype=tokens_T.dtype)
+            out += ids[done:begin] + new
+            done = end
+        return np.array(out + ids[done:], dtype=tokens_T.dtype)
 
-    def stands_alone(self, ids: list[int], begin: int, end: int) -> bool:
-        """Whether no word reaches over either edge of ids[begin:end]."""
-        left, right = self.tokenizer.joins_left, self.tokenizer.joins_right
-        edges = [at for at in (begin, end) if 0 < at < len(ids)]
-        return not any(left[ids[at]] and right[ids[at - 1]] for at in edges)
+    def turned(self, item: Any, rng: np.random.Generator) -> Any:
+        """The item with one word of its first text replaced by an opposite, and the other answer;
+        as it is where no word has one or the result would be too long."""
+        first = item.sequences[0].tokens[: item.sequences[0].second]
+        shared = all(np.array_equal(s.tokens[: s.second], first) for s in item.sequences)
+        target, ids = self.task.turned(item), first.tolist()
+        places = list(self.opposites.matches(ids))
+        if target is None or not shared or not places:
+            return item
+        begin, end = places[rng.integers(len(places))]
+        others = self.opposites.entries[tuple(ids[begin:end])]
+        other = others[rng.integers(len(others))]
+        longest = max(len(sequence.tokens) for sequence in item.sequences)
+        if longest + len(other) - (end - begin) > self.task.length:
+            return item
+        first = np.array(ids[:begin] + other + ids[end:], dtype=first.dtype)
+        sequences = [
+            dataclasses.replace(
+                s, tokens=np.concatenate([first, s.tokens[s.second :]]), second=len(first)
+            )
+            for s in item.sequences
+        ]
+        return dataclasses.replace(item, sequences=sequences, target=target)
 
 
 def leave_out(tokens_T: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
@@ -131,27 +159,3 @@ def swap(tokens_T: np.ndarray, share: float, rng: np.random.Generator) -> np.nda
     swapped = tokens_T.copy()
     swapped[places] = tokens_T[np.concatenate([places[count // 2 :], places[: count // 2]])]
     return swapped
-
-
-def read_synonyms(path: str, tokenizer: Tokenizer) -> dict[tuple[int, ...], list[list[int]]]:
-    """{token ids of a word: those of its synonyms}, with and without a space before them.
-
-    Raises UserError naming the file and line that is no word with its synonyms.
-    """
-    file = pathlib.Path(path)
-    require(file.is_file(), f"augment.synonyms: there is no file {path}")
-    table: dict[tuple[int, ...], list[list[int]]] = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        word, *others = (part.strip() for part in line.split("\t"))
-        if not line.strip():
-            continue
-        require(
-            bool(word) and bool(others) and all(others),
-            f"{path} line {number} is not a word and its synonyms, separated by tabs",
-        )
-        for space in ("", " "):
-            ids = tuple(tokenizer.encode(space + word).tolist())
-            found = table.setdefault(ids, [])
-            found += [tokenizer.encode(space + other).tolist() for other in others]
-    require(bool(table), f"augment.synonyms: {path} holds no words")
-    return table

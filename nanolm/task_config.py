@@ -130,16 +130,22 @@ class AugmentConfig:
     """A text file with a word and its synonyms on each line, separated by tabs."""
     synonym_rate: float = 0.1
     """With synonyms: the probability that a word of the table is replaced."""
+    opposites: str | None = None
+    """A text file of words that mean the opposite of each other, separated by tabs. One of them in
+    the first text (the question) is turned, and with it the answer: two candidates or labels."""
+    opposite_rate: float = 0.5
+    """With opposites: the probability that an example is turned."""
 
     def __post_init__(self) -> None:
-        for key in ("dropout", "swap", "mask", "synonym_rate"):
+        for key in ("dropout", "swap", "mask", "synonym_rate", "opposite_rate"):
             value = getattr(self, key)
             require(0 <= value < 1, f"augment.{key}={value} must lie in [0, 1)")
 
     @property
     def moves(self) -> bool:
         """Whether tokens may change their places."""
-        return self.dropout > 0 or self.swap > 0 or self.synonyms is not None
+        tables = (self.synonyms, self.opposites)
+        return self.dropout > 0 or self.swap > 0 or any(table is not None for table in tables)
 
     @property
     def used(self) -> bool:

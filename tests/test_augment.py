@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanolm.augment import Augmented, leave_out, read_synonyms, swap
+from nanolm.augment import Augmented, leave_out, swap
 from nanolm.errors import UserError
 from nanolm.task_config import AugmentConfig
+from nanolm.word_table import WordTable
 
 
 @dataclasses.dataclass
@@ -30,7 +31,7 @@ class Item:
 class Task:
     """As much of a task as augmentation sees: <cls> A <sep> B <sep>."""
 
-    generates, length = False, 200
+    generates, length, turns = False, 200, True
     options = types.SimpleNamespace(name="classify")
 
     def __init__(self, tokenizer, first, second=""):
@@ -43,6 +44,9 @@ class Task:
 
     def example(self, row, rng, draw):
         return self.item
+
+    def turned(self, item):
+        return 1 - item.target
 
 
 def noisy(task, tokenizer, seed=0, **config):
@@ -93,10 +97,45 @@ def test_synonyms_replace_whole_words_and_respect_the_length(tokenizer, tmp_path
     task.length = len(task.item.sequences[0].tokens)
     assert len(noisy(task, tokenizer, **config).tokens) <= task.length
     path.write_text("fine\tgood\nlonely\n")
-    with pytest.raises(UserError, match=r"synonyms\.tsv line 2 is not a word and its synonyms"):
-        read_synonyms(str(path), tokenizer)
+    with pytest.raises(UserError, match=r"synonyms\.tsv line 2 is not a word and what may take"):
+        WordTable.synonyms(str(path), tokenizer)
     with pytest.raises(UserError, match="there is no file"):
-        read_synonyms(str(tmp_path / "none"), tokenizer)
+        WordTable.synonyms(str(tmp_path / "none"), tokenizer)
+
+
+def test_an_opposite_turns_the_answer(tokenizer, tmp_path):
+    path = tmp_path / "opposites.tsv"
+    path.write_text("reads\twrites\nall\tno\nvalue\tnothing\n")
+    config = AugmentConfig(opposites=str(path), opposite_rate=0.999)
+    task = Task(tokenizer, "All parsers reads", "a value of all")
+    candidate = Task(tokenizer, "All parsers reads", "no value").item.sequences[0]
+    task.item.sequences.append(candidate)
+    seen = set()
+    for seed in range(20):
+        found = Augmented(task, config, tokenizer).example(None, np.random.default_rng(seed), None)
+        assert found.target == 0
+        halves = [np.split(s.tokens, [s.second]) for s in found.sequences]
+        texts = [[tokenizer.decode(half) for half in pair] for pair in halves]
+        assert texts[0][0] == texts[1][0]
+        assert [pair[1] for pair in texts] == ["a value of all", "no value"], "as they were"
+        seen.add(texts[0][0])
+    assert seen == {"No parsers reads", "All parsers writes"}, "one word, and nothing else"
+    assert task.item.target == 1, "the record itself stays"
+
+    rarely = AugmentConfig(opposites=str(path), opposite_rate=0.25)
+    targets = [
+        Augmented(task, rarely, tokenizer).example(None, np.random.default_rng(i), None).target
+        for i in range(400)
+    ]
+    assert 60 < targets.count(0) < 140
+    task.length = max(len(s.tokens) for s in task.item.sequences) - 1
+    assert Augmented(task, config, tokenizer).example(None, np.random.default_rng(0), None).target
+    plain = Task(tokenizer, "the parser", "a value")
+    before = plain.item.sequences[0].tokens.tolist()
+    assert noisy(plain, tokenizer, opposites=str(path)).tokens.tolist() == before
+    task.turns = False
+    with pytest.raises(UserError, match=r"augment\.opposites turns an answer into the other one"):
+        Augmented(task, config, tokenizer)
 
 
 def test_what_cannot_be_augmented_is_refused(tokenizer):

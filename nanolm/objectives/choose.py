@@ -43,6 +43,7 @@ class Choose(Task):
 
     fields = ("question", "choices")
     term = "choose"
+    turns = True
 
     def __init__(self, options: ChooseOptions, config: Config, tokenizer: Tokenizer) -> None:
         super().__init__(options, config, tokenizer)
@@ -84,6 +85,10 @@ class Choose(Task):
         framed = [self.frame(question, self.encode(text)) for text in record["choices"]]
         target = self.right(record) if with_gold else None
         return [Item(index, [s for s, _ in framed], target, sum(cut for _, cut in framed))]
+
+    def turned(self, item: Item) -> int | None:
+        """The other one of two candidates."""
+        return 1 - item.target if len(item.sequences) == 2 else None
 
     def targets_of(
         self, examples: list[Item], batch: dict[str, np.ndarray]

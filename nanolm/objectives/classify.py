@@ -135,6 +135,7 @@ class Classify(Pooled):
         super().__init__(options, config, tokenizer)
         self.labels = chosen(options.labels, options.name)
         self.number = {label: i for i, label in enumerate(self.labels)}
+        self.turns = len(self.labels) == 2 and not options.multi_label
         self.heads = {"classify": sequence_head(options, self.trunk, len(self.labels))}
         weights = options.class_weights
         require(
@@ -173,6 +174,10 @@ class Classify(Pooled):
         target_C = np.zeros(len(self.labels), dtype=np.float32)
         target_C[[self.number[label_text(label)] for label in record["label"]]] = 1
         return target_C
+
+    def turned(self, item: Item) -> np.int64 | None:
+        """The other one of two classes."""
+        return np.int64(1 - item.target) if self.turns else None
 
     def targets_of(
         self, examples: list[Item], batch: dict[str, np.ndarray]

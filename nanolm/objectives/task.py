@@ -78,6 +78,8 @@ class Task:
     """Name of the loss term."""
     scope = "rows"
     """"global_batch" when a row's loss depends on the other rows of the step."""
+    turns = False
+    """Whether there may be exactly two answers, so that a text's opposite has the other one."""
     split_by: ClassVar[tuple[str, ...]] = ()
     """Columns whose content decides on which side of a carved split a record falls."""
 
@@ -119,6 +121,11 @@ class Task:
     def trained(self, items: list[Item]) -> list[Item]:
         """The items of the train split that are trained on; evaluation always reads all."""
         return items
+
+    def turned(self, item: Item) -> Any | None:
+        """The target of an item whose first text is made to say the opposite; None when there are
+        not exactly two answers."""
+        return None
 
     def record_of(self, line: str) -> Record:
         """A line of text as a record: its fields, separated by tabs."""
