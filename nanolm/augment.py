@@ -39,6 +39,11 @@ class Augmented:
             f"augment cannot go with objective={name}, whose answers are its tokens",
         )
         require(
+            task.movable or not config.moves,
+            f"objective={name} has targets at single tokens, which augment.dropout, swap, synonyms "
+            f"and opposites would move; use augment.mask",
+        )
+        require(
             config.mask == 0 or "mask" in tokenizer.roles(),
             "augment.mask needs a tokenizer with a mask token, and this one has none",
         )
@@ -62,11 +67,6 @@ class Augmented:
     def example(self, row: Any, rng: np.random.Generator, draw: Any) -> Any:
         """The task's item, perhaps turned, with noise in its sequences."""
         item = self.task.example(row, rng, draw)
-        require(
-            item.extra is None or not self.config.moves,
-            f"objective={self.task.options.name} has targets at single tokens, which "
-            f"augment.dropout, swap, synonyms and opposites would move; use augment.mask",
-        )
         if self.opposites and rng.random() < self.config.opposite_rate:
             item = self.turned(item, rng)
         return dataclasses.replace(
@@ -121,9 +121,15 @@ class Augmented:
 
     def turned(self, item: Any, rng: np.random.Generator) -> Any:
         """The item with one word of its first text replaced by an opposite, and the other answer;
-        as it is where no word has one or the result would be too long."""
+        as it is where no word has one or the result would be too long. The first text stands in the
+        first sequence and in all that hold two."""
         first = item.sequences[0].tokens[: item.sequences[0].second]
-        shared = all(np.array_equal(s.tokens[: s.second], first) for s in item.sequences)
+        holds = [i == 0 or s.second < len(s.tokens) for i, s in enumerate(item.sequences)]
+        shared = all(
+            np.array_equal(s.tokens[: s.second], first)
+            for s, held in zip(item.sequences, holds, strict=True)
+            if held
+        )
         target, ids = self.task.turned(item), first.tolist()
         places = list(self.opposites.matches(ids))
         if target is None or not shared or not places:
@@ -136,12 +142,16 @@ class Augmented:
             return item
         first = np.array(ids[:begin] + other + ids[end:], dtype=first.dtype)
         sequences = [
-            dataclasses.replace(
-                s, tokens=np.concatenate([first, s.tokens[s.second :]]), second=len(first)
-            )
-            for s in item.sequences
+            begin_with(first, s) if held else s
+            for s, held in zip(item.sequences, holds, strict=True)
         ]
         return dataclasses.replace(item, sequences=sequences, target=target)
+
+
+def begin_with(first: np.ndarray, sequence: Any) -> Any:
+    """The sequence with another first segment."""
+    tokens = np.concatenate([first, sequence.tokens[sequence.second :]])
+    return dataclasses.replace(sequence, tokens=tokens, second=len(first))
 
 
 def leave_out(tokens_T: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:

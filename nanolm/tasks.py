@@ -1,6 +1,8 @@
 """Every built-in task and its heads: importing this module registers them (see `build.py`)."""
 
 import nanolm.objectives.choose
+import nanolm.objectives.choose_dual
+import nanolm.objectives.choose_lm
 import nanolm.objectives.classify
 import nanolm.objectives.embed
 import nanolm.objectives.multi

@@ -31,7 +31,7 @@ class Item:
 class Task:
     """As much of a task as augmentation sees: <cls> A <sep> B <sep>."""
 
-    generates, length, turns = False, 200, True
+    generates, length, turns, movable = False, 200, True, True
     options = types.SimpleNamespace(name="classify")
 
     def __init__(self, tokenizer, first, second=""):
@@ -122,6 +122,12 @@ def test_an_opposite_turns_the_answer(tokenizer, tmp_path):
     assert seen == {"No parsers reads", "All parsers writes"}, "one word, and nothing else"
     assert task.item.target == 1, "the record itself stays"
 
+    apart = Task(tokenizer, "All parsers reads")  # the candidates in sequences of their own
+    apart.item.sequences += [Task(tokenizer, text).item.sequences[0] for text in ("All", "no")]
+    found = Augmented(apart, config, tokenizer).example(None, np.random.default_rng(1), None)
+    texts = [tokenizer.decode(s.tokens) for s in found.sequences]
+    assert texts[0] in seen and texts[1:] == ["All", "no"] and found.target == 0
+
     rarely = AugmentConfig(opposites=str(path), opposite_rate=0.25)
     targets = [
         Augmented(task, rarely, tokenizer).example(None, np.random.default_rng(i), None).target
@@ -140,7 +146,7 @@ def test_an_opposite_turns_the_answer(tokenizer, tmp_path):
 
 def test_what_cannot_be_augmented_is_refused(tokenizer):
     task = Task(tokenizer, FIRST)
-    task.item = dataclasses.replace(task.item, extra=np.arange(3))
+    task.movable = False
     with pytest.raises(UserError, match=r"would move; use augment\.mask"):
         noisy(task, tokenizer, swap=0.1)
     assert len(noisy(task, tokenizer, mask=0.3).tokens) == len(task.item.sequences[0].tokens)

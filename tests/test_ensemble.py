@@ -69,7 +69,9 @@ def test_the_average_of_logits_and_of_weights(seeds, data, tmp_path):
         torch.testing.assert_close(tensor.double(), mean, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["classify", "tag", "read", "regress", "choose", "prompt"])
+@pytest.mark.parametrize(
+    "name", ["classify", "tag", "read", "regress", "choose", "choose_dual", "choose_lm", "prompt"]
+)
 def test_heads_beside_each_other_give_the_mean_of_their_outputs(name, tmp_path):
     table(tmp_path / "data", "train", RECORDS[name])
     table(tmp_path / "data", "val", RECORDS[name])

@@ -24,6 +24,8 @@ LINES = {
     "tag": ("the parser reads", "tags"),
     "read": ("the list\tIn 4 the list stands the answer 16, of names.", "answer"),
     "choose": ("the file\tthe list\tthe names\tall", "choice"),
+    "choose_dual": ("the file\tthe list\tthe names\tall", "choice"),
+    "choose_lm": ("the file\tthe list\tthe names\tall", "choice"),
     "embed": ("the file", "embedding"),
     "write": ("the file", "text"),
     "prompt": ("the file", "label"),

@@ -22,6 +22,7 @@ from nanolm import task_metrics
 from nanolm.config import Config
 from nanolm.data.task_files import Record, Table
 from nanolm.data.tokenizer import Tokenizer
+from nanolm.heads import HeadRequest
 from nanolm.objectives.base import Term
 from nanolm.objectives.classify import HeadOptions, sequence_head
 from nanolm.objectives.ragged import ragged, within
@@ -47,7 +48,11 @@ class Choose(Task):
 
     def __init__(self, options: ChooseOptions, config: Config, tokenizer: Tokenizer) -> None:
         super().__init__(options, config, tokenizer)
-        self.heads = {"choose": sequence_head(options, self.trunk, 1)}
+        self.heads = self.requests(options)
+
+    def requests(self, options: ChooseOptions) -> dict[str, HeadRequest]:
+        """The heads that score candidates."""
+        return {"choose": sequence_head(options, self.trunk, 1)}
 
     def check(self, record: Record, *, with_gold: bool) -> str | None:
         """A question, at least two candidates, and a label that names one of them."""
@@ -88,13 +93,18 @@ class Choose(Task):
 
     def turned(self, item: Item) -> int | None:
         """The other one of two candidates."""
-        return 1 - item.target if len(item.sequences) == 2 else None
+        return 1 - item.target if self.n_candidates(item) == 2 else None
+
+    def n_candidates(self, item: Item) -> int:
+        """A sequence each."""
+        return len(item.sequences)
 
     def targets_of(
         self, examples: list[Item], batch: dict[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
-        """item int64[S], choice int64[S], choices int64[N]; labels int64[N]."""
-        sizes = np.array([len(item.sequences) for item in examples], dtype=np.int64)
+        """Of each candidate its item and number, int64; choices int64[N], how many there are;
+        labels int64[N]."""
+        sizes = np.array([self.n_candidates(item) for item in examples], dtype=np.int64)
         found = {
             "item": np.repeat(np.arange(len(sizes)), sizes),
             "choice": within(sizes),

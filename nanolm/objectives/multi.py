@@ -127,6 +127,7 @@ class Multi(Task):
 
     def _add(self, name: str, part: Task, weight: float) -> None:
         where = f"objective.tasks.{name}"
+        self.movable &= part.movable
         if part.scope == "global_batch":
             self.scope = part.scope
         for head, request in part.heads.items():

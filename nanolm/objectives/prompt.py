@@ -59,6 +59,8 @@ class PromptOptions(ClassifyOptions):
 class Prompt(Classify):
     """Which label's word fits."""
 
+    movable = False
+
     def __init__(self, options: PromptOptions, config: Config, tokenizer: Tokenizer) -> None:
         super().__init__(options, config, tokenizer)
         encoder = self.trunk == "encoder"
@@ -66,9 +68,7 @@ class Prompt(Classify):
             encoder or options.template.endswith(MASK),
             f"a decoder writes what follows: objective.template must end with {MASK}",
         )
-        transform = encoder if options.transform is None else options.transform
-        head = {"transform": transform, "bias": transform}
-        self.heads = {"lm": HeadRequest("token_logits", head)}
+        self.heads = {"lm": vocabulary_head(options.transform, self.trunk)}
         self.before, self.after = options.template.split(MASK)
         self.word_ids = self.verbalizer()
 
@@ -83,11 +83,7 @@ class Prompt(Classify):
 
     def require_heads(self, fresh: list[str], base: str) -> None:
         """The vocabulary head must come from the base."""
-        require(
-            "lm" not in fresh,
-            f"{base} has no vocabulary head of this shape to fill a mask with; set "
-            f"objective.transform as it was pretrained",
-        )
+        require_vocabulary(fresh, base)
 
     def verbalizer(self) -> list[int]:
         """The token of each label's first piece; raises UserError when two labels share one."""
@@ -140,3 +136,19 @@ class Prompt(Classify):
         """The logits of the labels' words, [S, C]."""
         logits_SV = heads["lm"](hidden_BTD.flatten(0, 1)[batch["cloze"]])
         return logits_SV[:, self.word_ids].float()
+
+
+def vocabulary_head(transform: bool | None, trunk: str) -> HeadRequest:
+    """The head that the base was pretrained with; null: an encoder's has a transform, a decoder's
+    has not."""
+    transform = trunk == "encoder" if transform is None else transform
+    return HeadRequest("token_logits", {"transform": transform, "bias": transform})
+
+
+def require_vocabulary(fresh: list[str], base: str) -> None:
+    """Raises UserError when the vocabulary head does not come from the base."""
+    require(
+        "lm" not in fresh,
+        f"{base} has no vocabulary head of this shape to fill a mask with; set "
+        f"objective.transform as it was pretrained",
+    )

@@ -88,6 +88,7 @@ class Window(NamedTuple):
 class Read(Task):
     """Where in a text the answer stands."""
 
+    movable = False
     fields = ("question", "context")
     gold = ("answers",)
     metric = "f1"

@@ -54,6 +54,7 @@ class TagOptions(TaskOptions):
 class Tag(Task):
     """What kind of word each word is."""
 
+    movable = False
     fields = ("tokens",)
     gold = ("tags",)
     metric = "f1"

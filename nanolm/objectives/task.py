@@ -78,6 +78,8 @@ class Task:
     """Name of the loss term."""
     scope = "rows"
     """"global_batch" when a row's loss depends on the other rows of the step."""
+    movable = True
+    """Whether tokens may change their places: no target points at one of them."""
     turns = False
     """Whether there may be exactly two answers, so that a text's opposite has the other one."""
     split_by: ClassVar[tuple[str, ...]] = ()
