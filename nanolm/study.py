@@ -77,10 +77,10 @@ def settings(grid: dict[str, list[Any]]) -> list[Overrides]:
 def plan(study: StudyConfig) -> list[Group]:
     """All groups with all cells that may be run; raises UserError for a config that is refused."""
     groups = []
-    tried = settings(study.tune.grid)
     for row, variant in itertools.product(study.rows, study.variants):
         if study.only is not None and row.name not in study.only:
             continue
+        tried = settings((row.tune or study.tune).grid)
         tries = [
             build_cell(study, row, variant, study.seeds[0], setting, tries=True)
             for setting in tried

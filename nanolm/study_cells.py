@@ -66,7 +66,8 @@ def build_cell(
     Raises UserError for whatever `nanolm finetune` would refuse in the config.
     """
     merged = study.overrides | row.overrides | study.variants[variant].overrides | setting
-    merged |= (study.tune.overrides if tries else {}) | ALWAYS | {"run.seed": seed}
+    tune = row.tune or study.tune
+    merged |= (tune.overrides if tries else {}) | ALWAYS | {"run.seed": seed}
     if row.metric is not None:
         merged["eval.metric"] = row.metric
     files = [f"--config={filled(row.config, study)}"] if row.config is not None else []
@@ -112,12 +113,14 @@ def task_metric(config: TaskConfig) -> str:
 
 
 def identity(config: TaskConfig) -> str:
-    """A hash of all that decides a cell's figures: config, data, starting weights, tokenizer."""
+    """A hash of all that decides a cell's figures: config, files, starting weights, tokenizer."""
     mapping = as_mapping(config)
     for group in ("resume", "distributed"):
         del mapping[group]
     mapping["run"] = {"seed": config.run.seed}
     mapping["init_from"] = origin(config.init_from, config.weights)
+    for name in ("synonyms", "opposites"):
+        mapping["augment"][name] = mapping["augment"][name] and content(mapping["augment"][name])
     data = config.data
     found = {name: find_split(data.path, data.files, name) for name in ("train", "val", "test")}
     mapping["data"] |= {name: where and content(where) for name, where in found.items()}

@@ -17,6 +17,20 @@ Overrides = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TuneConfig:
+    """The choice of a setting on val: the same grid for every variant."""
+
+    grid: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
+    """Values to try for each key; every combination is tried with the first seed."""
+    overrides: Overrides = dataclasses.field(default_factory=dict)
+    """Keys over the cell's while the grid is tried, such as {train.epochs: 1}: cheaper runs."""
+
+    def __post_init__(self) -> None:
+        for key, values in self.grid.items():
+            require(len(values) > 0, f"tune.grid.{key} is empty; give at least one value")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RowConfig:
     """One line of the table."""
 
@@ -32,6 +46,8 @@ class RowConfig:
     """What a simple method reaches on the test split."""
     goal: float | None = None
     """What is hoped for."""
+    tune: TuneConfig | None = None
+    """The row's own choice of a setting, the same for every variant; null means the study's."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,20 +56,6 @@ class VariantConfig:
 
     overrides: Overrides = dataclasses.field(default_factory=dict)
     """Keys over the row's: {weights: random}."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TuneConfig:
-    """The choice of a setting on val: the same grid for every row and variant."""
-
-    grid: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
-    """Values to try for each key; every combination is tried with the first seed."""
-    overrides: Overrides = dataclasses.field(default_factory=dict)
-    """Keys over the cell's while the grid is tried, such as {train.epochs: 1}: cheaper runs."""
-
-    def __post_init__(self) -> None:
-        for key, values in self.grid.items():
-            require(len(values) > 0, f"tune.grid.{key} is empty; give at least one value")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """`nanolm study`: cells, their keys, the choice on val, restarts, the table."""
 
+import dataclasses
 import json
 import math
 import signal
@@ -9,9 +10,9 @@ import time
 
 import pytest
 
-from nanolm import cli, study_cells
+from nanolm import cli, strict_yaml, study_cells
 from nanolm.errors import UserError
-from nanolm.study import settings
+from nanolm.study import plan, settings
 from nanolm.study_config import StudyConfig
 from nanolm.study_table import mean_and_error
 from nanolm.typed import instance
@@ -109,6 +110,29 @@ def test_a_study_runs_what_is_missing_and_no_more(place, monkeypatch):
     assert [name for name, _ in ran] == ["finetune", "evaluate"]
     again = json.loads((place / "results.json").read_text())["cells"][key]
     assert again["test"] == cells[key]["test"]
+
+
+def test_a_row_may_have_a_grid_of_its_own_and_a_word_table_counts_by_its_content(place, tmp_path):
+    def groups(line, rate=0.25):
+        path = tmp_path / "own.yaml"
+        row = f"augment.synonyms: {line}, augment.synonym_rate: {rate}, data.path:"
+        text = (place / "study.yaml").read_text().replace("data.path:", row)
+        path.write_text(text.replace("yardstick: 0.5", "tune: {grid: {optim.lr: [2.0e-3]}}"))
+        study = instance(StudyConfig, strict_yaml.read_mapping(path))
+        paths = {"encoder": str(checkpoint("mlm"))}
+        return plan(dataclasses.replace(study, data=str(place / "data"), paths=paths))
+
+    one, same, other = (tmp_path / name for name in ("one.tsv", "same.tsv", "other.tsv"))
+    for path, words_ in ((one, "a\tb"), (same, "a\tb"), (other, "a\tc")):
+        path.write_text(words_)
+    keys = {}
+    for path in (one, same, other):
+        found = groups(path)
+        assert [len(group.tries) for group in found] == [0, 0], "one setting is not tried first"
+        assert all(len(group.finals) == 1 for group in found)
+        assert found[0].finals[0][0].setting == {"optim.lr": 2.0e-3}
+        keys[path] = [cell.key for group in found for final in group.finals for cell in final]
+    assert keys[one] == keys[same] and not set(keys[one]) & set(keys[other])
 
 
 def test_a_cell_in_a_process_of_its_own(place, tmp_path):
