@@ -37,7 +37,8 @@ class FgmOptions(WrapperOptions):
 
     name: str = "fgm"
     epsilon: float = 1.0
-    """Length of the perturbation of an example."""
+    """Length of the perturbation of an example, all its T x D embeddings together. 1 suits a large
+    model; it drowns embeddings that are shorter than that (128 wide: try 0.1)."""
     weight: float = 1.0
     """Weight of the adversarial loss beside the clean one."""
 
