@@ -80,6 +80,7 @@ def run_finetune(config: TaskConfig) -> dict[str, Any]:
         torch.set_num_threads(config.run.threads)
     ready = prepare(config)
     config, task, train, val = ready.config, ready.task, ready.train, ready.val
+    noisy = Augmented(task, config.augment, ready.tokenizer) if config.augment.used else task
     world = launch(config.distributed, config.run.device)
     check_scope(config, task, world)
     start = claim(
@@ -97,7 +98,6 @@ def run_finetune(config: TaskConfig) -> dict[str, Any]:
     for line in [*start.notes, *told, *describe(train, val, learner)]:
         note(line)
     stream = open_stream(config, task, train)
-    noisy = Augmented(task, config.augment, ready.tokenizer) if config.augment.used else task
     evaluator = build_evaluator(config, val, world)
     try:
         trainer = Trainer(

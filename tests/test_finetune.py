@@ -192,6 +192,9 @@ def test_truncation_and_skipped_rows_are_counted(tmp_path, capsys):
         (["--eval.metric=f2"], "eval.metric=f2 is no figure of this task; there are"),
         (["--objective.pooling=cls"], "cls cannot go with a decoder"),
         (["--objective.labell=x"], "objective.labell: there is no such key"),
+        (["--augment.synonyms=/nowhere"], "augment.synonyms: there is no file /nowhere"),
+        (["--augment.opposites=x.tsv"], "two candidates or objective=classify with two labels"),
+        (["--augment.opposite_rate=1"], "augment.opposite_rate=1.0 must lie in"),
     ],
 )
 def test_bad_input_is_one_sentence(words, sentence, data, tmp_path):

@@ -246,3 +246,18 @@ def test_bad_input_is_one_sentence(data, tmp_path, more, sentence):
     with pytest.raises(UserError, match=sentence):
         finetune(checkpoint("mlm"), data, tmp_path / "run", *words)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ("swap=0.1", "objective=multi has targets at single tokens, which augment.dropout"),
+        ("opposites=opposites.tsv", "objective=multi has targets at single tokens"),
+        ("synonyms=/nowhere", "objective=multi has targets at single tokens"),
+    ],
+)
+def test_one_part_whose_tokens_must_stay_keeps_all_in_place(data, tmp_path, more, sentence):
+    words = (*COMMON, tasks(data), "--data.path=null", "--train.steps=1", f"--augment.{more}")
+    with pytest.raises(UserError, match=sentence):
+        finetune(checkpoint("mlm"), data, tmp_path / "run", *words)
+    assert not (tmp_path / "run").exists()
