@@ -50,8 +50,8 @@ class Augmented:
         self.task, self.config, self.tokenizer = task, config, tokenizer
         require(
             config.opposites is None or task.turns,
-            f"augment.opposites turns an answer into the other one: it needs objective=choose with "
-            f"two candidates or objective=classify with two labels, not objective={name}",
+            f"augment.opposites turns an answer into the other one: it needs a choice between two "
+            f"candidates or objective=classify with two labels, not objective={name}",
         )
         self.synonyms = self.opposites = None
         if config.synonyms:

@@ -193,7 +193,7 @@ def test_truncation_and_skipped_rows_are_counted(tmp_path, capsys):
         (["--objective.pooling=cls"], "cls cannot go with a decoder"),
         (["--objective.labell=x"], "objective.labell: there is no such key"),
         (["--augment.synonyms=/nowhere"], "augment.synonyms: there is no file /nowhere"),
-        (["--augment.opposites=x.tsv"], "two candidates or objective=classify with two labels"),
+        (["--augment.opposites=x.tsv"], "candidates or objective=classify with two labels"),
         (["--augment.opposite_rate=1"], "augment.opposite_rate=1.0 must lie in"),
     ],
 )

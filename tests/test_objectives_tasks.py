@@ -9,7 +9,6 @@ from nanolm.build import build_learner, build_objective, resolve
 from nanolm.data.task_files import Table
 from nanolm.data.task_packing import best_fit, rectangle
 from nanolm.errors import UserError
-from nanolm.model import Inputs
 from nanolm.objectives.spans import answers_of
 from nanolm.objectives.tag import entities, spaced
 from nanolm.registry import OBJECTIVES
@@ -374,44 +373,3 @@ def test_a_window_sure_of_its_first_token_does_not_outbid_one_sure_of_a_span():
     assert answers[0][0] < answers[1][0]
     assert [answer[1:3] for answer in answers] == [[1, 1], [1, 1]]
     assert answers[0][3] == pytest.approx(2 * first.log_softmax(-1)[0, 0].item())
-
-
-@pytest.mark.parametrize("trunk", ["encoder", "decoder"])
-def test_a_candidate_scores_its_mean_log_probability(trunk):
-    """Against the plain way: one candidate, one token at a time, no batch."""
-    learner, split = build("choose_lm", trunk, length=48)
-    objective, tokenizer = learner.objective, learner.objective.tokenizer
-    batch, _ = tensors(objective, split.items)
-    with torch.no_grad():
-        hidden = learner.trunk(objective.inputs(batch))
-        logits_NC = objective.logits(hidden, learner.heads, batch)["choose"]
-    for record, scores_C in zip(split.table.records, logits_NC, strict=True):
-        for text_, score in zip(record["choices"], scores_C, strict=False):
-            question = tokenizer.encode(record["question"]).tolist()
-            candidate = tokenizer.encode(" " + text_).tolist()
-            if trunk == "encoder":
-                ids = [tokenizer.cls, *question, *[tokenizer.mask] * len(candidate), tokenizer.sep]
-            else:
-                ids = [tokenizer.eos, *question, *candidate]
-            inputs = Inputs(tokens_BT=torch.tensor([ids]))
-            with torch.no_grad():
-                log_p_TV = learner.heads["lm"](learner.trunk(inputs))[0].log_softmax(-1)
-            first = 1 + len(question) - (trunk == "decoder")
-            wanted = np.mean([float(log_p_TV[first + i, c]) for i, c in enumerate(candidate)])
-            assert float(score) == pytest.approx(wanted, abs=1e-5)
-
-
-def test_a_long_question_loses_its_beginning_and_keeps_room_for_the_candidates():
-    old = RECORDS["choose_lm"]
-    long = {"question": "x y " * 40, "choices": ["the list of names " * 9, "a"], "label": 1}
-    RECORDS["choose_lm"] = [long] * 12
-    try:
-        learner, split = build("choose_lm", "decoder", length=24)
-    finally:
-        RECORDS["choose_lm"] = old
-    item, tokenizer = split.items[0], learner.objective.tokenizer
-    assert len(item.extra[0]) == 12 and item.cut > 0
-    assert all(len(s.tokens) <= 24 for s in item.sequences)
-    for sequence, ids in zip(item.sequences, item.extra, strict=True):
-        assert sequence.tokens[sequence.second :].tolist() == ids.tolist()
-        assert tokenizer.decode(sequence.tokens[1 : sequence.second]).endswith("x y")

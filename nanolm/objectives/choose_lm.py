@@ -49,6 +49,9 @@ class ChooseLm(Choose):
     def __init__(self, options: ChooseLmOptions, config: Config, tokenizer: Tokenizer) -> None:
         super().__init__(options, config, tokenizer)
         self.longest = self.length // 2
+        # An encoder reads masks in a candidate's place, which noise leaves alone; a decoder reads
+        # the candidate itself.
+        self.movable = self.trunk == "encoder"
 
     def requests(self, options: ChooseLmOptions) -> dict[str, HeadRequest]:
         """The base's own vocabulary head."""
