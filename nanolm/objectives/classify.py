@@ -24,14 +24,14 @@ from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import require
 from nanolm.heads import HeadRequest
 from nanolm.objectives.base import Term
-from nanolm.objectives.task import Item, Task, TaskOptions, chosen, text_problem
+from nanolm.objectives.task import Item, PairOptions, Task, chosen, text_problem
 from nanolm.registry import OBJECTIVES
 from nanolm.task_heads import Pooling, pooling_of
 from nanolm.task_metrics import Report
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HeadOptions(TaskOptions):
+class HeadOptions(PairOptions):
     """Options of tasks with a head on pooled states."""
 
     pooling: Pooling = "auto"
@@ -92,6 +92,11 @@ class Pooled(Task):
     def __init__(self, options: PooledOptions, config: Config, tokenizer: Tokenizer) -> None:
         super().__init__(options, config, tokenizer)
         self.fields = ("text", "text_pair") if options.pair else ("text",)
+        require(
+            options.pair or not options.mark_shared,
+            "objective.mark_shared compares two texts, and these records have one: leave it out, "
+            "or name the second with data.columns: {text_pair: COLUMN}",
+        )
 
     @classmethod
     def resolve(cls, options: PooledOptions, table: Table) -> PooledOptions:

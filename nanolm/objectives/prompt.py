@@ -53,6 +53,10 @@ class PromptOptions(ClassifyOptions):
                 f"objective.words: YAML reads a label as {label!r}; write it in quotes",
             )
         require(not self.multi_label, "objective=prompt puts one word: multi_label cannot be true")
+        require(
+            not self.mark_shared,
+            "objective=prompt writes both texts into one: mark_shared cannot be true",
+        )
 
 
 @OBJECTIVES.register("prompt", options=PromptOptions)

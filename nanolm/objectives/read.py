@@ -33,7 +33,7 @@ from nanolm.heads import HeadRequest
 from nanolm.objectives.base import Term
 from nanolm.objectives.ragged import ragged, within
 from nanolm.objectives.spans import Answer, answers_of, cut_out, find_nearest, token_span
-from nanolm.objectives.task import Item, Sequence, Task, TaskOptions, text_problem
+from nanolm.objectives.task import Item, PairOptions, Sequence, Task, text_problem
 from nanolm.registry import OBJECTIVES
 from nanolm.task_metrics import Report
 
@@ -43,7 +43,7 @@ GOLDEN = (5**0.5 - 1) / 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ReadOptions(TaskOptions):
+class ReadOptions(PairOptions):
     """The span that answers a question."""
 
     name: str = "read"

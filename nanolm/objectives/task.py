@@ -41,6 +41,18 @@ class Sequence:
 
     tokens: np.ndarray
     second: int
+    mark_shared: bool = False
+
+    @property
+    def segments(self) -> np.ndarray:
+        """int64[T]: 0 in the first segment, 1 in the second, where with `mark_shared` the tokens
+        that the first has too are marked by its 0."""
+        segments = (np.arange(len(self.tokens)) >= self.second).astype(np.int64)
+        if self.mark_shared:  # the separators around the texts are nobody's
+            inner = slice(self.second, len(self.tokens) - 1)
+            first = self.tokens[1 : self.second - 1]
+            segments[inner][np.isin(self.tokens[inner], first)] = 0
+        return segments
 
 
 @dataclasses.dataclass(slots=True)
@@ -60,6 +72,15 @@ class Item:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskOptions(Options):
     """What every task has."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairOptions(TaskOptions):
+    """Options of tasks that may read two texts as one sequence."""
+
+    mark_shared: bool = False
+    """Marks the tokens of the second text that stand in the first too, by the first one's segment
+    embedding: the exact match feature of Chen et al. (2017, section 3.2.1)."""
 
 
 class Task:
@@ -94,6 +115,12 @@ class Task:
         self.trunk, self.length = config.model.trunk, config.data.row_length
         self.packed = config.data.pack
         self.segments = config.model.n_segments >= 2
+        self.mark_shared = isinstance(options, PairOptions) and options.mark_shared
+        require(
+            self.segments or not self.mark_shared,
+            "objective.mark_shared marks tokens by segment embeddings, and this base has none: "
+            "leave it out, or pretrain with model.n_segments=2",
+        )
         self.heads: dict[str, HeadRequest] = {}
         self.weights = {self.term: 1.0}
         padding = {"lengths"} if self.trunk == "encoder" else set()
@@ -155,7 +182,7 @@ class Task:
             parts = [[begin], first, [t.sep], second, [end]]
         tokens = np.concatenate(parts).astype(np.int64)
         begins_second = len(tokens) if second is None else len(first) + 2
-        return Sequence(tokens, begins_second), max(0, total - room)
+        return Sequence(tokens, begins_second, self.mark_shared), max(0, total - room)
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of a text; no more of it is encoded than could ever fit."""
@@ -195,8 +222,7 @@ class Task:
         if self.in_line:
             batch["classes"] = np.stack(np.unique(lengths_S, return_counts=True)[::-1], axis=1)
         if self.segments:
-            values = [np.arange(len(s.tokens)) >= s.second for s in sequences]
-            segments_M = np.concatenate(values).astype(np.int64)
+            segments_M = np.concatenate([sequence.segments for sequence in sequences])
             batch["segments"] = scatter(batch["tokens"].shape, index_M, segments_M, 0)
         return batch, index_M
 

@@ -1,0 +1,70 @@
+"""Two texts in one sequence: which tokens of the second are marked as the first's too."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanolm.errors import UserError
+from nanolm.objectives.task import Sequence
+from tests.test_objectives_tasks import RECORDS, build, tensors
+
+TWO_SEGMENTS = {"n_segments": 2}
+CASES = [("read", {}), ("choose", {}), ("regress", {"pair": True})]
+CLS, SEP = 1, 2
+ids = st.lists(st.integers(0, 9), max_size=12)
+
+
+@given(ids, ids)
+def test_marks_are_the_tokens_that_the_first_text_has(first, second):
+    """Against a rule written token by token; separators count as nobody's words."""
+    tokens = np.array([CLS, *first, SEP, *second, SEP])
+    plain = Sequence(tokens, len(first) + 2)
+    marked = Sequence(tokens, len(first) + 2, mark_shared=True)
+    assert plain.segments.tolist() == [0] * (len(first) + 2) + [1] * (len(second) + 1)
+    shared = [0 if token in first else 1 for token in second]
+    assert marked.segments.tolist() == [0] * (len(first) + 2) + [*shared, 1]
+    assert marked.segments.dtype == np.int64
+
+
+def test_a_text_without_a_second_has_nothing_to_mark():
+    tokens = np.array([CLS, 5, 5, SEP])
+    assert Sequence(tokens, len(tokens), mark_shared=True).segments.tolist() == [0] * 4
+
+
+@pytest.mark.parametrize("trunk", ["encoder", "decoder"])
+@pytest.mark.parametrize(("task", "options"), CASES)
+def test_marks_change_the_segments_and_nothing_else_of_a_batch(task, trunk, options):
+    plain, split = build(task, trunk, model=TWO_SEGMENTS, **options)
+    marked, marked_split = build(task, trunk, model=TWO_SEGMENTS, mark_shared=True, **options)
+    _, before = tensors(plain.objective, split.items)
+    _, after = tensors(marked.objective, marked_split.items)
+    assert before.keys() == after.keys()
+    for name in before.keys() - {"segments"}:
+        np.testing.assert_array_equal(before[name], after[name])
+    assert (after["segments"] <= before["segments"]).all()
+    n_marked = (after["segments"] < before["segments"]).sum()
+    assert 0 < n_marked < before["segments"].sum()
+
+
+@pytest.mark.parametrize("trunk", ["encoder", "decoder"])
+@pytest.mark.parametrize(("task", "options"), CASES)
+def test_packed_equals_padded_with_marks(task, trunk, options):
+    totals = []
+    for pack in (True, False):
+        learner, split = build(
+            task, trunk, pack=pack, model=TWO_SEGMENTS, mark_shared=True, **options
+        )
+        terms = learner(tensors(learner.objective, split.items)[0])
+        totals.append(sum(terms[name].sum.item() for name in learner.objective.weights))
+    assert totals[0] == pytest.approx(totals[1], abs=1e-4)
+
+
+def test_what_cannot_be_marked_is_refused():
+    with pytest.raises(UserError, match="this base has none"):
+        build("read", "encoder", mark_shared=True)
+    with pytest.raises(UserError, match="these records have one"):
+        build("classify", "encoder", model=TWO_SEGMENTS, mark_shared=True)
+    with pytest.raises(UserError, match="mark_shared cannot be true"):
+        build("prompt", "encoder", model=TWO_SEGMENTS, mark_shared=True)
+    assert "text_pair" not in RECORDS["classify"][0]
