@@ -45,14 +45,17 @@ class Group:
 
 
 class Results:
-    """Finished cells on disk, by key; safe to use from several threads."""
+    """Finished cells on disk, by key, and the defaults that their keys are told against; safe to
+    use from several threads."""
 
     def __init__(self, path: pathlib.Path) -> None:
         self.path, self.lock = path, threading.Lock()
         self.cells: dict[str, Record] = {}
+        self.defaults: dict[str, Any] = {}
         if path.is_file():
             try:
-                self.cells = dict(json.loads(path.read_text(encoding="utf-8"))["cells"])
+                found = json.loads(path.read_text(encoding="utf-8"))
+                self.cells, self.defaults = dict(found["cells"]), dict(found["defaults"])
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"{path} is no results file of a study; move it away") from None
 
@@ -64,7 +67,8 @@ class Results:
         """Adds or renews a record; on the disk when this returns."""
         with self.lock:
             self.cells[cell.key] = record
-            text = json.dumps({"cells": self.cells}, indent=1, ensure_ascii=False)
+            kept = {"defaults": self.defaults, "cells": self.cells}
+            text = json.dumps(kept, indent=1, ensure_ascii=False)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_text(self.path, text + "\n")
 
@@ -74,20 +78,24 @@ def settings(grid: dict[str, list[Any]]) -> list[Overrides]:
     return [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
 
 
-def plan(study: StudyConfig) -> list[Group]:
-    """All groups with all cells that may be run; raises UserError for a config that is refused."""
+def plan(study: StudyConfig, defaults: dict[str, Any]) -> list[Group]:
+    """All groups with all cells that may be run; raises UserError for a config that is refused.
+    `defaults` are those of `Results`, and get what is new."""
     groups = []
     for row, variant in itertools.product(study.rows, study.variants):
         if study.only is not None and row.name not in study.only:
             continue
         tried = settings((row.tune or study.tune).grid)
         tries = [
-            build_cell(study, row, variant, study.seeds[0], setting, tries=True)
+            build_cell(study, row, variant, study.seeds[0], setting, defaults, tries=True)
             for setting in tried
             if len(tried) > 1
         ]
         finals = [
-            [build_cell(study, row, variant, seed, setting, tries=False) for seed in study.seeds]
+            [
+                build_cell(study, row, variant, seed, setting, defaults, tries=False)
+                for seed in study.seeds
+            ]
             for setting in tried
         ]
         groups.append(Group(row, variant, tries, finals))

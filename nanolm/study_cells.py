@@ -4,15 +4,13 @@
     `nanolm finetune` in a process of its own -> figures, seconds, peak memory
     `nanolm evaluate` of the chosen setting only -> test figures
 
-The key is a hash of the resolved config in which paths are replaced by what stands there, so that
-a result belongs to data and weights, not to the folder of one machine.
+What the key is made of: `study_identity`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 import pathlib
@@ -21,14 +19,11 @@ import subprocess
 import sys
 from typing import Any
 
-from nanolm.arguments import as_mapping
-from nanolm.checkpoint import locate
-from nanolm.container import INDEX, checksum, read_json
-from nanolm.data.task_splits import find_split
-from nanolm.data.tokenizer import MODEL_FILE
+from nanolm.container import read_json
 from nanolm.errors import UserError, require
 from nanolm.finetune import base_model, load_task_config
 from nanolm.study_config import Overrides, RowConfig, StudyConfig
+from nanolm.study_identity import identity
 from nanolm.task_config import TaskConfig
 
 ALWAYS: Overrides = {"run.threads": 1, "run.wandb.mode": "disabled"}
@@ -59,9 +54,17 @@ class Cell:
 
 
 def build_cell(
-    study: StudyConfig, row: RowConfig, variant: str, seed: int, setting: Overrides, *, tries: bool
+    study: StudyConfig,
+    row: RowConfig,
+    variant: str,
+    seed: int,
+    setting: Overrides,
+    defaults: dict[str, Any],
+    *,
+    tries: bool,
 ) -> Cell:
     """The cell of a setting and a seed; with `tries` as it is run to choose the setting.
+    `defaults`: see `identity`.
 
     Raises UserError for whatever `nanolm finetune` would refuse in the config.
     """
@@ -74,7 +77,7 @@ def build_cell(
     words = [*files, *(f"--{key}={word(filled(value, study))}" for key, value in merged.items())]
     config = load_task_config(words, shape_of)
     require(config.data.path is not None, f"rows: {row.name} has no data.path")
-    key = identity(config)
+    key = identity(config, defaults)
     metric = config.eval.metric or task_metric(config)
     run = pathlib.Path(study.out) / study.name / f"{slug(row.name)}-{slug(variant)}-{key}"
     words.append(f"--run.dir={run}")
@@ -110,40 +113,6 @@ def task_metric(config: TaskConfig) -> str:
     from nanolm.finetune_build import task_of  # noqa: PLC0415
 
     return task_of(config).metric
-
-
-def identity(config: TaskConfig) -> str:
-    """A hash of all that decides a cell's figures: config, files, starting weights, tokenizer."""
-    mapping = as_mapping(config)
-    for group in ("resume", "distributed"):
-        del mapping[group]
-    mapping["run"] = {"seed": config.run.seed}
-    mapping["init_from"] = origin(config.init_from, config.weights)
-    for name in ("synonyms", "opposites"):
-        mapping["augment"][name] = mapping["augment"][name] and content(mapping["augment"][name])
-    data = config.data
-    found = {name: find_split(data.path, data.files, name) for name in ("train", "val", "test")}
-    mapping["data"] |= {name: where and content(where) for name, where in found.items()}
-    del mapping["data"]["path"]
-    text = json.dumps(mapping, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-@functools.cache
-def content(where: str) -> str:
-    """The hash of a file; a source that is no file stands for itself."""
-    path = pathlib.Path(where)
-    return checksum(path) if path.is_file() else where
-
-
-@functools.cache
-def origin(path: str | None, weights: str) -> dict[str, str]:
-    """Hashes of a checkpoint's tokenizer and, unless the weights are random, of its weights."""
-    require(path is not None, "a cell has no init_from: name the checkpoint to fine-tune")
-    files = read_json(locate(path, best=True), INDEX)["files"]
-    model = [name for name in files if name.startswith(("model", "ema"))]
-    wanted = [MODEL_FILE, *(model if weights == "saved" else [])]
-    return {name: files[name]["sha256"] for name in sorted(wanted)}
 
 
 def train(cell: Cell) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def run(study: StudyConfig) -> None:
     if study.table is not None:
         split_page(study)
     results = Results(pathlib.Path(study.results or f"{study.out}/{study.name}.json"))
-    groups = plan(study)
+    groups = plan(study, results.defaults)
     console = Console()
     console.print(
         f"study {study.name}: {len(groups)} groups of {len(study.seeds)} seeds, {study.jobs} at "

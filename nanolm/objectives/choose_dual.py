@@ -21,21 +21,17 @@ from nanolm.data.task_files import Record
 from nanolm.errors import require
 from nanolm.heads import HeadRequest
 from nanolm.objectives.choose import Choose
+from nanolm.objectives.embed import VectorOptions, vector_head
 from nanolm.objectives.ragged import ragged
-from nanolm.objectives.task import Item, TaskOptions
+from nanolm.objectives.task import Item
 from nanolm.registry import OBJECTIVES
-from nanolm.task_heads import Pooling, pooling_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ChooseDualOptions(TaskOptions):
+class ChooseDualOptions(VectorOptions):
     """The candidate that lies nearest to the question."""
 
     name: str = "choose_dual"
-    pooling: Pooling = "auto"
-    """auto: mean for an encoder, last for a decoder; or cls, mean, last."""
-    width: int | None = None
-    """Width of the vectors; null means model.d_model, without a projection."""
     temperature: float = 0.1
     """Divides the cosine similarities."""
 
@@ -49,8 +45,7 @@ class ChooseDual(Choose):
 
     def requests(self, options: ChooseDualOptions) -> dict[str, HeadRequest]:
         """The head that `embed` has."""
-        head = {"pooling": pooling_of(options.pooling, self.trunk), "width": options.width}
-        return {"choose": HeadRequest("embedding", head)}
+        return {"choose": vector_head(options, self.trunk)}
 
     def items(self, record: Record, index: int, *, with_gold: bool) -> list[Item]:
         """One item: the question, and behind it its candidates."""

@@ -35,14 +35,26 @@ from nanolm.task_metrics import Report
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EmbedOptions(TaskOptions):
-    """A vector for every text."""
+class VectorOptions(TaskOptions):
+    """Options of tasks that compare the vectors of texts read apart."""
 
-    name: str = "embed"
     pooling: Pooling = "auto"
     """auto: mean for an encoder, last for a decoder; or cls, mean, last."""
     width: int | None = None
     """Width of the vectors; null means model.d_model, without a projection."""
+
+
+def vector_head(options: VectorOptions, trunk: str) -> HeadRequest:
+    """The head that turns a sequence into a unit vector."""
+    pooling = pooling_of(options.pooling, trunk)
+    return HeadRequest("embedding", {"pooling": pooling, "width": options.width})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EmbedOptions(VectorOptions):
+    """A vector for every text."""
+
+    name: str = "embed"
     temperature: float = 0.05
     """Divides the cosine similarities."""
 
@@ -62,9 +74,7 @@ class Embed(Task):
 
     def __init__(self, options: EmbedOptions, config: Config, tokenizer: Tokenizer) -> None:
         super().__init__(options, config, tokenizer)
-        pooling = pooling_of(options.pooling, self.trunk)
-        head = {"pooling": pooling, "width": options.width}
-        self.heads = {"embed": HeadRequest("embedding", head)}
+        self.heads = {"embed": vector_head(options, self.trunk)}
 
     def check(self, record: Record, *, with_gold: bool) -> str | None:
         """Query, positive and negatives must be texts."""

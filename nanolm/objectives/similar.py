@@ -23,24 +23,19 @@ from nanolm.config import Config
 from nanolm.data.task_files import Record, Table
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import UserError, require
-from nanolm.heads import HeadRequest
 from nanolm.objectives.base import Term
+from nanolm.objectives.embed import VectorOptions, vector_head
 from nanolm.objectives.regress import number
-from nanolm.objectives.task import Item, Task, TaskOptions, text_problem
+from nanolm.objectives.task import Item, Task, text_problem
 from nanolm.registry import OBJECTIVES
-from nanolm.task_heads import Pooling, pooling_of
 from nanolm.task_metrics import Report
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SimilarOptions(TaskOptions):
+class SimilarOptions(VectorOptions):
     """How alike two texts are."""
 
     name: str = "similar"
-    pooling: Pooling = "auto"
-    """auto: mean for an encoder, last for a decoder; or cls, mean, last."""
-    width: int | None = None
-    """Width of the vectors; null means model.d_model, without a projection."""
     low: float | None = None
     """Score of texts whose vectors are to be at right angles; null: the least of train."""
     high: float | None = None
@@ -69,9 +64,7 @@ class Similar(Task):
             options.low is not None and options.high is not None,
             "objective=similar has no scale: low and high come from train",
         )
-        pooling = pooling_of(options.pooling, self.trunk)
-        head = {"pooling": pooling, "width": options.width}
-        self.heads = {"embed": HeadRequest("embedding", head)}
+        self.heads = {"embed": vector_head(options, self.trunk)}
 
     @classmethod
     def resolve(cls, options: SimilarOptions, table: Table) -> SimilarOptions:
