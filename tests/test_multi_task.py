@@ -106,6 +106,31 @@ def test_losses_and_gradients_are_those_of_the_parts(data, tmp_path):
             )
 
 
+def test_one_part_may_mark_the_tokens_that_its_texts_share(data, tmp_path):
+    for split in ("train", "val", "test"):
+        table(tmp_path / "pairs", split, RECORDS["regress"])
+
+    def segments(mark):
+        parts = {
+            name: {
+                "objective": {"name": "regress", "mark_shared": mark and name == "marked"},
+                "data": {"path": str(tmp_path / "pairs")},
+            }
+            for name in ("marked", "plain")
+        }
+        words = (f"--objective.tasks={json.dumps(parts)}", "--data.path=null", "--train.steps=3")
+        base = checkpoint("mlm", segments=2)
+        ready = prepare(config(base, data, tmp_path / "run", *COMMON, *words))
+        items = [row.item for row in open_stream(ready.config, ready.task, ready.train).rows(0, 8)]
+        batch = ready.task.collate(items)
+        flat = batch["segments"].ravel()
+        return {name: flat[batch[f"{name}/index"]] for name in parts}
+
+    before, after = segments(False), segments(True)
+    assert (after["plain"] == before["plain"]).all() and before["plain"].any()
+    assert 0 < (after["marked"] < before["marked"]).sum() < before["marked"].sum()
+
+
 def test_tasks_are_mixed_by_share_and_every_item_comes_once_an_epoch():
     stream = MixedTaskStream(list(range(15)), [5, 10], [1, 3], seed=3, name="x")
     rows = stream.rows(0, 80)
