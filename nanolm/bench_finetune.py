@@ -83,6 +83,11 @@ class StandInTokenizer:
         """Padding alone: sequences come framed."""
         return {"pad": 0}
 
+    @property
+    def special_mask(self) -> np.ndarray:
+        """bool[V]: padding."""
+        return np.arange(self.vocab_size) < 1
+
 
 def nanolm_config(shape: TuneShape, job: dict[str, Any], folder: str) -> Any:
     """The fine-tuning run's config: transformers' BERT."""

@@ -32,14 +32,14 @@ ELSEWHERE = ("resume", "distributed", "run", "data.path", "init_from")
 def identity(config: TaskConfig, defaults: dict[str, Any]) -> str:
     """A hash of all that decides a cell's figures: config, files, starting weights, tokenizer.
 
-    `defaults` maps CLASS.field to its default; fields that it lacks are added with today's.
+    `defaults` maps CLASS.field to its default; fields that it lacks are added with today's. Raises
+    UserError for a missing split or checkpoint.
     """
     said = {}
     for key, owner, field in leaves(config):
-        if key.startswith(tuple(f"{name}." for name in ELSEWHERE)) or key in ELSEWHERE:
-            continue
+        elsewhere = any(f"{key}.".startswith(f"{place}.") for place in ELSEWHERE)
         value = getattr(owner, field.name)
-        if not at_default(value, owner, field, defaults):
+        if not elsewhere and not at_default(value, owner, field, defaults):
             said[key] = value
     for key in ("augment.synonyms", "augment.opposites"):
         if said.get(key):

@@ -11,25 +11,26 @@ from tests.test_objectives_tasks import RECORDS, build, tensors
 
 TWO_SEGMENTS = {"n_segments": 2}
 CASES = [("read", {}), ("choose", {}), ("regress", {"pair": True})]
-CLS, SEP = 1, 2
-ids = st.lists(st.integers(0, 9), max_size=12)
+CLS, SEP, MASK = 0, 1, 2
+SPECIAL = np.arange(10) < 3
+ids = st.lists(st.integers(MASK, 9), max_size=12)
 
 
 @given(ids, ids)
-def test_marks_are_the_tokens_that_the_first_text_has(first, second):
-    """Against a rule written token by token; separators count as nobody's words."""
+def test_marks_are_the_words_that_the_first_text_has(first, second):
+    """Against a rule written token by token; masks and separators are no words."""
     tokens = np.array([CLS, *first, SEP, *second, SEP])
     plain = Sequence(tokens, len(first) + 2)
     marked = Sequence(tokens, len(first) + 2, mark_shared=True)
-    assert plain.segments.tolist() == [0] * (len(first) + 2) + [1] * (len(second) + 1)
-    shared = [0 if token in first else 1 for token in second]
-    assert marked.segments.tolist() == [0] * (len(first) + 2) + [*shared, 1]
-    assert marked.segments.dtype == np.int64
+    assert plain.segments(SPECIAL).tolist() == [0] * (len(first) + 2) + [1] * (len(second) + 1)
+    shared = [0 if token in first and token != MASK else 1 for token in second]
+    assert marked.segments(SPECIAL).tolist() == [0] * (len(first) + 2) + [*shared, 1]
+    assert marked.segments(SPECIAL).dtype == np.int64
 
 
 def test_a_text_without_a_second_has_nothing_to_mark():
     tokens = np.array([CLS, 5, 5, SEP])
-    assert Sequence(tokens, len(tokens), mark_shared=True).segments.tolist() == [0] * 4
+    assert Sequence(tokens, len(tokens), mark_shared=True).segments(SPECIAL).tolist() == [0] * 4
 
 
 @pytest.mark.parametrize("trunk", ["encoder", "decoder"])

@@ -7,7 +7,8 @@
 A sequence is framed as its trunk knows it: <cls> A <sep> (B <sep>) for an encoder, for a decoder
 <eos> A (<sep> B) <eos>, since in pretraining every document begins behind an end of document.
 
-Shapes: B rows, T tokens of a row, S sequences, M tokens of all sequences, D model width.
+Shapes: B rows, T tokens of a row or sequence, S sequences, M tokens of all sequences, D model
+width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -37,22 +38,21 @@ from nanolm.task_metrics import Report
 
 @dataclasses.dataclass(slots=True)
 class Sequence:
-    """Token ids [T] of one framed sequence, and where its second segment begins (T when none)."""
+    """Token ids [T] of one framed sequence, where its second segment begins (T when none), and
+    whether what the second shares with the first is marked."""
 
     tokens: np.ndarray
     second: int
     mark_shared: bool = False
 
-    @property
-    def segments(self) -> np.ndarray:
+    def segments(self, special_V: np.ndarray) -> np.ndarray:
         """int64[T]: 0 in the first segment, 1 in the second, where with `mark_shared` the tokens
-        that the first has too are marked by its 0."""
-        segments = (np.arange(len(self.tokens)) >= self.second).astype(np.int64)
-        if self.mark_shared:  # the separators around the texts are nobody's
-            inner = slice(self.second, len(self.tokens) - 1)
-            first = self.tokens[1 : self.second - 1]
-            segments[inner][np.isin(self.tokens[inner], first)] = 0
-        return segments
+        that the first has too are marked by its 0; never a special one (`special_V`: bool[V])."""
+        segments_T = (np.arange(len(self.tokens)) >= self.second).astype(np.int64)
+        if self.mark_shared:
+            shared_T = np.isin(self.tokens, self.tokens[: self.second])
+            segments_T[shared_T & ~special_V[self.tokens]] = 0
+        return segments_T
 
 
 @dataclasses.dataclass(slots=True)
@@ -222,7 +222,8 @@ class Task:
         if self.in_line:
             batch["classes"] = np.stack(np.unique(lengths_S, return_counts=True)[::-1], axis=1)
         if self.segments:
-            segments_M = np.concatenate([sequence.segments for sequence in sequences])
+            special_V = self.tokenizer.special_mask
+            segments_M = np.concatenate([s.segments(special_V) for s in sequences])
             batch["segments"] = scatter(batch["tokens"].shape, index_M, segments_M, 0)
         return batch, index_M
 
