@@ -151,6 +151,8 @@ def from_words(kind: Any, words: list[str], key: str) -> Any:
         return True
     if words == ["null"] and type(None) in parts:
         return None
+    if len(words) == 1 and words[0] in named_values(parts):
+        return words[0]
     if listed is not None and not (len(words) == 1 and words[0].startswith("[")):
         item = typing.get_args(listed)[0]
         return [from_words(item, [word], key) for word in words]
@@ -158,6 +160,12 @@ def from_words(kind: Any, words: list[str], key: str) -> Any:
         raise UserError(f"{key}: expected {described(kind)}, got {' '.join(words) or 'nothing'}")
     textual = str in parts or all(typing.get_origin(part) is Literal for part in parts)
     return words[0] if textual else strict_yaml.parse(words[0], f"--{key}")
+
+
+def named_values(parts: tuple) -> list[Any]:
+    """The values that the Literals among a union's members name."""
+    literals = [part for part in parts if typing.get_origin(part) is Literal]
+    return [value for literal in literals for value in typing.get_args(literal)]
 
 
 def n_words(kind: Any, words: list[str]) -> int:
