@@ -1,9 +1,12 @@
-# Two commands do everything on a fresh machine that has Python 3.11 and make:
+# Two commands do everything on a fresh machine that has Python 3.11, 3.12 or 3.13 and make:
 #   make demo    install, prepare the embedded corpus, train, evaluate, sample, fine-tune (minutes)
 #   make test    install the development tools too, run the tests                 (under 10 minutes)
 # make check is the full, long version of the tests (under an hour).
+# make matrix runs them with other versions of Python and torch, make alone each file by itself.
 
-PYTHON ?= python3.11
+# The pins of constraints.txt were made with Python 3.11, so it comes first; PYTHON=… overrides it.
+FOUND := $(firstword $(foreach v,3.11 3.12 3.13,$(shell python$(v) -c '' 2>/dev/null && echo python$(v))))
+PYTHON ?= $(or $(FOUND),$(error found none of python3.11, python3.12 and python3.13; name one: make PYTHON=/path/to/python3 …))
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
@@ -11,9 +14,10 @@ NANOLM := $(BIN)/nanolm
 DEMO := runs/demo
 DEMO_DATA := runs/demo-data
 
-.PHONY: demo demo-mlm test check chaos lint clean constraints
+.PHONY: demo demo-mlm test check alone matrix chaos lint clean constraints
 
 $(VENV)/base: setup.py constraints.txt
+	@echo "$(VENV) gets $$($(PYTHON) --version) ($(PYTHON)); another one: make PYTHON=…"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
 	$(PIP) -e '.[plot,finetune]'
@@ -50,6 +54,12 @@ test: $(VENV)/dev lint
 
 check: $(VENV)/dev lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+alone: $(VENV)/dev
+	$(BIN)/python -m tests.alone $(if $(SAMPLE),--sample $(SAMPLE))
+
+matrix: $(VENV)/dev
+	$(BIN)/python -m tests.matrix
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

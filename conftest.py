@@ -1,17 +1,20 @@
 """Settings that every test needs before anything else is imported."""
 
 import os
-import shutil
+import pathlib
 import sys
 
-# Triton decides at import whether it interprets or compiles: without a GPU the kernels are
-# interpreted, so this must stand before anything imports triton.
-if shutil.which("nvidia-smi") is None:
-    os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# torch then counts GPUs without starting CUDA, which would not survive the forks of the tests.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
-import pathlib
+import torch
+
+# Triton decides at import whether it interprets or compiles: without a GPU (NVIDIA's or AMD's, as
+# torch sees it) the kernels are interpreted, so this must stand before anything imports triton.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from hypothesis import settings
 

@@ -181,6 +181,17 @@ def faithful_min_max(original: Callable) -> Callable:
     return extreme
 
 
+def indexable_scalars(original: Callable) -> Callable:
+    """Scalars as Python integers, in which loops count: Triton 3.6 asks int() of an array of one
+    element, which numpy 2.5 refuses."""
+
+    def patch(tensor: type, scope: Any) -> None:
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda scalar: int(scalar.handle.data.item()))
+
+    return patch
+
+
 def call_inside_kernel(original: Callable) -> Callable:
     """A call from one interpreted function to another, preparing each of tl's modules only once.
 
@@ -217,6 +228,7 @@ def noted_launch(original: Callable) -> Callable:
 PATCHES = (
     (GridExecutor, "__call__", noted_launch),
     (InterpretedFunction, "__call__", call_inside_kernel),
+    (stock, "_patch_lang_tensor", indexable_scalars),
     (InterpreterBuilder, "cast_impl", faithful_cast),
     (InterpreterBuilder, "create_fp_to_fp", faithful_fp_to_fp),
     (InterpreterBuilder, "binary_op", faithful_binary),
@@ -228,7 +240,7 @@ PATCHES = (
     (ReduceOps, "min_max", faithful_min_max),
 )
 _prepared: list[dict[int, Any]] = []  # a launch's patched files and how to undo them
-_originals: dict[tuple[type, str], Callable] = {}
+_originals: dict[tuple[Any, str], Callable] = {}
 
 
 def install() -> None:

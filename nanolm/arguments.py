@@ -189,8 +189,14 @@ def import_plugins(names: Any) -> None:
 
 
 def help_text(schema: type, prog: str, positional: tuple[str, ...]) -> str:
-    """Every option with its type, default and docstring."""
-    import jsonargparse  # noqa: PLC0415  (slow to import, and only needed here)
+    """Every option with its type, default and docstring; raises UserError without jsonargparse."""
+    try:
+        import jsonargparse  # noqa: PLC0415  (slow to import, and only needed here)
+    except ImportError as error:
+        raise UserError(
+            f"--help is written by jsonargparse, and it cannot be imported ({error}): "
+            f"pip install 'jsonargparse[signatures]'; --print_config shows all keys without it"
+        ) from error
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     words = "".join(f"[{key.upper()}] " for key in positional)

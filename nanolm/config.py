@@ -207,6 +207,9 @@ class DistributedConfig:
     memory) or keep them (less communication)."""
     cpu_offload: bool = False
     """Under fsdp and hsdp, keep weights and optimizer state in host memory; needs CUDA."""
+    backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """What carries gradients between ranks: auto takes nccl on GPUs and gloo on CPUs. gloo also
+    carries GPU tensors, through host memory: for ranks that share a GPU, or where nccl fails."""
     timeout: float = 600.0
     """Seconds after which a collective that a peer never joins is an error."""
     hang_timeout: float | None = None

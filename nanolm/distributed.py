@@ -12,8 +12,10 @@ before the first backward (see `trainer.py`), so the sum already is the gradient
 import contextlib
 import dataclasses
 import datetime
+import inspect
 import json
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -24,10 +26,14 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from nanolm.config import DistributedConfig
-from nanolm.errors import UserError
-from nanolm.launch_store import fresh_store, is_kept_by_agent
+from nanolm.errors import UserError, require
+from nanolm.launch_store import exchange, fresh_store, hosted_store, is_kept_by_agent
 
 CPU = torch.device("cpu")
+# torch 2.13 renamed this switch of DistributedDataParallel; before, it is broadcast_buffers.
+_NEW_SWITCH = "forward_sync_buffers"
+_DDP_KEYS = inspect.signature(DistributedDataParallel.__init__).parameters
+SYNC_BUFFERS = _NEW_SWITCH if _NEW_SWITCH in _DDP_KEYS else "broadcast_buffers"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +54,12 @@ class World:
         return self.rank == 0
 
     @property
+    def joined(self) -> bool:
+        """Whether a process group carries gradients and host numbers: between several ranks, and
+        for one alone that was given a control group, which then takes the same ways."""
+        return self.size > 1 or self.control is not None
+
+    @property
     def first_of_node(self) -> int:
         """The lowest rank on this rank's node."""
         return self.rank - self.local_rank
@@ -55,7 +67,7 @@ class World:
     def beside(self) -> "World":
         """The same ranks over a control group of their own, whose collectives a thread may call
         while training calls others; collective."""
-        if self.size == 1:
+        if not self.joined:
             return self
         timeout = datetime.timedelta(seconds=self.timeout)
         return dataclasses.replace(self, control=dist.new_group(backend="gloo", timeout=timeout))
@@ -75,7 +87,7 @@ class World:
 
     def all_sum(self, values: Sequence[float]) -> list[float]:
         """Element-wise sum of host numbers over ranks, in float64; collective."""
-        if self.size == 1:
+        if not self.joined:
             return [float(value) for value in values]
         total = torch.tensor(list(values), dtype=torch.float64)
         dist.all_reduce(total, group=self.control)
@@ -84,7 +96,7 @@ class World:
     def gather(self, value: Any) -> list[Any]:
         """Each rank's JSON value, in rank order, on every rank; collective. Nothing is pickled."""
         text = json.dumps(value)
-        if self.size == 1:
+        if not self.joined:
             return [json.loads(text)]
         data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
@@ -113,25 +125,30 @@ class World:
 def launch(config: DistributedConfig, device: str = "auto") -> World:
     """Joins the process group that torchrun's environment describes, or makes a world of one.
 
-    Raises UserError when CUDA is asked for and there is none, or fewer devices than local ranks.
+    Raises UserError when CUDA is asked for and there is none, when there are fewer devices than
+    local ranks, for nccl on CPUs, and when two ranks would share a GPU under nccl.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     chosen = _device(device, local_rank)
+    backend = _backend(config.backend, chosen)
     if size == 1:
         return World(device=chosen, timeout=config.timeout)
     timeout = datetime.timedelta(seconds=config.timeout)
-    on_cuda = chosen.type == "cuda"
     kept = is_kept_by_agent()
+    store = (fresh_store if kept else hosted_store)(rank, size, config.timeout)
+    on_nccl = backend == "nccl"
+    if on_nccl:  # which would end in a riddle, or hang
+        require_gpus_apart(exchange(store, rank, size, gpu_identity(chosen)))
     dist.init_process_group(
-        "nccl" if on_cuda else "gloo",
-        store=fresh_store(rank, size, config.timeout) if kept else None,
+        backend,
+        store=store,
         rank=rank,
         world_size=size,
         timeout=timeout,
-        device_id=chosen if on_cuda else None,
+        device_id=chosen if on_nccl else None,
     )
-    control = dist.new_group(backend="gloo", timeout=timeout) if on_cuda else dist.group.WORLD
+    control = dist.new_group(backend="gloo", timeout=timeout) if on_nccl else dist.group.WORLD
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     return World(rank, size, local_rank, local_size, chosen, config.timeout, control)
 
@@ -141,18 +158,59 @@ def _device(name: str, local_rank: int) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError("run.device is cuda, but torch sees no CUDA device; set run.device to cpu")
-    if local_rank >= torch.cuda.device_count():
+    count = torch.cuda.device_count()
+    # A launcher that shows each task its own GPU alone (SLURM's --gpus-per-task=1) calls it 0.
+    index = 0 if count == 1 else local_rank
+    if index >= count:
         raise UserError(
-            f"local rank {local_rank} has no GPU of its own: torch sees "
-            f"{torch.cuda.device_count()}; lower torchrun's --nproc_per_node"
+            f"local rank {local_rank} has no GPU of its own: torch sees {count}; lower torchrun's "
+            f"--nproc_per_node"
         )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def _backend(name: str, device: torch.device) -> str:
+    if name == "auto":
+        return "nccl" if device.type == "cuda" else "gloo"
+    require(
+        name != "nccl" or device.type == "cuda",
+        "distributed.backend is nccl, which connects GPUs, and this run is on the CPU; set "
+        "distributed.backend to auto",
+    )
+    return name
+
+
+def gpu_identity(device: torch.device) -> str:
+    """A name of the GPU that no other in the job has: its host and its UUID."""
+    return f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}"
+
+
+def require_gpus_apart(identities: Sequence[str]) -> None:
+    """Raises UserError when two ranks have the same GPU; `identities` are in the order of ranks."""
+    for rank, identity in enumerate(identities):
+        other = identities.index(identity)
+        require(
+            other == rank,
+            f"ranks {other} and {rank} have the same GPU ({identity}), and nccl wants one for each "
+            f"rank; lower torchrun's --nproc_per_node, or set distributed.backend to gloo",
+        )
+
+
+def undivided(config: DistributedConfig, world: World) -> list[str]:
+    """What to tell a user who asked to divide the model over one rank."""
+    if world.size > 1 or config.strategy == "ddp":
+        return []
+    lost = " and distributed.cpu_offload keeps nothing in host memory" if config.cpu_offload else ""
+    return [
+        f"distributed.strategy={config.strategy} divides the model over ranks, and this run has "
+        f"one: the whole model is on {world.device}{lost}; torchrun's --nproc_per_node starts more"
+    ]
 
 
 def close(world: World) -> None:
     """Leaves the process group, if there is one."""
-    if world.size > 1 and dist.is_initialized():
+    if world.joined and dist.is_initialized():
         dist.destroy_process_group()
 
 
@@ -165,13 +223,12 @@ def wrap(
     """The module as the strategy wants it called; the module itself stays the one to save.
 
     `ddp`: gradients are summed over ranks during the backward pass (Li et al. 2020, PyTorch
-    Distributed). In a world of one the module is returned as it is.
+    Distributed). Without a process group the module is returned as it is.
     """
-    if world.size == 1:
+    if not world.joined:
         return module
-    wrapped = DistributedDataParallel(
-        module, forward_sync_buffers=False, gradient_as_bucket_view=True
-    )
+    switches = {SYNC_BUFFERS: False, "gradient_as_bucket_view": True}
+    wrapped = DistributedDataParallel(module, **switches)
     wrapped.register_comm_hook(on_last, _sum_bucket)
     return wrapped
 

@@ -36,7 +36,7 @@ class Engine:
     def __init__(
         self, learner: nn.Module, world: World, config: Config, *, trains: bool = True
     ) -> None:
-        self.sharded = trains and world.size > 1 and config.distributed.strategy != "ddp"
+        self.sharded = trains and world.joined and config.distributed.strategy != "ddp"
         self.learner = learner if self.sharded else learner.to(world.device)
         self.world = world
         self.passes: int | None = None
@@ -112,7 +112,7 @@ class Engine:
         gloo's sums depend on that order; so the first step after a restart would differ from the
         same step of an undisturbed run. After this pass every step sees the final order.
         """
-        if self.world.size == 1:
+        if not self.world.joined:
             return
         terms = self(batch)
         (sum(terms[name].sum for name in weights if name in terms) * 0.0).backward()

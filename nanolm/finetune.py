@@ -25,7 +25,7 @@ from nanolm.checkpoint import Checkpoints, locate, read_trainer
 from nanolm.commands.train import open_sinks, steps
 from nanolm.container import write_json
 from nanolm.data.tokenizer import MODEL_FILE
-from nanolm.distributed import World, close, launch
+from nanolm.distributed import World, close, launch, undivided
 from nanolm.finetune_build import (
     badness,
     build_evaluator,
@@ -95,7 +95,8 @@ def run_finetune(config: TaskConfig) -> dict[str, Any]:
     told = start_weights(config, ready.base, learner, start.checkpoint)
     done = read_trainer(start.checkpoint)["step"] if start.checkpoint else 0
     sinks, note = open_sinks(config, world, done)
-    for line in [*start.notes, *told, *describe(train, val, learner)]:
+    alone = undivided(config.distributed, world)
+    for line in [*start.notes, *alone, *told, *describe(train, val, learner)]:
         note(line)
     stream = open_stream(config, task, train)
     evaluator = build_evaluator(config, val, world)

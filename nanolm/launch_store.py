@@ -21,6 +21,7 @@ import secrets
 import time
 
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 PREFIX = "nanolm/start"
 
@@ -36,6 +37,20 @@ def connect_store(seconds: float) -> dist.TCPStore:
         is_master=False,
         timeout=datetime.timedelta(seconds=max(seconds, 1.0)),
     )
+
+
+def hosted_store(rank: int, size: int, seconds: float) -> dist.Store:
+    """The store of a launch without an agent's: rank 0 hosts it, and it ends with rank 0."""
+    timeout = datetime.timedelta(seconds=seconds)
+    store, _, _ = next(rendezvous("env://", rank, size, timeout=timeout))
+    return store
+
+
+def exchange(store: dist.Store, rank: int, size: int, word: str) -> list[str]:
+    """Every rank's word, in the order of ranks; collective. For what must be known before there is
+    a process group."""
+    store.set(f"{PREFIX}/word/{rank}", word)
+    return [store.get(f"{PREFIX}/word/{other}").decode() for other in range(size)]
 
 
 def is_kept_by_agent() -> bool:

@@ -201,8 +201,9 @@ class Loader:
                 num_workers=self.workers,
                 prefetch_factor=PREFETCH,
                 worker_init_fn=_leave_the_process_group,
-                # PyArrow's S3 client does not outlive a fork.
-                multiprocessing_context="forkserver" if self.stream.remote else None,
+                # A fork shares the opened shards and starts at once; from Python 3.14 on it must be
+                # asked for. PyArrow's S3 client does not outlive one.
+                multiprocessing_context="forkserver" if self.stream.remote else "fork",
             )
         )
 

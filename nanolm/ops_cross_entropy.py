@@ -212,6 +212,8 @@ class TorchCrossEntropy:
             return "torch's linear_cross_entropy has no z-loss"
         if spec.label_smoothing:
             return "torch's linear_cross_entropy holds all logits when it smooths labels"
+        if not hasattr(F, "linear_cross_entropy"):
+            return f"torch {torch.__version__} has no linear_cross_entropy; torch 2.13 has"
         return None
 
     def run(

@@ -4,6 +4,7 @@ The same agent, rendezvous and restarts as the command `torchrun --standalone --
 workers come from a fork server that has imported torch already, so a restart takes no seconds.
 """
 
+import dataclasses
 import multiprocessing
 import os
 import pathlib
@@ -16,6 +17,10 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from nanolm import cli
 from nanolm.config import DistributedConfig
 from nanolm.distributed import close, launch
+
+HAS_PATIENCE = "shutdown_timeout" in {field.name for field in dataclasses.fields(LaunchConfig)}
+"""Whether torchrun can be told how long to wait for workers that shall go (torch 2.13); before, it
+waits 30 s."""
 
 
 def elastic(logs: pathlib.Path, ranks: int, restarts: int, function, *arguments) -> bool:
@@ -32,8 +37,8 @@ def elastic(logs: pathlib.Path, ranks: int, restarts: int, function, *arguments)
         max_restarts=restarts,
         monitor_interval=0.05,
         start_method="forkserver",
-        shutdown_timeout=0.3,
         logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL),
+        **({"shutdown_timeout": 0.3} if HAS_PATIENCE else {}),
     )
     try:
         elastic_launch(config, _worker)(function, *arguments)

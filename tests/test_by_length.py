@@ -115,8 +115,10 @@ def test_no_product_goes_to_padding(trunk):
 
 @pytest.mark.parametrize(("task", "trunk"), CASES)
 def test_the_rectangle_gives_the_same(task, trunk):
-    """One row or several: the same loss and the same gradients (padded: test_objectives_tasks)."""
+    """One row or several: the same gradients (padded: test_objectives_tasks). In float64: `embed`
+    multiplies similarities by 20, and what float32 then loses depends on the texts at hand."""
     learner, split = build(task, trunk, model={"window": [None, 5]})
+    learner.double()
     results = []
     for in_line in (True, False):
         assert learner.objective.in_line or not in_line
@@ -126,7 +128,7 @@ def test_the_rectangle_gives_the_same(task, trunk):
         sum(terms[n].sum for n in learner.objective.weights).backward()
         results.append({n: p.grad.clone() for n, p in learner.named_parameters()})
     for name, gradient in results[0].items():
-        torch.testing.assert_close(gradient, results[1][name], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(gradient, results[1][name], rtol=1e-10, atol=1e-10)
 
 
 def test_it_is_chosen_by_the_spec_and_says_why_not():

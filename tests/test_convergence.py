@@ -1,5 +1,6 @@
 """Every objective learns: after 80 to 250 small steps it is clearly below what a unigram model
-reaches on the very same targets, and below a stated number."""
+reaches on the very same targets. The share is stated and not the bits, since the text is that of
+the Python at hand."""
 
 import json
 
@@ -7,18 +8,17 @@ import pytest
 
 from tests.prepared import trained_run
 
-# Bits per byte on the validation split that the run must undercut.
-STATED = {"clm": 2.9, "prefix": 3.0, "mlm": 3.25, "mlm_pair": 3.4}
+# Bits per byte on the validation split over the unigram model's, which the run must undercut.
+STATED = {"clm": 0.86, "prefix": 0.88, "mlm": 0.92, "mlm_pair": 0.925}
 
 
 @pytest.mark.parametrize(
     "objective",
     ["clm", "prefix", "mlm", pytest.param("mlm_pair", marks=pytest.mark.slow)],
 )
-def test_below_unigram_and_below_the_stated_number(objective):
+def test_below_the_stated_share_of_a_unigram_models_bits(objective):
     summary = json.loads((trained_run(objective) / "summary.json").read_text())
-    assert summary["bits_per_byte"] < STATED[objective]
-    assert summary["bits_per_byte"] < 0.95 * summary["unigram_bits_per_byte"]
+    assert summary["bits_per_byte"] < STATED[objective] * summary["unigram_bits_per_byte"]
 
 
 def test_validation_loss_falls():

@@ -40,6 +40,7 @@ def attention_arguments(bias, *, grad=True):
 def arguments_of(name):
     """The operator's arguments, a few per operator where it has branches."""
     import nanolm.kernels.attention_decode
+    import nanolm.kernels.attention_op
     import nanolm.kernels.cross_entropy
     import nanolm.kernels.glu
     import nanolm.kernels.norm

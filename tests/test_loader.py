@@ -295,3 +295,14 @@ def test_workers_do_not_hear_signals_to_the_group(corpora):
     assert os.getpgid(worker.pid) == worker.pid != os.getpgrp()
     loader.close()
     assert not worker.is_alive()
+
+
+def test_workers_are_forked_where_the_data_is_local(corpora):
+    # Left to Python 3.14, a fork server would start them, and opened shards cannot be pickled.
+    before = set(multiprocessing.active_children())
+    loader = Loader(open_stream(corpora), Causal(), global_batch=4, micro_batch=4, workers=1)
+    iterator = iter(loader)
+    next(iterator)
+    (worker,) = set(multiprocessing.active_children()) - before
+    loader.close()
+    assert isinstance(worker, multiprocessing.context.ForkProcess)

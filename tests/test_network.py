@@ -13,6 +13,7 @@ import time
 
 import pytest
 
+from tests.elastic import HAS_PATIENCE
 from tests.test_resume import assert_same_bits, fit
 from tests.tiny_run import in_ranks, tiny_config
 
@@ -127,7 +128,7 @@ def start(tmp_path, run, pause=0.05, changes=CHANGES):
         launcher = [
             *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"),
             *(f"--node_rank={number}", "--master_addr=10.199.0.1", "--master_port=29511"),
-            *(f"--local_addr={address}", "--shutdown-timeout=2"),
+            *(f"--local_addr={address}", *(["--shutdown-timeout=2"] if HAS_PATIENCE else [])),
             str(script),
         ]
         inside = f"hostname {node}; exec " + " ".join(launcher)

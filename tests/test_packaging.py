@@ -47,6 +47,44 @@ def test_bare_checkout_works_from_any_directory(tmp_path):
     assert found == str(ROOT / "data" / "permutation.py")
 
 
+@pytest.fixture
+def bare(tmp_path):
+    """Settings of a process that has this checkout and its libraries, but neither jsonargparse nor
+    wandb, as on a cluster where nothing may be installed."""
+    for name in ("jsonargparse", "wandb"):
+        (tmp_path / f"{name}.py").write_text(f"raise ImportError('no {name} here')\n")
+    paths = f"{tmp_path}:{ROOT}"
+    return {"cwd": tmp_path, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+
+
+def test_a_bare_checkout_prepares_trains_and_evaluates_without_jsonargparse_and_wandb(bare):
+    library = pathlib.Path(sysconfig.get_paths()["stdlib"])
+    texts = [str(library / name) for name in ("argparse.py", "textwrap.py", "statistics.py")]
+    nanolm = ("-m", "nanolm")
+    python(
+        *nanolm, "prepare", *texts, "--out=data", "--vocab_size=512", "--val_fraction=0.3", **bare
+    )
+    model = ("--model.d_model=32", "--model.n_layers=1", "--model.n_heads=2")
+    sizes = ("--data.row_length=32", "--train.global_batch=4", "--train.steps=3")
+    run = ("--data.path=data", "--run.dir=run", "--run.log_every=1", "--run.device=cpu")
+    printed = python(*nanolm, "train", *model, *sizes, *run, **bare)
+    assert "W&B is off for the rest of this run" in printed and "no wandb here" in printed
+    assert (bare["cwd"] / "run" / "summary.json").is_file()
+    assert "bits_per_byte" in python(*nanolm, "evaluate", "--run=run", "--device=cpu", **bare)
+
+
+def test_help_without_jsonargparse_is_one_sentence_and_its_remedy_works(bare):
+    for command in (["train"], ["finetune"], ["prepare"], ["kernels", "list"]):
+        words = [sys.executable, "-m", "nanolm", *command, "--help"]
+        environment = {key: value for key, value in bare.items() if key != "cwd"}
+        done = subprocess.run(
+            words, cwd=bare["cwd"], capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == 2 and done.stderr.startswith("nanolm: --help is written by")
+        assert len(done.stderr.splitlines()) == 1
+    assert "d_model:" in python("-m", "nanolm", "train", "--print_config", **bare)
+
+
 def test_the_kernels_package_of_others_stays_importable(tmp_path):
     (tmp_path / "site" / "kernels").mkdir(parents=True)
     (tmp_path / "site" / "kernels" / "__init__.py").write_text("whose = 'theirs'\n")

@@ -24,7 +24,7 @@ from nanolm.container import write_json
 from nanolm.data.shards import unigram_counts
 from nanolm.data.stream import RowStream
 from nanolm.data.tokenizer import MODEL_FILE, Tokenizer
-from nanolm.distributed import World, close, launch
+from nanolm.distributed import World, close, launch, undivided
 from nanolm.errors import require
 from nanolm.evaluation import Evaluator, Yardstick
 from nanolm.flops import train_flops_per_token
@@ -70,7 +70,7 @@ def run_train(config: Config) -> dict[str, Any]:
     origin = start_from(config, learner, start.checkpoint)
     done = read_trainer(start.checkpoint)["step"] if start.checkpoint else 0
     sinks, note = open_sinks(config, world, done)
-    for line in [*start.notes, *origin]:
+    for line in [*start.notes, *undivided(config.distributed, world), *origin]:
         note(line)
     try:
         trainer = Trainer(
