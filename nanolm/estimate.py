@@ -22,23 +22,11 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from nanolm.accelerators import ACCELERATORS
 from nanolm.config import Config
 from nanolm.errors import UserError
 from nanolm.flops import train_flops_per_token
-from nanolm.metrics import PEAK_TFLOPS
 from nanolm.model_config import ModelConfig
-
-GIBIBYTES: dict[str, float] = {
-    "A100": 80,
-    "H100": 80,
-    "H200": 141,
-    "B200": 192,
-    "RTX 3090": 24,
-    "RTX 4090": 24,
-    "RTX 5090": 32,
-    "MI300X": 192,
-}
-"""Memory of a device of the table of peaks (the larger variant where there are two)."""
 
 STATE = {"adamw": 2.0, "sgd": 1.0, "rmsprop": 2.0, "adafactor": 0.01}
 """float32 numbers of optimizer state per parameter."""
@@ -100,10 +88,14 @@ class Needs:
 
 def find_device(name: str) -> str:
     """The entry of the table that a name means, whatever its case; raises UserError otherwise."""
-    for part in GIBIBYTES:
-        if part.lower().replace(" ", "") == name.lower().replace(" ", "").replace("-", ""):
+
+    def plain(word: str) -> str:
+        return word.lower().replace(" ", "").replace("-", "")
+
+    for part in ACCELERATORS:
+        if plain(part) == plain(name):
             return part
-    raise UserError(f"device={name} is not known; choose from {', '.join(GIBIBYTES)}")
+    raise UserError(f"device={name} is not known; choose from {', '.join(ACCELERATORS)}")
 
 
 def activation_bytes(model: ModelConfig, precision: str, recompute: str, tokens: int) -> float:
@@ -157,12 +149,10 @@ def estimate(
         "logits": model.vocab_size * (8.0 * min(CHUNK, tokens) + 4.0 * model.d_model),
     }
     flops = train_flops_per_token(model, config.data.row_length, predicted_share=predicted_share)
-    half, single = PEAK_TFLOPS[name]
-    peak = (single if train.precision == "fp32" else half) * 1e12
-    speed = gpus * peak * mfu / flops
+    speed = gpus * ACCELERATORS[name].peak(train.precision) * mfu / flops
     total = train.steps * train.global_batch * config.data.row_length
     saved = 4.0 * (parameters * (2 if train.ema else 1) + optimizer_numbers(config, sizes))
-    available = GIBIBYTES[name] * 2**30
+    available = ACCELERATORS[name].gibibytes * 2**30
     return Needs(parameters, flops, memory, available, speed, total / speed / 86400, saved)
 
 

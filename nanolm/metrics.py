@@ -2,6 +2,8 @@
 
     MFU = model FLOPs per second / peak FLOPs per second of all devices
 
+(Chowdhery et al. 2022, PaLM, appendix B).
+
 Model FLOPs are those of forward and backward by formula (`flops.py`), without recomputation. The
 peak is the device's dense matmul peak in the run's precision, from the makers' data sheets; on a
 CPU it is the rate of a matmul measured at the start. Both are assumptions, and are logged as such.
@@ -17,26 +19,15 @@ from collections.abc import Iterator
 
 import torch
 
+from nanolm.accelerators import find_accelerator
 from nanolm.progress import PHASES
 
 TIMING = (
-    *("tokens_per_second", "mfu", "memory", "data_wait", "seconds", "straggler", "slowest_rank"),
+    *("tokens_per_second", "tflops", "mfu", "memory", "data_wait", "seconds"),
+    *("straggler", "slowest_rank"),
     *(f"{phase}_seconds" for phase in PHASES),
 )
 """Keys of a metrics line that depend on the clock and the machine, not on the run."""
-
-PEAK_TFLOPS: dict[str, tuple[float, float]] = {
-    "A100": (312.0, 19.5),
-    "H100 PCIe": (756.0, 51.0),
-    "H100": (989.0, 67.0),
-    "H200": (989.0, 67.0),
-    "B200": (2250.0, 75.0),
-    "RTX 3090": (71.0, 35.6),
-    "RTX 4090": (165.2, 82.6),
-    "RTX 5090": (209.5, 104.8),
-    "MI300X": (1307.4, 163.4),
-}
-"""Device name part -> dense TFLOP/s with 16-bit inputs, and in float32 without TF32."""
 
 
 def peak_flops(device: torch.device, precision: str) -> tuple[float | None, str]:
@@ -45,11 +36,11 @@ def peak_flops(device: torch.device, precision: str) -> tuple[float | None, str]
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
         return matmul_flops(dtype), f"{precision} matmul of 768 x 768 measured on this CPU"
     name = torch.cuda.get_device_name(device)
-    for part, (half, single) in PEAK_TFLOPS.items():
-        if part in name:
-            peak = single if precision == "fp32" else half
-            return peak * 1e12, f"{name}: {peak:g} dense {precision} TFLOP/s by its data sheet"
-    return None, f"{name} is not in the table of peaks (nanolm/metrics.py), so MFU is not reported"
+    found = find_accelerator(name)
+    if found is None:
+        return None, f"{name} is not in the table of peaks (nanolm/accelerators.py), so no MFU"
+    peak = found.peak(precision)
+    return peak, f"{name}: {peak / 1e12:g} dense {precision} TFLOP/s by its data sheet"
 
 
 def matmul_flops(dtype: torch.dtype, size: int = 768, seconds: float = 0.2) -> float:
@@ -114,6 +105,7 @@ class Throughput:
         flops = self.flops_per_step * self._steps / seconds
         figures = {
             "tokens_per_second": self.tokens_per_step * self._steps / seconds,
+            "tflops": flops / 1e12 if self.flops_per_step else None,
             "mfu": flops / self.peak if self.peak and self.flops_per_step else None,
             "memory": memory_bytes(device),
             "data_wait": self._waited / seconds,

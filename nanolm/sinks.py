@@ -111,6 +111,7 @@ _FORMATS: dict[str, Callable[[Any], str]] = {
     "lr": "lr {:.3e}".format,
     "grad_norm": "grad {:.4f}".format,
     "tokens_per_second": "{:,.0f} tok/s".format,
+    "tflops": "{:,.2f} TFLOP/s".format,
     "mfu": "mfu {:.1%}".format,
     "memory": lambda value: f"{value / 2**20:,.0f} MiB",
     "data_wait": "wait {:.1%}".format,

@@ -89,6 +89,7 @@ def test_the_command_prints_the_parts(tmp_path):
     sizes = [limit["parameters"] / 1e9 for limit in figures["largest"]]
     assert 2 < sizes[0] < 6 and sizes[0] < sizes[1] <= sizes[2] < sizes[3] < sizes[4]
     assert "Largest model of this shape per 80 GiB" in text.getvalue()
+    assert find_device("rtx-4090") == "RTX 4090" and find_device("v100-pcie") == "V100-PCIE"
     with pytest.raises(UserError, match="device=abacus is not known"):
         find_device("abacus")
 

@@ -5,6 +5,7 @@ import time
 import torch
 
 from nanolm import metrics
+from nanolm.sinks import line_of
 
 
 def test_rates_leave_out_what_is_excluded(monkeypatch):
@@ -19,6 +20,7 @@ def test_rates_leave_out_what_is_excluded(monkeypatch):
     figures = clock.read(torch.device("cpu"))
     assert figures["tokens_per_second"] == 50
     assert figures["mfu"] == 3e6 / 6 / 4e6
+    assert figures["tflops"] == 3e6 / 6 / 1e12
     assert figures["data_wait"] == 0.25 and figures["memory"] > 10**6
     now[0] += 1
     clock.step(waited=0)
@@ -35,6 +37,25 @@ def test_peaks_by_device_name(monkeypatch):
         (["NVIDIA H100 80GB HBM3"], "bf16", 989e12),
         (["NVIDIA H100 PCIe"], "fp32", 51e12),
         (["NVIDIA GeForce RTX 4090"], "fp16", 165.2e12),
+        (["NVIDIA H100 NVL"], "bf16", 835e12),
+        (["NVIDIA H200"], "bf16", 989e12),
+        (["NVIDIA H20"], "bf16", 148e12),
+        (["NVIDIA A10G"], "bf16", 70e12),
+        (["NVIDIA A10"], "bf16", 125e12),
+        (["NVIDIA RTX A6000"], "bf16", 154.8e12),
+        (["NVIDIA L4"], "fp32", 30.3e12),
+        (["NVIDIA L40S"], "bf16", 362e12),
+        (["Tesla T4"], "fp16", 65e12),
+        (["Tesla V100-SXM2-32GB"], "fp16", 125e12),
+        (["Tesla V100-PCIE-16GB"], "fp16", 112e12),
+        (["NVIDIA GB200"], "bf16", 2500e12),
+        (["NVIDIA B300 SXM6 AC"], "bf16", 2250e12),
+        (["NVIDIA H800"], "bf16", 989e12),
+        (["AMD Instinct MI250X"], "bf16", 191.5e12),
+        (["AMD Instinct MI325X"], "bf16", 1307.4e12),
+        (["NVIDIA RTX A1000"], "bf16", None),  # no A100
+        (["NVIDIA A100-SXM4-40GB MIG 1g.5gb"], "bf16", None),
+        (["NVIDIA GeForce RTX 4090 Laptop GPU"], "bf16", None),
         (["Nobody's GPU"], "bf16", None),
     ):
         found, origin = metrics.peak_flops(device, precision)
@@ -54,3 +75,15 @@ def test_the_peak_of_a_cpu_leaves_out_a_slow_first_product(monkeypatch):
     monkeypatch.setattr(torch, "ones", lambda *size, dtype: Matrix())
     found = metrics.matmul_flops(torch.float32, size=100, seconds=1.0)
     assert abs(found / (2 * 100**3 / 0.1) - 1) < 1e-9
+
+
+def test_without_a_peak_the_rate_is_still_told(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    clock = metrics.Throughput(tokens_per_step=100, flops_per_step=3e12, peak=None)
+    now[0] += 2
+    clock.step(waited=0)
+    figures = clock.read(torch.device("cpu"))
+    assert figures["mfu"] is None and figures["tflops"] == 1.5
+    line = line_of({"kind": "train", "step": 1, **figures})
+    assert "1.50 TFLOP/s" in line and "mfu" not in line

@@ -13,12 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from nanolm import build
+from nanolm.accelerators import ACCELERATORS
 from nanolm.arguments import load_config
 from nanolm.bench_step import StandInTokenizer
 from nanolm.commands.figures import write_json
 from nanolm.config import Config
 from nanolm.errors import require
-from nanolm.estimate import GIBIBYTES, Needs, Sizes, estimate, find_device, parts_of
+from nanolm.estimate import Needs, Sizes, estimate, find_device, parts_of
 from nanolm.largest import Limit, largest
 from nanolm.model_config import ModelConfig
 
@@ -36,7 +37,7 @@ class Arguments:
     gpus_per_node: int = 8
     """Devices of a node: what hsdp shards over when distributed.shard_size is null."""
     device: str = "h100"
-    """a100, h100, h200, b200, rtx3090, rtx4090, rtx5090 or mi300x."""
+    """a100, h100, rtx4090, mi300x, …: a GPU of the table in nanolm/accelerators.py."""
     mfu: float = 0.4
     """Share of the device's dense peak that training is assumed to reach."""
     vocab_size: int = 50304
@@ -110,7 +111,7 @@ def strategies(arguments: Arguments) -> list[tuple[str, int]]:
 
 def limits_of(limits: list[Limit], arguments: Arguments) -> Table:
     """The largest models for people."""
-    memory = GIBIBYTES[find_device(arguments.device)]
+    memory = ACCELERATORS[find_device(arguments.device)].gibibytes
     table = Table(
         "strategy",
         "parameters",
