@@ -43,6 +43,8 @@ class TritonKernel:
                 f"it needs a CUDA or ROCm device, and this one is {spec.device} (on a CPU it runs "
                 f"only in Triton's interpreter: TRITON_INTERPRET=1, for tests)"
             )
+        if (old := too_old()) is not None:
+            return old
         if spec.dtype not in DTYPES:
             return f"it has no {spec.dtype} version"
         return self.why_not_shape(spec)
@@ -50,6 +52,20 @@ class TritonKernel:
     def why_not_shape(self, spec: Any) -> str | None:
         """What of the op's own spec it cannot serve."""
         return None
+
+
+def too_old() -> str | None:
+    """Why the GPU at hand is too old for these kernels, or None (also without a GPU, or with AMD's,
+    whose numbers mean other things)."""
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    if major >= 8:
+        return None
+    return (
+        f"its tiles need more shared memory than {torch.cuda.get_device_name()} has: compute "
+        f"capability 8.0 (A100) or newer, and this one is {major}.{minor}"
+    )
 
 
 @kernel("attention")

@@ -1,6 +1,7 @@
 """Every fast path against its reference, forward and gradient; and how kernels are chosen."""
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ import torch.nn.functional as F
 
 from nanolm import ops
 from nanolm.bias import AlibiBias, BucketBias, DenseBias
+from nanolm.commands.kernels_list import Arguments, typical
 from nanolm.errors import UserError
 from nanolm.masks import Mask
-from nanolm.ops import AttentionSpec, CrossEntropySpec, Kernels, choose
+from nanolm.ops import AUTO, AttentionSpec, CrossEntropySpec, Kernels, candidates, choose
 
 B, T, H, K = 2, 7, 4, 8
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 2, 2], [0, 1, 1, 1, 1, -1, -1]])
@@ -153,8 +155,10 @@ def cross_entropy_case(dtype, bias, ignored=3):
 
 @pytest.fixture(params=["reference", "chunked", "torch"])
 def cross_entropy(request, monkeypatch):
-    kernel = kernels_of("linear_cross_entropy")[request.param]
     monkeypatch.setattr(type(kernels_of("linear_cross_entropy")["chunked"]), "chunk", 4)
+    kernel = kernels_of("linear_cross_entropy")[request.param]
+    if reason := kernel.why_not(CrossEntropySpec(width=D, vocab_size=V)):
+        pytest.skip(reason)  # torch's own function begins with torch 2.13
     return kernel
 
 
@@ -281,3 +285,24 @@ def test_kernels_remember_one_choice_per_kind_of_layer():
     assert first.name == "reference" and len(kernels.choices) == 1
     kernels.choose("attention", AttentionSpec, window=8, **details)
     assert len(kernels.choices) == 2
+
+
+@pytest.mark.parametrize("op", [op for op, names in AUTO.items() if "triton" in names])
+def test_a_gpu_that_is_too_old_for_triton_is_refused_in_words(monkeypatch, op):
+    spec = typical(op, Arguments(device="cuda"))
+    kernel = candidates(op)["triton"]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "Tesla T4")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (7, 5))
+    assert re.search(r"Tesla T4 .*8\.0 .*7\.5", kernel.why_not(spec))
+    assert choose(op, spec).kernel.name != "triton"
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (8, 0))
+    assert kernel.why_not(spec) is None and choose(op, spec).kernel.name == "triton"
+
+
+def test_an_older_torch_without_the_loss_is_told_so_when_the_model_is_built(monkeypatch):
+    monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
+    kernel = candidates("linear_cross_entropy")["torch"]
+    assert "torch 2.13 has" in kernel.why_not(CrossEntropySpec(width=8, vocab_size=9))
+    with pytest.raises(UserError, match="no linear_cross_entropy"):
+        choose("linear_cross_entropy", CrossEntropySpec(width=8, vocab_size=9), "torch")
