@@ -14,12 +14,11 @@ import dataclasses
 import functools
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import (
+    CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
-    noop_context_fn,
 )
 
 from nanolm.bias import Bias
@@ -30,19 +29,49 @@ from nanolm.model_config import ModelConfig
 from nanolm.ops import Kernels
 from nanolm.positions import Positions
 
-_ATEN = torch.ops.aten
-KEEP_PRODUCTS = functools.partial(
-    create_selective_checkpoint_contexts,
-    [
-        *(_ATEN.mm.default, _ATEN.addmm.default, _ATEN.bmm.default),
-        _ATEN._scaled_dot_product_flash_attention.default,
-        _ATEN._scaled_dot_product_efficient_attention.default,
-        _ATEN._scaled_dot_product_cudnn_attention.default,
-        _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
-    ],
+DEAR = frozenset(
+    {
+        "aten.mm.default",
+        "aten.addmm.default",
+        "aten.bmm.default",
+        "aten._scaled_dot_product_flash_attention.default",
+        "aten._scaled_dot_product_efficient_attention.default",
+        "aten._scaled_dot_product_cudnn_attention.default",
+        "aten._scaled_dot_product_flash_attention_for_cpu.default",
+        "aten._scaled_dot_product_fused_attention_overrideable.default",
+        "nanolm.attention.default",
+    }
 )
-"""Selective activation checkpointing keeps what is dear to compute again: matrix products and
-attention. What is large but cheap is computed again (Korthikanti et al. 2022, section 5)."""
+"""Operators whose results selective activation checkpointing keeps: matrix products and attention,
+which are dear to compute again. What is large but cheap is computed again (Korthikanti et al. 2022,
+section 5): norms, rotations and activations read and write memory and multiply little, those of
+kernels/ too. Names, since a model is built before the kernels are imported, and no version of torch
+knows all of them. FlexAttention is computed again: what it has compiled is no operator."""
+
+
+def kept_or_not(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Whether an operator's result is kept for the backward pass."""
+    if is_dear(operator):
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@functools.cache
+def is_dear(operator: Any) -> bool:
+    """Whether the operator is one of DEAR."""
+    return str(operator) in DEAR
+
+
+CHECKPOINTS = {
+    "full": functools.partial(checkpoint, use_reentrant=False),
+    "selective": functools.partial(
+        checkpoint,
+        use_reentrant=False,
+        context_fn=functools.partial(create_selective_checkpoint_contexts, kept_or_not),
+    ),
+}
+"""How a block is computed that keeps less than autograd would (Chen et al. 2016), by the name in
+train.activation_checkpointing."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,9 +132,18 @@ class Block(nn.Module):
         self.feed_forward_norm = Norm(model, kernels)
         self.dropout = nn.Dropout(model.dropout) if model.dropout else nn.Identity()
         self.sublayer = self.pre_norm if model.norm_position == "pre" else self.post_norm
+        self.recompute = "none"  # see Stack
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
+        if self.recompute == "none" or not self.training:
+            return self.compute(x_BTD, context)
+        # Inside the block, so that a compiler sees what is to be kept: an operator that it has
+        # made its own is no longer known by name.
+        return CHECKPOINTS[self.recompute](self.compute, x_BTD, context)
+
+    def compute(self, x_BTD: Tensor, context: Context) -> Tensor:
+        """[B, T, D] -> [B, T, D], keeping what autograd wants."""
 
         def attend(x: Tensor) -> Tensor:
             c = context
@@ -142,16 +180,23 @@ class Stack(nn.Module):
             Block(model, layer, spec, kernels, bias_kind) for layer in range(model.n_layers)
         )
         self.final_norm = Norm(model, kernels) if model.norm_position == "pre" else nn.Identity()
-        self.recompute = "none"  # activation checkpointing: full or selective (Chen et al. 2016)
+        self.recompute = "none"
+
+    @property
+    def recompute(self) -> str:
+        """Activation checkpointing: none, full or selective."""
+        return self.blocks[0].recompute
+
+    @recompute.setter
+    def recompute(self, how: str) -> None:
+        for block in self.blocks:
+            block.recompute = how
+            # Nothing inside is kept anyhow, and what `keeping_input` holds would be.
+            block.feed_forward.keeps_input = how == "none"
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        for block in self.blocks:
-            if self.recompute != "none" and self.training:
-                # Nothing inside is kept anyhow, and what `keeping_input` holds would be.
-                block.feed_forward.keeps_input = False
-                kept = noop_context_fn if self.recompute == "full" else KEEP_PRODUCTS
-                x_BTD = checkpoint(block, x_BTD, context, use_reentrant=False, context_fn=kept)
-            else:
-                x_BTD = block(x_BTD, context)
+        for layer, block in enumerate(self.blocks):
+            prepared = context.positions.of_layer(context.prepared, layer)
+            x_BTD = block(x_BTD, dataclasses.replace(context, prepared=prepared))
         return self.final_norm(x_BTD)

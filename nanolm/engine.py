@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,8 @@ from nanolm.progress import Progress
 from nanolm.sharding import shard, sharded_modules
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+GRAPHS = 64
+"""Graphs that torch may compile of one piece of code before it gives up and runs it as it is."""
 
 
 class Engine:
@@ -43,8 +45,7 @@ class Engine:
         self.progress = Progress(world.device)
         self.dtype = AUTOCAST.get(config.train.precision)
         if config.train.compile:
-            for block in learner.trunk.blocks:
-                block.compile()
+            compile_blocks(learner.trunk.blocks)
         self.module = self.learner
         if self.sharded:
             initialise = functools.partial(init_parameter, model=config.model)
@@ -117,3 +118,16 @@ class Engine:
         terms = self(batch)
         (sum(terms[name].sum for name in weights if name in terms) * 0.0).backward()
         self.learner.zero_grad(set_to_none=True)
+
+
+def compile_blocks(blocks: Iterable[nn.Module]) -> None:
+    """Compiles each block in place, when it is first called.
+
+    All blocks are one piece of code to torch, so blocks that compute the same share a graph. A kind
+    of block (ModernBERT has three) has a graph for training and one for evaluation, each again for
+    another number of rows, another length and padded rows: more than the eight that torch allows.
+    """
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, GRAPHS)
+    for block in blocks:
+        block.compile()

@@ -18,18 +18,19 @@ from torch import Tensor
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x_ND: Tensor) -> tuple[Tensor, int]:
         size, rank = dist.get_world_size(), dist.get_rank()
         counts = [torch.zeros(1, dtype=torch.int64, device=x_ND.device) for _ in range(size)]
-        dist.all_gather(counts, torch.tensor([len(x_ND)], device=x_ND.device))
-        sizes = [int(count) for count in counts]
+        dist.all_gather(counts, torch.full((1,), len(x_ND), device=x_ND.device))
+        # The host waits here: it allocates what the other ranks send, and they alone know how much.
+        sizes = torch.cat(counts).tolist()
         padded = x_ND.new_zeros(max(1, *sizes), x_ND.shape[1])
         padded[: len(x_ND)] = x_ND
         parts = [torch.empty_like(padded) for _ in range(size)]
         dist.all_gather(parts, padded)
         ctx.first, ctx.count = sum(sizes[:rank]), len(x_ND)
         all_AD = torch.cat([part[:count] for part, count in zip(parts, sizes, strict=True)])
-        return all_AD, torch.tensor(ctx.first, device=x_ND.device)
+        return all_AD, ctx.first
 
     @staticmethod
     def backward(ctx: Any, grad_AD: Tensor, _: Any) -> Tensor:
@@ -42,5 +43,4 @@ def gather_with_gradient(x_ND: Tensor) -> tuple[Tensor, int]:
     """(vectors of all ranks [A, D], where this rank's begin); collective when ranks > 1."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return x_ND, 0
-    all_AD, first = _Gather.apply(x_ND)
-    return all_AD, int(first)
+    return _Gather.apply(x_ND)

@@ -57,8 +57,10 @@ class Backward:
         real = len(micro_batch.row_ids) > 0
         self.differentiate(self.scale(self.total(terms) * (1.0 if real else 0.0)))
         for name, term in terms.items():
-            count = torch.as_tensor(term.count, device=term.sum.device).detach().double()
             value = term.sum.detach().double()
+            # A count that lies on the host goes along with the addition: to copy it first would
+            # make the host wait for the device.
+            count = torch.as_tensor(term.count).detach()
             zero = torch.zeros_like(value)
             self.sums[name] = self.sums.get(name, zero) + (value if real else zero)
             self.seen[name] = self.seen.get(name, zero) + (count if real else zero)

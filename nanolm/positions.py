@@ -2,6 +2,7 @@
 
     embed(x, positions)      added to the token embeddings      learned, sinusoidal
     prepare(positions)       computed once per forward pass     rotary's cos and sin
+    of_layer(prepared, l)    what block l needs of that         rotary's table of the block's base
     rotate(q, k, prepared)   applied to queries and keys        rotary
     bias()                   added to attention scores          ALiBi, T5
 
@@ -39,10 +40,18 @@ class Positions(nn.Module):
         """Whatever `rotate` needs of the positions; called once per forward pass."""
         return None
 
+    def of_layer(self, prepared: Any, layer: int) -> Any:
+        """What block `layer` needs of what `prepare` returned: `rotate` gets this. The stack calls
+        it outside of the blocks, so that blocks which compute the same are compiled once."""
+        return prepared
+
     def rotate(
         self, q_BTHK: Tensor, k_BTGK: Tensor, prepared: Any, layer: int
     ) -> tuple[Tensor, Tensor]:
-        """Queries and keys as the attention of block `layer` sees them."""
+        """Queries and keys as the attention of block `layer` sees them, by what `of_layer` gave it.
+
+        With train.compile, code that reads `layer` here is compiled anew for every block.
+        """
         return q_BTHK, k_BTGK
 
     def bias(self) -> Bias | None:
@@ -145,11 +154,17 @@ class Rotary(Positions):
             tables[base] = (angle_BTR.cos(), angle_BTR.sin())
         return tables
 
+    def of_layer(
+        self, prepared: dict[float, tuple[Tensor, Tensor]], layer: int
+    ) -> tuple[Tensor, Tensor]:
+        """(cos_BTR, sin_BTR) of the block's base."""
+        return prepared[self.bases[layer % len(self.bases)]]
+
     def rotate(
-        self, q_BTHK: Tensor, k_BTGK: Tensor, prepared: Any, layer: int
+        self, q_BTHK: Tensor, k_BTGK: Tensor, prepared: tuple[Tensor, Tensor], layer: int
     ) -> tuple[Tensor, Tensor]:
         """Rotated queries and keys."""
-        cos_BTR, sin_BTR = prepared[self.bases[layer % len(self.bases)]]
+        cos_BTR, sin_BTR = prepared
         return self.kernel.run(q_BTHK, cos_BTR, sin_BTR), self.kernel.run(k_BTGK, cos_BTR, sin_BTR)
 
 

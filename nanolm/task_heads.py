@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from nanolm.errors import require
 from nanolm.model import Trunk
 from nanolm.model_config import ModelConfig
+from nanolm.objectives.ragged import group_sizes
 from nanolm.ops import Kernels
 from nanolm.registry import HEADS
 
@@ -62,7 +63,7 @@ def pool(hidden_BTD: Tensor, layout: Layout, pooling: Pooling) -> Tensor:
     tokens_MD = hidden_ND[layout.index_M].float()
     total_SD = tokens_MD.new_zeros(len(layout.first_S), tokens_MD.shape[1])
     total_SD = total_SD.index_add(0, layout.owner_M, tokens_MD)
-    lengths_S = torch.bincount(layout.owner_M, minlength=len(layout.first_S))
+    lengths_S = group_sizes(layout.owner_M, len(layout.first_S))
     return total_SD / lengths_S[:, None].clamp(min=1)
 
 

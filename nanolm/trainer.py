@@ -216,7 +216,7 @@ class Trainer:
         """Global means of all terms, and whether any rank was told to stop."""
         names = sorted(backward.sums)
         flat = [backward.sums[name] for name in names] + [backward.seen[name] for name in names]
-        values = torch.stack(flat).tolist()
+        values = torch.stack(flat).tolist()  # the gradient's norm has been waited for already
         flags = [float(self.preemption.requested), float(self.snapshot.failed)]
         *total, stop, failed = self.world.all_sum([*values, *flags])
         if failed:

@@ -70,6 +70,8 @@ class Update:
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.get_total_norm(self._gradients())
+        # The host waits here, once a step: it decides whether the weights move, and tells the log.
+        # (fp16's scaler waits beside it, to learn what overflowed.)
         return backward, float(whole(norm))
 
     def _scaled(self, total: Tensor) -> Tensor:

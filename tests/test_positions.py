@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from nanolm.bias import AlibiBias, BucketBias
+from nanolm.blocks import Context, Stack, StackSpec
 from nanolm.errors import UserError
+from nanolm.masks import Mask
 from nanolm.model_config import ModelConfig
 from nanolm.ops import Kernels
+from nanolm.positions import Positions
 from nanolm.registry import POSITIONS
 
 POSITIONS_BT = torch.tensor([[0, 1, 2, 0, 1], [3, 4, 5, 6, 7]])
@@ -43,7 +46,7 @@ def test_rotary_products_depend_on_the_distance_only(fraction):
     q, k = torch.randn(1, 1, 2, 8).double(), torch.randn(1, 1, 1, 8).double()
 
     def product(t, s):
-        at = rotary.prepare(torch.tensor([[t, s]]))
+        at = rotary.of_layer(rotary.prepare(torch.tensor([[t, s]])), 0)
         pair = torch.cat([q[:, :, :1], k], dim=1)
         turned, _ = rotary.rotate(pair, pair, at, layer=0)
         return (turned[0, 0, 0] @ turned[0, 1, 0]).item()
@@ -52,7 +55,8 @@ def test_rotary_products_depend_on_the_distance_only(fraction):
     assert math.isclose(product(5, 5), (q[0, 0, 0] @ k[0, 0, 0]).item(), rel_tol=1e-6)
     assert not math.isclose(product(9, 4), product(9, 5), rel_tol=1e-3)
     if fraction == 0.5:  # the second half of the head is left alone
-        turned, _ = rotary.rotate(q, k, rotary.prepare(torch.tensor([[3]])), layer=0)
+        at = rotary.of_layer(rotary.prepare(torch.tensor([[3]])), 0)
+        turned, _ = rotary.rotate(q, k, at, layer=0)
         assert torch.equal(turned[..., 4:], q[..., 4:])
 
 
@@ -60,9 +64,34 @@ def test_rotary_bases_alternate_with_the_layers():
     rotary = build("rotary", base=[100.0, 10.0])
     prepared = rotary.prepare(POSITIONS_BT)
     assert set(prepared) == {100.0, 10.0}
+    tables = [rotary.of_layer(prepared, layer) for layer in range(3)]
+    assert tables[0] is tables[2] is prepared[100.0] and tables[1] is prepared[10.0]
     q = torch.randn(2, 5, 2, 4)
-    turned = [rotary.rotate(q, q, prepared, layer)[0] for layer in range(3)]
+    turned = [rotary.rotate(q, q, tables[layer], layer)[0] for layer in range(3)]
     assert torch.equal(turned[0], turned[2]) and not torch.equal(turned[0], turned[1])
+
+
+class Noted(Positions):
+    """An encoding from before `of_layer`: it finds out by itself what each block needs."""
+
+    def prepare(self, positions_BT):
+        self.seen = []
+        return {"positions": positions_BT}
+
+    def rotate(self, q_BTHK, k_BTGK, prepared, layer):
+        self.seen.append((prepared, layer))
+        return q_BTHK * (layer + 1), k_BTGK
+
+
+def test_rotate_gets_what_prepare_returned_and_its_layer_unless_of_layer_says_otherwise():
+    config = ModelConfig(**SMALL, n_layers=3)
+    stack = Stack(config, StackSpec(causal=True, masks=frozenset()), Kernels(), None)
+    noted = Noted()
+    prepared = noted.prepare(POSITIONS_BT)
+    context = Context(mask=Mask(), positions=noted, prepared=prepared, bias=None)
+    stack(torch.randn(2, 5, 8), context)
+    assert [layer for _, layer in noted.seen] == [0, 1, 2]
+    assert all(given is prepared for given, _ in noted.seen)
 
 
 def test_alibi_and_t5_give_a_bias_and_leave_everything_else_alone():

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from nanolm.config import Config
@@ -103,6 +104,15 @@ class Objective(Protocol):
 
 
 Build = Callable[[Options, Config, Tokenizer], Objective]
+
+
+def length_of(x: Tensor) -> Tensor:
+    """len(x) as an int64 scalar beside x: a Term's count.
+
+    The device fills it in by itself. `torch.tensor(len(x), device=…)` is a copy from the host's
+    memory, for which the host waits until the device has done all that was asked of it before.
+    """
+    return torch.full((), len(x), device=x.device)
 
 
 def token_terms(

@@ -23,9 +23,9 @@ from nanolm.config import Config
 from nanolm.data.task_files import Record, Table
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.heads import HeadRequest
-from nanolm.objectives.base import Term
+from nanolm.objectives.base import Term, length_of
 from nanolm.objectives.classify import HeadOptions, sequence_head
-from nanolm.objectives.ragged import ragged, within
+from nanolm.objectives.ragged import columns, ragged, within
 from nanolm.objectives.task import Item, Task, text_problem
 from nanolm.registry import OBJECTIVES
 from nanolm.task_metrics import Report
@@ -102,13 +102,14 @@ class Choose(Task):
     def targets_of(
         self, examples: list[Item], batch: dict[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
-        """Of each candidate its item and number, int64; choices int64[N], how many there are;
-        labels int64[N]."""
+        """Of each candidate its item and number, int64; choices int64[N], how many there are, and
+        columns int64[C], the most; labels int64[N]."""
         sizes = np.array([self.n_candidates(item) for item in examples], dtype=np.int64)
         found = {
             "item": np.repeat(np.arange(len(sizes)), sizes),
             "choice": within(sizes),
             "choices": sizes,
+            "columns": columns(sizes),
         }
         if examples[0].target is not None:
             found["labels"] = np.array([item.target for item in examples], dtype=np.int64)
@@ -123,14 +124,19 @@ class Choose(Task):
     ) -> dict[str, Tensor]:
         """The candidates' scores, [N, C], -inf where a question has fewer."""
         scores_S = heads["choose"](hidden_BTD, self.layout(batch))[:, 0]
-        return {"choose": ragged(scores_S, batch["item"], batch["choice"], len(batch["choices"]))}
+        return {"choose": self.rectangle(scores_S, batch)}
+
+    def rectangle(self, scores_A: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """The scores of all candidates as [N, C], -inf where a question has fewer."""
+        shape = (len(batch["choices"]), len(batch["columns"]))
+        return ragged(scores_A, batch["item"], batch["choice"], shape)
 
     def loss(
         self, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: dict[str, Tensor]
     ) -> dict[str, Term]:
         """The cross-entropy over candidates, and accuracy."""
         logits_NC, labels_N = self.logits(hidden_BTD, heads, batch)["choose"], batch["labels"]
-        count = torch.tensor(len(labels_N), device=labels_N.device)
+        count = length_of(labels_N)
         right = (logits_NC.argmax(dim=-1) == labels_N).float().sum()
         loss = F.cross_entropy(logits_NC, labels_N, reduction="sum")
         return {"choose": Term(loss, count), "accuracy": Term(right, count)}

@@ -22,7 +22,6 @@ from nanolm.errors import require
 from nanolm.heads import HeadRequest
 from nanolm.objectives.choose import Choose
 from nanolm.objectives.embed import VectorOptions, vector_head
-from nanolm.objectives.ragged import ragged
 from nanolm.objectives.task import Item
 from nanolm.registry import OBJECTIVES
 
@@ -76,4 +75,4 @@ class ChooseDual(Choose):
         questions_AD = vectors_SD[batch["question"]][batch["item"]]
         cosines_A = (vectors_SD[batch["candidate"]] * questions_AD).sum(dim=-1)
         scores_A = cosines_A / self.options.temperature
-        return {"choose": ragged(scores_A, batch["item"], batch["choice"], len(batch["choices"]))}
+        return {"choose": self.rectangle(scores_A, batch)}

@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -25,7 +24,7 @@ from nanolm.data.tokenizer import UNSPACED, Tokenizer
 from nanolm.heads import HeadRequest
 from nanolm.objectives.choose import Choose
 from nanolm.objectives.prompt import require_vocabulary, vocabulary_head
-from nanolm.objectives.ragged import ragged, within
+from nanolm.objectives.ragged import group_sizes, within
 from nanolm.objectives.task import Item, Sequence, TaskOptions
 from nanolm.registry import OBJECTIVES
 
@@ -110,8 +109,8 @@ class ChooseLm(Choose):
         n_sequences = len(batch["choice"])
         scores_S = nll_K.new_zeros(n_sequences).index_add(0, batch["of"], -nll_K)
         if self.options.by_length:
-            scores_S = scores_S / torch.bincount(batch["of"], minlength=n_sequences)
-        return {"choose": ragged(scores_S, batch["item"], batch["choice"], len(batch["choices"]))}
+            scores_S = scores_S / group_sizes(batch["of"], n_sequences)
+        return {"choose": self.rectangle(scores_S, batch)}
 
 
 def joined(candidate: str) -> str:

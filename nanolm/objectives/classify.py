@@ -23,7 +23,7 @@ from nanolm.data.task_labels import class_weights, infer_labels, label_text
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import require
 from nanolm.heads import HeadRequest
-from nanolm.objectives.base import Term
+from nanolm.objectives.base import Term, length_of
 from nanolm.objectives.task import Item, PairOptions, Task, chosen, text_problem
 from nanolm.registry import OBJECTIVES
 from nanolm.task_heads import Pooling, pooling_of
@@ -187,16 +187,19 @@ class Classify(Pooled):
     def targets_of(
         self, examples: list[Item], batch: dict[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
-        """labels: int64[S], or float32 [S, C] for several."""
+        """labels: int64[S], or float32 [S, C] for several; class_weights: float32[C], if any."""
         if examples[0].target is None:
             return {}
-        return {"labels": np.stack([item.target for item in examples])}
+        found = {"labels": np.stack([item.target for item in examples])}
+        if self.options.class_weights is not None:
+            found["class_weights"] = np.array(self.options.class_weights, dtype=np.float32)
+        return found
 
     def loss(
         self, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: dict[str, Tensor]
     ) -> dict[str, Term]:
         """The cross-entropy, and accuracy."""
-        return self.terms(self.class_logits(hidden_BTD, heads, batch), batch["labels"])
+        return self.terms(self.class_logits(hidden_BTD, heads, batch), batch)
 
     def class_logits(
         self, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: dict[str, Tensor]
@@ -212,9 +215,9 @@ class Classify(Pooled):
             return {}
         return {self.term: self.class_logits(hidden_BTD, heads, batch)}
 
-    def terms(self, logits_SC: Tensor, labels: Tensor) -> dict[str, Term]:
+    def terms(self, logits_SC: Tensor, batch: dict[str, Tensor]) -> dict[str, Term]:
         """Cross-entropy and accuracy of class logits."""
-        count = torch.tensor(len(logits_SC), device=logits_SC.device)
+        labels, count = batch["labels"], length_of(logits_SC)
         if self.options.multi_label:
             each_SC = F.binary_cross_entropy_with_logits(logits_SC, labels, reduction="none")
             right = ((logits_SC > 0) == (labels > 0.5)).all(dim=-1)
@@ -222,11 +225,10 @@ class Classify(Pooled):
                 self.term: Term(each_SC.mean(dim=-1).sum(), count),
                 "accuracy": Term(right.float().sum(), count),
             }
-        weights = self.options.class_weights
         each_S = F.cross_entropy(
             logits_SC,
             labels,
-            weight=None if weights is None else logits_SC.new_tensor(weights),
+            weight=batch.get("class_weights"),
             label_smoothing=self.options.label_smoothing,
             reduction="none",
         )

@@ -87,6 +87,7 @@ class Clm:
         self, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Logits [N, V] of the targets, for rules that compare probabilities."""
+        # The host waits here for N, the number of targets, which the device alone knows.
         return {"clm": heads["lm"](hidden_BTD[batch["targets"] != IGNORED])}
 
     def loss(

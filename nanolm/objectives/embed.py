@@ -27,7 +27,7 @@ from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import require
 from nanolm.gather import gather_with_gradient
 from nanolm.heads import HeadRequest
-from nanolm.objectives.base import Term
+from nanolm.objectives.base import Term, length_of
 from nanolm.objectives.task import Item, Task, TaskOptions, text_problem
 from nanolm.registry import OBJECTIVES
 from nanolm.task_heads import Pooling, pooling_of
@@ -125,7 +125,7 @@ class Embed(Task):
         documents_AD, first = competing(mine, stand_in="stand_in" in batch)
         logits_NA = queries_ND @ documents_AD.T / self.options.temperature
         labels_N = batch["labels"] + first
-        count = torch.tensor(len(labels_N), device=labels_N.device)
+        count = length_of(labels_N)
         right = (logits_NA.argmax(dim=-1) == labels_N).float().sum()
         loss = F.cross_entropy(logits_NA, labels_N, reduction="sum")
         return {"embed": Term(loss, count), "accuracy": Term(right, count)}

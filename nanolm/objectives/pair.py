@@ -24,7 +24,7 @@ from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import require
 from nanolm.heads import HeadRequest
 from nanolm.model import Inputs
-from nanolm.objectives.base import Draw, Example, Term
+from nanolm.objectives.base import Draw, Example, Term, length_of
 from nanolm.objectives.mlm import Mlm, MlmOptions, padded
 from nanolm.ops_reference import wide
 from nanolm.registry import OBJECTIVES
@@ -94,7 +94,7 @@ class MlmPair(Mlm):
         """The MLM terms, the pair's cross-entropy, and its accuracy."""
         name, broken = self.options.pair, batch["broken"]
         logits_BC = wide(heads["pair"](hidden_BTD))
-        count = broken.new_tensor(len(broken))
+        count = length_of(broken)
         right = (logits_BC.argmax(dim=-1) == broken).float().sum()
         pair_loss = F.cross_entropy(logits_BC, broken, reduction="sum")
         return super().loss(hidden_BTD, heads, batch) | {

@@ -130,16 +130,18 @@ class Prompt(Classify):
     def targets_of(
         self, examples: list[Item], batch: dict[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
-        """cloze int64[S], flat place whose state predicts the word; labels int64[S]."""
+        """cloze int64[S], flat place whose state predicts the word; word_ids int64[C], the labels'
+        words; labels int64[S]."""
         places = batch["first"] + np.array([item.extra for item in examples])
-        return super().targets_of(examples, batch) | {"cloze": places}
+        words = np.array(self.word_ids, dtype=np.int64)
+        return super().targets_of(examples, batch) | {"cloze": places, "word_ids": words}
 
     def class_logits(
         self, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: dict[str, Tensor]
     ) -> Tensor:
         """The logits of the labels' words, [S, C]."""
         logits_SV = heads["lm"](hidden_BTD.flatten(0, 1)[batch["cloze"]])
-        return logits_SV[:, self.word_ids].float()
+        return logits_SV[:, batch["word_ids"]].float()
 
 
 def vocabulary_head(transform: bool | None, trunk: str) -> HeadRequest:

@@ -16,8 +16,20 @@ def within(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate([np.arange(length, dtype=np.int64) for length in lengths])
 
 
-def ragged(values_M: Tensor, owner_M: Tensor, place_M: Tensor, n_groups: int) -> Tensor:
-    """[N, L] with value m at (owner, place) and -inf where a group has no more things."""
-    width = int(place_M.max()) + 1
+def columns(lengths: np.ndarray) -> np.ndarray:
+    """0 … L-1, int64[L]: a batch carries it for its length, since the device knows L too late."""
+    return np.arange(lengths.max(), dtype=np.int64)
+
+
+def ragged(values_M: Tensor, owner_M: Tensor, place_M: Tensor, shape: tuple[int, int]) -> Tensor:
+    """[N, L], which is `shape`, with value m at (owner, place) and -inf where a group has no more
+    things."""
+    n_groups, width = shape
     flat = values_M.new_full((n_groups * width,), -torch.inf)
     return flat.index_put((owner_M * width + place_M,), values_M).view(n_groups, width)
+
+
+def group_sizes(owner_M: Tensor, n_groups: int) -> Tensor:
+    """int64 [N]: how many things each group has. `torch.bincount` counts the same, but makes the
+    host wait for the device."""
+    return owner_M.new_zeros(n_groups).index_add(0, owner_M, torch.ones_like(owner_M))

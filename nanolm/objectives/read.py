@@ -30,8 +30,8 @@ from nanolm.data.task_files import Record, Table
 from nanolm.data.tokenizer import UNSPACED, Tokenizer
 from nanolm.errors import require
 from nanolm.heads import HeadRequest
-from nanolm.objectives.base import Term
-from nanolm.objectives.ragged import ragged, within
+from nanolm.objectives.base import Term, length_of
+from nanolm.objectives.ragged import columns, ragged, within
 from nanolm.objectives.spans import Answer, answers_of, cut_out, find_nearest, token_span
 from nanolm.objectives.task import Item, PairOptions, Sequence, Task, text_problem
 from nanolm.registry import OBJECTIVES
@@ -180,14 +180,18 @@ class Read(Task):
     def targets_of(
         self, examples: list[Item], batch: dict[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
-        """place int64[M] within the window; allowed int64[M], 1 where a span may begin or end;
-        labels int64 [S, 2], start and end."""
+        """place int64[M] within the window; columns int64[L]; allowed int64[M], 1 where a span may
+        begin or end; labels int64 [S, 2], start and end."""
         lengths = np.array([len(item.sequences[0].tokens) for item in examples])
         place = within(lengths)
         first = np.repeat([item.extra.offset for item in examples], lengths)
         last = np.repeat([item.extra.offset + len(item.extra.begins) for item in examples], lengths)
         allowed = (place == 0) | ((place >= first) & (place < last))
-        found = {"place": place, "allowed": allowed.astype(np.int64)}
+        found = {
+            "place": place,
+            "columns": columns(lengths),
+            "allowed": allowed.astype(np.int64),
+        }
         if examples[0].target is not None:
             found["labels"] = np.array([item.target for item in examples], dtype=np.int64)
         return found
@@ -202,9 +206,9 @@ class Read(Task):
         """(start, end) scores [S, L], -inf where no span may begin or end."""
         scores_M2 = heads["read"](hidden_BTD, batch["index"])
         scores_M2 = scores_M2.masked_fill(batch["allowed"][:, None] == 0, -torch.inf)
-        n_windows = len(batch["first"])
+        shape = (len(batch["first"]), len(batch["columns"]))
         start, end = (
-            ragged(scores_M2[:, side], batch["owner"], batch["place"], n_windows) for side in (0, 1)
+            ragged(scores_M2[:, side], batch["owner"], batch["place"], shape) for side in (0, 1)
         )
         return start, end
 
@@ -214,7 +218,7 @@ class Read(Task):
         """Half the cross-entropy of start and of end; accuracy: both are right."""
         scores = self.scores(hidden_BTD, heads, batch)
         labels_S2 = batch["labels"]
-        count = torch.tensor(len(labels_S2), device=labels_S2.device)
+        count = length_of(labels_S2)
         losses, right = [], torch.ones(len(labels_S2), dtype=torch.bool, device=labels_S2.device)
         for side, scores_SL in enumerate(scores):
             losses.append(F.cross_entropy(scores_SL, labels_S2[:, side], reduction="sum"))

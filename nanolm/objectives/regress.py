@@ -15,7 +15,6 @@ import math
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from nanolm import task_metrics
@@ -23,7 +22,7 @@ from nanolm.config import Config
 from nanolm.data.task_files import Record, Table
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import UserError, require
-from nanolm.objectives.base import Term
+from nanolm.objectives.base import Term, length_of
 from nanolm.objectives.classify import Pooled, PooledOptions, sequence_head
 from nanolm.objectives.task import Item
 from nanolm.registry import OBJECTIVES
@@ -103,7 +102,7 @@ class Regress(Pooled):
         """The squared error of standardised scores."""
         scores_SC = heads["regress"](hidden_BTD, self.layout(batch))
         error_S = (scores_SC - batch["labels"]).square().mean(dim=-1)
-        return {"regress": Term(error_S.sum(), torch.tensor(len(error_S), device=error_S.device))}
+        return {"regress": Term(error_S.sum(), length_of(error_S))}
 
     def answers(
         self, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: dict[str, Tensor]

@@ -15,7 +15,6 @@ import dataclasses
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from nanolm import task_metrics
@@ -23,7 +22,7 @@ from nanolm.config import Config
 from nanolm.data.task_files import Record, Table
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import UserError, require
-from nanolm.objectives.base import Term
+from nanolm.objectives.base import Term, length_of
 from nanolm.objectives.embed import VectorOptions, vector_head
 from nanolm.objectives.regress import number
 from nanolm.objectives.task import Item, Task, text_problem
@@ -114,7 +113,7 @@ class Similar(Task):
     ) -> dict[str, Term]:
         """The squared error of the cosine."""
         error_N = (self.cosines(hidden_BTD, heads, batch) - batch["labels"]).square()
-        return {"similar": Term(error_N.sum(), torch.tensor(len(error_N), device=error_N.device))}
+        return {"similar": Term(error_N.sum(), length_of(error_N))}
 
     def answers(
         self, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: dict[str, Tensor]

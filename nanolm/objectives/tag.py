@@ -16,7 +16,6 @@ import itertools
 from typing import Any, Literal
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -27,7 +26,7 @@ from nanolm.data.task_labels import tag_labels
 from nanolm.data.tokenizer import UNSPACED, Tokenizer
 from nanolm.errors import require
 from nanolm.heads import HeadRequest
-from nanolm.objectives.base import Term
+from nanolm.objectives.base import Term, length_of
 from nanolm.objectives.task import Item, Task, TaskOptions, chosen
 from nanolm.registry import OBJECTIVES
 from nanolm.task_metrics import Report
@@ -151,7 +150,7 @@ class Tag(Task):
         """The cross-entropy over words, and accuracy."""
         logits_WC = self.logits(hidden_BTD, heads, batch)["tag"]
         labels_W = batch["labels"]
-        count = torch.tensor(len(labels_W), device=labels_W.device)
+        count = length_of(labels_W)
         right = (logits_WC.argmax(dim=-1) == labels_W).float().sum()
         loss = F.cross_entropy(logits_WC, labels_W, reduction="sum")
         return {"tag": Term(loss, count), "accuracy": Term(right, count)}

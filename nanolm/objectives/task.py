@@ -251,6 +251,7 @@ class Task:
     def inputs(self, batch: dict[str, Tensor]) -> Inputs:
         """Tokens, kept apart in packed rows or hidden behind their lengths in padded ones."""
         if self.packed:
+            # Rows are in line on a CPU only (see `arrange_for`), where nobody waits for a device.
             classes = tuple(map(tuple, batch["classes"].tolist())) if "classes" in batch else None
             mask = Mask(documents=batch["documents"], classes=classes)
         else:

@@ -148,6 +148,8 @@ class Budget(nn.Module):
     def after_step(self) -> None:
         """Observes the step, and where one is due chooses the triplets that keep their e."""
         self.step += 1
+        # The host waits here, for the optimizer's kernels: the number of triplets that are kept
+        # follows from the step, which a checkpoint or a rewind may have changed on the device.
         step, options = int(self.step), self.options
         if step < self.n_steps - options.final_steps:
             for t in self.triplets:

@@ -101,6 +101,7 @@ class Prompt(nn.Module):
     def before_each(self, inputs: Inputs, x_1TD: Tensor) -> Inputs:
         """The inputs of one row of texts by length, with the prompt in front of every text."""
         length, device = len(self.vectors_PD), x_1TD.device
+        # Here and in `after` nobody waits: rows of texts by length exist on a CPU only.
         self.places, first = (found.to(device) for found in places_by_class(self.classes, length))
         all_TD = torch.cat([self.vectors_PD.to(x_1TD.dtype), x_1TD[0]])
         counted_P = torch.arange(length, device=device)

@@ -129,13 +129,22 @@ class Perturbation:
         tiny = torch.finfo(x_BTD.dtype).tiny
         if self.documents is None:
             return x_BTD.flatten(1).norm(dim=1)[:, None, None].clamp(min=tiny)
-        documents_BT = self.documents.to(x_BTD.device)
+        documents_BT = self.documents.to(x_BTD.device, non_blocking=True)
         row_B1 = torch.arange(len(documents_BT), device=x_BTD.device)[:, None]
         example_BT = row_B1 * (documents_BT.max() + 2) + documents_BT + 1
-        unique, index_N = torch.unique(example_BT, return_inverse=True)
+        index_N = numbered(example_BT.flatten())
         squares_N = x_BTD.square().sum(dim=-1).flatten()
-        sums = squares_N.new_zeros(len(unique)).index_add(0, index_N.flatten(), squares_N)
-        return sums.sqrt().clamp(min=tiny)[index_N][..., None]
+        sums_N = torch.zeros_like(squares_N).index_add(0, index_N, squares_N)
+        return sums_N.sqrt().clamp(min=tiny)[index_N].view(*documents_BT.shape, 1)
+
+
+def numbered(labels_N: Tensor) -> Tensor:
+    """int64 [N]: each label's place among the different ones, in order. `torch.unique` finds the
+    same, but makes the host wait to learn how many there are."""
+    sorted_N, order_N = labels_N.sort()
+    place_N = torch.zeros_like(labels_N)
+    place_N[1:] = (sorted_N[1:] != sorted_N[:-1]).cumsum(dim=0)
+    return torch.empty_like(labels_N).scatter_(0, order_N, place_N)
 
 
 def ascent_of(backward: Backward, perturbation: Perturbation) -> Backward:
