@@ -46,9 +46,13 @@ class Cells:
             except (json.JSONDecodeError, KeyError, TypeError):
                 raise UserError(f"{path} is no results file of a benchmark; move it away") from None
 
-    def get(self, what: dict[str, Any], take: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The measurement that `what` decides, taken now unless it is there."""
+    def get(
+        self, what: dict[str, Any], take: Callable[[], dict[str, Any]], device: str = "cpu"
+    ) -> dict[str, Any]:
+        """The measurement that `what` decides on cpu or cuda, taken now unless it is there."""
         machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "torch": torch.__version__}
+        if device != "cpu":
+            machine["device"] = device_name(device)
         whole = {**what, "machine": machine, "environment": ENVIRONMENT}
         key = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
         if key not in self.cells:
@@ -99,6 +103,11 @@ def python_path() -> str:
     """This checkout first, so that the process measures the nanolm that started it."""
     here = str(pathlib.Path(__file__).resolve().parents[1])
     return os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def device_name(device: str) -> str:
+    """The name of the processor, or of the first CUDA device."""
+    return cpu_name() if device == "cpu" else torch.cuda.get_device_name(0)
 
 
 def cpu_name() -> str:

@@ -4,9 +4,9 @@
 
 All contestants fine-tune the same model, BERT's block with a pooled first token and a classifier,
 on the same sequences of token ids, `batch` of them a step. nanolm is measured as it trains: its
-Loader, its Trainer's step. The others' batches are padded to their longest sequence and ready made
-(their data phase costs nothing); `grouped` takes sequences of like length together, as
-transformers' `group_by_length` does: it sorts within 50 batches of shuffled examples.
+Loader, its Trainer's step. The others' batches are padded to their longest sequence, ready made and
+on the device (their data phase costs nothing); `grouped` takes sequences of like length together,
+as transformers' `group_by_length` does: it sorts within 50 batches of shuffled examples.
 
 Tokens are real ones; padding is none of them.
 """
@@ -25,9 +25,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanolm.bench_clock import Clock, clock_on
 from nanolm.bench_contest import serve
-from nanolm.bench_peers import bert_config
-from nanolm.bench_shape import Clock, Shape, forget_peak, take_steps
+from nanolm.bench_peers import CPU, bert_config
+from nanolm.bench_shape import Shape
+from nanolm.bench_step import chosen_kernels
+from nanolm.engine import AUTOCAST
 
 MEGABATCH = 50
 """Batches within which `grouped` sorts by length: transformers' own number."""
@@ -89,7 +92,7 @@ class StandInTokenizer:
         return np.arange(self.vocab_size) < 1
 
 
-def nanolm_config(shape: TuneShape, job: dict[str, Any], folder: str) -> Any:
+def nanolm_config(shape: TuneShape, job: dict[str, Any], folder: str, device: str = "cpu") -> Any:
     """The fine-tuning run's config: transformers' BERT."""
     from nanolm.arguments import load_config  # noqa: PLC0415
     from nanolm.task_config import TaskConfig  # noqa: PLC0415
@@ -122,10 +125,10 @@ def nanolm_config(shape: TuneShape, job: dict[str, Any], folder: str) -> Any:
             "steps": 1_000_000,
             "global_batch": shape.batch,
             "precision": job["precision"],
-            "compile": job["settings"]["compile"],
+            "compile": job["settings"].get("compile", False),
         },
         "kernels": job["settings"].get("kernels", {}),
-        "run": {"dir": f"{folder}/run", "device": "cpu"},
+        "run": {"dir": f"{folder}/run", "device": device},
     }
     return load_config([], schema=TaskConfig, base=base, prog="nanolm bench finetune")
 
@@ -133,7 +136,13 @@ def nanolm_config(shape: TuneShape, job: dict[str, Any], folder: str) -> Any:
 class NanolmTuning:
     """nanolm's own step: Loader over a TaskStream, then Trainer.step."""
 
-    def __init__(self, shape: TuneShape, job: dict[str, Any], examples: Examples) -> None:
+    def __init__(
+        self,
+        shape: TuneShape,
+        job: dict[str, Any],
+        examples: Examples,
+        device: torch.device = CPU,
+    ) -> None:
         from nanolm import build  # noqa: PLC0415
         from nanolm.checkpoint import Checkpoints  # noqa: PLC0415
         from nanolm.data.task_stream import TaskStream  # noqa: PLC0415
@@ -143,22 +152,29 @@ class NanolmTuning:
         from nanolm.trainer import Trainer  # noqa: PLC0415
 
         self.folder = tempfile.TemporaryDirectory()
-        config = nanolm_config(shape, job, self.folder.name)
+        config = nanolm_config(shape, job, self.folder.name, device.type)
         objective = build.build_objective(config, StandInTokenizer(shape.vocab_size))
-        learner = build.build_learner(config, objective)
+        learner = build.build_learner(config, objective, device)
         self.n_parameters = sum(parameter.numel() for parameter in learner.parameters())
+        self.kernels = chosen_kernels(learner)
         items = [
             Item(n, [Sequence(ids, len(ids))], label)
             for n, (ids, label) in enumerate(zip(examples.sequences, examples.labels))
         ]
-        stream = TaskStream(items, seed=0)
-        loader = Loader(stream, objective, global_batch=shape.batch, micro_batch=shape.batch)
+        loader = Loader(
+            TaskStream(items, seed=0),
+            objective,
+            global_batch=shape.batch,
+            micro_batch=shape.batch,
+            device=device,
+            pin=device.type == "cuda",
+        )
         self.batches = iter(loader)
         run = pathlib.Path(self.folder.name) / "run"
         self.trainer = Trainer(
             config,
             learner,
-            World(),
+            World(device=device),
             lambda step: self.batches,
             checkpoints=Checkpoints(run, World()),
         )
@@ -198,60 +214,81 @@ def peer_order(n: int, batch: int, lengths: np.ndarray, *, grouped: bool) -> Ite
 class PeerTuning:
     """The loop as people write it around transformers' model, one step a call."""
 
-    def __init__(self, shape: TuneShape, job: dict[str, Any], examples: Examples) -> None:
+    def __init__(
+        self,
+        shape: TuneShape,
+        job: dict[str, Any],
+        examples: Examples,
+        device: torch.device = CPU,
+    ) -> None:
         torch.manual_seed(0)
-        self.model = peer_model(shape).train()
+        self.model = peer_model(shape).to(device).train()
         if job["settings"]["compile"]:
             self.model.compile(dynamic=True)
-        self.dtype = torch.bfloat16 if job["precision"] == "bf16" else None
+        self.device, self.dtype = device, AUTOCAST.get(job["precision"])
         parameters = list(self.model.parameters())
         self.n_parameters = sum(parameter.numel() for parameter in parameters)
         self.optimizer = torch.optim.AdamW(
             parameters, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.01, fused=True
         )
+        self.kernels: dict[str, str] = {}  # nothing is chosen
+        self.scaler = torch.amp.GradScaler(device.type, enabled=job["precision"] == "fp16")
         self.examples = examples
         lengths = np.array([len(ids) for ids in examples.sequences])
         grouped = job["settings"]["model"] == "grouped"
         self.order = peer_order(len(lengths), shape.batch, lengths, grouped=grouped)
         self.ready = [self.batch(next(self.order)) for _ in range(READY)]
 
-    def batch(self, chosen: np.ndarray) -> dict[str, Tensor]:
-        """input_ids and attention_mask [B, T] and labels [B], padded to the longest."""
+    def batch(self, chosen: np.ndarray) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """input_ids and attention_mask [B, T] and labels [B] on the device, padded to the longest,
+        and how many real tokens and how many places there are."""
         sequences = [torch.from_numpy(self.examples.sequences[n]) for n in chosen]
         ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
         lengths = torch.tensor([len(sequence) for sequence in sequences])
         mask = (torch.arange(ids.shape[1])[None] < lengths[:, None]).long()
         labels = torch.from_numpy(self.examples.labels[chosen])
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        tensors = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        counts = {"tokens": int(lengths.sum()), "places": ids.numel()}
+        return {name: tensor.to(self.device) for name, tensor in tensors.items()}, counts
 
-    def __call__(self, clock: Clock) -> dict[str, float]:
+    def __call__(self, clock: Clock) -> dict[str, Any]:
         """One optimizer step: its loss, its real tokens, the places computed for."""
-        batch = self.ready[clock.step % READY]
-        with torch.autocast("cpu", dtype=self.dtype, enabled=self.dtype is not None):
+        batch, counts = self.ready[clock.step % READY]
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
             loss = self.model(**batch).loss
-        loss.backward()
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        tokens, places = int(batch["attention_mask"].sum()), batch["input_ids"].numel()
-        return {"loss": loss.item(), "tokens": tokens, "places": places}
+        return {"loss": loss.detach(), **counts}
 
 
-def build_tuning(job: dict[str, Any], examples: Examples) -> NanolmTuning | PeerTuning:
-    """The contestant that the job names."""
+def build_tuning(
+    job: dict[str, Any], examples: Examples, device: torch.device = CPU
+) -> NanolmTuning | PeerTuning:
+    """The contestant that the job names, on the device."""
     shape = TuneShape(**job["shape"])
     kind = NanolmTuning if job["settings"]["model"] == "nanolm" else PeerTuning
-    return kind(shape, job, examples)
+    return kind(shape, job, examples, device)
 
 
 def enter(job: dict[str, Any]) -> None:
     """Builds the job's contestant, takes its warm-up steps, then serves turns of `steps` steps."""
     torch.set_num_threads(job["threads"])
-    step, clock = build_tuning(job, Examples.load(EXAMPLES / job["data"])), Clock()
+    clock = clock_on(job.get("device", "cpu"))
+    step = build_tuning(job, Examples.load(EXAMPLES / job["data"]), clock.device)
 
-    take_steps(step, clock, job["warmup"])
-    forget_peak()
-    serve({"parameters": step.n_parameters}, lambda: take_steps(step, clock, job["steps"]))
+    for _ in range(job["warmup"]):
+        clock.take(step)
+    facts = {
+        "parameters": step.n_parameters,
+        "kernels": step.kernels,
+        "host_waits": clock.count_waits(step),
+    }
+    clock.forget_peak()
+    serve(facts, lambda: clock.turn(step, job["steps"]))
 
 
 if __name__ == "__main__":

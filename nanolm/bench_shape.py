@@ -1,12 +1,15 @@
-"""What all contestants of a benchmark share: the shape, the clock, the memory gauge."""
+"""What all contestants of a benchmark share: the shape, its FLOPs, and what a step is."""
 
 from __future__ import annotations
 
 import dataclasses
-import pathlib
-import statistics
-import time
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+from nanolm.flops import train_flops_per_token
+from nanolm.model_config import ModelConfig
+
+if TYPE_CHECKING:
+    from nanolm.bench_clock import Clock
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +41,8 @@ class Shape:
 
 
 class Step(Protocol):
-    """A contestant: called once a step, it marks the phases on the clock, and returns figures."""
+    """A contestant: called once a step, it marks the phases on the clock, and returns figures:
+    numbers, or tensors of one number, which are read when the turn is over."""
 
     n_parameters: int
 
@@ -48,69 +52,15 @@ class Step(Protocol):
 PHASES = ("data", "forward", "loss", "backward", "optimizer")
 
 
-class Clock:
-    """Seconds of each phase of the current step; a phase ends at its mark.
-
-    A phase without a mark (forward, where a compiled graph holds the loss too) counts to the next.
-    """
-
-    def __init__(self) -> None:
-        self.step = 0
-        self.phases: list[dict[str, float]] = []
-        self.seconds: list[float] = []
-        self.cpu_seconds: list[float] = []  # of all threads: what other processes disturb less
-
-    def start(self) -> None:
-        """A step begins."""
-        self._begin = self._last = time.perf_counter()
-        self._cpu = time.process_time()
-        self._now: dict[str, float] = {}
-
-    def mark(self, phase: str) -> None:
-        """`phase` has ended."""
-        now = time.perf_counter()
-        self._now[phase] = self._now.get(phase, 0.0) + now - self._last
-        self._last = now
-
-    def stop(self) -> None:
-        """The step has ended."""
-        self.seconds.append(time.perf_counter() - self._begin)
-        self.cpu_seconds.append(time.process_time() - self._cpu)
-        self.phases.append(self._now)
-        self.step += 1
-
-    def last(self, count: int) -> dict[str, Any]:
-        """seconds and cpu_seconds of the last steps (at least one), and each phase's median."""
-        steps = self.phases[-count:]
-        phases = {
-            phase: statistics.median(times[phase] for times in steps)
-            for phase in PHASES
-            if phase in steps[0]
-        }
-        seconds, cpu_seconds = self.seconds[-count:], self.cpu_seconds[-count:]
-        return {"seconds": seconds, "cpu_seconds": cpu_seconds, "phases": phases}
-
-
-def take_steps(step: Step, clock: Clock, count: int) -> dict[str, Any]:
-    """Takes steps by the clock: their times, their figures as lists, the peak of memory so far."""
-    found = []
-    for _ in range(count):
-        clock.start()
-        found.append(step(clock))
-        clock.stop()
-    figures = {key: [figures[key] for figures in found] for key in found[0]}
-    return clock.last(count) | figures | {"peak_bytes": resident_bytes(peak=True)}
-
-
-def resident_bytes(*, peak: bool) -> int:
-    """Resident set of this process now, or its highest since `forget_peak` (Linux)."""
-    key = "VmHWM:" if peak else "VmRSS:"
-    for line in pathlib.Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {key}")
-
-
-def forget_peak() -> None:
-    """Sets the peak of the resident set to what is resident now (proc(5), clear_refs)."""
-    pathlib.Path("/proc/self/clear_refs").write_text("5")
+def step_flops(shape: Shape, objective: str) -> float:
+    """Model FLOPs of one step, by formula (`flops.py`)."""
+    model = ModelConfig(
+        trunk="decoder" if objective == "clm" else "encoder",
+        d_model=shape.d_model,
+        n_layers=shape.n_layers,
+        n_heads=shape.n_heads,
+        vocab_size=shape.vocab_size,
+        max_length=shape.row_length,
+    )
+    share = 1.0 if objective == "clm" else shape.n_masked / shape.row_length
+    return shape.tokens * train_flops_per_token(model, shape.row_length, predicted_share=share)

@@ -10,6 +10,7 @@ as it trains: its Loader, its Trainer's `step`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 import sys
@@ -19,13 +20,20 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from nanolm.bench_clock import Clock, clock_on, listed
 from nanolm.bench_contest import serve
-from nanolm.bench_shape import Clock, Shape, Step, forget_peak, resident_bytes, take_steps
+from nanolm.bench_shape import Shape, Step
+from nanolm.engine import AUTOCAST
 from nanolm.metrics import matmul_flops
+
+CPU = torch.device("cpu")
 
 
 class TrainStep(Step, Protocol):
     """A contestant of this benchmark."""
+
+    kernels: dict[str, str]
+    """Op -> the kernels that were chosen for it; none where nothing is chosen."""
 
     def prepare(self, clock: Clock) -> None:
         """Last thing before the first step: compile, set marks."""
@@ -48,8 +56,9 @@ class StandInTokenizer:
         return np.arange(self.vocab_size) < 4
 
 
-def write_random_shard(folder: pathlib.Path, shape: Shape, n_tokens: int = 1 << 18) -> None:
-    """A prepared folder of random documents, about 300 tokens each, that the Loader reads."""
+def write_random_shard(folder: pathlib.Path, shape: Shape) -> None:
+    """A prepared folder of random documents, about 300 tokens each, that the Loader reads: 64 steps
+    of the shape, or 2^18 tokens if that is more."""
     from nanolm.data.shards import (  # noqa: PLC0415
         Manifest,
         ShardWriter,
@@ -58,7 +67,7 @@ def write_random_shard(folder: pathlib.Path, shape: Shape, n_tokens: int = 1 << 
     )
 
     rng = np.random.default_rng(0)
-    lengths = rng.integers(10, 600, n_tokens // 300)
+    lengths = rng.integers(10, 600, max(1 << 18, 64 * shape.tokens) // 300)
     tokens = rng.integers(4, shape.vocab_size, lengths.sum())
     path, name = folder / "train-00000.arrow", "random ids"
     with ShardWriter(
@@ -82,7 +91,9 @@ def write_random_shard(folder: pathlib.Path, shape: Shape, n_tokens: int = 1 << 
     ).save(folder)
 
 
-def nanolm_config(settings: dict[str, Any], shape: Shape, precision: str, folder: str) -> Any:
+def nanolm_config(
+    settings: dict[str, Any], shape: Shape, precision: str, folder: str, device: str = "cpu"
+) -> Any:
     """The run's config: GPT-2's block for CLM, BERT's for MLM."""
     from nanolm.arguments import parse  # noqa: PLC0415
     from nanolm.build import DTYPES  # noqa: F401, PLC0415  (registers what is built in)
@@ -112,7 +123,7 @@ def nanolm_config(settings: dict[str, Any], shape: Shape, precision: str, folder
             "compile": settings.get("compile", False),
         },
         "kernels": settings.get("kernels", {}),
-        "run": {"dir": f"{folder}/run", "device": "cpu"},
+        "run": {"dir": f"{folder}/run", "device": device},
     }
     names = {"objective": settings["objective"], "schedule": "constant"}
     return parse(choose(names), [], base=base, prog="nanolm bench train")
@@ -121,7 +132,9 @@ def nanolm_config(settings: dict[str, Any], shape: Shape, precision: str, folder
 class NanolmStep:
     """nanolm's own step: Loader, then Trainer.step, unchanged; only marks are set on the way."""
 
-    def __init__(self, settings: dict[str, Any], shape: Shape, precision: str) -> None:
+    def __init__(
+        self, settings: dict[str, Any], shape: Shape, precision: str, device: torch.device = CPU
+    ) -> None:
         from nanolm import build  # noqa: PLC0415
         from nanolm.checkpoint import Checkpoints  # noqa: PLC0415
         from nanolm.distributed import World  # noqa: PLC0415
@@ -131,17 +144,24 @@ class NanolmStep:
         self.folder = tempfile.TemporaryDirectory()
         folder = pathlib.Path(self.folder.name)
         write_random_shard(folder, shape)
-        config = nanolm_config(settings, shape, precision, str(folder))
+        config = nanolm_config(settings, shape, precision, str(folder), device.type)
         objective = build.build_objective(config, StandInTokenizer(shape.vocab_size))
-        learner = build.build_learner(config, objective)
+        learner = build.build_learner(config, objective, device)
         self.n_parameters = sum(parameter.numel() for parameter in learner.parameters())
-        stream = build.build_stream(config, objective, "train")
-        loader = Loader(stream, objective, global_batch=shape.batch, micro_batch=shape.batch)
+        self.kernels = chosen_kernels(learner)
+        loader = Loader(
+            build.build_stream(config, objective, "train"),
+            objective,
+            global_batch=shape.batch,
+            micro_batch=shape.batch,
+            device=device,
+            pin=device.type == "cuda",
+        )
         self.batches = iter(loader)
         self.trainer = Trainer(
             config,
             learner,
-            World(),
+            World(device=device),
             lambda step: self.batches,
             checkpoints=Checkpoints(folder / "run", World()),
         )
@@ -167,44 +187,58 @@ class NanolmStep:
         return {"loss": result.loss}
 
 
-def build_step(job: dict[str, Any], shape: Shape) -> TrainStep:
-    """The contestant that the job names."""
+def chosen_kernels(learner: Any) -> dict[str, str]:
+    """Op -> the kernels that serve it in a learner of nanolm."""
+    names: dict[str, set[str]] = {}
+    for choice in learner.trunk.kernels.choices.values():
+        names.setdefault(choice.op, set()).add(choice.kernel.name)
+    return {op: " and ".join(sorted(found)) for op, found in sorted(names.items())}
+
+
+def build_step(job: dict[str, Any], shape: Shape, device: torch.device = CPU) -> TrainStep:
+    """The contestant that the job names, on the device."""
     settings = job["settings"]
     if settings["model"] == "nanolm":
-        return NanolmStep(settings, shape, job["precision"])
+        return NanolmStep(settings, shape, job["precision"], device)
     from nanolm.bench_peers import PeerStep  # noqa: PLC0415
 
-    return PeerStep(settings, shape, job["precision"])
+    return PeerStep(settings, shape, job["precision"], device)
 
 
-def resident_after_a_toy(job: dict[str, Any]) -> int:
-    """What the process holds before the model: libraries, and all that a first step loads."""
+def take_a_toy_step(job: dict[str, Any]) -> TrainStep:
+    """One step of the job's contestant at a tiny shape, which loads all that a first step does."""
     toy = Shape(n_layers=1, d_model=32, n_heads=2, row_length=16, batch=2, vocab_size=64)
     settings = job["settings"] | {"compile": False}
-    step, clock = build_step(job | {"settings": settings}, toy), Clock()
-    clock.start()
-    step(clock)
-    return resident_bytes(peak=False)
+    step = build_step(job | {"settings": settings}, toy)
+    Clock().take(step)
+    return step
 
 
 def enter(job: dict[str, Any]) -> None:
     """Builds the job's contestant, takes its warm-up steps, then serves turns of `steps` steps."""
     torch.set_num_threads(job["threads"])
-    shape = Shape(**job["shape"])
-    before = resident_after_a_toy(job)
-    step, clock = build_step(job, shape), Clock()
+    clock = clock_on(job.get("device", "cpu"))
+    before = clock.held_before(functools.partial(take_a_toy_step, job))
+    step = build_step(job, Shape(**job["shape"]), clock.device)
     step.prepare(clock)
 
-    take_steps(step, clock, job["warmup"])
-    forget_peak()
-    facts = {"before_bytes": before, "parameters": step.n_parameters}
-    serve(facts, lambda: take_steps(step, clock, job["steps"]))
+    losses = listed([clock.take(step) for _ in range(job["warmup"])])["loss"]
+    facts = {
+        "before_bytes": before,
+        "parameters": step.n_parameters,
+        "kernels": step.kernels,
+        "first_loss": losses[0],
+        "host_waits": clock.count_waits(step),
+        "peak_flops": clock.data_sheet_peak(job["precision"]),
+    }
+    clock.forget_peak()
+    serve(facts, lambda: clock.turn(step, job["steps"]))
 
 
 def enter_matmul(job: dict[str, Any]) -> None:
     """The machine's matrix product in the job's precision: its rate is the denominator of MFU."""
     torch.set_num_threads(job["threads"])
-    dtype = torch.bfloat16 if job["precision"] == "bf16" else torch.float32
+    dtype = AUTOCAST.get(job["precision"], torch.float32)
     serve({}, lambda: {"matmul_flops": matmul_flops(dtype, size=2048)})
 
 

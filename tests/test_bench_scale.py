@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from nanolm import bench_contest
 from nanolm.bench_cells import Cells
@@ -66,3 +67,26 @@ def test_turns_in_which_the_host_took_the_cores_are_taken_again(tmp_path, monkey
     cells = Cells(str(tmp_path / "cells.json"))
     found = bench_scale.measure(Arguments(**TINY, rounds=2), "strong", cells)
     assert [row["turn_seconds"] for row in found] == [[0.5, 0.5], [0.3, 0.3]]
+
+
+def test_a_gpu_is_part_of_the_key_and_asked_for_in_vain_is_one_sentence(tmp_path, monkeypatch):
+    taken = []
+    phases = dict.fromkeys(PHASES, 0.0)
+    measured = {"seconds": [1.0], "phases": phases, "device": "cuda:0"}
+    monkeypatch.setattr(bench_scale, "run_process", lambda *_: taken.append(1) or dict(measured))
+    monkeypatch.setattr(bench_contest, "stolen_seconds", lambda: 0.0)
+    cells = Cells(str(tmp_path / "cells.json"))
+    arguments = Arguments(**TINY, rounds=1)  # device auto
+    for available, name, count in (
+        (False, "", 2),
+        (True, "NVIDIA H100", 4),
+        (True, "NVIDIA L4", 6),
+        (True, "NVIDIA H100", 6),
+        (False, "", 6),
+    ):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        bench_scale.measure(arguments, "strong", cells)
+        assert len(taken) == count
+    with pytest.raises(UserError, match="torch sees no CUDA device"):
+        bench_scale.measure(Arguments(**TINY, device="cuda"), "strong", cells)

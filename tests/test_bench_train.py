@@ -2,19 +2,24 @@
 
 import itertools
 import json
+import pathlib
 
 import pytest
 import torch
 
-from nanolm import bench_contest, bench_peers
+from nanolm import bench_cells, bench_contest, bench_peers
+from nanolm.bench_clock import Clock
 from nanolm.bench_contest import play
-from nanolm.bench_shape import Clock, Shape
+from nanolm.bench_figures import against_best, speed
+from nanolm.bench_shape import Shape
 from nanolm.bench_step import NanolmStep, build_step
 from nanolm.cli import main
 from nanolm.commands import bench_train
-from nanolm.commands.bench_train import against_best, contestants
+from nanolm.commands.bench_train import contestants
 from nanolm.errors import UserError
+from tests.hidden import hide
 
+ROOT = pathlib.Path(__file__).parents[1]
 TINY = {"n_layers": 1, "d_model": 32, "n_heads": 2, "row_length": 16, "batch": 2, "vocab_size": 64}
 SHAPE = Shape(**TINY)
 
@@ -30,12 +35,7 @@ def one_thread():
 def steps_of(name, settings, precision="fp32", count=2):
     step, clock = build_step({"settings": settings, "precision": precision}, SHAPE), Clock()
     step.prepare(clock)
-    losses = []
-    for _ in range(count):
-        clock.start()
-        losses.append(step(clock)["loss"])
-        clock.stop()
-    return step, clock, losses
+    return step, clock, clock.turn(step, count)["loss"]
 
 
 @pytest.mark.parametrize("objective", ["clm", "mlm"])
@@ -90,7 +90,7 @@ class FakePlayer:
         seconds[0] *= (2 if settings.get("compile") else 1) * (1 if len(self.turns) % 3 else 3)
         phases = dict.fromkeys(("data", "forward", "loss", "backward", "optimizer"), 0.2)
         times = {"seconds": seconds, "cpu_seconds": seconds, "phases": phases}
-        figures = times | {"peak_bytes": 3e6, "matmul_flops": 1e11}
+        figures = times | {"peak_bytes": 3e6, "matmul_flops": 1e11, "loss": [4.0]}
         self.turns.append(figures)
         return figures
 
@@ -102,6 +102,7 @@ def test_contestants_take_turns_and_finished_contests_are_found(tmp_path, monkey
     turns = FakePlayer.turns_taken = []
     monkeypatch.setattr(bench_contest, "Player", FakePlayer)
     words = ["bench", "train", "--objectives=[clm]", "--precisions=[fp32]", "--rounds", "6"]
+    words += ["--device", "cpu"]
     words += ["--results", str(tmp_path / "cells.json"), "--json", str(tmp_path / "figures.json")]
     main(words)
     n_turns, printed = len(turns), capsys.readouterr().out
@@ -126,9 +127,96 @@ def test_a_results_file_of_something_else_is_refused(tmp_path, capsys):
         main(["bench", "train", "--results", str(tmp_path / "cells.json")])
     assert leaving.value.code == 2
     assert "cells.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--objectives=[nlp]"], "--objectives: 'nlp' is none of clm; mlm"),
+        (["--precisions=[fp8]"], "--precisions: 'fp8' is none of fp32; bf16; fp16"),
+        (["--only=[plain]"], "--only: 'plain' is none of nanolm; nanolm, reference kernels;"),
+        (["--rounds=0"], "rounds=0"),
+        (["--device=cuda"], "--device cuda: torch sees no CUDA device here; --device cpu"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(words, told, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(bench_contest, "Player", None)
+    with pytest.raises(SystemExit) as leaving:
+        main(["bench", "train", *words])
+    assert leaving.value.code == 2
+    assert told in capsys.readouterr().err
+
+
+class Telling(FakePlayer):
+    """Says on the terminal that it begins."""
+
+    def __init__(self, job, module):
+        super().__init__(job, module)
+        print(f"begins: {job['settings']['model']}")
+
+
+def test_contestants_that_cannot_take_part_are_named_first_and_the_others_go_on(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(bench_contest, "Player", Telling)
+    monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy", raising=False)
+    hide(monkeypatch, "transformers")
+    words = ["bench", "train", "--rounds=1", "--device=cpu", "--compile=false"]
+    words += ["--results", str(tmp_path / "cells.json")]
+    main([*words, "--json", str(tmp_path / "figures.json")])
+    printed = capsys.readouterr().out.splitlines()
+    told = [line for line in printed if line.startswith("left out")]
+    assert printed[: len(told)] == told and len(told) == 3  # each once, before all else
+    assert all("nanolm[hf]" in line for line in told if "transformers" in line)
+    assert sum("transformers is not installed" in line for line in told) == 2
+    (kernel,) = [line for line in told if "linear_cross_entropy=torch cannot serve" in line]
+    assert f"torch {torch.__version__} has no linear_cross_entropy" in kernel
+    reports = json.loads((tmp_path / "figures.json").read_text())["reports"]
+    assert len(reports) == 4
+    for report in reports:
+        plain = "gpt" if report["objective"] == "clm" else "bert"
+        assert set(report["rows"]) == {
+            "nanolm",
+            "nanolm, reference kernels",
+            f"plain {plain} loop",
+        }
+        assert len(report["left_out"]) == 2 and report["against_best"]
     with pytest.raises(SystemExit):
-        main(["bench", "train", "--objectives=[nlp]"])
-    assert "nlp" in capsys.readouterr().err
+        main([*words, "--only=[nanolm, transformers gpt2]"])
+    left = capsys.readouterr()
+    assert "--only: 'transformers gpt2' cannot take part here: transformers is not" in left.err
+    assert "begins" not in left.out
+
+
+def test_only_measures_what_it_names_where_that_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench_contest, "Player", FakePlayer)
+    words = ["bench", "train", "--rounds=1", "--device=cpu", "--precisions=[fp32]"]
+    words += ["--results", str(tmp_path / "cells.json"), "--only=[plain bert loop]"]
+    main([*words, "--json", str(tmp_path / "figures.json")])
+    (report,) = json.loads((tmp_path / "figures.json").read_text())["reports"]
+    assert list(report["rows"]) == ["plain bert loop"] and report["against_best"] == {}
+
+
+def test_finished_contests_on_a_cpu_are_found_by_the_keys_they_have_always_had(
+    tmp_path, monkeypatch, capsys
+):
+    record = json.loads((ROOT / "docs" / "bench_train.json").read_text())["cells"]
+    assert len(record) == 4
+    (machine,) = {json.dumps(cell["machine"]) for cell in record.values()}
+    machine = json.loads(machine)
+    monkeypatch.setattr(bench_cells, "cpu_name", lambda: machine["cpu"])
+    monkeypatch.setattr(bench_cells.os, "cpu_count", lambda: machine["cores"])
+    monkeypatch.setattr(torch, "__version__", machine["torch"])
+    monkeypatch.setattr(bench_train, "why_not", lambda job, device: None)
+    monkeypatch.setattr(bench_contest, "Player", None)  # nothing is measured
+    names = {name for cell in record.values() for name in cell["jobs"]} - {"matmul"}
+    copy = tmp_path / "cells.json"
+    copy.write_text((ROOT / "docs" / "bench_train.json").read_text())
+    words = ["bench", "train", "--device=cpu", "--rounds=5", f"--results={copy}"]
+    main([*words, f"--only={json.dumps(sorted(names))}"])
+    printed = capsys.readouterr().out
+    assert printed.count("nanolm / ") == 4 and "1,478" in printed
 
 
 def test_contestants_in_processes_of_their_own_and_one_that_fails(tmp_path):
@@ -138,7 +226,7 @@ def test_contestants_in_processes_of_their_own_and_one_that_fails(tmp_path):
         "nanolm": [common | {"settings": settings}],
         "matmul": [common | {"settings": bench_train.MATMUL}],
     }
-    contest = play(jobs, 2, "nanolm.bench_step", bench_train.speed)
+    contest = play(jobs, 2, "nanolm.bench_step", speed)
     played = contest["players"]
     assert len(contest["stolen"]) == 2 and all(0 <= share <= 1 for share in contest["stolen"])
     assert played["nanolm"]["facts"]["parameters"] > 0
@@ -148,7 +236,7 @@ def test_contestants_in_processes_of_their_own_and_one_that_fails(tmp_path):
     assert all(turn["matmul_flops"] > 0 for turn in played["matmul"]["turns"])
     nobody = common | {"settings": {"model": "nobody", "objective": "clm"}}
     with pytest.raises(UserError, match="KeyError"):
-        play({"nobody": [nobody]}, 1, "nanolm.bench_step", bench_train.speed)
+        play({"nobody": [nobody]}, 1, "nanolm.bench_step", speed)
 
 
 def test_rounds_that_the_host_disturbed_are_taken_again(monkeypatch):
@@ -182,7 +270,7 @@ def test_a_variant_that_fails_ends_those_that_started(monkeypatch):
     monkeypatch.setattr(bench_contest, "Player", Failing)
     jobs = [{"settings": {"model": "a", "compile": compiled}} for compiled in (False, True)]
     with pytest.raises(UserError, match="does not compile"):
-        play({"a": jobs}, 1, "nanolm.bench_step", bench_train.speed)
+        play({"a": jobs}, 1, "nanolm.bench_step", speed)
     assert left == [True, False]
 
 

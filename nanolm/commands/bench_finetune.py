@@ -1,11 +1,11 @@
 """`nanolm bench finetune`: real tokens per second of fine-tuning beside transformers' padded loop
-and beside the same loop on batches of like length.
+and beside the same loop on batches of like length, on a CPU or a GPU.
 
 Same model, same examples per step, same environment, a process for each contestant, and turns
-A B C A B C …, as in `nanolm bench train`; where it helps a contestant, it is compiled. A turn's
-rate is the tokens of its steps over their seconds. The table shows the median turn, a ratio is the
-median of the quotients of all rounds; "useful" is the share of computed places that hold a real
-token.
+A B C A B C …, as in `nanolm bench train`; where it helps a contestant, it is compiled, and one that
+cannot take part here is named at the start, with what helps. A turn's rate is the tokens of its
+steps over their seconds. The table shows the median turn, a ratio is the median of the quotients of
+all rounds; "useful" is the share of computed places that hold a real token.
 
 Data: any table with a text column. The default are short docstring lines of the Python standard
 library. Finished measurements are kept in `results`; an interrupted benchmark goes on.
@@ -14,6 +14,7 @@ library. Finished measurements are kept in `results`; an interrupted benchmark g
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import os
 import statistics
@@ -21,21 +22,46 @@ from typing import Any
 
 import numpy as np
 
-from nanolm.bench_cells import Cells, cpu_name
+from nanolm.bench_admission import Entries, announce, enter_all, missing, refusal
+from nanolm.bench_cells import Cells, cpu_name, device_name
 from nanolm.bench_contest import play, quiet
-from nanolm.bench_finetune import EXAMPLES, Examples, TuneShape
+from nanolm.bench_figures import COMPILE, MEMORY, ON_CUDA, TOKENS, Column, aligned, on_cuda
+from nanolm.bench_finetune import (
+    EXAMPLES,
+    Examples,
+    StandInTokenizer,
+    TuneShape,
+    nanolm_config,
+)
 from nanolm.commands.figures import write_json
 from nanolm.data.task_splits import find_split, read_split
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.data.tokenizer_training import sentences, train_tokenizer
-from nanolm.errors import UserError
+from nanolm.devices import DeviceWord, device_type
+from nanolm.errors import UserError, require, require_at_least
 
+PRECISIONS = ("fp32", "bf16", "fp16")
 CONTESTANTS = {
     "nanolm": {"model": "nanolm"},
     "nanolm, masked rectangle": {"model": "nanolm", "kernels": {"attention": "sdpa"}},
     "transformers, padded": {"model": "padded"},
     "transformers, grouped by length": {"model": "grouped"},
 }
+
+
+USEFUL: dict[str, Column] = {"useful": lambda row: f"{row['useful']:.0%}"}
+COLUMNS: dict[str, dict[str, Column]] = {
+    "cpu": {
+        **COMPILE,
+        **TOKENS,
+        "tokens/CPU s": lambda row: f"{row['tokens_per_cpu_second']:,.0f}",
+        **USEFUL,
+        "step": lambda row: f"{1e3 * row['step_seconds']:.0f} ms",
+        **MEMORY,
+    },
+    "cuda": {**COMPILE, **TOKENS, **USEFUL, **ON_CUDA},
+}
+"""Device type -> head of a column of the table -> its text."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,8 +75,10 @@ class Arguments:
     label: str | None = None
     """Column that holds the class; null: classes are drawn by the text's hash (the speed is the
     same)."""
+    device: DeviceWord = "auto"
+    """auto takes CUDA when there is any."""
     precisions: list[str] = dataclasses.field(default_factory=lambda: ["fp32", "bf16"])
-    """In which arithmetic: fp32, bf16."""
+    """In which arithmetic: fp32, bf16, fp16."""
     rounds: int = 15
     """Turns of every contestant, after the turns that try its variants."""
     steps: int = 10
@@ -83,15 +111,11 @@ class Arguments:
     """Also write the figures to this file."""
 
     def __post_init__(self) -> None:
-        for value in self.precisions:
-            if value not in ("fp32", "bf16"):
-                raise UserError(f"precisions: {value!r} is none of fp32, bf16")
-        for value in self.only or []:
-            if value not in CONTESTANTS:
-                raise UserError(f"only: {value!r} is none of {'; '.join(CONTESTANTS)}")
-        for name in ("rounds", "steps", "warmup", "batch", "n_layers"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        for key, valid in {"precisions": PRECISIONS, "only": CONTESTANTS}.items():
+            for value in getattr(self, key) or []:
+                require(value in valid, f"--{key}: {value!r} is none of {'; '.join(valid)}")
+        require_at_least("bench finetune", self, rounds=1, steps=1, warmup=1, threads=1)
+        require_at_least("bench finetune", self, batch=1, n_layers=1)
 
     def shape(self, n_classes: int) -> TuneShape:
         """The shape of model and batch."""
@@ -167,10 +191,19 @@ def rate(turn: dict[str, Any], key: str = "seconds") -> float:
     return sum(turn["tokens"]) / sum(turn[key])
 
 
-def bench(
-    arguments: Arguments, precision: str, data: str, shape: TuneShape, cells: Cells
-) -> dict[str, Any]:
-    """All contestants in one precision: figures by name, and nanolm's ratios."""
+def why_not(job: dict[str, Any], device: str) -> str | None:
+    """Why the job's contestant cannot take part on cpu or cuda, with what helps, or None."""
+    if job["settings"]["model"] != "nanolm":
+        return missing("transformers")
+    shape = TuneShape(**job["shape"])
+    config = nanolm_config(shape, job, "nowhere", device)
+    return refusal(config, StandInTokenizer(shape.vocab_size), device)
+
+
+def entries(
+    arguments: Arguments, device: str, precision: str, data: str, shape: TuneShape
+) -> Entries:
+    """Who takes part in the contest in one precision."""
     common = {
         "precision": precision,
         "data": data,
@@ -180,17 +213,33 @@ def bench(
         "steps": arguments.steps,
     }
     compiled = [False, True] if arguments.compile else [False]
-    jobs = {
-        name: [common | {"settings": CONTESTANTS[name] | {"compile": c}} for c in compiled]
-        for name in arguments.only or list(CONTESTANTS)
-    }
-    contest = cells.get(
-        {"jobs": jobs, "rounds": arguments.rounds},
-        lambda: play(jobs, arguments.rounds, "nanolm.bench_finetune", rate),
+    return enter_all(
+        CONTESTANTS,
+        common,
+        device,
+        why_not=why_not,
+        variants=lambda settings: [settings | {"compile": each} for each in compiled],
+        only=arguments.only,
     )
-    played, stolen = contest["players"], contest["stolen"]
-    rows = {name: figures_of(entry) for name, entry in played.items()}
-    return {"precision": precision, "rows": rows, "ratios": ratios(played), "stolen": stolen}
+
+
+def bench(arguments: Arguments, entered: Entries, device: str, cells: Cells) -> dict[str, Any]:
+    """All contestants in one precision: figures by name, and nanolm's ratios."""
+    contest = cells.get(
+        {"jobs": entered.jobs, "rounds": arguments.rounds},
+        lambda: play(entered.jobs, arguments.rounds, "nanolm.bench_finetune", rate),
+        device,
+    )
+    played = contest["players"]
+    return {
+        "precision": next(iter(entered.jobs.values()))[0]["precision"],
+        "device_type": device,
+        "device": device_name(device),
+        "rows": {name: figures_of(entry) for name, entry in played.items()},
+        "left_out": entered.left_out,
+        "ratios": ratios(played),
+        "stolen": contest["stolen"],
+    }
 
 
 def figures_of(entry: dict[str, Any]) -> dict[str, Any]:
@@ -204,6 +253,8 @@ def figures_of(entry: dict[str, Any]) -> dict[str, Any]:
         "step_seconds": statistics.median(s for turn in turns for s in turn["seconds"]),
         "peak_bytes": max(turn["peak_bytes"] for turn in turns),
         "parameters": entry["facts"]["parameters"],
+        "kernels": entry["facts"].get("kernels", {}),
+        **on_cuda(entry),
     }
 
 
@@ -226,36 +277,21 @@ def ratios(played: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 def table(report: dict[str, Any]) -> str:
     """One precision's contestants, a line each, then the ratios."""
-    lines = [["", "compile", "tokens/s", "tokens/CPU s", "useful", "step", "peak MB"]]
-    for name, row in report["rows"].items():
-        lines.append(
-            [
-                name,
-                "yes" if row["compile"] else "no",
-                f"{row['tokens_per_second']:,.0f}",
-                f"{row['tokens_per_cpu_second']:,.0f}",
-                f"{row['useful']:.0%}",
-                f"{1e3 * row['step_seconds']:.0f} ms",
-                f"{row['peak_bytes'] / 1e6:,.0f}",
-            ]
-        )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    texts = [f"{report['precision']} ({quiet(report['stolen'])})"]
-    texts += [
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
-        for line in lines
-    ]
-    texts += [
+    texts = [
         f"nanolm / {name}: {ratio['tokens_per_second']:.2f}x (by CPU time "
         f"{ratio['tokens_per_cpu_second']:.2f}x)"
         for name, ratio in report["ratios"].items()
     ]
-    return "\n".join(texts)
+    head = f"{report['precision']} ({report['device']}; {quiet(report['stolen'])})"
+    return "\n".join([head, *aligned(COLUMNS[report["device_type"]], report["rows"]), *texts])
 
 
 def run(arguments: Arguments) -> None:
-    """Prepare, measure, print tables, write the figures."""
+    """Name who is left out, prepare, measure, print tables, write the figures."""
+    device = device_type(arguments.device)
     cells = Cells(arguments.results, arguments.fresh)
+    enter_each = functools.partial(entries, arguments, device)
+    announce([enter_each(each, "none yet", arguments.shape(2)) for each in arguments.precisions])
     data, n_classes, facts = prepared(arguments)
     shape = arguments.shape(n_classes)
     print(
@@ -263,7 +299,8 @@ def run(arguments: Arguments) -> None:
     )
     reports = []
     for precision in arguments.precisions:
-        reports.append(bench(arguments, precision, data, shape, cells))
+        entered = enter_each(precision, data, shape)
+        reports.append(bench(arguments, entered, device, cells))
         print(table(reports[-1]) + "\n", flush=True)
     described = {"shape": dataclasses.asdict(shape), "cpu": cpu_name(), "data": facts}
     write_json(arguments.json, described | {"reports": reports})

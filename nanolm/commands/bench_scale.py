@@ -28,6 +28,7 @@ from nanolm.bench_cells import Cells, cpu_name, run_process
 from nanolm.bench_contest import Theft, enough, quiet, quietest
 from nanolm.bench_shape import Shape
 from nanolm.commands.figures import write_json
+from nanolm.devices import DeviceWord, device_type
 from nanolm.errors import require, require_at_least
 from nanolm.progress import PHASES
 
@@ -47,7 +48,7 @@ class Arguments(Shape):
     """Which step."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """In which arithmetic."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: DeviceWord = "auto"
     """auto takes CUDA when there is any."""
     threads: int = 1
     """CPU threads of each process."""
@@ -87,12 +88,13 @@ def job_of(arguments: Arguments, scaling: str, processes: int) -> dict[str, Any]
 def measure(arguments: Arguments, scaling: str, cells: Cells) -> list[dict[str, Any]]:
     """A row for each number of processes."""
     jobs = {count: job_of(arguments, scaling, count) for count in arguments.processes}
+    device = device_type(arguments.device)
     turns: list[dict[int, dict[str, Any]]] = []
     shares: list[float] = []
     while not enough(shares, arguments.rounds):
         what = {"turn": len(turns) + 1}
         taken = {
-            count: cells.get({"job": job, **what}, functools.partial(take, job))
+            count: cells.get({"job": job, **what}, functools.partial(take, job), device)
             for count, job in jobs.items()
         }
         turns.append(taken)

@@ -1,14 +1,20 @@
 """`nanolm bench train`: one training step of nanolm beside transformers' GPT-2 and BERT and a plain
-loop, at one fixed shape.
+loop, at one fixed shape, on a CPU or a GPU.
 
-Each contestant is a fresh process (`bench_step.py`) with the same environment for all. Trial turns
-with and without torch.compile keep its faster variant; then the contestants take turns of one step,
+Each contestant is a fresh process (`bench_step.py`) with the same environment for all; one that
+cannot take part here is named at the start, with what helps (`bench_admission.py`). Trial turns
+with and without torch.compile keep its faster variant; then the contestants take turns,
 A B C A B C … (`bench_contest.py`). The table shows medians over rounds; a ratio is the median of
 the quotients of all rounds, and stands beside their quartiles.
 
+On a GPU the steps of a turn run freely and their end is waited for; what they take with a wait
+after each stands beside it, and phases are the device's time (`bench_clock.py`). The default shape
+is for a CPU; GPT-2's small model is `--n_layers 12 --d_model 768 --n_heads 12 --row_length 1024
+--vocab_size 50304`.
+
 Model FLOPs are those that the objective needs (for MLM the vocabulary projection of the masked
 positions only), the same figure for every contestant. MFU is their rate over the matrix product's
-rate, the median of what was measured in the same rounds.
+rate: on a CPU the median of what was measured in the same rounds, on a GPU its data sheet's.
 
 Finished contests are kept in `results` under a hash of everything that decides them, so an
 interrupted benchmark goes on where it was.
@@ -17,35 +23,44 @@ interrupted benchmark goes on where it was.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
-import statistics
 from typing import Any
 
-from nanolm.bench_cells import Cells, cpu_name
-from nanolm.bench_contest import play, quiet
-from nanolm.bench_shape import PHASES, Shape
+from nanolm.bench_admission import Entries, announce, enter_all, why_not
+from nanolm.bench_cells import Cells, cpu_name, device_name
+from nanolm.bench_contest import play
+from nanolm.bench_figures import against_best, figures_of, peak_of, speed, table
+from nanolm.bench_shape import Shape
 from nanolm.commands.figures import write_json
-from nanolm.errors import UserError
-from nanolm.flops import train_flops_per_token
-from nanolm.model_config import ModelConfig
+from nanolm.devices import DeviceWord, device_type
+from nanolm.errors import require, require_at_least
 
 MATMUL = {"model": "matmul"}
+OBJECTIVES = ("clm", "mlm")
+PRECISIONS = ("fp32", "bf16", "fp16")
+STEPS = {"cpu": 1, "cuda": 10}
+"""Steps of a turn: on a GPU as many as make the start and the end of their queue a trifle."""
+WARMUP = {"cpu": 2, "cuda": 8}
+"""Steps before all turns: a GPU's clock and its allocator take some to settle."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments(Shape):
     """Measure one training step of nanolm and of others, each in a process of its own."""
 
+    device: DeviceWord = "auto"
+    """auto takes CUDA when there is any."""
     objectives: list[str] = dataclasses.field(default_factory=lambda: ["clm", "mlm"])
     """Which steps: clm, mlm."""
     precisions: list[str] = dataclasses.field(default_factory=lambda: ["fp32", "bf16"])
-    """In which arithmetic: fp32, bf16."""
+    """In which arithmetic: fp32, bf16, fp16."""
     rounds: int = 15
     """Turns of every contestant, after the turns that try its variants."""
-    steps: int = 1
-    """Steps of a turn."""
-    warmup: int = 2
-    """Steps before all turns."""
+    steps: int | None = None
+    """Steps of a turn; null means 1 on a CPU, 10 on CUDA."""
+    warmup: int | None = None
+    """Steps before all turns; null means 2 on a CPU, 8 on CUDA."""
     threads: int | None = None
     """Threads of every contestant; null means all cores."""
     compile: bool = True
@@ -60,13 +75,17 @@ class Arguments(Shape):
     """Also write the figures to this file."""
 
     def __post_init__(self) -> None:
-        for name, known in (("objectives", ("clm", "mlm")), ("precisions", ("fp32", "bf16"))):
-            for value in getattr(self, name):
-                if value not in known:
-                    raise UserError(f"{name}: {value!r} is none of {', '.join(known)}")
-        for name in ("rounds", "steps", "warmup", "batch", "row_length", "n_layers"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        known = [name for objective in OBJECTIVES for name in contestants(objective)]
+        choices = {
+            "objectives": OBJECTIVES,
+            "precisions": PRECISIONS,
+            "only": [*dict.fromkeys(known)],
+        }
+        for key, valid in choices.items():
+            for value in getattr(self, key) or []:
+                require(value in valid, f"--{key}: {value!r} is none of {'; '.join(valid)}")
+        require_at_least("bench train", self, rounds=1, steps=1, warmup=1, threads=1)
+        require_at_least("bench train", self, batch=1, row_length=1, n_layers=1)
 
     @property
     def shape(self) -> Shape:
@@ -93,170 +112,70 @@ def contestants(objective: str) -> dict[str, dict[str, Any]]:
     return {name: settings | {"objective": objective} for name, settings in rows.items()}
 
 
-def bench(arguments: Arguments, objective: str, precision: str, cells: Cells) -> dict[str, Any]:
-    """All contestants of one step in one precision: figures by name."""
+def entries(arguments: Arguments, device: str, objective: str, precision: str) -> Entries:
+    """Who takes part in the contest of one step in one precision."""
     common = {
         "precision": precision,
         "shape": dataclasses.asdict(arguments.shape),
         "threads": arguments.threads or os.cpu_count(),
-        "warmup": arguments.warmup,
-        "steps": arguments.steps,
+        "warmup": arguments.warmup or WARMUP[device],
+        "steps": arguments.steps or STEPS[device],
     }
-    variants = {
-        name: [common | {"settings": variant} for variant in variants_of(settings, arguments)]
-        for name, settings in contestants(objective).items()
-        if arguments.only is None or name in arguments.only
-    }
-    jobs = variants | {"matmul": [common | {"settings": MATMUL}]}
-    contest = cells.get(
-        {"jobs": jobs, "rounds": arguments.rounds},
-        lambda: play(jobs, arguments.rounds, "nanolm.bench_step", speed),
+    return enter_all(
+        contestants(objective),
+        common,
+        device,
+        why_not=why_not,
+        variants=functools.partial(variants_of, arguments),
+        only=arguments.only,
     )
-    played = {name: entry for name, entry in contest["players"].items() if name != "matmul"}
-    products = contest["players"]["matmul"]["turns"]
-    peak = statistics.median(turn["matmul_flops"] for turn in products)
-    return {
-        "objective": objective,
-        "precision": precision,
-        "matmul_tflops": peak / 1e12,
-        "rows": {name: figures_of(entry, arguments.shape, peak) for name, entry in played.items()},
-        "against_best": against_best(played),
-        "stolen": contest["stolen"],
-    }
 
 
-def variants_of(settings: dict[str, Any], arguments: Arguments) -> list[dict[str, Any]]:
+def variants_of(arguments: Arguments, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """A contestant as it is, and compiled; the rows that show other kernels only as they are."""
     tries = arguments.compile and "kernels" not in settings
     return [settings | {"compile": compiled} for compiled in ([False, True] if tries else [False])]
 
 
-def speed(turn: dict[str, Any]) -> float:
-    """Steps per second of one turn."""
-    return len(turn["seconds"]) / sum(turn["seconds"])
-
-
-def median(entry: dict[str, Any], key: str) -> float:
-    """Median over turns; a turn's list stands for its own median."""
-    values = [turn[key] for turn in entry["turns"]]
-    return statistics.median(statistics.median(v) if isinstance(v, list) else v for v in values)
-
-
-def figures_of(entry: dict[str, Any], shape: Shape, peak: float) -> dict[str, Any]:
-    """What the table shows of one contestant."""
-    seconds = median(entry, "seconds")
-    settings, facts = entry["job"]["settings"], entry["facts"]
-    flops = step_flops(shape, settings["objective"]) / seconds
-    phases = {
-        phase: statistics.median(turn["phases"][phase] for turn in entry["turns"])
-        for phase in PHASES
-        if phase in entry["turns"][0]["phases"]
-    }
-    peak_bytes = max(turn["peak_bytes"] for turn in entry["turns"])
-    return {
-        "compile": settings["compile"],
-        "step_seconds": seconds,
-        "cpu_seconds": median(entry, "cpu_seconds"),
-        "tokens_per_second": shape.tokens / seconds,
-        "model_tflops": flops / 1e12,
-        "mfu": flops / peak,
-        "peak_bytes": peak_bytes,
-        "training_bytes": peak_bytes - facts["before_bytes"],
-        "phases": phases,
-        "parameters": facts["parameters"],
-    }
-
-
-def step_flops(shape: Shape, objective: str) -> float:
-    """Model FLOPs of one step, by formula (`flops.py`)."""
-    model = ModelConfig(
-        trunk="decoder" if objective == "clm" else "encoder",
-        d_model=shape.d_model,
-        n_layers=shape.n_layers,
-        n_heads=shape.n_heads,
-        vocab_size=shape.vocab_size,
-        max_length=shape.row_length,
+def bench(arguments: Arguments, entered: Entries, device: str, cells: Cells) -> dict[str, Any]:
+    """All contestants of one step in one precision: figures by name."""
+    first = next(iter(entered.jobs.values()))[0]
+    product = {"matmul": [first | {"settings": MATMUL}]} if device == "cpu" else {}
+    jobs = entered.jobs | product
+    contest = cells.get(
+        {"jobs": jobs, "rounds": arguments.rounds},
+        lambda: play(jobs, arguments.rounds, "nanolm.bench_step", speed),
+        device,
     )
-    share = 1.0 if objective == "clm" else shape.n_masked / shape.row_length
-    return shape.tokens * train_flops_per_token(model, shape.row_length, predicted_share=share)
-
-
-def against_best(played: dict[str, dict]) -> dict[str, Any]:
-    """nanolm over the fastest of the others: speed (higher is better), memory (lower is better)."""
-    others = {name: entry for name, entry in played.items() if not name.startswith("nanolm")}
-    if "nanolm" not in played or not others:
-        return {}
-    name = min(others, key=lambda other: median(others[other], "seconds"))
-    ours, best = played["nanolm"], others[name]
-
-    def quotients(key: str) -> list[float]:
-        pairs = zip(best["turns"], ours["turns"], strict=True)
-        return [sum(theirs[key]) / sum(own[key]) for theirs, own in pairs]
-
-    def memory(entry: dict[str, Any], before: int) -> int:
-        return max(turn["peak_bytes"] for turn in entry["turns"]) - before
-
-    speeds = quotients("seconds")
-    low, middle, high = statistics.quantiles(speeds, n=4) if len(speeds) > 1 else speeds * 3
-    before = [entry["facts"]["before_bytes"] for entry in (ours, best)]
+    played = {name: entry for name, entry in contest["players"].items() if name != "matmul"}
+    peak = peak_of(contest)
     return {
-        "best": name,
-        "speed": middle,
-        "speed_quartiles": [low, high],
-        "cpu_time": statistics.median(quotients("cpu_seconds")),
-        "peak_memory": memory(ours, 0) / memory(best, 0),
-        "training_memory": memory(ours, before[0]) / memory(best, before[1]),
+        "objective": first["settings"]["objective"],
+        "precision": first["precision"],
+        "device_type": device,
+        "device": device_name(device),
+        "peak_tflops": peak and peak / 1e12,
+        "rows": {name: figures_of(entry, arguments.shape, peak) for name, entry in played.items()},
+        "left_out": entered.left_out,
+        "against_best": against_best(played),
+        "stolen": contest["stolen"],
     }
-
-
-def table(report: dict[str, Any]) -> str:
-    """One step's contestants, a line each."""
-    head = (
-        f"{report['objective']} {report['precision']} "
-        f"(matrix product: {report['matmul_tflops']:.3f} TFLOP/s; {quiet(report['stolen'])})"
-    )
-    columns = ["", "compile", "tokens/s", "TFLOP/s", "MFU", "peak MB", "training MB", *PHASES]
-    lines = [columns]
-    for name, row in report["rows"].items():
-        phases = [
-            f"{1e3 * row['phases'][phase]:.0f} ms" if phase in row["phases"] else "–"
-            for phase in PHASES
-        ]
-        lines.append(
-            [
-                name,
-                "yes" if row["compile"] else "no",
-                f"{row['tokens_per_second']:,.0f}",
-                f"{row['model_tflops']:.3f}",
-                f"{row['mfu']:.1%}",
-                f"{row['peak_bytes'] / 1e6:,.0f}",
-                f"{row['training_bytes'] / 1e6:,.0f}",
-                *phases,
-            ]
-        )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-    texts = [
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
-        for line in lines
-    ]
-    if ratio := report["against_best"]:
-        texts.append(
-            f"nanolm / {ratio['best']}: speed {ratio['speed']:.2f}x (quartiles "
-            f"{ratio['speed_quartiles'][0]:.2f}–{ratio['speed_quartiles'][1]:.2f}; by CPU time "
-            f"{ratio['cpu_time']:.2f}x), peak memory {ratio['peak_memory']:.2f}x (without what was "
-            f"resident before the model: {ratio['training_memory']:.2f}x)"
-        )
-    return "\n".join([head, *texts])
 
 
 def run(arguments: Arguments) -> None:
-    """Measure, print tables, write the figures."""
+    """Name who is left out, measure, print tables, write the figures."""
+    device = device_type(arguments.device)
     cells = Cells(arguments.results, arguments.fresh)
+    contests = [
+        entries(arguments, device, objective, precision)
+        for objective in arguments.objectives
+        for precision in arguments.precisions
+    ]
+    announce(contests)
     reports = []
-    for objective in arguments.objectives:
-        for precision in arguments.precisions:
-            report = bench(arguments, objective, precision, cells)
-            print(table(report) + "\n", flush=True)
-            reports.append(report)
+    for entered in contests:
+        if entered.jobs:  # `only` may name none of this objective
+            reports.append(bench(arguments, entered, device, cells))
+            print(table(reports[-1]) + "\n", flush=True)
     shape = dataclasses.asdict(arguments.shape)
     write_json(arguments.json, {"shape": shape, "cpu": cpu_name(), "reports": reports})

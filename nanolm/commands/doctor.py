@@ -51,10 +51,10 @@ class Arguments:
     step: int | None = None
     """The step to look into, as the metrics and messages count: the first is 1."""
     gpu: bool = False
-    """Check this machine's GPU instead: kernels, 20 losses against the CPU, a rank killed under
-    nccl; prints the lines for the README's column *run on a GPU*."""
+    """Check this machine's GPU instead: kernels, 20 losses against the CPU, one of two ranks
+    killed; prints the lines for the README's column *on a GPU*."""
     device: str = "auto"
-    """auto, cpu or cuda."""
+    """auto, cpu or cuda; with `gpu`, cpu stands in for one."""
     plugins: list[str] = dataclasses.field(default_factory=list)
     """Plug-ins that the run was trained with."""
     json: str | None = None
@@ -64,7 +64,7 @@ class Arguments:
 def run(arguments: Arguments) -> None:
     """Check the GPU, or replay and print."""
     if arguments.gpu:
-        check_gpu(arguments)
+        check_gpu(arguments, "cpu" if arguments.device == "cpu" else "cuda")
         return
     require(
         arguments.run is not None and arguments.step is not None,
@@ -98,7 +98,7 @@ def check_gpu(arguments: Arguments, device: str = "cuda") -> None:
     )
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU as stand-in"
     verdicts = check_device(device)
-    print(f"\nfor the README's column *run on a GPU* ({name}, torch {torch.__version__}):")
+    print(f"\nfor the README's column *on a GPU* ({name}, torch {torch.__version__}):")
     for verdict in verdicts:
         print(verdict.line(name))
     write_json(arguments.json, [dataclasses.asdict(verdict) for verdict in verdicts])

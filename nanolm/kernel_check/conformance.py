@@ -12,6 +12,7 @@ that refuse training but serve prefill or decoding are checked forward only.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +20,15 @@ import torch
 from nanolm.kernel_check.attention_trials import HARD, SINGLE, Case, spec_of, trial_of
 from nanolm.kernel_check.leaks import KINDS, NAMES, leak
 from nanolm.kernel_check.op_trials import op_trials
-from nanolm.kernel_check.trial import TOLERANCE, Trial, distance, errors, execute, reference
+from nanolm.kernel_check.trial import (
+    TOLERANCE,
+    Trial,
+    distance,
+    errors,
+    execute,
+    forget_graphs,
+    reference,
+)
 from nanolm.masks import Mask
 from nanolm.ops import OPS
 
@@ -38,21 +47,45 @@ class Finding:
     words: str = ""
 
 
+Check = Callable[[Any, str], Finding]
+"""What is done with a kernel on a device."""
+
+
 def check_kernel(
     op: str, kernel: Any, device: str = "cpu", *, quick: bool = False
 ) -> list[Finding]:
     """All findings about a kernel of an op. Raises ValueError for an unknown op."""
+    return [check(kernel, device) for check in checks_of(op, quick=quick)]
+
+
+def checks_of(op: str, *, quick: bool = False) -> list[Check]:
+    """The suite of an op, each check by itself. Raises ValueError for an unknown op."""
     if op not in OPS:
         raise ValueError(f"there is no op {op!r}; choose from {', '.join(OPS)}")
     if op != "attention":
-        return [check_trial(kernel, trial) for trial in op_trials(op, device)]
-    findings = [check_case(kernel, name, case, device) for name, case in SINGLE.items()]
-    if not quick:
-        findings += [check_case(kernel, name, case, device) for name, case in HARD.items()]
-    findings += [check_leak(kernel, kind, device) for kind in KINDS]
-    findings.append(check_determinism(kernel, device))
-    findings.append(check_memory(kernel, device))
-    return findings
+        return [trial_check(op, number) for number in range(len(op_trials(op)))]
+    cases = SINGLE | ({} if quick else HARD)
+    return [
+        *(case_check(name, case) for name, case in cases.items()),
+        *(leak_check(kind) for kind in KINDS),
+        check_determinism,
+        check_memory,
+    ]
+
+
+def trial_check(op: str, number: int) -> Check:
+    """Parity on the op's trial of this number."""
+    return lambda kernel, device: check_trial(kernel, op_trials(op, device)[number])
+
+
+def case_check(name: str, case: Case) -> Check:
+    """Parity on this attention problem."""
+    return lambda kernel, device: check_case(kernel, name, case, device)
+
+
+def leak_check(kind: str) -> Check:
+    """No leak through this kind of mask."""
+    return lambda kernel, device: check_leak(kernel, kind, device)
 
 
 def serving(kernel: Any, case: Case, device: str) -> tuple[Case | None, str]:
@@ -74,8 +107,13 @@ def check_case(kernel: Any, name: str, case: Case, device: str) -> Finding:
     served, reason = serving(kernel, case, device)
     if served is None:
         return Finding(name, "refused", reason)
-    finding = check_trial(kernel, trial_of(served, device), name)
-    if finding.verdict == "FAIL" and name in MASK_OF and ignores(kernel, served, name, device):
+    return told(name, lambda: explained(kernel, served, name, device))
+
+
+def explained(kernel: Any, case: Case, name: str, device: str) -> Finding:
+    """Parity, where a failure that comes of an ignored mask says so."""
+    finding = parity(kernel, trial_of(case, device), name)
+    if finding.verdict == "FAIL" and name in MASK_OF and ignores(kernel, case, name, device):
         label = NAMES.get(name, f"the mask kind {name!r}")
         words = f"it ignores {label}: its output is that of attention without this mask"
         return Finding(name, "FAIL", words)
@@ -97,13 +135,22 @@ def check_trial(kernel: Any, trial: Trial, name: str | None = None) -> Finding:
     reason = kernel.why_not(trial.spec)
     if reason is not None:
         return Finding(name, "refused", reason)
+    return told(name, lambda: parity(kernel, trial, name))
+
+
+def told(name: str, work: Callable[[], Finding]) -> Finding:
+    """The finding, or that the kernel raises: a foreign one may raise anything."""
+    forget_graphs()
     try:
-        found = errors(trial, kernel)
-        dtype = next(
-            iter(execute(trial, kernel, trial.spec.dtype, backward=False).outputs.values())
-        )
-    except Exception as error:  # noqa: BLE001  (a foreign kernel may raise anything: report it)
+        return work()
+    except Exception as error:  # noqa: BLE001  (it is reported)
         return Finding(name, "FAIL", f"it raises {type(error).__name__}: {error}")
+
+
+def parity(kernel: Any, trial: Trial, name: str) -> Finding:
+    """How far outputs and gradients are from the reference's, and whether they have their dtype."""
+    found = errors(trial, kernel)
+    dtype = next(iter(execute(trial, kernel, trial.spec.dtype, backward=False).outputs.values()))
     worst = max(found, key=found.get)
     limit = TOLERANCE[trial.spec.dtype]
     if not found[worst] < limit:
@@ -121,11 +168,12 @@ def check_leak(kernel: Any, kind: str, device: str) -> Finding:
     served, reason = serving(kernel, SINGLE[kind], device)
     if served is None or served.phase == "decode":
         return Finding(name, "refused", reason)
-    try:
+
+    def work() -> Finding:
         words = leak(kernel, kind, device)
-    except Exception as error:  # noqa: BLE001  (as above)
-        words = f"it raises {type(error).__name__}: {error}"
-    return Finding(name, "pass") if words is None else Finding(name, "FAIL", words)
+        return Finding(name, "pass") if words is None else Finding(name, "FAIL", words)
+
+    return told(name, work)
 
 
 def check_determinism(kernel: Any, device: str) -> Finding:
@@ -133,10 +181,14 @@ def check_determinism(kernel: Any, device: str) -> Finding:
     served, reason = serving(kernel, SINGLE["causal"], device)
     if served is None:
         return Finding("determinism", "refused", reason)
-    trial = trial_of(served, device)
+    return told("determinism", lambda: same_twice(kernel, served, device))
+
+
+def same_twice(kernel: Any, case: Case, device: str) -> Finding:
+    """Which results of two runs are not bit-equal."""
+    trial = trial_of(case, device)
     runs = [
-        execute(trial, kernel, served.dtype, backward=trial.differentiable).tensors
-        for _ in range(2)
+        execute(trial, kernel, case.dtype, backward=trial.differentiable).tensors for _ in range(2)
     ]
     changed = [name for name, x in runs[0].items() if not torch.equal(x, runs[1][name])]
     if changed:
@@ -149,7 +201,12 @@ def check_memory(kernel: Any, device: str) -> Finding:
     served, reason = serving(kernel, Case(n_rows=1, n_queries=128, n_keys=128), device)
     if served is None or served.phase != "train":
         return Finding("memory", "refused", reason)
-    trial = trial_of(served, device)
+    return told("memory", lambda: kept(kernel, served, device))
+
+
+def kept(kernel: Any, case: Case, device: str) -> Finding:
+    """What a forward pass keeps for the backward one."""
+    trial = trial_of(case, device)
     leaves = {name: x.detach().requires_grad_() for name, x in trial.leaves.items()}
     saved: dict[int, int] = {}
 
@@ -161,9 +218,9 @@ def check_memory(kernel: Any, device: str) -> Finding:
         trial.run(kernel, leaves)
     n_bytes = sum(saved.values())
     needed = sum(x.untyped_storage().nbytes() for x in leaves.values()) * 4 // 3
-    needed += served.n_heads * served.n_queries * 4
+    needed += case.n_heads * case.n_queries * 4
     words = f"{n_bytes} bytes saved, {needed} for q, k, v, out and lse"
-    quadratic = served.n_heads * served.n_queries * served.n_keys * 4
+    quadratic = case.n_heads * case.n_queries * case.n_keys * 4
     if n_bytes >= needed + quadratic:
         return Finding("memory", "pass", f"{words}: it keeps [T, S] weights")
     return Finding("memory", "pass", words)

@@ -56,10 +56,11 @@ def norm_trial(
 
 
 def rotary_trial(
-    n_heads: int, width: int, n_pairs: int, *, per_row: bool, dtype: torch.dtype, device: str
-) -> Trial:
+    n_heads: int, width: int, n_pairs: int, *, per_row: bool, n_tokens: int = 7,
+    dtype: torch.dtype, device: str,
+) -> Trial:  # fmt: skip
     """Rotation of a strided view, with one set of angles or one for each row."""
-    n_rows, n_tokens = 2, 7
+    n_rows = 2
     x = normal(n_rows, n_tokens, 2 * n_heads, width, dtype=dtype, seed=0, device=device)
     angle = normal(
         n_rows if per_row else 1, n_tokens, n_pairs, dtype=torch.float32, seed=1, device=device
@@ -86,13 +87,13 @@ def glu_trial(kind: str, n_rows: int, width: int, *, dtype: torch.dtype, device:
 
 def cross_entropy_trial(
     n_tokens: int, vocab_size: int, *, bias: bool, softcap: float | None, label_smoothing: float,
-    z_loss: float, dtype: torch.dtype, device: str,
+    z_loss: float, width: int = 16, dtype: torch.dtype, device: str,
 ) -> Trial:  # fmt: skip
-    """The projected loss, with some targets ignored."""
-    width = 16
+    """The projected loss of logits with a deviation of 1.2, some targets ignored."""
+    weight = normal(vocab_size, width, dtype=dtype, seed=1, device=device)
     leaves = {
         "hidden": normal(n_tokens, width, dtype=dtype, seed=0, device=device),
-        "weight": normal(vocab_size, width, dtype=dtype, seed=1, device=device) * 0.3,
+        "weight": weight * (1.2 * width**-0.5),
     }
     if bias:
         leaves["bias"] = normal(vocab_size, dtype=dtype, seed=2, device=device)

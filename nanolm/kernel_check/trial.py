@@ -8,6 +8,7 @@ incoming gradient, are compared by the largest difference over the largest value
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -124,6 +125,13 @@ def errors(trial: Trial, kernel: Any) -> dict[str, float]:
         for name, x in actual.tensors.items()
         if name in expected.tensors
     }
+
+
+def forget_graphs() -> None:
+    """Drops what torch.compile has made, between trials: torch counts the graphs of one function
+    over all problems, and a kernel that compiles itself, as flex does, is refused the ninth."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def reference_of(trial: Trial) -> Any:
