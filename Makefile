@@ -14,7 +14,7 @@ NANOLM := $(BIN)/nanolm
 DEMO := runs/demo
 DEMO_DATA := runs/demo-data
 
-.PHONY: demo demo-mlm test check alone matrix chaos lint clean constraints
+.PHONY: demo demo-mlm test check alone matrix gpu chaos lint clean constraints
 
 $(VENV)/base: setup.py constraints.txt
 	@echo "$(VENV) gets $$($(PYTHON) --version) ($(PYTHON)); another one: make PYTHON=…"
@@ -74,3 +74,12 @@ clean:
 
 chaos: $(VENV)/dev
 	$(BIN)/python -m tests.chaos
+
+# First contact with a GPU (docs/gpu.md): by the Python that has torch there; nothing is installed.
+SYSTEM_PYTHON ?= python3
+OUT ?= runs/gpu
+
+gpu:
+	$(SYSTEM_PYTHON) -m nanolm.first_contact --out $(OUT) $(if $(PART),--part $(PART)) \
+	  $(if $(ONLY),--only $(ONLY)) $(if $(MINUTES),--minutes $(MINUTES)) \
+	  $(if $(DEVICE),--device $(DEVICE)) $(if $(FRESH),--fresh)

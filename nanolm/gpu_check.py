@@ -2,8 +2,8 @@
 
     kernels   every kernel that serves the device against its reference (`nanolm kernels doctor`)
     losses    20 steps of a small decoder, float32, on the device and on the CPU
-    kill      torchrun (nccl on GPUs); a rank is killed with SIGKILL, the job restarts from its
-              checkpoint and must end as an undisturbed one does
+    kill      torchrun with two ranks, over nccl where each has a GPU of its own; one is killed with
+              SIGKILL, the job restarts from its checkpoint and must end as an undisturbed one does
 
 Each is a function of a device, so that the same code runs in the tests with device=cpu.
 """
@@ -11,8 +11,6 @@ Each is a function of a device, so that the same code runs in the tests with dev
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import datetime
 import json
 import os
 import pathlib
@@ -29,6 +27,7 @@ from nanolm.commands import kernels_doctor
 from nanolm.data.prepare import PrepareConfig, prepare
 from nanolm.data.progress import Silent
 from nanolm.errors import require
+from nanolm.first_contact.verdict import Verdict
 
 STEPS, KILL_STEPS = 20, 120
 MODULES = ("argparse.py", "textwrap.py", "statistics.py", "ast.py", "inspect.py", "typing.py")
@@ -43,22 +42,6 @@ KILL_TOLERANCE = {"cpu": 0.0, "cuda": 1e-3}
 """Of the last loss: on the CPU the restarted run is bit-equal."""
 PATIENCE = 300.0
 """Seconds after which a run that should have ended counts as hanging."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-    """One check: which command stands for it, whether it passed, and what was seen."""
-
-    name: str
-    command: str
-    passed: bool
-    words: str
-
-    def line(self, device: str) -> str:
-        """The line for the README's *run on a GPU* column."""
-        mark = "passed" if self.passed else "FAILED"
-        day = datetime.date.today().isoformat()
-        return f"| {self.name} | `{self.command}` | {mark}, {device}, {day}: {self.words} |"
 
 
 def check_device(device: str) -> list[Verdict]:
@@ -117,9 +100,10 @@ def check_losses(device: str, folder: pathlib.Path, data: pathlib.Path) -> Verdi
 
 def check_kill(device: str, folder: pathlib.Path, data: pathlib.Path, steps: int) -> Verdict:
     """An undisturbed run under torchrun, and one of which a rank is killed half-way."""
-    ranks = min(torch.cuda.device_count(), 2) if device == "cuda" else 2
-    calm, hit = folder / "calm", folder / "hit"
+    ranks, calm, hit = 2, folder / "calm", folder / "hit"
+    backend = backend_of(device, ranks)
     words = [f"--train.steps={steps}", "--run.checkpoint_every=10", "--resume=auto"]
+    words += [f"--distributed.backend={backend}"]
     calm_run, hit_run = (
         [*torchrun(ranks), *train_command(run, data, device)[2:], *words] for run in (calm, hit)
     )
@@ -130,7 +114,6 @@ def check_kill(device: str, folder: pathlib.Path, data: pathlib.Path, steps: int
         status = job.wait(PATIENCE)
     finally:
         job.kill()
-    backend = "nccl" if device == "cuda" else "gloo"
     command = f"torchrun --nproc_per_node {ranks} --max-restarts 3 … --resume auto"
     far = abs(losses(calm)[-1] - losses(hit)[-1])
     words = f"{ranks} ranks ({backend}), one killed after step {killed_at} of {steps}; "
@@ -138,6 +121,11 @@ def check_kill(device: str, folder: pathlib.Path, data: pathlib.Path, steps: int
     words += f", torchrun ended with {status}"
     whole = status == 0 and killed_at is not None and len(losses(hit)) == steps
     return Verdict("kill and resume", command, whole and far <= KILL_TOLERANCE[device], words)
+
+
+def backend_of(device: str, ranks: int) -> str:
+    """nccl where every rank has a GPU of its own; gloo for ranks that share one, and on a CPU."""
+    return "nccl" if device == "cuda" and torch.cuda.device_count() >= ranks else "gloo"
 
 
 def kill_a_rank(job: subprocess.Popen, run: pathlib.Path, after: int) -> int | None:
@@ -172,6 +160,7 @@ def torchrun(ranks: int) -> list[str]:
     """Command line of an elastic agent on this machine."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}"]
     command += ["--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    command += ["--local-addr=127.0.0.1"]  # a machine without a network may not know its name
     return [*command, "-m"]
 
 

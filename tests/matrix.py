@@ -3,10 +3,11 @@
     make matrix              all cells that have no result for the present sources
     python -m tests.matrix --only 3.12+2.11 --fresh
 
-A cell is a virtual environment under .matrix/ in which pip has chosen everything but Python and
-torch, as it does for somebody who installs nanolm into what they have (the first cell has the pins
-of constraints.txt). A finished cell is kept with its log and not run again until the sources
-change; a cell that was interrupted begins again. The table is written after each cell.
+The first cell is `make check`, with the pins of constraints.txt. The others are virtual
+environments under .matrix/ in which pip has chosen everything but Python and torch, as it does for
+somebody who installs nanolm into what they have; they leave out the slow tests. A finished cell is
+kept with its log and not run again until the sources change; a cell that was interrupted begins
+again. The table is written after each cell.
 """
 
 import argparse
@@ -27,22 +28,21 @@ EXTRAS = ".[dev,plot,tensorboard,zstd]"
 SHOWN = ("torch", "triton", "numpy", "transformers", "sentencepiece")
 HEAD = """# Versions that the tests ran with
 
-`make matrix` prints and writes this table: each row is a virtual environment in which pip chose
-everything but Python and torch; the first has the pins of constraints.txt and runs the slow tests
-too. The last column is pytest's own closing line. `make matrix` runs a row again when the sources
-have changed since.
+`make matrix` prints and writes this table. The first row is `make check`: the pins of
+constraints.txt and all tests. In the others pip chose everything but Python and torch, and the slow
+tests are left out. The last column is pytest's own closing line. `make matrix` runs a row again
+when the sources have changed since.
 
 """
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One environment: versions, whether constraints.txt holds in it, and which tests it runs."""
+    """One environment: its versions, and whether it is that of `make check`."""
 
     python: str
     torch: str
-    pinned: bool = False
-    tests: str = "not slow"
+    checked: bool = False
 
     @property
     def name(self) -> str:
@@ -52,6 +52,8 @@ class Cell:
     @property
     def folder(self) -> pathlib.Path:
         """Its virtual environment."""
+        if self.checked:
+            return ROOT / ".venv"
         return FOLDER / f"py{self.python}-torch{self.torch.rpartition('.')[0]}"
 
     @property
@@ -59,9 +61,16 @@ class Cell:
         """The environment's Python."""
         return self.folder / "bin" / "python"
 
+    def command(self, workers: int) -> list[str]:
+        """What runs its tests."""
+        if self.checked:
+            return ["make", "check", f"PYTHON={find_python(self.python)}"]
+        words = ["-m", "pytest", "-n", str(workers), "--dist", "worksteal", "-m", "not slow"]
+        return [str(self.binary), *words]
+
 
 CELLS = (
-    Cell("3.11", "2.13.0", pinned=True, tests=""),
+    Cell("3.11", "2.13.0", checked=True),
     Cell("3.12", "2.11.0"),
     Cell("3.13", "2.11.0"),
     Cell("3.11", "2.14.1"),
@@ -80,14 +89,13 @@ def find_python(version: str) -> str | None:
 def install(cell: Cell, python: str) -> None:
     """The cell's environment; a marker at the end tells a whole one from an interrupted one."""
     ready = cell.folder / "ready"
-    if ready.exists():
+    if cell.checked or ready.exists():  # make installs its own
         return
     print(f"{cell.name}: installing into {cell.folder.relative_to(ROOT)}", flush=True)
     subprocess.run([python, "-m", "venv", "--clear", str(cell.folder)], check=True)
     pip = [str(cell.binary), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-    pins = ["-c", "constraints.txt"] if cell.pinned else []
-    subprocess.run([*pip, *pins, f"torch=={cell.torch}"], cwd=ROOT, check=True)
-    subprocess.run([*pip, *pins, "-e", EXTRAS], cwd=ROOT, check=True)
+    subprocess.run([*pip, f"torch=={cell.torch}"], cwd=ROOT, check=True)
+    subprocess.run([*pip, "-e", EXTRAS], cwd=ROOT, check=True)
     ready.touch()
 
 
@@ -116,16 +124,15 @@ def versions(cell: Cell) -> dict[str, str]:
 def run(cell: Cell, tree: str, workers: int) -> dict[str, object]:
     """Runs the cell's tests; its versions, pytest's closing line and what failed."""
     log = FOLDER / f"{cell.name}.log"
-    words = ["-m", "pytest", "-n", str(workers), "--dist", "worksteal", "-m", cell.tests]
     print(f"{cell.name}: running, see {log.relative_to(ROOT)}", flush=True)
     with log.open("w", encoding="utf-8") as file:
-        subprocess.run([str(cell.binary), *words], cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+        subprocess.run(cell.command(workers), cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
     lines = log.read_text(encoding="utf-8").splitlines()
     closing = [line for line in lines if re.search(r"\d+ (passed|failed).* in [\d.]+s", line)]
     return {
         "sources": tree,
         "versions": versions(cell),
-        "tests": cell.tests or "all",
+        "tests": "all" if cell.checked else "not slow",
         "closing": closing[-1].strip("= ") if closing else "pytest did not finish",
         "failed": [line for line in lines if line.startswith(("FAILED", "ERROR"))],
     }

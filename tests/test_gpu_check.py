@@ -44,6 +44,23 @@ def test_a_killed_rank_and_the_lines_for_the_readme(tmp_path, capsys, monkeypatc
     assert len(lines) == 3 and all("| passed, CPU as stand-in, " in line for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("device", "gpus", "backend"),
+    [("cuda", 1, "gloo"), ("cuda", 2, "nccl"), ("cuda", 8, "nccl"), ("cpu", 0, "gloo")],
+)
+def test_ranks_that_share_a_gpu_are_joined_by_gloo(monkeypatch, device, gpus, backend):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert gpu_check.backend_of(device, 2) == backend
+
+
+def test_the_cpu_stands_in_for_a_gpu_when_it_is_named(monkeypatch):
+    seen = []
+    monkeypatch.setattr(doctor, "check_gpu", lambda arguments, device: seen.append(device))
+    for words in (["--device", "cpu"], ["--device", "cuda"], []):
+        cli.run(["doctor", "--gpu", *words])
+    assert seen == ["cpu", "cuda", "cuda"]
+
+
 def test_a_wrong_kernel_fails_the_verdict(tmp_path, monkeypatch):
     def wrong(arguments):
         rows = [{"op": "norm", "kernel": "x", "passed": 3, "failed": 1, "auto": True}]
