@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from nanolm.errors import require
 from nanolm.model import Trunk
 from nanolm.model_config import ModelConfig
-from nanolm.objectives.ragged import group_sizes
 from nanolm.ops import Kernels
 from nanolm.registry import HEADS
 
@@ -53,6 +52,12 @@ def pooling_of(pooling: Pooling, trunk: str) -> Pooling:
         "last or mean",
     )
     return pooling
+
+
+def group_sizes(owner_M: Tensor, n_groups: int) -> Tensor:
+    """int64 [n_groups]: how many of M things each group owns. `torch.bincount` counts the same, but
+    makes the host wait for the device."""
+    return owner_M.new_zeros(n_groups).index_add(0, owner_M, torch.ones_like(owner_M))
 
 
 def pool(hidden_BTD: Tensor, layout: Layout, pooling: Pooling) -> Tensor:

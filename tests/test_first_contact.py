@@ -194,6 +194,16 @@ def test_a_budget_cuts_the_stage_that_runs_and_names_those_that_never_did(contac
     assert "not begun" in contact.text() and "never: the budget is spent" in contact.text()
 
 
+def test_a_stage_that_is_not_begun_again_keeps_what_was_seen(contact):
+    bad = stage("bad", "print('FAIL a thing'); raise SystemExit(1)")
+    contact([bad])
+    sleep = stage("long", "import time; time.sleep(99)")
+    order = ["machine", "long", "bad"]
+    kept, found = contact([sleep, bad], seconds=2.5, order=order)
+    assert found["bad"].verdict == "not begun"
+    assert kept.entries["bad"].verdict == "FAIL" and "FAIL a thing" in contact.text()
+
+
 def count(tmp_path, then="pass"):
     """A program that counts its runs in a file."""
     return f"open({str(tmp_path / 'runs')!r}, 'a').write('x'); {then}"
@@ -645,16 +655,21 @@ def test_a_stage_is_not_ok_because_its_processes_said_so(tmp_path):
 
 
 def alone_in_a_group(_):
+    from nanolm.distributed import World
     from nanolm.first_contact.groups import group_of_one, trained
 
+    _, plain = trained(World(), "ddp", "fp32", 2)
     world = group_of_one(torch.device("cpu"))
-    names = [type(trained(world, name, "fp32", 1)[0]).__name__ for name in ("ddp", "fsdp")]
-    return [world.joined, world.gather({"a": 1}), world.all_sum([0.5]), *names]
+    found = {name: trained(world, name, "fp32", 2) for name in ("ddp", "fsdp")}
+    names = [type(module).__name__ for module, _ in found.values()]
+    return [plain, *(figures for _, figures in found.values()), names, world.gather({"a": 1})]
 
 
 def test_one_rank_with_a_group_goes_the_ways_of_many():
-    (found,) = in_ranks(1, alone_in_a_group)
-    assert found == [True, [{"a": 1}], [0.5], "DistributedDataParallel", "FSDPLearner"]
+    ((plain, ddp, fsdp, names, gathered),) = in_ranks(1, alone_in_a_group)
+    assert names == ["DistributedDataParallel", "FSDPLearner"] and gathered == [{"a": 1}]
+    assert len(plain) == 4 and plain[1] > 0  # losses and norms
+    assert ddp == pytest.approx(plain, abs=1e-5) and fsdp == pytest.approx(plain, abs=1e-5)
 
 
 @pytest.mark.slow

@@ -268,6 +268,13 @@ def test_class_weights_smoothing_and_several_labels():
     assert options.labels == ["a", "b", "c"] and options.class_weights == [1.0, 1.0, 1.0]
     terms = learner(tensors(learner.objective, split.items)[0])
     assert terms["classify"].sum.item() > 0
+    learner, split = build("classify", "encoder", class_weights=[1.0, 0.5, 3.0])
+    batch, _ = tensors(learner.objective, split.items)
+    hidden = learner.trunk(learner.objective.inputs(batch))
+    logits = learner.objective.class_logits(hidden, learner.heads, batch)
+    each = torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="none")
+    expected = (each * torch.tensor([1.0, 0.5, 3.0])[batch["labels"]]).sum()
+    torch.testing.assert_close(learner(batch)["classify"].sum, expected)
     records = [{"text": text(i), "label": ["a", "b"][: i % 3]} for i in range(12)]
     old, RECORDS["classify"] = RECORDS["classify"], records
     try:

@@ -102,9 +102,9 @@ def do_stage(stage: Stage, logs: pathlib.Path, limit: float, variables: dict[str
     # A stage that is killed cannot clear away its temporary files.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         variables = variables | {"TMPDIR": scratch}
-        if len(stage.commands) > 1:
-            cores = (os.cpu_count() or 1) // len(stage.commands)
-            variables["OMP_NUM_THREADS"] = str(max(cores, 1))
+        if len(stage.commands) > 1:  # they share the cores, also those that compile
+            cores = str(max((os.cpu_count() or 1) // len(stage.commands), 1))
+            variables |= {"OMP_NUM_THREADS": cores, "TORCHINDUCTOR_COMPILE_THREADS": cores}
         ended = run_together(stage.commands, logs, limit, variables, ROOT)
     return entry_of(stage, ended, time.monotonic() - began, limit)
 
@@ -126,7 +126,8 @@ def do_part(stages: Sequence[Stage], report: Report, end: float, order: list[str
         if number == 0:
             device = device_of(entry)
         entry = dataclasses.replace(entry, device=device)
-        report.add(entry, order)
+        if entry.verdict != "not begun" or stage.name not in report.entries:
+            report.add(entry, order)  # what an earlier call has seen is more than nothing
         print("\n".join(entry.text()), flush=True)
         found.append(entry)
         said = entry.lines[-1] if entry.lines else entry.words

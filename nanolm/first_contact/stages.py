@@ -134,7 +134,7 @@ class Table:
             step("trace", 90, "gpt2", *trace),
             step("trace-compiled", 150, "gpt2", *compiled, *compiled_trace),
             Stage("loss-memory", 3, 90, {"loss-memory": memory}, " of the plain"),
-            Stage("doctor", 3, 300, {"doctor": doctor}, r"^\||failed"),
+            Stage("doctor", 3, 300, {"doctor": doctor}, r"^\|| \d+ failed"),
             Stage("ops", 3, 90, self.call("ops", "op_speed"), "^[a-z]| ms |cannot"),
             Stage("flex", 3, 150, self.numerics("flex", "--kernels", "flex"), r"^FAIL|checks,"),
         ]

@@ -24,9 +24,10 @@ from nanolm.data.tokenizer import UNSPACED, Tokenizer
 from nanolm.heads import HeadRequest
 from nanolm.objectives.choose import Choose
 from nanolm.objectives.prompt import require_vocabulary, vocabulary_head
-from nanolm.objectives.ragged import group_sizes, within
+from nanolm.objectives.ragged import within
 from nanolm.objectives.task import Item, Sequence, TaskOptions
 from nanolm.registry import OBJECTIVES
+from nanolm.task_heads import group_sizes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

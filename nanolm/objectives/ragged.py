@@ -27,9 +27,3 @@ def ragged(values_M: Tensor, owner_M: Tensor, place_M: Tensor, shape: tuple[int,
     n_groups, width = shape
     flat = values_M.new_full((n_groups * width,), -torch.inf)
     return flat.index_put((owner_M * width + place_M,), values_M).view(n_groups, width)
-
-
-def group_sizes(owner_M: Tensor, n_groups: int) -> Tensor:
-    """int64 [N]: how many things each group has. `torch.bincount` counts the same, but makes the
-    host wait for the device."""
-    return owner_M.new_zeros(n_groups).index_add(0, owner_M, torch.ones_like(owner_M))
