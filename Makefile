@@ -80,6 +80,6 @@ SYSTEM_PYTHON ?= python3
 OUT ?= runs/gpu
 
 gpu:
-	$(SYSTEM_PYTHON) -m nanolm.first_contact --out $(OUT) $(if $(PART),--part $(PART)) \
+	$(SYSTEM_PYTHON) -m nanolm.tools.first_contact --out $(OUT) $(if $(PART),--part $(PART)) \
 	  $(if $(ONLY),--only $(ONLY)) $(if $(MINUTES),--minutes $(MINUTES)) \
 	  $(if $(DEVICE),--device $(DEVICE)) $(if $(FRESH),--fresh)

@@ -3,7 +3,7 @@
 
 import pathlib
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 FINETUNE = ["rouge-score", "sacrebleu", "scikit-learn", "seqeval"]
 DEV = [
@@ -22,6 +22,13 @@ DEV = [
     "wheel",
 ]
 
+nanolm = find_packages(include=["nanolm", "nanolm.*"])
+beside = [  # folders of Python files at the top of the repository, with their sub-folders
+    f"nanolm.{path.as_posix().replace('/', '.')}"
+    for top in ("data", "kernels")
+    for path in sorted({file.parent for file in pathlib.Path(top).rglob("*.py")})
+]
+
 setup(
     name="nanolm",
     version="0.1.0",
@@ -30,18 +37,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[
-        "nanolm",
-        "nanolm.commands",
-        "nanolm.data",
-        "nanolm.first_contact",
-        "nanolm.kernel_check",
-        "nanolm.kernels",
-        "nanolm.objectives",
-        "nanolm.peft",
-        "nanolm.rules",
-    ],
+    packages=[*nanolm, *beside],
     package_dir={"nanolm.data": "data", "nanolm.kernels": "kernels"},
+    package_data={"nanolm.kernels": ["*.json"]},
     install_requires=[
         "jsonargparse[signatures]>=4.50",
         "numpy",

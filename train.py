@@ -3,11 +3,11 @@
 The same as `nanolm train`, in a file that torchrun can start. What happens, in order, is
 `run_train` in nanolm/commands/train.py:
 
-    launch            ranks                                   nanolm/distributed.py
+    launch            ranks                                   nanolm/distributed/world.py
     tokenizer, rows   prepared data, order by arithmetic      data/tokenizer.py, data/stream.py
-    claim             whose run folder, resume from where     nanolm/runfolder.py, checkpoint.py
+    claim             whose run folder, resume from where     nanolm/checkpoint/run_folder.py
     learner           trunk + heads + objective               nanolm/build.py, learner.py
-    Trainer.fit       step, log, checkpoint, evaluate         nanolm/trainer.py
+    Trainer.fit       step, log, checkpoint, evaluate         nanolm/training/trainer.py
     summary.json      the run in a dozen figures
 """
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from nanolm.data.rows import RowBlock
-from nanolm.data.shards import Shard
+from nanolm.data.shards.directory import Shard
 
 Stretch = tuple[np.ndarray, np.ndarray]
 """Tokens (uint16|uint32), and the offsets among them at which a document begins (int64), with 0."""

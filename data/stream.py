@@ -19,14 +19,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nanolm.config import CacheConfig
+from nanolm.config.schema import CacheConfig
 from nanolm.data.flat import FlatTokens
 from nanolm.data.mixture import Mixture
 from nanolm.data.object_store import is_remote
 from nanolm.data.permutation import Permutation, fold_key
 from nanolm.data.rows import Row, RowBlock, fill_blocks
 from nanolm.data.schedule import shard_rows, share_of
-from nanolm.data.shards import open_split
+from nanolm.data.shards.directory import open_split
 from nanolm.errors import UserError
 
 __all__ = ["Places", "Row", "RowBlock", "RowStream", "fill_blocks", "shard_rows", "share_of"]

@@ -11,8 +11,8 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))  # a bare checkout is enough
 
 from nanolm import build
-from nanolm.arguments import load_config
-from nanolm.loader import Loader
+from nanolm.config.load import load_config
+from nanolm.training.loader import Loader
 
 SHAPE = ["--model.d_model=384", "--data.row_length=256", "--train.global_batch=16"]
 

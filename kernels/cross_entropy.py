@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from nanolm.kernels.attention_tiles import tanh
+from nanolm.kernels.attention.scores import tanh
 from nanolm.kernels.launch import device_guard, wide_dtype
 from nanolm.kernels.operators import register_autocast
 
@@ -218,7 +218,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, nll_N, correct_N, lse_N) as nanolm.ops_reference.CrossEntropyOutput."""
+    """(loss, nll_N, correct_N, lse_N) as nanolm.ops.reference.CrossEntropyOutput."""
     grad = torch.is_grad_enabled()
     needs = [x is not None and x.requires_grad and grad for x in (hidden_ND, weight_VD, bias_V)]
     outputs = cross_entropy_op(

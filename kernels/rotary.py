@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanolm.kernels.attention_tiles import View
+from nanolm.kernels.attention.scores import View
 from nanolm.kernels.launch import accumulator, device_guard
 
 

@@ -12,12 +12,10 @@ import dataclasses
 import torch
 from torch import nn
 
-import nanolm.gradient
 import nanolm.objectives.clm
 import nanolm.objectives.mlm
 import nanolm.objectives.pair
 import nanolm.objectives.prefix
-import nanolm.optim
 import nanolm.peft.adalora
 import nanolm.peft.bitfit
 import nanolm.peft.bottleneck
@@ -30,19 +28,21 @@ import nanolm.rules.adversarial
 import nanolm.rules.distill
 import nanolm.rules.rdrop
 import nanolm.rules.replay
-import nanolm.schedules
-import nanolm.tasks  # noqa: F401  (imported for what they register)
-from nanolm.config import Config
+import nanolm.tasks
+import nanolm.training.gradient
+import nanolm.training.optim
+import nanolm.training.schedules  # noqa: F401  (imported for what they register)
+from nanolm.config.model import ModelConfig
+from nanolm.config.schema import Config
 from nanolm.data.stream import RowStream
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import require
-from nanolm.initial_weights import init_weights
+from nanolm.finetune.tasks.base import Task
 from nanolm.learner import Learner
-from nanolm.model import Trunk
-from nanolm.model_config import ModelConfig
+from nanolm.model.initial_weights import init_weights
+from nanolm.model.trunk import Trunk
 from nanolm.objectives.base import Objective
-from nanolm.objectives.task import Task
-from nanolm.ops import Kernels, Phase
+from nanolm.ops.contract import Kernels, Phase
 from nanolm.registry import HEADS, OBJECTIVES, POSITIONS, TRUNKS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -15,8 +15,8 @@ from nanolm.errors import UserError
 
 COMMANDS = {
     "prepare": ("nanolm.commands.prepare", "text -> tokenizer and token shards"),
-    "data inspect": ("nanolm.commands.data_inspect", "what a prepared folder holds"),
-    "data verify": ("nanolm.commands.data_verify", "re-check every checksum and token id"),
+    "data inspect": ("nanolm.commands.data.inspect", "what a prepared folder holds"),
+    "data verify": ("nanolm.commands.data.verify", "re-check every checksum and token id"),
     "train": ("nanolm.commands.train", "pretrain a model"),
     "finetune": ("nanolm.commands.finetune", "turn a checkpoint into a classifier, tagger, …"),
     "study": ("nanolm.commands.study", "a table of fine-tuning experiments, cell by cell"),
@@ -33,19 +33,19 @@ COMMANDS = {
     "doctor": ("nanolm.commands.doctor", "replay a step, name its first non-finite tensor"),
     "runs": ("nanolm.commands.runs", "runs as a table"),
     "plot": ("nanolm.commands.plot", "curves of one or several runs as PNG"),
-    "kernels list": ("nanolm.commands.kernels_list", "kernels: what they serve, or why not"),
-    "kernels check": ("nanolm.commands.kernels_check", "is a kernel right? the conformance suite"),
-    "kernels bench": ("nanolm.commands.kernels_bench", "attention kernels beside each other"),
-    "kernels roofline": ("nanolm.commands.kernels_roofline", "least time of each kernel, on paper"),
-    "kernels doctor": ("nanolm.commands.kernels_doctor", "first run on a new GPU"),
+    "kernels list": ("nanolm.commands.kernels.list", "kernels: what they serve, or why not"),
+    "kernels check": ("nanolm.commands.kernels.check", "is a kernel right? the conformance suite"),
+    "kernels bench": ("nanolm.commands.kernels.bench", "attention kernels beside each other"),
+    "kernels roofline": ("nanolm.commands.kernels.roofline", "least time of each kernel, on paper"),
+    "kernels doctor": ("nanolm.commands.kernels.doctor", "first run on a new GPU"),
     "masks draw": ("nanolm.commands.masks_draw", "each kind of mask as a PNG"),
-    "kernels memory": ("nanolm.commands.kernels_memory", "peak memory of the projected loss"),
-    "kernels compile": ("nanolm.commands.kernels_compile", "registers and spills, without a GPU"),
-    "bench prepare": ("nanolm.commands.bench_prepare", "preparation beside its encoders"),
-    "bench data": ("nanolm.commands.bench_data", "loader throughput beside other loaders"),
-    "bench finetune": ("nanolm.commands.bench_finetune", "fine-tuning beside padded loops"),
-    "bench scale": ("nanolm.commands.bench_scale", "step time with 1 and 2 processes"),
-    "bench train": ("nanolm.commands.bench_train", "step throughput beside other models"),
+    "kernels memory": ("nanolm.commands.kernels.memory", "peak memory of the projected loss"),
+    "kernels compile": ("nanolm.commands.kernels.compile", "registers and spills, without a GPU"),
+    "bench prepare": ("nanolm.commands.bench.prepare", "preparation beside its encoders"),
+    "bench data": ("nanolm.commands.bench.data", "loader throughput beside other loaders"),
+    "bench finetune": ("nanolm.commands.bench.finetune", "fine-tuning beside padded loops"),
+    "bench scale": ("nanolm.commands.bench.scale", "step time with 1 and 2 processes"),
+    "bench train": ("nanolm.commands.bench.train", "step throughput beside other models"),
 }
 
 
@@ -74,7 +74,7 @@ def run(argv: list[str]) -> None:
     if hasattr(module, "main"):  # reads its own command line (the config of a run)
         module.main(argv[n_words:])
         return
-    from nanolm.arguments import parse  # noqa: PLC0415
+    from nanolm.config.load import parse  # noqa: PLC0415
 
     positional = getattr(module, "POSITIONAL", ())
     module.run(
@@ -96,6 +96,6 @@ def _rank_0_says(sentence: str) -> bool:
     """Whether this is another rank of a launch whose rank 0 prints the same sentence."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return False
-    from nanolm.launch_store import told_elsewhere  # noqa: PLC0415  (imports torch)
+    from nanolm.distributed.launch_store import told_elsewhere  # noqa: PLC0415  (imports torch)
 
     return told_elsewhere(sentence)

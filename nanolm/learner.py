@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from nanolm.model import Trunk
+from nanolm.model.trunk import Trunk
 from nanolm.objectives.base import Objective, Term
 
 if TYPE_CHECKING:

@@ -12,18 +12,19 @@ import pathlib
 
 import torch
 
-from nanolm import build, strict_yaml
-from nanolm.arguments import import_plugins, load_config
-from nanolm.checkpoint import load_weights, locate
-from nanolm.config import Config
+from nanolm import build
+from nanolm.checkpoint.checkpoints import load_weights, locate
+from nanolm.config import strict_yaml
+from nanolm.config.load import import_plugins, load_config
+from nanolm.config.schema import Config
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import UserError
+from nanolm.finetune.config import TaskConfig
+from nanolm.finetune.tasks.base import Task
 from nanolm.learner import Learner
-from nanolm.objectives.task import Task
-from nanolm.ops import Phase
+from nanolm.ops.contract import Phase
 from nanolm.peft.files import open_adapter
 from nanolm.registry import OBJECTIVES
-from nanolm.task_config import TaskConfig
 
 
 @dataclasses.dataclass(frozen=True)

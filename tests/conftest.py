@@ -7,10 +7,10 @@ import sysconfig
 import pytest
 import torch
 
-from nanolm.arguments import load_config
 from nanolm.build import build_learner, build_objective, resolve
+from nanolm.config.load import load_config
+from nanolm.data.prepare.tokenizer_training import sentences, train_tokenizer
 from nanolm.data.tokenizer import Tokenizer
-from nanolm.data.tokenizer_training import sentences, train_tokenizer
 from nanolm.learner import Learner
 
 
@@ -36,7 +36,7 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory, tokenizer) -> pathlib.Path:
     """A prepared directory of a dozen modules of the standard library (about 150,000 tokens)."""
-    from nanolm.data.prepare import PrepareConfig, prepare
+    from nanolm.data.prepare.pipeline import PrepareConfig, prepare
 
     folder = tmp_path_factory.mktemp("corpus")
     model = folder / "tiny.model"

@@ -15,8 +15,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from nanolm import cli
-from nanolm.config import DistributedConfig
-from nanolm.distributed import close, launch
+from nanolm.config.schema import DistributedConfig
+from nanolm.distributed.world import close, launch
 
 HAS_PATIENCE = "shutdown_timeout" in {field.name for field in dataclasses.fields(LaunchConfig)}
 """Whether torchrun can be told how long to wait for workers that shall go (torch 2.13); before, it

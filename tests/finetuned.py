@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from nanolm import cli
-from nanolm.finetune import load_task_config, run_finetune
+from nanolm.finetune.run import load_task_config, run_finetune
 from tests.prepared import train
 
 QUIET = ["--run.wandb.mode=disabled", "--run.threads=1", "--run.device=cpu", "--run.log_every=1"]

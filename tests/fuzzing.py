@@ -23,19 +23,19 @@ import traceback
 import numpy as np
 import torch
 
-from nanolm import strict_yaml
-from nanolm.arguments import dump, load_config
-from nanolm.checkpoint import Checkpoints, load_weights, locate, read_trainer
-from nanolm.container import read_json, read_tensors, verify
+from nanolm.checkpoint.checkpoints import Checkpoints, load_weights, locate, read_trainer
+from nanolm.checkpoint.container import read_json, read_tensors, verify
+from nanolm.checkpoint.named_tensors import learner_tensors
+from nanolm.checkpoint.run_folder import cut_metrics
+from nanolm.config import strict_yaml
+from nanolm.config.load import dump, load_config
 from nanolm.data.readers import file_pieces
-from nanolm.data.shard_file import Shard, check_ids
-from nanolm.data.shards import Manifest, open_split
-from nanolm.data.task_files import read_table
-from nanolm.distributed import World
+from nanolm.data.shards.directory import Manifest, open_split
+from nanolm.data.shards.shard_file import Shard, check_ids
+from nanolm.data.tables.files import read_table
+from nanolm.distributed.world import World
 from nanolm.errors import UserError
-from nanolm.nonfinite import read_passed
-from nanolm.runfolder import cut_metrics
-from nanolm.state import learner_tensors
+from nanolm.training.guards.nonfinite import read_passed
 from tests.tiny_run import build_learner
 from tests.token_shards import random_documents, write_prepared
 

@@ -5,10 +5,10 @@ import pathlib
 import sysconfig
 import tempfile
 
-from nanolm.arguments import load_config
 from nanolm.commands.train import run_train
-from nanolm.data.prepare import PrepareConfig, prepare
-from nanolm.data.progress import Silent
+from nanolm.config.load import load_config
+from nanolm.data.prepare.pipeline import PrepareConfig, prepare
+from nanolm.data.prepare.progress import Silent
 
 MODULES = ("argparse.py", "textwrap.py", "statistics.py", "ast.py", "inspect.py", "typing.py")
 SMALL = [

@@ -5,11 +5,11 @@ import re
 
 import pytest
 
-from nanolm.arguments import as_mapping, dump, leaf_kinds, load_config, merge, parse
-from nanolm.choices import CHOICES, choose
+from nanolm.config.choices import CHOICES, choose
+from nanolm.config.load import as_mapping, dump, leaf_kinds, load_config, merge, parse
 from nanolm.errors import UserError
+from nanolm.model.positions import RotaryOptions
 from nanolm.objectives.mlm import MlmOptions
-from nanolm.positions import RotaryOptions
 
 
 def written(folder, name, text):

@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from nanolm import container
-from nanolm.background import Background
-from nanolm.checkpoint import locate
+from nanolm.checkpoint import container
+from nanolm.checkpoint.background import Background
+from nanolm.checkpoint.checkpoints import locate
 from tests.test_preemption import fit_with_signal
 from tests.test_resume import assert_same_bits, fit
 from tests.tiny_run import build_trainer, in_ranks, tiny_config

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanolm.augment import Augmented, leave_out, swap
 from nanolm.errors import UserError
-from nanolm.task_config import AugmentConfig
-from nanolm.word_table import WordTable
+from nanolm.finetune.augment import Augmented, leave_out, swap
+from nanolm.finetune.config import AugmentConfig
+from nanolm.finetune.word_table import WordTable
 
 
 @dataclasses.dataclass

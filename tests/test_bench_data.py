@@ -5,9 +5,9 @@ import torch
 from rich.console import Console
 from token_shards import EOS, random_documents, write_prepared
 
-from nanolm.bench_data import bench_data, documents_of, print_bench
 from nanolm.data.rows import fill_blocks
 from nanolm.data.stream import RowStream
+from nanolm.tools.bench.data import bench_data, documents_of, print_bench
 
 
 def test_contenders_deliver_the_same_arrays_and_the_figures_are_whole(tmp_path):

@@ -14,17 +14,20 @@ import numpy as np
 import pytest
 import torch
 
-from nanolm import bench_clock, bench_contest, bench_finetune, bench_once, bench_step
-from nanolm.bench_cells import Cells
-from nanolm.bench_clock import Clock, CudaClock, clock_on
-from nanolm.bench_finetune import Examples
-from nanolm.bench_once import measure
-from nanolm.bench_shape import Shape
-from nanolm.bench_step import build_step
 from nanolm.cli import main
-from nanolm.commands import bench_train
+from nanolm.commands.bench import train as bench_train
 from nanolm.errors import UserError
-from nanolm.metrics import peak_flops
+from nanolm.tools.bench import clock as bench_clock
+from nanolm.tools.bench import contest, once
+from nanolm.tools.bench import finetune as bench_finetune
+from nanolm.tools.bench import step as bench_step
+from nanolm.tools.bench.cells import Cells
+from nanolm.tools.bench.clock import Clock, CudaClock, clock_on
+from nanolm.tools.bench.finetune import Examples
+from nanolm.tools.bench.once import measure
+from nanolm.tools.bench.shape import Shape
+from nanolm.tools.bench.step import build_step
+from nanolm.training.throughput import peak_flops
 from tests.hidden import hide
 from tests.test_bench_train import TINY, FakePlayer
 
@@ -70,7 +73,7 @@ def test_on_a_gpu_mfu_is_of_the_data_sheets_peak(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Fake 1")
     monkeypatch.setattr(bench_train, "why_not", lambda job, device: None)
-    monkeypatch.setattr(bench_contest, "Player", FakeGpuPlayer)
+    monkeypatch.setattr(contest, "Player", FakeGpuPlayer)
     FakeGpuPlayer.jobs.clear()
     out = tmp_path / "figures.json"
     words = ["bench", "train", "--rounds=2", "--objectives=[clm]", "--precisions=[fp16]"]
@@ -89,10 +92,10 @@ def test_on_a_gpu_mfu_is_of_the_data_sheets_peak(tmp_path, monkeypatch, capsys):
     assert "NVIDIA Fake 1: 1 TFLOP/s by its data sheet" in printed
     for word in ("host waits", "4000.00 ms", "reserved MB", "9.00 to 4.00"):
         assert word in printed
-    monkeypatch.setattr(bench_contest, "Player", None)
+    monkeypatch.setattr(contest, "Player", None)
     main(words)  # found
     assert capsys.readouterr().out == printed
-    monkeypatch.setattr(bench_contest, "Player", FakeGpuPlayer)
+    monkeypatch.setattr(contest, "Player", FakeGpuPlayer)
     main([*words, "--device=cpu"])  # not found: another device
     assert "matrix product" in capsys.readouterr().out
 
@@ -106,7 +109,7 @@ def test_an_unknown_gpu_has_no_mfu(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Fake 2")
     monkeypatch.setattr(bench_train, "why_not", lambda job, device: None)
-    monkeypatch.setattr(bench_contest, "Player", Unknown)
+    monkeypatch.setattr(contest, "Player", Unknown)
     words = ["bench", "train", "--rounds=1", "--objectives=[mlm]", "--precisions=[bf16]"]
     main([*words, f"--results={tmp_path / 'cells.json'}"])
     printed = capsys.readouterr().out
@@ -276,7 +279,7 @@ def test_one_contestant_alone_says_what_it_found(tmp_path, monkeypatch):
         for event in json.loads(trace.read_text())["traceEvents"]
         if event.get("name") == "Optimizer.step#AdamW.step"
     ]
-    assert len(steps) == bench_once.TRACED and "aten::" in found["operators"]
+    assert len(steps) == once.TRACED and "aten::" in found["operators"]
 
 
 def test_one_contestant_takes_its_warm_up_and_its_turn(monkeypatch):
@@ -303,7 +306,7 @@ def test_one_contestant_that_cannot_take_part_is_one_sentence(monkeypatch):
 
 def test_one_contestant_as_a_process_prints_one_line_or_one_sentence():
     def run(job):
-        command = [sys.executable, "-m", "nanolm.bench_once", json.dumps(job)]
+        command = [sys.executable, "-m", "nanolm.tools.bench.once", json.dumps(job)]
         return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
 
     done = run(JOB | {"settings": PLAIN})

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from nanolm import bench_cells, bench_contest
-from nanolm.bench_clock import Clock
-from nanolm.bench_finetune import Examples, build_tuning, peer_order
 from nanolm.cli import main
-from nanolm.commands import bench_finetune
-from nanolm.commands.bench_finetune import CONTESTANTS, Arguments, read_examples
+from nanolm.commands.bench import finetune as bench_finetune
+from nanolm.commands.bench.finetune import CONTESTANTS, Arguments, read_examples
+from nanolm.tools.bench import cells as bench_cells
+from nanolm.tools.bench import contest
+from nanolm.tools.bench.clock import Clock
+from nanolm.tools.bench.finetune import Examples, build_tuning, peer_order
 from tests.finetuned import table
 from tests.hidden import hide
 
@@ -83,7 +84,7 @@ class FakePlayer:
     """A contestant without a process, four times, twice or just as slow as nanolm."""
 
     def __init__(self, job, module):
-        assert module == "nanolm.bench_finetune"
+        assert module == "nanolm.tools.bench.finetune"
         self.job, self.turns, self.facts = job, [], {"parameters": 5}
 
     def ready(self):
@@ -110,7 +111,7 @@ def command(folder):
 
 
 def test_the_command_reports_rates_and_ratios(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench_contest, "Player", FakePlayer)
+    monkeypatch.setattr(contest, "Player", FakePlayer)
     words = [*command(tmp_path), "--device", "cpu"]
     main(words)
     printed = capsys.readouterr().out
@@ -119,7 +120,7 @@ def test_the_command_reports_rates_and_ratios(tmp_path, monkeypatch, capsys):
     (report,) = json.loads((tmp_path / "figures.json").read_text())["reports"]
     assert report["rows"]["nanolm"]["tokens_per_second"] == pytest.approx(1000)
     assert report["rows"]["transformers, padded"]["useful"] == 0.25
-    monkeypatch.setattr(bench_contest, "Player", None)  # nothing is measured twice
+    monkeypatch.setattr(contest, "Player", None)  # nothing is measured twice
     main(words)
     assert capsys.readouterr().out == printed
 
@@ -128,7 +129,7 @@ def test_without_transformers_it_says_what_to_install_and_measures_the_rest(
     tmp_path, monkeypatch, capsys
 ):
     words = [*command(tmp_path), "--device", "cpu"]
-    monkeypatch.setattr(bench_contest, "Player", FakePlayer)
+    monkeypatch.setattr(contest, "Player", FakePlayer)
     hide(monkeypatch, "transformers")
     main(words)
     first, second, third, *_ = capsys.readouterr().out.splitlines()
@@ -157,7 +158,7 @@ def test_finished_contests_on_a_cpu_are_found_by_the_keys_they_have_always_had(
     given = job["data"], job["shape"]["n_classes"], facts
     monkeypatch.setattr(bench_finetune, "prepared", lambda arguments: given)
     monkeypatch.setattr(bench_finetune, "why_not", lambda job, device: None)
-    monkeypatch.setattr(bench_contest, "Player", None)  # nothing is measured
+    monkeypatch.setattr(contest, "Player", None)  # nothing is measured
     (tmp_path / "cells.json").write_text(text)
     words = ["bench", "finetune", "--device=cpu", "--rounds=5"]
     main([*words, f"--results={tmp_path / 'cells.json'}"])
@@ -183,7 +184,7 @@ def test_on_a_gpu_the_table_shows_waits_and_what_the_allocator_keeps(tmp_path, m
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Fake 1")
     monkeypatch.setattr(bench_finetune, "why_not", lambda job, device: None)
-    monkeypatch.setattr(bench_contest, "Player", FakeGpuPlayer)
+    monkeypatch.setattr(contest, "Player", FakeGpuPlayer)
     main(words)
     printed = capsys.readouterr().out
     for word in ("fp32 (NVIDIA Fake 1; ", "host waits", "500.00 ms", "reserved MB"):

@@ -3,7 +3,8 @@
 import json
 import pathlib
 
-from nanolm import bench_corpus, cli
+from nanolm import cli
+from nanolm.tools.bench import corpus
 
 
 def test_rates_and_memory_of_a_small_corpus(tmp_path, capsys):
@@ -23,11 +24,11 @@ def test_rates_and_memory_of_a_small_corpus(tmp_path, capsys):
 
 
 def test_a_corpus_is_grown_from_the_sources_sentences(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_corpus, "FILE_BYTES", 20_000)
+    monkeypatch.setattr(corpus, "FILE_BYTES", 20_000)
     source = tmp_path / "small.txt"
     source.write_text("".join(f"Sentence {n} is short. " for n in range(500)), encoding="utf-8")
     folder = tmp_path / "corpus"
-    bench_corpus.grow([str(source)], "body", 50_000, folder)
+    corpus.grow([str(source)], "body", 50_000, folder)
     files = sorted(folder.iterdir())
     texts = [json.loads(line)["body"] for path in files for line in path.open()]
     assert len(files) == 3
@@ -35,7 +36,7 @@ def test_a_corpus_is_grown_from_the_sources_sentences(tmp_path, monkeypatch):
     assert len(set(texts)) == len(texts)
     assert all(word in {"Sentence", "is", "short."} or word.isdigit() for word in texts[0].split())
     again = tmp_path / "again"
-    bench_corpus.grow([str(source)], "body", 50_000, again)
+    corpus.grow([str(source)], "body", 50_000, again)
     assert [path.read_bytes() for path in sorted(again.iterdir())] == [
         path.read_bytes() for path in files
     ]

@@ -7,16 +7,18 @@ import pathlib
 import pytest
 import torch
 
-from nanolm import bench_cells, bench_contest, bench_peers
-from nanolm.bench_clock import Clock
-from nanolm.bench_contest import play
-from nanolm.bench_figures import against_best, speed
-from nanolm.bench_shape import Shape
-from nanolm.bench_step import NanolmStep, build_step
 from nanolm.cli import main
-from nanolm.commands import bench_train
-from nanolm.commands.bench_train import contestants
+from nanolm.commands.bench import train as bench_train
+from nanolm.commands.bench.train import contestants
 from nanolm.errors import UserError
+from nanolm.tools.bench import cells as bench_cells
+from nanolm.tools.bench import contest as bench_contest
+from nanolm.tools.bench import peers
+from nanolm.tools.bench.clock import Clock
+from nanolm.tools.bench.contest import play
+from nanolm.tools.bench.figures import against_best, speed
+from nanolm.tools.bench.shape import Shape
+from nanolm.tools.bench.step import NanolmStep, build_step
 from tests.hidden import hide
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -64,9 +66,9 @@ def test_a_step_moves_the_weights_by_a_clipped_gradient(model):
 
 
 def test_batches_of_peers_have_the_objectives_targets():
-    tokens, targets = bench_peers.peer_batches(SHAPE, "clm", 1)[0]
+    tokens, targets = peers.peer_batches(SHAPE, "clm", 1)[0]
     assert torch.equal(tokens[:, 1:], targets[:, :-1])
-    tokens, targets = bench_peers.peer_batches(SHAPE, "mlm", 1)[0]
+    tokens, targets = peers.peer_batches(SHAPE, "mlm", 1)[0]
     assert ((targets != -100).sum(dim=1) == SHAPE.n_masked).all()
     assert SHAPE.n_masked == 2 and Shape().n_masked == 38
 
@@ -226,7 +228,7 @@ def test_contestants_in_processes_of_their_own_and_one_that_fails(tmp_path):
         "nanolm": [common | {"settings": settings}],
         "matmul": [common | {"settings": bench_train.MATMUL}],
     }
-    contest = play(jobs, 2, "nanolm.bench_step", speed)
+    contest = play(jobs, 2, "nanolm.tools.bench.step", speed)
     played = contest["players"]
     assert len(contest["stolen"]) == 2 and all(0 <= share <= 1 for share in contest["stolen"])
     assert played["nanolm"]["facts"]["parameters"] > 0
@@ -236,7 +238,7 @@ def test_contestants_in_processes_of_their_own_and_one_that_fails(tmp_path):
     assert all(turn["matmul_flops"] > 0 for turn in played["matmul"]["turns"])
     nobody = common | {"settings": {"model": "nobody", "objective": "clm"}}
     with pytest.raises(UserError, match="KeyError"):
-        play({"nobody": [nobody]}, 1, "nanolm.bench_step", speed)
+        play({"nobody": [nobody]}, 1, "nanolm.tools.bench.step", speed)
 
 
 def test_rounds_that_the_host_disturbed_are_taken_again(monkeypatch):
@@ -270,7 +272,7 @@ def test_a_variant_that_fails_ends_those_that_started(monkeypatch):
     monkeypatch.setattr(bench_contest, "Player", Failing)
     jobs = [{"settings": {"model": "a", "compile": compiled}} for compiled in (False, True)]
     with pytest.raises(UserError, match="does not compile"):
-        play({"a": jobs}, 1, "nanolm.bench_step", speed)
+        play({"a": jobs}, 1, "nanolm.tools.bench.step", speed)
     assert left == [True, False]
 
 

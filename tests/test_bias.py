@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from nanolm.bias import AlibiBias, BucketBias, DenseBias, distances
-from nanolm.positions import alibi_slopes
+from nanolm.model.positions import alibi_slopes
+from nanolm.ops.bias import AlibiBias, BucketBias, DenseBias, distances
 
 
 def test_distances_count_back_from_the_query_also_behind_a_cache():

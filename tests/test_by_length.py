@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanolm.bias import AlibiBias, BucketBias
-from nanolm.data.task_packing import rectangle
+from nanolm.data.tables.packing import rectangle
 from nanolm.errors import UserError
-from nanolm.masks import Mask
-from nanolm.ops import AttentionSpec, choose
+from nanolm.ops.bias import AlibiBias, BucketBias
+from nanolm.ops.contract import AttentionSpec, choose
+from nanolm.ops.masks import Mask
 from nanolm.peft.base import attach
 from nanolm.registry import PEFT
 from tests.test_objectives_tasks import CASES, build, tensors

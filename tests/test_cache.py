@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from nanolm.cache import KeyValueCache
-from nanolm.model import Inputs
+from nanolm.model.cache import KeyValueCache
+from nanolm.model.trunk import Inputs
 
 B, T, V = 2, 14, 512
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from nanolm import container
-from nanolm.checkpoint import Checkpoints, load_trunk, load_weights, locate
-from nanolm.distributed import World
+from nanolm.checkpoint import container
+from nanolm.checkpoint.checkpoints import Checkpoints, load_trunk, load_weights, locate
+from nanolm.checkpoint.named_tensors import learner_tensors
+from nanolm.distributed.world import World
 from nanolm.errors import UserError
-from nanolm.state import learner_tensors
 from tests.tiny_run import build_learner, build_trainer, tiny_config
 
 
@@ -132,8 +132,8 @@ def test_a_file_that_the_system_cuts_short_is_told(tmp_path):
     """A real limit of the operating system, in a process of its own."""
     code = """
 import pathlib, sys, torch
-from nanolm.checkpoint import Checkpoints
-from nanolm.distributed import World
+from nanolm.checkpoint.checkpoints import Checkpoints
+from nanolm.distributed.world import World
 from nanolm.errors import UserError
 try:
     Checkpoints(pathlib.Path(sys.argv[1]), World()).save(

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanolm.data.clean import CleaningOptions, clean
-from nanolm.data.pii import mask_pii
+from nanolm.data.prepare.clean import CleaningOptions, clean
+from nanolm.data.prepare.pii import mask_pii
 from nanolm.errors import UserError
 
 

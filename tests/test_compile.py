@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from nanolm.arguments import load_config
 from nanolm.build import build_learner, build_objective, resolve
-from nanolm.distributed import World
-from nanolm.engine import Engine
+from nanolm.config.load import load_config
+from nanolm.distributed.world import World
 from nanolm.peft.base import attach
+from nanolm.training.engine import Engine
 from tests.conftest import TINY, tiny_tokenizer
 from tests.tiny_run import Batch
 

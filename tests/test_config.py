@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 
-from nanolm.arguments import load_config
 from nanolm.build import resolve
-from nanolm.config import Config, DataConfig
+from nanolm.config.load import load_config
+from nanolm.config.model import ModelConfig
+from nanolm.config.schema import Config, DataConfig
 from nanolm.errors import UserError
-from nanolm.model_config import ModelConfig
 from nanolm.objectives.mlm import MlmOptions
 
 

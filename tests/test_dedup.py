@@ -4,9 +4,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanolm.data.dedup import find_duplicates, kept, partition_count
-from nanolm.data.split import TEST, TRAIN, VAL, choose_split, hash_range
-from nanolm.data.spool import KEY, Unit
+from nanolm.data.prepare.dedup import find_duplicates, kept, partition_count
+from nanolm.data.prepare.split import TEST, TRAIN, VAL, choose_split, hash_range
+from nanolm.data.prepare.spool import KEY, Unit
 
 
 def write_units(folder, digests: list[list[int]]) -> list[Unit]:

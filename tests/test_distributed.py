@@ -11,10 +11,17 @@ import torch.distributed as dist
 from torch.distributed.run import get_args_parser
 from torch.nn.parallel import DistributedDataParallel
 
-from nanolm.config import DistributedConfig
-from nanolm.distributed import SYNC_BUFFERS, World, launch, peer_lost, require_gpus_apart, undivided
+from nanolm.config.schema import DistributedConfig
+from nanolm.distributed.launch_store import connect_store, exchange
+from nanolm.distributed.world import (
+    SYNC_BUFFERS,
+    World,
+    launch,
+    peer_lost,
+    require_gpus_apart,
+    undivided,
+)
 from nanolm.errors import UserError
-from nanolm.launch_store import connect_store, exchange
 from tests.tiny_run import in_ranks
 
 

@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 
-from nanolm.data.task_files import Table
-from nanolm.data.task_splits import fold_out
-from nanolm.ensemble import of_logits, open_together
+from nanolm.data.tables.files import Table
+from nanolm.data.tables.splits import fold_out
 from nanolm.errors import UserError
-from nanolm.finetune import main
+from nanolm.finetune.ensemble import of_logits, open_together
+from nanolm.finetune.run import main
+from nanolm.finetune.splits import make_split
 from nanolm.saved import open_saved
-from nanolm.task_data import make_split
 from tests.finetuned import QUIET, checkpoint, command, finetune, questions, table
 from tests.test_objectives_tasks import RECORDS
 

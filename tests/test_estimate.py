@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from nanolm import cli
-from nanolm.arguments import load_config
 from nanolm.build import build_learner, build_objective, resolve
+from nanolm.config.load import load_config
 from nanolm.errors import UserError
-from nanolm.estimate import Sizes, activation_bytes, estimate, find_device
-from nanolm.largest import largest, lean, scaled
+from nanolm.tools.estimate import Sizes, activation_bytes, estimate, find_device
+from nanolm.tools.largest import largest, lean, scaled
 from tests.conftest import tiny_tokenizer
 
 BASE = {"d_model": 96, "n_layers": 4, "n_heads": 4, "max_length": 128, "vocab_size": 512}
@@ -115,12 +115,12 @@ def test_the_largest_model_fits_and_the_next_does_not():
 FAKE = """
 import torch, torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from nanolm.arguments import load_config
-from nanolm.bench_step import StandInTokenizer
+from nanolm.config.load import load_config
+from nanolm.tools.bench.step import StandInTokenizer
 from nanolm.build import build_learner, build_objective, resolve
-from nanolm.distributed import World
-from nanolm.engine import Engine
-from nanolm.sharding import local
+from nanolm.distributed.world import World
+from nanolm.training.engine import Engine
+from nanolm.distributed.sharding import local
 dist.init_process_group("fake", store=FakeStore(), rank=517, world_size=1024)
 for strategy, share in (("fsdp", 1024), ("hsdp", 8)):
     tokenizer = StandInTokenizer(8192)

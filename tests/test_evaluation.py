@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from nanolm.distributed import World
-from nanolm.engine import Engine
-from nanolm.evaluation import Evaluator, Yardstick
+from nanolm.distributed.world import World
+from nanolm.training.engine import Engine
+from nanolm.training.evaluation import Evaluator, Yardstick
 from tests.tiny_run import V, batch_of, bounds, build_learner, in_ranks, tiny_config
 
 ROWS = list(range(50, 73))

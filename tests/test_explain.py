@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nanolm.errors import UserError
-from nanolm.explain import Explainer, best_window, observed_attention
+from nanolm.finetune.explain.explainer import Explainer, best_window, observed_attention
 from tests.finetuned import checkpoint, command, finetune, questions, table
 from tests.test_objectives_tasks import build
 

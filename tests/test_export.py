@@ -8,11 +8,11 @@ import torch
 import transformers
 
 from nanolm import cli
-from nanolm.checkpoint import locate
-from nanolm.container import INDEX, read_tensors, write_folder
+from nanolm.checkpoint.checkpoints import locate
+from nanolm.checkpoint.container import INDEX, read_tensors, write_folder
+from nanolm.checkpoint.lazy_tensors import part_name
 from nanolm.errors import UserError
-from nanolm.lazy_tensors import part_name
-from nanolm.model import Inputs
+from nanolm.model.trunk import Inputs
 from nanolm.saved import open_saved
 from tests.prepared import train, trained_run
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nanolm import container, watchdog
-from nanolm.distributed import World
+from nanolm.checkpoint import container
+from nanolm.distributed.world import World
 from nanolm.errors import UserError
-from nanolm.progress import Progress, straggler
-from nanolm.watchdog import hanging, verdict
+from nanolm.training.guards import watchdog
+from nanolm.training.guards.watchdog import hanging, verdict
+from nanolm.training.phases import Progress, straggler
 from tests.elastic import elastic, output
 from tests.test_resume import assert_same_bits, fit
 from tests.tiny_run import build_trainer, in_ranks, tiny_config

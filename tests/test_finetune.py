@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nanolm.checkpoint import Checkpoints
-from nanolm.distributed import World
+from nanolm.checkpoint.checkpoints import Checkpoints
+from nanolm.distributed.world import World
 from nanolm.errors import UserError
-from nanolm.metrics import TIMING
+from nanolm.training.throughput import TIMING
 from tests.finetuned import QUIET, checkpoint, command, config, finetune, questions, table
 from tests.test_train_command import ROOT
 
@@ -117,7 +117,7 @@ def test_a_killed_run_resumes_bit_for_bit(data, tmp_path):
     finetune(base, data, tmp_path / "whole", *words)
     broken = tmp_path / "broken"
     cut = [
-        "import os, signal; from nanolm import trainer; from nanolm.finetune import *",
+        "import os, signal; from nanolm import trainer; from nanolm.finetune.run import *",
         "old = trainer.Trainer.step",
         "def step(self, batches):",
         f"    self.done == 9 and os.kill(os.getpid(), {int(signal.SIGKILL)})",
@@ -143,7 +143,7 @@ def test_a_killed_run_resumes_bit_for_bit(data, tmp_path):
 
 
 def test_it_says_which_heads_are_fresh_and_which_unused(data, tmp_path, capsys):
-    from nanolm.finetune import run_finetune
+    from nanolm.finetune.run import run_finetune
 
     base = checkpoint("mlm")
     run_finetune(config(base, data, tmp_path / "a", *SHORT, "--train.steps=1"))
@@ -160,7 +160,7 @@ def test_it_says_which_heads_are_fresh_and_which_unused(data, tmp_path, capsys):
 
 
 def test_truncation_and_skipped_rows_are_counted(tmp_path, capsys):
-    from nanolm.finetune import run_finetune
+    from nanolm.finetune.run import run_finetune
 
     records = questions(30)
     records[4]["text"], records[7]["text"] = "  ", "word " * 100
@@ -222,8 +222,8 @@ def test_an_unknown_test_label_and_other_data_are_refused(tuned, data, tmp_path)
 
 
 def test_pretraining_refuses_a_task():
-    from nanolm.arguments import load_config
     from nanolm.commands.train import run_train
+    from nanolm.config.load import load_config
     from tests.prepared import prepared_corpus
 
     argv = ["--objective.name=classify", f"--data.path={prepared_corpus()}", "--model.d_model=32"]

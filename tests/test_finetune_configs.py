@@ -5,11 +5,11 @@ import pathlib
 
 import pytest
 
-from nanolm.data import task_stdlib
-from nanolm.data.task_labels import tag_labels
-from nanolm.data.task_stdlib import SPLITS, TASKS, stdlib_table
+from nanolm.data.tables import stdlib
+from nanolm.data.tables.labels import tag_labels
+from nanolm.data.tables.stdlib import SPLITS, TASKS, stdlib_table
 from nanolm.errors import UserError
-from nanolm.finetune import load_task_config
+from nanolm.finetune.run import load_task_config
 from tests.finetuned import checkpoint, finetune, table
 from tests.test_objectives_tasks import RECORDS
 
@@ -20,19 +20,19 @@ CONFIGS = sorted((ROOT / "configs" / "finetune").glob("*.yaml"))
 @pytest.fixture(scope="module", autouse=True)
 def a_small_library():
     """Five packages instead of the whole library, so that nothing takes long."""
-    task_stdlib.functions.cache_clear()
-    task_stdlib._neighbours.cache_clear()
-    everything = task_stdlib.LEFT_OUT
-    root = pathlib.Path(task_stdlib.sysconfig.get_paths()["stdlib"])
+    stdlib.functions.cache_clear()
+    stdlib._neighbours.cache_clear()
+    everything = stdlib.LEFT_OUT
+    root = pathlib.Path(stdlib.sysconfig.get_paths()["stdlib"])
     names = {path.stem for path in root.iterdir()}
     kept = {"email", "json", "logging", "asyncio", "urllib", "argparse"}
-    task_stdlib.LEFT_OUT = everything | (names - kept)
-    task_stdlib.largest_packages.cache_clear()
+    stdlib.LEFT_OUT = everything | (names - kept)
+    stdlib.largest_packages.cache_clear()
     yield
-    task_stdlib.LEFT_OUT = everything
-    task_stdlib._neighbours.cache_clear()
-    task_stdlib.functions.cache_clear()
-    task_stdlib.largest_packages.cache_clear()
+    stdlib.LEFT_OUT = everything
+    stdlib._neighbours.cache_clear()
+    stdlib.functions.cache_clear()
+    stdlib.largest_packages.cache_clear()
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -76,7 +76,7 @@ def test_records_from_the_standard_library(task):
     if task == "alike":
         assert {record["score"] for record in records} == {0, 1, 2}
         for name, here in tables.items():  # both texts are of the split's own functions
-            own = {f.source for f in task_stdlib.functions() if task_stdlib.in_split(f.name, name)}
+            own = {f.source for f in stdlib.functions() if stdlib.in_split(f.name, name)}
             assert all({r["text"], r["text_pair"]} <= own for r in here.records)
     if task == "parameter":
         for record in records:

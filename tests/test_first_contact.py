@@ -15,11 +15,14 @@ import numpy as np
 import pytest
 import torch
 
-from nanolm.arguments import parse
 from nanolm.cli import COMMANDS
+from nanolm.config.load import parse
 from nanolm.errors import UserError
-from nanolm.first_contact import __main__ as command
-from nanolm.first_contact import (
+from nanolm.ops.contract import OPS, candidates
+from nanolm.ops.masks import KINDS, Mask
+from nanolm.ops.reference import ReferenceAttention
+from nanolm.tools.first_contact import __main__ as command
+from nanolm.tools.first_contact import (
     attention_speed,
     device_time,
     numerics,
@@ -29,16 +32,13 @@ from nanolm.first_contact import (
     runner,
     training,
 )
-from nanolm.first_contact.measurement import LEFT_OUT, Figures, read_figures
-from nanolm.first_contact.real_sizes import attention_cases, checks
-from nanolm.first_contact.report import Entry, Report, entry_of
-from nanolm.first_contact.runner import marked_processes, run_together
-from nanolm.first_contact.stages import PARTS, Stage, Table
-from nanolm.kernel_check.attention_trials import SINGLE, make_mask
-from nanolm.kernel_check.conformance import check_case
-from nanolm.masks import KINDS, Mask
-from nanolm.ops import OPS, candidates
-from nanolm.ops_reference import ReferenceAttention
+from nanolm.tools.first_contact.measurement import LEFT_OUT, Figures, read_figures
+from nanolm.tools.first_contact.real_sizes import attention_cases, checks
+from nanolm.tools.first_contact.report import Entry, Report, entry_of
+from nanolm.tools.first_contact.runner import marked_processes, run_together
+from nanolm.tools.first_contact.stages import PARTS, Stage, Table
+from nanolm.tools.kernel_check.attention_trials import SINGLE, make_mask
+from nanolm.tools.kernel_check.conformance import check_case
 from tests.tiny_run import in_ranks
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -378,7 +378,7 @@ def test_without_a_checkout_it_is_one_sentence(tmp_path, monkeypatch):
 
 
 def call(*words, cwd=ROOT, **more):
-    command = [PYTHON, "-m", "nanolm.first_contact", *map(str, words)]
+    command = [PYTHON, "-m", "nanolm.tools.first_contact", *map(str, words)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, **more)
 
 
@@ -386,7 +386,7 @@ def call(*words, cwd=ROOT, **more):
 def test_without_a_gpu_it_is_one_sentence_and_status_2(tmp_path):
     done = call("--out", tmp_path, "--only", "clm")
     assert done.returncode == 2
-    assert done.stderr.startswith("nanolm.first_contact: the stage machine failed: machine: ")
+    assert done.stderr.startswith("nanolm.tools.first_contact: the stage machine failed: machine: ")
     assert "torch sees no CUDA device" in done.stderr and "Traceback" not in done.stderr
     entries = json.loads((tmp_path / "report.json").read_text())["stages"]
     assert [(entry["name"], entry["verdict"]) for entry in entries] == [("machine", "FAIL")]
@@ -511,7 +511,7 @@ def test_keyed_dropout_is_checked_against_the_documented_function(monkeypatch, t
     assert numerics.run(numerics.Arguments(only="dropout in fp32", **options)) == 0
     (row,) = read_figures(path)
     assert row["kernel"] == "triton" and row["same_bits"]
-    monkeypatch.setattr("nanolm.first_contact.real_sizes.keep_mask", keep_all)
+    monkeypatch.setattr("nanolm.tools.first_contact.real_sizes.keep_mask", keep_all)
     assert numerics.run(numerics.Arguments(only="dropout in fp32", **options)) == 1
 
 
@@ -655,8 +655,8 @@ def test_a_stage_is_not_ok_because_its_processes_said_so(tmp_path):
 
 
 def alone_in_a_group(_):
-    from nanolm.distributed import World
-    from nanolm.first_contact.groups import group_of_one, trained
+    from nanolm.distributed.world import World
+    from nanolm.tools.first_contact.groups import group_of_one, trained
 
     _, plain = trained(World(), "ddp", "fp32", 2)
     world = group_of_one(torch.device("cpu"))

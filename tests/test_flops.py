@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanolm.flops import forward_flops_per_token, keys_seen, train_flops_per_token
-from nanolm.masks import Mask
-from nanolm.model import Inputs
-from nanolm.model_config import ModelConfig
+from nanolm.config.model import ModelConfig
+from nanolm.model.trunk import Inputs
+from nanolm.ops.masks import Mask
+from nanolm.training.flops import forward_flops_per_token, keys_seen, train_flops_per_token
 
 T = 24
 

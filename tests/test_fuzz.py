@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-from nanolm.checkpoint import read_trainer
-from nanolm.container import read_tensors
+from nanolm.checkpoint.checkpoints import read_trainer
+from nanolm.checkpoint.container import read_tensors
 from nanolm.errors import UserError
 from tests.fuzzing import KINDS, checkpoint
 

@@ -8,11 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanolm import sampling
 from nanolm.cli import main
 from nanolm.errors import UserError
-from nanolm.generate import Generator, cut_at, write
-from nanolm.sampling import Sampling
+from nanolm.inference import sampling
+from nanolm.inference.generate import Generator, cut_at, write
+from nanolm.inference.sampling import Sampling
 from nanolm.saved import open_saved
 from tests.prepared import trained_run
 

@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
-from nanolm import cli, gpu_check
+from nanolm import cli
 from nanolm.commands import doctor
 from nanolm.errors import UserError
+from nanolm.tools import gpu_check
 
 
 @pytest.fixture(scope="module")

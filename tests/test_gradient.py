@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nanolm.distributed import World
+from nanolm.distributed.world import World
 from tests.tiny_run import batch_of, bounds, build_learner, build_trainer, in_ranks, tiny_config
 
 ROWS = 7

@@ -19,21 +19,21 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nanolm.arguments import load_config
 from nanolm.build import build_learner, build_objective, resolve
+from nanolm.config.load import load_config
 from nanolm.data.rows import Row
-from nanolm.data.task_files import Table
-from nanolm.distributed import World
-from nanolm.engine import Engine
-from nanolm.gradient import Backward, build_rule
-from nanolm.loader import MicroBatch
+from nanolm.data.tables.files import Table
+from nanolm.distributed.world import World
+from nanolm.finetune.config import TaskConfig
+from nanolm.finetune.splits import make_split
+from nanolm.finetune.tasks.multi import PartItem
 from nanolm.objectives.base import Term
-from nanolm.objectives.multi import PartItem
 from nanolm.peft.base import attach
 from nanolm.registry import OBJECTIVES, PEFT, RULES
 from nanolm.rules import distill
-from nanolm.task_config import TaskConfig
-from nanolm.task_data import make_split
+from nanolm.training.engine import Engine
+from nanolm.training.gradient import Backward, build_rule
+from nanolm.training.loader import MicroBatch
 from tests.conftest import TINY, tiny_tokenizer
 from tests.test_objectives_tasks import CASES, EXTRA, RECORDS
 

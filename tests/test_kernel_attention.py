@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanolm.bias import AlibiBias, DenseBias
 from nanolm.errors import UserError
-from nanolm.kernel_check.attention_trials import (
+from nanolm.ops.bias import AlibiBias, DenseBias
+from nanolm.ops.contract import KERNELS, AttentionSpec, candidates, choose
+from nanolm.ops.masks import Mask
+from nanolm.tools.kernel_check.attention_trials import (
     AXES,
     HARD,
     Case,
@@ -22,12 +24,10 @@ from nanolm.kernel_check.attention_trials import (
     pairwise,
     trial_of,
 )
-from nanolm.kernel_check.leaks import KINDS, leak
-from nanolm.kernel_check.philox import keep_mask
-from nanolm.kernel_check.sanitizer import sanitized, shuffled
-from nanolm.kernel_check.trial import TOLERANCE, distance, errors, execute, like, reference
-from nanolm.masks import Mask
-from nanolm.ops import KERNELS, AttentionSpec, candidates, choose
+from nanolm.tools.kernel_check.leaks import KINDS, leak
+from nanolm.tools.kernel_check.sanitizer import sanitized, shuffled
+from nanolm.tools.kernel_check.trial import TOLERANCE, distance, errors, execute, like, reference
+from tests.kernel_tools.philox import keep_mask
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COVERING = covering_cases()
@@ -183,8 +183,8 @@ def test_gradcheck(bias):
 
 
 def test_operator_is_registered_as_pytorch_wants_it():
-    from nanolm.kernels.attention_call import flatten
-    from nanolm.kernels.attention_op import attention_op
+    from nanolm.kernels.attention.call import flatten
+    from nanolm.kernels.attention.operator import attention_op
 
     q, k, v = problem(1, 9, 9, 2, 16)
     bias = DenseBias(torch.randn(1, 2, 9, 9, device=DEVICE, requires_grad=True))

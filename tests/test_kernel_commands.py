@@ -12,9 +12,9 @@ import torch
 from nanolm import cli
 from nanolm.commands import masks_draw
 from nanolm.errors import UserError
-from nanolm.kernel_check.builds import BUILDS
-from nanolm.kernel_check.matrix import ARCHITECTURES, compile_elsewhere, faults, key
-from nanolm.ops import KERNELS, OPS
+from nanolm.ops.contract import KERNELS, OPS
+from nanolm.tools.kernel_check.builds import BUILDS
+from nanolm.tools.kernel_check.matrix import ARCHITECTURES, compile_elsewhere, faults, key
 
 ROOT = pathlib.Path(__file__).parents[1]
 PLUGINS = ROOT / "docs" / "plugins"
@@ -58,7 +58,7 @@ def test_check_names_the_mask_that_a_careless_kernel_ignores():
 
 def test_check_refuses_what_it_cannot_find():
     for arguments, words in (
-        (["--module", "nanolm.masks"], "registers no kernel"),
+        (["--module", "nanolm.ops.masks"], "registers no kernel"),
         (["--module", "no.such"], "no.such"),
         ([], "name a kernel"),
     ):
@@ -68,7 +68,7 @@ def test_check_refuses_what_it_cannot_find():
 
 def test_outsider_trains_by_config(monkeypatch, make_learner):
     monkeypatch.syspath_prepend(str(PLUGINS))
-    from nanolm.arguments import import_plugins
+    from nanolm.config.load import import_plugins
 
     if "outsider" not in KERNELS["attention"].names():
         import_plugins(["outsider.attention"])

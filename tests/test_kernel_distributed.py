@@ -13,7 +13,7 @@ class Model(nn.Module):
 
     def __init__(self):
         super().__init__()
-        from nanolm.ops import KERNELS, candidates
+        from nanolm.ops.contract import KERNELS, candidates
 
         self.kernels = {}
         for op in ("attention", "norm", "linear_cross_entropy"):
@@ -24,7 +24,7 @@ class Model(nn.Module):
         self.vocabulary = nn.Parameter(torch.randn(32, 16) * 0.1)
 
     def forward(self, x, targets):
-        from nanolm.masks import Mask
+        from nanolm.ops.masks import Mask
 
         y, _ = self.kernels["norm"].run(x, self.norm, None, kind="rmsnorm", eps=1e-5)
         q, k, v = (z.unflatten(-1, (1, 16)) for z in self.qkv(y).chunk(3, dim=-1))

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from nanolm.errors import UserError
-from nanolm.kernel_check.attention_trials import HARD, SINGLE
-from nanolm.kernel_check.conformance import check_case, check_kernel
-from nanolm.kernel_check.trial import distance, reference
-from nanolm.masks import Mask
-from nanolm.ops import AUTO, KERNELS, AttentionSpec, candidates, choose
+from nanolm.ops.contract import AUTO, KERNELS, AttentionSpec, candidates, choose
+from nanolm.ops.masks import Mask
+from nanolm.tools.kernel_check.attention_trials import HARD, SINGLE
+from nanolm.tools.kernel_check.conformance import check_case, check_kernel
+from nanolm.tools.kernel_check.trial import distance, reference
 
 CASES = {
     name: (SINGLE | HARD)[name]

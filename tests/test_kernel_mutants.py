@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nanolm.kernel_check.mutants import MUTANTS, Mutant, build, table, verdict
+from tests.kernel_tools.mutants import MUTANTS, Mutant, build, table, verdict
 
 if torch.cuda.is_available():
     pytest.skip("mutants run in the interpreter", allow_module_level=True)

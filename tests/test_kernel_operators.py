@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanolm.bias import BucketBias, DenseBias
-from nanolm.kernel_check.op_trials import normal
-from nanolm.masks import Mask
-from nanolm.ops import KERNELS, candidates
+from nanolm.ops.bias import BucketBias, DenseBias
+from nanolm.ops.contract import KERNELS, candidates
+from nanolm.ops.masks import Mask
+from nanolm.tools.kernel_check.op_trials import normal
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPERATORS = (
@@ -30,7 +30,7 @@ def draw(*shape, seed=0, grad=True):
 
 
 def attention_arguments(bias, *, grad=True):
-    from nanolm.kernels.attention_call import flatten
+    from nanolm.kernels.attention.call import flatten
 
     q, k, v = (draw(1, n, h, 16, seed=n, grad=grad) for n, h in ((9, 2), (11, 1), (11, 1)))
     mask = Mask(causal=True, key_lengths=torch.tensor([10], device=DEVICE))
@@ -39,8 +39,8 @@ def attention_arguments(bias, *, grad=True):
 
 def arguments_of(name):
     """The operator's arguments, a few per operator where it has branches."""
-    import nanolm.kernels.attention_decode
-    import nanolm.kernels.attention_op
+    import nanolm.kernels.attention.decode
+    import nanolm.kernels.attention.operator
     import nanolm.kernels.cross_entropy
     import nanolm.kernels.glu
     import nanolm.kernels.norm

@@ -5,10 +5,10 @@ import functools
 import pytest
 import torch
 
-from nanolm.kernel_check.op_trials import op_trials
-from nanolm.kernel_check.sanitizer import sanitized
-from nanolm.kernel_check.trial import TOLERANCE, errors
-from nanolm.ops import KERNELS, candidates
+from nanolm.ops.contract import KERNELS, candidates
+from nanolm.tools.kernel_check.op_trials import op_trials
+from nanolm.tools.kernel_check.sanitizer import sanitized
+from nanolm.tools.kernel_check.trial import TOLERANCE, errors
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPS = ("norm", "rotary", "glu", "linear_cross_entropy", "symmetric_product")

@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from nanolm.kernel_check import roofline
-from nanolm.kernel_check.sanitizer import sanitized
-from nanolm.masks import Mask
+from nanolm.ops.masks import Mask
+from nanolm.tools.kernel_check import roofline
+from nanolm.tools.kernel_check.sanitizer import sanitized
 
 if torch.cuda.is_available():
     pytest.skip("counts in the interpreter", allow_module_level=True)
 
 from nanolm.kernels import launch
-from nanolm.kernels.attention_op import attention
+from nanolm.kernels.attention.operator import attention
 from nanolm.kernels.cross_entropy import linear_cross_entropy
 from nanolm.kernels.glu import glu
 from nanolm.kernels.norm import norm

@@ -9,9 +9,9 @@ if torch.cuda.is_available():
 import triton
 import triton.language as tl
 
-from nanolm.kernel_check.sanitizer import sanitized, shuffled
-from nanolm.kernel_check.watch import KernelFaultError
 from nanolm.kernels import launch  # noqa: F401  (prepares the interpreter)
+from nanolm.tools.kernel_check.sanitizer import sanitized, shuffled
+from nanolm.tools.kernel_check.watch import KernelFaultError
 
 
 @triton.jit

@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanolm.blocks import Block, Context, Stack, StackSpec
-from nanolm.layers import FeedForward, GatedFeedForward, MultiHeadAttention, Norm
-from nanolm.masks import Mask
-from nanolm.model_config import ModelConfig
-from nanolm.ops import Kernels
-from nanolm.positions import Positions
+from nanolm.config.model import ModelConfig
+from nanolm.model.blocks import Block, Context, Stack, StackSpec
+from nanolm.model.layers import FeedForward, GatedFeedForward, MultiHeadAttention, Norm
+from nanolm.model.positions import Positions
+from nanolm.ops.contract import Kernels
+from nanolm.ops.masks import Mask
 
 B, T, D = 2, 6, 16
 

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from nanolm.model import Inputs
+from nanolm.model.trunk import Inputs
 
 
 def batch(length=16):

@@ -21,13 +21,13 @@ import torch.nn.functional as F
 import transformers_weights
 from transformers import BertConfig, BertForPreTraining, GPT2Config, GPT2LMHeadModel
 
-from nanolm.arguments import load_config
 from nanolm.build import build_learner, build_objective, resolve
+from nanolm.config.load import load_config
 from nanolm.data.stream import RowStream
-from nanolm.gradient import Backward
-from nanolm.loader import Loader
-from nanolm.optim import build_optimizers
-from nanolm.schedules import build_schedule
+from nanolm.training.gradient import Backward
+from nanolm.training.loader import Loader
+from nanolm.training.optim import build_optimizers
+from nanolm.training.schedules import build_schedule
 
 FLOOR, CLIP, DECAY, BETAS = 0.1, 1.0, 0.1, (0.9, 0.95)
 GPT2 = {"feed_forward": "gelu_tanh"}

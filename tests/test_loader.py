@@ -17,7 +17,7 @@ from token_shards import random_documents, write_prepared
 from nanolm.data.rows import IGNORED, fill_blocks
 from nanolm.data.stream import RowStream
 from nanolm.errors import UserError
-from nanolm.loader import Loader, eval_batches
+from nanolm.training.loader import Loader, eval_batches
 
 LENGTH = 12
 
@@ -236,7 +236,7 @@ READS_ON = """
     import sys, time
     sys.path[:0] = {path!r}
     from test_loader import Causal, open_stream
-    from nanolm.loader import Loader
+    from nanolm.training.loader import Loader
     import multiprocessing
     loader = Loader(open_stream({corpora!r}), Causal(), global_batch=4, micro_batch=2, workers=2)
     for step, batches in enumerate(loader):

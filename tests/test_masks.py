@@ -5,11 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanolm.masks import KINDS, Mask
+from nanolm.ops.masks import KINDS, Mask
 
 
 def may_see(mask, b, t, s, n_queries, n_keys):
-    """The docstring of `nanolm.masks`, condition by condition."""
+    """The docstring of `nanolm.ops.masks`, condition by condition."""
     t_among_keys = t + n_keys - n_queries
     if mask.causal:
         in_prefix = mask.prefix_lengths is not None and s < int(mask.prefix_lengths[b])

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from nanolm.checkpoint.named_tensors import learner_tensors
 from nanolm.errors import UserError
 from nanolm.saved import open_saved
-from nanolm.state import learner_tensors
 from tests.finetuned import checkpoint, command, finetune, questions, table
 
 SHORT = ("--optim.lr=1e-2", "--train.global_batch=12", "--objective.head_dropout=0")

@@ -4,14 +4,14 @@ import time
 
 import torch
 
-from nanolm import metrics
-from nanolm.sinks import line_of
+from nanolm.training import throughput
+from nanolm.training.sinks import line_of
 
 
 def test_rates_leave_out_what_is_excluded(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    clock = metrics.Throughput(tokens_per_step=100, flops_per_step=1e6, peak=4e6)
+    clock = throughput.Throughput(tokens_per_step=100, flops_per_step=1e6, peak=4e6)
     for _ in range(3):
         now[0] += 2
         clock.step(waited=0.5)
@@ -58,9 +58,9 @@ def test_peaks_by_device_name(monkeypatch):
         (["NVIDIA GeForce RTX 4090 Laptop GPU"], "bf16", None),
         (["Nobody's GPU"], "bf16", None),
     ):
-        found, origin = metrics.peak_flops(device, precision)
+        found, origin = throughput.peak_flops(device, precision)
         assert found == peak and name[0] in origin
-    found, origin = metrics.peak_flops(torch.device("cpu"), "fp32")
+    found, origin = throughput.peak_flops(torch.device("cpu"), "fp32")
     assert found > 1e8 and "measured" in origin
 
 
@@ -73,14 +73,14 @@ def test_the_peak_of_a_cpu_leaves_out_a_slow_first_product(monkeypatch):
 
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(torch, "ones", lambda *size, dtype: Matrix())
-    found = metrics.matmul_flops(torch.float32, size=100, seconds=1.0)
+    found = throughput.matmul_flops(torch.float32, size=100, seconds=1.0)
     assert abs(found / (2 * 100**3 / 0.1) - 1) < 1e-9
 
 
 def test_without_a_peak_the_rate_is_still_told(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    clock = metrics.Throughput(tokens_per_step=100, flops_per_step=3e12, peak=None)
+    clock = throughput.Throughput(tokens_per_step=100, flops_per_step=3e12, peak=None)
     now[0] += 2
     clock.step(waited=0)
     figures = clock.read(torch.device("cpu"))

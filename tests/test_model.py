@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
-from nanolm.masks import Mask
-from nanolm.model import Inputs
-from nanolm.model_config import ModelConfig
-from nanolm.ops import Kernels
+from nanolm.config.model import ModelConfig
+from nanolm.model.trunk import Inputs
+from nanolm.ops.contract import Kernels
+from nanolm.ops.masks import Mask
 from nanolm.registry import POSITIONS, TRUNKS
 
 B, T, V = 2, 12, 512

@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 from nanolm.build import build_learner
-from nanolm.checkpoint import Checkpoints
-from nanolm.data.task_stream import MixedTaskStream
-from nanolm.distributed import World
+from nanolm.checkpoint.checkpoints import Checkpoints
+from nanolm.data.tables.stream import MixedTaskStream
+from nanolm.distributed.world import World
 from nanolm.errors import UserError
-from nanolm.finetune_build import open_stream, prepare
-from nanolm.metrics import TIMING
-from nanolm.multi_task import learner_of
+from nanolm.finetune.prepare import open_stream, prepare
+from nanolm.finetune.several import learner_of
+from nanolm.training.throughput import TIMING
 from tests.finetuned import (
     QUIET,
     assert_two_ranks_equal_one,
@@ -223,7 +223,7 @@ def test_a_killed_run_resumes_bit_for_bit(data, tmp_path):
     finetune(base, data, tmp_path / "whole", *words)
     broken = tmp_path / "broken"
     cut = [
-        "import os, signal; from nanolm import trainer; from nanolm.finetune import *",
+        "import os, signal; from nanolm import trainer; from nanolm.finetune.run import *",
         "old = trainer.Trainer.step",
         "def step(self, batches):",
         f"    self.done == 5 and os.kill(os.getpid(), {int(signal.SIGKILL)})",

@@ -28,8 +28,8 @@ WORKER = """
 import sys, time
 sys.path.insert(0, {root!r})
 from nanolm import cli
-from nanolm.config import DistributedConfig
-from nanolm.distributed import close, launch
+from nanolm.config.schema import DistributedConfig
+from nanolm.distributed.world import close, launch
 from tests.tiny_run import build_trainer, tiny_config
 
 def run(argv):

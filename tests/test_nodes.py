@@ -7,8 +7,8 @@ import socket
 
 import pytest
 
-from nanolm.lazy_tensors import missing_parts
-from nanolm.nodes import what_lacks
+from nanolm.checkpoint.lazy_tensors import missing_parts
+from nanolm.checkpoint.nodes import what_lacks
 from tests.test_resume import assert_same_bits, fit, metrics, resume_with_notes
 from tests.test_sharding import fit_until
 from tests.tiny_run import in_ranks, tiny_config

@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanolm.arguments import load_config
 from nanolm.build import build_objective, resolve
+from nanolm.config.load import load_config
 from nanolm.data.rows import Row
 from nanolm.data.stream import RowStream
 from nanolm.errors import UserError
-from nanolm.loader import Loader
 from nanolm.objectives.base import IGNORED
+from nanolm.training.loader import Loader
 
 ENCODER = {"trunk": "encoder", "n_segments": 2}
 T = 48

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from nanolm.augment import Augmented
 from nanolm.errors import UserError
-from nanolm.model import Inputs
-from nanolm.task_config import AugmentConfig
+from nanolm.finetune.augment import Augmented
+from nanolm.finetune.config import AugmentConfig
+from nanolm.model.trunk import Inputs
 from tests.test_objectives_tasks import RECORDS, build, tensors
 
 

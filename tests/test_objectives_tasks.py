@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from nanolm.arguments import load_config
 from nanolm.build import build_learner, build_objective, resolve
-from nanolm.data.task_files import Table
-from nanolm.data.task_packing import best_fit, rectangle
+from nanolm.config.load import load_config
+from nanolm.data.tables.files import Table
+from nanolm.data.tables.packing import best_fit, rectangle
 from nanolm.errors import UserError
-from nanolm.objectives.spans import answers_of
-from nanolm.objectives.tag import entities, spaced
+from nanolm.finetune.config import TaskConfig
+from nanolm.finetune.splits import make_split, training_split
+from nanolm.finetune.tasks.spans import answers_of
+from nanolm.finetune.tasks.tag import entities, spaced
 from nanolm.registry import OBJECTIVES
-from nanolm.task_config import TaskConfig
-from nanolm.task_data import make_split, training_split
 from tests.conftest import TINY, tiny_tokenizer
 
 WORDS = [

@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanolm import ops
-from nanolm.bias import AlibiBias, BucketBias, DenseBias
-from nanolm.commands.kernels_list import Arguments, typical
+from nanolm.commands.kernels.list import Arguments, typical
 from nanolm.errors import UserError
-from nanolm.masks import Mask
-from nanolm.ops import AUTO, AttentionSpec, CrossEntropySpec, Kernels, candidates, choose
+from nanolm.ops import contract as ops
+from nanolm.ops.bias import AlibiBias, BucketBias, DenseBias
+from nanolm.ops.contract import AUTO, AttentionSpec, CrossEntropySpec, Kernels, candidates, choose
+from nanolm.ops.masks import Mask
 
 B, T, H, K = 2, 7, 4, 8
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 2, 2], [0, 1, 1, 1, 1, -1, -1]])
@@ -43,7 +43,7 @@ def leaf(*shape, dtype=torch.float32, seed=0):
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
 
 
-TORCH_ONLY = ("nanolm.ops_reference", "nanolm.ops_torch", "nanolm.ops_cross_entropy")
+TORCH_ONLY = ("nanolm.ops.reference", "nanolm.ops.pytorch", "nanolm.ops.chunked_cross_entropy")
 
 
 def kernels_of(op):

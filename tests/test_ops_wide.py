@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from nanolm import ops_wide
-from nanolm.masks import Mask
-from nanolm.ops import AttentionSpec, CrossEntropySpec, LinearSpec, choose
-from nanolm.ops_cross_entropy import ChunkedCrossEntropy
-from nanolm.ops_reference import ReferenceLinear
-from nanolm.ops_torch import SdpaAttention
-from nanolm.ops_wide import WideAttention, WideCrossEntropy, WideLinearKernel
+from nanolm.ops import cpu_bf16
+from nanolm.ops.chunked_cross_entropy import ChunkedCrossEntropy
+from nanolm.ops.contract import AttentionSpec, CrossEntropySpec, LinearSpec, choose
+from nanolm.ops.cpu_bf16 import WideAttention, WideCrossEntropy, WideLinearKernel
+from nanolm.ops.masks import Mask
+from nanolm.ops.pytorch import SdpaAttention
+from nanolm.ops.reference import ReferenceLinear
 
 BF16 = torch.bfloat16
 ATTENTION = {"n_heads": 2, "n_kv_heads": 1, "head_dim": 8}
@@ -28,7 +28,7 @@ def test_chosen_only_for_bf16_on_a_cpu_that_lacks_it(op, monkeypatch):
         (True, BF16, usual),
         (False, torch.float32, usual),
     ):
-        monkeypatch.setattr(ops_wide, "multiplies_bf16", lambda native=native: native)
+        monkeypatch.setattr(cpu_bf16, "multiplies_bf16", lambda native=native: native)
         assert choose(op, spec(dtype=dtype, **options)).kernel.name == name
     assert WideLinearKernel().why_not(LinearSpec(dtype=BF16, device="cuda"))
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from nanolm import optim
+from nanolm.checkpoint.named_tensors import load_optimizers, optimizer_tensors
 from nanolm.registry import OPTIMIZERS
-from nanolm.state import load_optimizers, optimizer_tensors
+from nanolm.training import optim
 from tests.tiny_run import batch_of, build_learner
 
 BUILT_IN = ["adamw", "muon", "sgd", "rmsprop", "adafactor"]

@@ -18,8 +18,8 @@ from transformers import (
     ModernBertForMaskedLM,
 )
 
-from nanolm.masks import Mask
-from nanolm.model import Inputs
+from nanolm.model.trunk import Inputs
+from nanolm.ops.masks import Mask
 
 B, T, V = 3, 24, 512
 LENGTHS = torch.tensor([24, 17, 5])

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanolm.config import EvalConfig
+from nanolm.config.schema import EvalConfig
 from nanolm.errors import UserError
-from nanolm.patience import Patience
+from nanolm.training.guards.patience import Patience
 from tests.test_resume import assert_same_bits, metrics
 from tests.tiny_run import build_trainer, in_ranks, tiny_config
 

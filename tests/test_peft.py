@@ -7,17 +7,17 @@ import json
 import pytest
 import torch
 
-from nanolm.arguments import load_config
-from nanolm.cache import KeyValueCache
+from nanolm.checkpoint.named_tensors import learner_tensors
 from nanolm.cli import main
+from nanolm.config.load import load_config
 from nanolm.errors import UserError
 from nanolm.learner import Learner
-from nanolm.model import Inputs
+from nanolm.model.cache import KeyValueCache
+from nanolm.model.trunk import Inputs
 from nanolm.peft.base import attach, detach, merge, trainable_counts
 from nanolm.peft.files import load_adapter, save_adapter
 from nanolm.registry import PEFT
 from nanolm.saved import open_saved
-from nanolm.state import learner_tensors
 
 METHODS = [name for name in PEFT.names() if name != "none"]
 MERGEABLE = ("lora", "dora", "adalora", "ia3", "bitfit")

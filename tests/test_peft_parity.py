@@ -12,7 +12,7 @@ import torch
 import transformers_weights
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from nanolm.arguments import load_config
+from nanolm.config.load import load_config
 from nanolm.peft.base import attach
 
 B, T, V, D, STEPS = 4, 12, 512, 32, 20

@@ -9,8 +9,8 @@ import pytest
 import torch
 import yaml
 
-from nanolm.arguments import load_config
 from nanolm.build import build_learner, build_objective, resolve
+from nanolm.config.load import load_config
 from nanolm.errors import UserError
 
 PLUGIN = '''
@@ -21,14 +21,14 @@ import dataclasses
 import torch
 from torch import nn
 
-from nanolm.data.sources import SOURCES, SourceOptions
-from nanolm.heads import HeadRequest
+from nanolm.data.prepare.sources import SOURCES, SourceOptions
+from nanolm.model.heads import HeadRequest
 from nanolm.objectives.base import Term
 from nanolm.objectives.clm import Clm, ClmOptions
-from nanolm.ops import kernel
-from nanolm.ops_reference import ReferenceAttention
-from nanolm.optim import OptimOptions, decay_groups
-from nanolm.positions import Positions
+from nanolm.ops.contract import kernel
+from nanolm.ops.reference import ReferenceAttention
+from nanolm.training.optim import OptimOptions, decay_groups
+from nanolm.model.positions import Positions
 from nanolm.registry import HEADS, OBJECTIVES, OPTIMIZERS, POSITIONS, SCHEDULES, Options
 
 

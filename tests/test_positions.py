@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-from nanolm.bias import AlibiBias, BucketBias
-from nanolm.blocks import Context, Stack, StackSpec
+from nanolm.config.model import ModelConfig
 from nanolm.errors import UserError
-from nanolm.masks import Mask
-from nanolm.model_config import ModelConfig
-from nanolm.ops import Kernels
-from nanolm.positions import Positions
+from nanolm.model.blocks import Context, Stack, StackSpec
+from nanolm.model.positions import Positions
+from nanolm.ops.bias import AlibiBias, BucketBias
+from nanolm.ops.contract import Kernels
+from nanolm.ops.masks import Mask
 from nanolm.registry import POSITIONS
 
 POSITIONS_BT = torch.tensor([[0, 1, 2, 0, 1], [3, 4, 5, 6, 7]])

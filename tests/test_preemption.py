@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from nanolm.distributed import World
+from nanolm.distributed.world import World
 from tests.test_resume import assert_same_bits, fit
 from tests.tiny_run import build_trainer, in_ranks, tiny_config
 

@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from nanolm.data import files, report
-from nanolm.data.prepare import PrepareConfig, prepare
-from nanolm.data.progress import Lines, Silent
-from nanolm.data.shards import open_split, open_tokenizer, verify
-from nanolm.data.workspace import WORK, Workspace
+from nanolm import files
+from nanolm.data.prepare import report
+from nanolm.data.prepare.pipeline import PrepareConfig, prepare
+from nanolm.data.prepare.progress import Lines, Silent
+from nanolm.data.prepare.workspace import WORK, Workspace
+from nanolm.data.shards.directory import open_split, open_tokenizer, verify
 from nanolm.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -118,8 +119,8 @@ def run_prepare(settings: PrepareConfig, **options) -> subprocess.Popen:
     """Prepare in a process of its own; each phase's name goes to stdout as it begins."""
     code = (
         "import json, sys\n"
-        "from nanolm.data.prepare import PrepareConfig, prepare\n"
-        "from nanolm.data.progress import Silent\n"
+        "from nanolm.data.prepare.pipeline import PrepareConfig, prepare\n"
+        "from nanolm.data.prepare.progress import Silent\n"
         "class Told(Silent):\n"
         "    def begin(self, phase, total, unit): print(phase, flush=True)\n"
         "    def advance(self, amount): print('step', flush=True)\n"
@@ -187,7 +188,7 @@ def orphans(folder: pathlib.Path) -> list[str]:
 
 
 def test_finished_units_and_shards_are_not_done_again(corpus, reference, tmp_path, monkeypatch):
-    from nanolm.data import prepare as module
+    from nanolm.data.prepare import pipeline as module
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt

@@ -18,8 +18,8 @@ from transformers import (
     ModernBertConfig,
 )
 
-from nanolm.arguments import load_config
 from nanolm.build import build_learner, build_objective, resolve
+from nanolm.config.load import load_config
 
 PRESETS = pathlib.Path(__file__).parent.parent / "configs" / "pretrain"
 SMOL = LlamaConfig(

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from nanolm.arguments import leaf_kinds, load_config
 from nanolm.cli import COMMANDS
+from nanolm.config.load import leaf_kinds, load_config
 from tests.prepared import prepared_corpus
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import nanolm.ops_by_length
-import nanolm.ops_wide
-from nanolm.arguments import load_config
-from nanolm.blocks import DEAR
+import nanolm.ops.cpu_bf16
+import nanolm.ops.cpu_by_length
 from nanolm.build import build_learner, build_objective, resolve
-from nanolm.distributed import World
-from nanolm.engine import Engine
-from nanolm.kernels.attention_call import Call
+from nanolm.config.load import load_config
+from nanolm.distributed.world import World
+from nanolm.kernels.attention.call import Call
+from nanolm.model.blocks import DEAR
+from nanolm.training.engine import Engine
 from tests.conftest import TINY, tiny_tokenizer
 from tests.test_objectives_tasks import build, tensors
 from tests.tiny_run import Batch
@@ -108,7 +108,7 @@ ATTENTION = {
 def test_selective_runs_no_dear_operator_twice(name, monkeypatch):
     """Whatever the kernel of attention is. Where it is one operator (`fused`), that one is kept;
     elsewhere its products are, and the softmax between them is computed again."""
-    for module in (nanolm.ops_wide, nanolm.ops_by_length):
+    for module in (nanolm.ops.cpu_bf16, nanolm.ops.cpu_by_length):
         monkeypatch.setattr(module, "multiplies_bf16", lambda: name != "wide")
     settings, fused = ATTENTION[name]
     model = settings.get("model", LLAMA) | ({"attention_dropout": 0.0} if name != "dropped" else {})

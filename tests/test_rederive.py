@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nanolm.build import build_kernels
-from nanolm.config import Config
-from nanolm.layers import FeedForward
-from nanolm.model_config import ModelConfig
-from nanolm.rederive import keeping_input
+from nanolm.config.model import ModelConfig
+from nanolm.config.schema import Config
+from nanolm.model.layers import FeedForward
+from nanolm.model.rederive import keeping_input
 
 
 def kept_floats(function):

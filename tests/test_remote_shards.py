@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from nanolm.cli import main
-from nanolm.config import CacheConfig
-from nanolm.data import block_cache, object_store, shard_file
-from nanolm.data.shards import open_split, verify
+from nanolm.config.schema import CacheConfig
+from nanolm.data import object_store
+from nanolm.data.shards import block_cache, shard_file
+from nanolm.data.shards.directory import open_split, verify
 from nanolm.data.stream import RowStream
 from nanolm.errors import UserError
-from nanolm.loader import Loader
+from nanolm.training.loader import Loader
 from tests.object_server import BUCKET, object_server, upload
 from tests.token_shards import random_documents, write_prepared
 

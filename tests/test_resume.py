@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from nanolm.errors import UserError
-from nanolm.metrics import TIMING
+from nanolm.training.throughput import TIMING
 from tests.tiny_run import build_trainer, in_ranks, tiny_config
 
 LAST = "checkpoints/step-00000040"
@@ -113,7 +113,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_is_used(tmp_path):
     assert [step for step, _ in log] == [10, 11, 12, 13, 14]
     missing = tiny_config(tmp_path, resume=str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="no such folder"):
-        from nanolm.distributed import World
+        from nanolm.distributed.world import World
 
         build_trainer(missing, World())
 

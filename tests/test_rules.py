@@ -7,16 +7,16 @@ import torch
 import torch.nn.functional as F
 
 from nanolm import cli
-from nanolm.arguments import load_config
 from nanolm.build import build_learner, build_stream
-from nanolm.distributed import World
-from nanolm.engine import Engine
+from nanolm.config.load import load_config
+from nanolm.distributed.world import World
 from nanolm.errors import UserError
-from nanolm.gradient import Backward, build_rule
-from nanolm.loader import Loader
 from nanolm.objectives.clm import Clm
 from nanolm.peft.base import attach
 from nanolm.saved import open_saved
+from nanolm.training.engine import Engine
+from nanolm.training.gradient import Backward, build_rule
+from nanolm.training.loader import Loader
 from tests.tiny_run import Batch, bounds, in_ranks
 
 ROWS, T, V = 5, 8, 64

@@ -6,7 +6,7 @@ import pytest
 
 from nanolm.cli import main
 from nanolm.errors import UserError
-from nanolm.runs import read_run
+from nanolm.training.runs import read_run
 
 
 @pytest.fixture

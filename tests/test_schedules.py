@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from nanolm.errors import UserError
 from nanolm.registry import SCHEDULES
-from nanolm.schedules import build_schedule
+from nanolm.training.schedules import build_schedule
 
 NAMES = ["cosine", "linear", "wsd", "inverse_sqrt", "constant"]
 

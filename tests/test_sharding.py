@@ -6,16 +6,16 @@ import json
 import pytest
 import torch
 
-from nanolm.arguments import load_config
 from nanolm.build import build_learner, build_objective, resolve
-from nanolm.checkpoint import load_weights
-from nanolm.container import read_tensors
-from nanolm.distributed import World
-from nanolm.engine import Engine
+from nanolm.checkpoint.checkpoints import load_weights
+from nanolm.checkpoint.container import read_tensors
+from nanolm.checkpoint.named_tensors import learner_tensors
+from nanolm.config.load import load_config
+from nanolm.distributed.sharding import require_shardable, whole
+from nanolm.distributed.world import World
 from nanolm.errors import UserError
 from nanolm.registry import OPTIMIZERS, PEFT
-from nanolm.sharding import require_shardable, whole
-from nanolm.state import learner_tensors
+from nanolm.training.engine import Engine
 from tests.conftest import TINY, tiny_tokenizer
 from tests.test_resume import assert_same_bits, fit
 from tests.tiny_run import build_learner as tiny_learner

@@ -9,14 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nanolm import finetune
-from nanolm.arguments import load_config
 from nanolm.build import build_learner, build_objective, resolve
-from nanolm.container import read_tensors
-from nanolm.engine import Engine
+from nanolm.checkpoint.container import read_tensors
+from nanolm.config.load import load_config
+from nanolm.distributed.sharding import whole
+from nanolm.finetune import run as finetune
 from nanolm.peft.base import attach
 from nanolm.registry import PEFT
-from nanolm.sharding import whole
+from nanolm.training.engine import Engine
 from tests.conftest import TINY, tiny_tokenizer
 from tests.finetuned import checkpoint, config, questions, table
 from tests.tiny_run import in_ranks

@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from nanolm.data.prepare import PrepareConfig, prepare
-from nanolm.data.progress import Silent
-from nanolm.data.shards import (
+from nanolm.data.prepare.pipeline import PrepareConfig, prepare
+from nanolm.data.prepare.progress import Silent
+from nanolm.data.shards.directory import (
     Manifest,
     Shard,
     ShardWriter,
@@ -70,7 +70,7 @@ def test_a_shard_is_read_without_a_copy(tmp_path, vocab_size, dtype):
 ONE_SHARD = r"""
 import re, sys
 import numpy as np
-from nanolm.data.shards import ShardWriter
+from nanolm.data.shards.directory import ShardWriter
 
 def peak():  # not ru_maxrss, which knows of the process that started this one
     return int(re.search(r"VmHWM:\s*(\d+)", open("/proc/self/status").read())[1]) * 1024
@@ -181,7 +181,7 @@ def test_verify_reads_every_id(data):
     content = bytearray(shard.path.read_bytes())
     content[at : at + 2] = (60000).to_bytes(2, "little")
     shard.path.write_bytes(content)
-    from nanolm.data.files import file_sha256
+    from nanolm.files import file_sha256
 
     manifest["splits"]["train"][0]["sha256"] = file_sha256(shard.path)
     (data / "manifest.json").write_text(json.dumps(manifest))

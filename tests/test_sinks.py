@@ -7,9 +7,9 @@ import types
 
 import pytest
 
-from nanolm import sinks
-from nanolm.config import WandbConfig
-from nanolm.runfolder import cut_metrics
+from nanolm.checkpoint.run_folder import cut_metrics
+from nanolm.config.schema import WandbConfig
+from nanolm.training import sinks
 
 RECORD = {"step": 3, "kind": "train", "loss": 1.25, "lr": 1e-3, "mfu": None}
 

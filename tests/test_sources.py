@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import nanolm.data.huggingface  # noqa: F401
+import nanolm.data.prepare.huggingface  # noqa: F401
 from nanolm.data import readers
 from nanolm.data.documents import blocks, bounded, lines, paragraphs
-from nanolm.data.sources import SOURCES, StandardLibrary, build_source
+from nanolm.data.prepare.sources import SOURCES, StandardLibrary, build_source
 from nanolm.errors import UserError
 
 COMMON = {"text_field": "text", "txt_documents": "auto"}
@@ -171,7 +171,7 @@ def test_a_plugin_source_has_typed_options_of_its_own(example_source):
 def example_source():
     import dataclasses
 
-    from nanolm.data.sources import SourceOptions
+    from nanolm.data.prepare.sources import SourceOptions
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class CountdownOptions(SourceOptions):

@@ -11,7 +11,7 @@ from token_shards import EOS, random_documents, write_prepared
 from nanolm.data import flat as flat_module
 from nanolm.data.flat import FlatTokens
 from nanolm.data.rows import IGNORED, NO_DOCUMENT, fill_blocks
-from nanolm.data.shards import open_split
+from nanolm.data.shards.directory import open_split
 from nanolm.data.stream import RowStream, shard_rows
 from nanolm.errors import UserError
 

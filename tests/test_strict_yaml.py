@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanolm import strict_yaml
+from nanolm.config import strict_yaml
 from nanolm.errors import UserError
 
 

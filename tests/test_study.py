@@ -10,12 +10,14 @@ import time
 
 import pytest
 
-from nanolm import cli, strict_yaml, study_cells
+from nanolm import cli
+from nanolm.config import strict_yaml
+from nanolm.config.typed import instance
 from nanolm.errors import UserError
-from nanolm.study import plan, settings
-from nanolm.study_config import StudyConfig
-from nanolm.study_table import mean_and_error
-from nanolm.typed import instance
+from nanolm.finetune.study import cells as study_cells
+from nanolm.finetune.study.config import StudyConfig
+from nanolm.finetune.study.run import plan, settings
+from nanolm.finetune.study.table import mean_and_error
 from tests.finetuned import QUIET, checkpoint, command, questions, table
 from tests.test_train_command import ROOT
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from nanolm.finetune import load_task_config
-from nanolm.study_cells import shape_of
-from nanolm.study_identity import identity
+from nanolm.finetune.run import load_task_config
+from nanolm.finetune.study.cells import shape_of
+from nanolm.finetune.study.identity import identity
 from tests.finetuned import checkpoint, questions, table
 
 

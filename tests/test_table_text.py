@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from nanolm.data.prepare import PrepareConfig, prepare
-from nanolm.data.shards import open_split
+from nanolm.data.prepare.pipeline import PrepareConfig, prepare
+from nanolm.data.shards.directory import open_split
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import UserError
 

@@ -8,12 +8,12 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from nanolm.data.task_files import Table, read_table
-from nanolm.data.task_labels import class_weights, infer_labels, label_text, tag_labels
-from nanolm.data.task_splits import carve, find_split, sample, sample_per_label
-from nanolm.data.task_stream import TaskStream
+from nanolm.data.tables.files import Table, read_table
+from nanolm.data.tables.labels import class_weights, infer_labels, label_text, tag_labels
+from nanolm.data.tables.splits import carve, find_split, sample, sample_per_label
+from nanolm.data.tables.stream import TaskStream
 from nanolm.errors import UserError
-from nanolm.loader import Loader, eval_batches
+from nanolm.training.loader import Loader, eval_batches
 
 RECORDS = [{"text": "naïve, yes", "label": "a"}, {"text": 'a "quoted" line', "label": "b"}]
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from seqeval.metrics import f1_score, precision_score, recall_score
 
-from nanolm import task_metrics
 from nanolm.errors import UserError
+from nanolm.finetune.tasks import metrics
 
 PROFILE = settings(deadline=None, derandomize=True, max_examples=60)
 
@@ -25,7 +25,7 @@ def test_classification_is_scikit_learns(n_classes, n, seed):
     gold = rng.integers(0, n_classes, size=n)
     guess = probabilities.argmax(axis=1)
     labels = [f"l{i}" for i in range(n_classes)]
-    report = task_metrics.classification(gold.tolist(), probabilities, labels)
+    report = metrics.classification(gold.tolist(), probabilities, labels)
     found = report.figures
     assert found["accuracy"] == sklearn.metrics.accuracy_score(gold, guess)
     for average in ("macro", "micro", "weighted"):
@@ -50,7 +50,7 @@ TAGS = st.sampled_from(["O", "B-A", "I-A", "E-A", "S-A", "B-B", "I-B"])
 def test_entities_are_seqevals(sentences):
     gold = [[g for g, _ in s] for s in sentences]
     guess = [[p for _, p in s] for s in sentences]
-    found = task_metrics.tagging(gold, guess).figures
+    found = metrics.tagging(gold, guess).figures
     for name, function in (
         ("f1", f1_score),
         ("precision", precision_score),
@@ -62,7 +62,7 @@ def test_entities_are_seqevals(sentences):
 
 
 def test_plain_tags_need_no_entities():
-    found = task_metrics.tagging([["NOUN", "VERB"]], [["NOUN", "NOUN"]]).figures
+    found = metrics.tagging([["NOUN", "VERB"]], [["NOUN", "NOUN"]]).figures
     assert found["token_accuracy"] == found["f1"] == 0.5
 
 
@@ -97,46 +97,46 @@ def test_reading_is_squads(questions):
         gold = [g for g in gold if official_normalise(g)] or [""]
         exact.append(max(official_normalise(g) == official_normalise(guess) for g in gold))
         f1.append(max(official_f1(g, guess) for g in gold))
-    found = task_metrics.reading(golds, guesses).figures
+    found = metrics.reading(golds, guesses).figures
     assert found["exact_match"] == pytest.approx(np.mean(exact))
     assert found["f1"] == pytest.approx(np.mean(f1))
 
 
 def test_chinese_answers_are_compared_by_character():
-    assert task_metrics.pieces("光荣和ω-force。", by_character=True) == [
+    assert metrics.pieces("光荣和ω-force。", by_character=True) == [
         "光",
         "荣",
         "和",
         "ω",
         "force",
     ]
-    found = task_metrics.reading([["北京市"]], ["北京"], by_character=True).figures
+    found = metrics.reading([["北京市"]], ["北京"], by_character=True).figures
     assert found["exact_match"] == 0 and found["f1"] == pytest.approx(0.8)
-    found = task_metrics.reading([["《北京》"]], ["北京"], by_character=True).figures
+    found = metrics.reading([["《北京》"]], ["北京"], by_character=True).figures
     assert found["exact_match"] == 1
 
 
 def test_regression_with_constants_and_with_scipy():
     gold, guess = np.array([[1.0], [2.0], [4.0]]), np.array([[1.5], [1.0], [5.0]])
-    found = task_metrics.regression(gold, guess).figures
+    found = metrics.regression(gold, guess).figures
     assert found["pearson"] == pytest.approx(np.corrcoef(gold[:, 0], guess[:, 0])[0, 1])
     assert found["spearman"] == pytest.approx(0.5) and found["mse"] == pytest.approx(0.75)
-    found = task_metrics.regression(gold, np.ones((3, 1))).figures
+    found = metrics.regression(gold, np.ones((3, 1))).figures
     assert found["pearson"] == found["spearman"] == 0.0
 
 
 def test_ranking_and_generation():
-    found = task_metrics.ranking([1, 2, 10])
+    found = metrics.ranking([1, 2, 10])
     assert found["mrr"] == pytest.approx((1 + 0.5 + 0.1) / 3) and found["recall@5"] == 2 / 3
     golds = ["the cat sat on the mat today", "a dog"]
-    same = task_metrics.generation(golds, golds).figures
+    same = metrics.generation(golds, golds).figures
     assert same["exact_match"] == 1 and same["bleu"] == pytest.approx(100) and same["rougeL"] == 1
-    other = task_metrics.generation(golds, ["no", ""]).figures
+    other = metrics.generation(golds, ["no", ""]).figures
     assert other["bleu"] < 5 and other["rouge1"] == 0
-    chinese = task_metrics.generation(["今天天气很好"], ["今天天气不好"]).figures
+    chinese = metrics.generation(["今天天气很好"], ["今天天气不好"]).figures
     assert 0 < chinese["bleu"] < 100 and chinese["rouge1"] == pytest.approx(5 / 6)
 
 
 def test_a_missing_library_is_named():
     with pytest.raises(UserError, match=r"pip install 'nanolm\[finetune\]'"):
-        task_metrics.library("no_such_metric_library")
+        metrics.library("no_such_metric_library")

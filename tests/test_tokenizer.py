@@ -9,8 +9,8 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanolm.data.prepare.tokenizer_training import sentences, train_tokenizer
 from nanolm.data.tokenizer import EXTRA_PIECES, ROLES, Tokenizer, escape, unescape
-from nanolm.data.tokenizer_training import sentences, train_tokenizer
 from nanolm.errors import UserError
 
 CODE = "def add(a, b):\n\treturn a + b  # 加法\n\n\nclass Größe:\n    pass\n"

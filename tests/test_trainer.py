@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanolm.distributed import World
+from nanolm.distributed.world import World
 from nanolm.errors import UserError
 from tests.tiny_run import batch_of, build_learner, build_trainer, in_ranks, tiny_config
 
@@ -114,7 +114,7 @@ def test_ema_follows_its_formula_and_is_what_gets_evaluated(tmp_path):
 
 
 def test_clipping_bounds_the_global_norm(tmp_path):
-    from nanolm.optim import SgdOptions
+    from nanolm.training.optim import SgdOptions
 
     options = SgdOptions(lr=1.0, weight_decay=0.0, momentum=0.0)
     config = tiny_config(tmp_path, train__clip=0.01, optim=options)

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from nanolm.config import TuneConfig
-from nanolm.distributed import World
+from nanolm.config.schema import TuneConfig
+from nanolm.distributed.world import World
 from nanolm.errors import UserError
-from nanolm.tuning import depths, freeze, scale_by_depth
+from nanolm.training.tuning import depths, freeze, scale_by_depth
 from tests.tiny_run import batch_of, bounds, build_learner, build_trainer, in_ranks, tiny_config
 
 

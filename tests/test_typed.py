@@ -5,8 +5,8 @@ from typing import Any, Literal
 
 import pytest
 
+from nanolm.config.typed import checked, from_words, instance, n_words
 from nanolm.errors import UserError
-from nanolm.typed import checked, from_words, instance, n_words
 
 
 @dataclasses.dataclass(frozen=True)

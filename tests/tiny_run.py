@@ -17,17 +17,24 @@ import yaml
 from torch import nn
 from torch.nn import functional as F
 
-from nanolm.checkpoint import Checkpoints
-from nanolm.config import Config, DataConfig, DistributedConfig, EvalConfig, RunConfig, TrainConfig
-from nanolm.distributed import close, launch
+from nanolm.checkpoint.checkpoints import Checkpoints
+from nanolm.checkpoint.run_folder import claim, cut_metrics
+from nanolm.config.schema import (
+    Config,
+    DataConfig,
+    DistributedConfig,
+    EvalConfig,
+    RunConfig,
+    TrainConfig,
+)
+from nanolm.distributed.world import close, launch
 from nanolm.errors import UserError
-from nanolm.evaluation import Evaluator
-from nanolm.gradient import PlainOptions
-from nanolm.optim import AdamWOptions
-from nanolm.runfolder import claim, cut_metrics
-from nanolm.schedules import CosineOptions
-from nanolm.sinks import JsonLines
-from nanolm.trainer import Trainer
+from nanolm.training.evaluation import Evaluator
+from nanolm.training.gradient import PlainOptions
+from nanolm.training.optim import AdamWOptions
+from nanolm.training.schedules import CosineOptions
+from nanolm.training.sinks import JsonLines
+from nanolm.training.trainer import Trainer
 
 T, V, D = 6, 17, 8
 

@@ -6,7 +6,7 @@ import pathlib
 
 import numpy as np
 
-from nanolm.data.shards import Manifest, ShardWriter, data_hash, split_totals
+from nanolm.data.shards.directory import Manifest, ShardWriter, data_hash, split_totals
 
 EOS = 3
 

@@ -13,9 +13,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table as Grid
 
-from nanolm.container import read_json
+from nanolm.checkpoint.container import read_json
 from nanolm.errors import require
-from nanolm.task_metrics import LOWER_IS_BETTER
+from nanolm.finetune.tasks.metrics import LOWER_IS_BETTER
 
 POSITIONAL = ("run", "other")
 

@@ -23,21 +23,21 @@ from rich.console import Console
 from rich.table import Table
 
 from nanolm import build
-from nanolm.arguments import dump
-from nanolm.checkpoint import Checkpoints, read_trainer
+from nanolm.checkpoint.checkpoints import Checkpoints, read_trainer
+from nanolm.checkpoint.container import verify
+from nanolm.checkpoint.run_folder import differences
 from nanolm.commands.figures import write_json
 from nanolm.commands.train import steps
-from nanolm.container import verify
+from nanolm.config.load import dump
 from nanolm.data.tokenizer import MODEL_FILE, Tokenizer
-from nanolm.diagnosis import find_tensor
-from nanolm.distributed import World, close, launch
+from nanolm.distributed.world import World, close, launch
 from nanolm.errors import UserError, require
-from nanolm.evaluation import total_loss
-from nanolm.gpu_check import check_device
-from nanolm.nonfinite import read_passed
-from nanolm.runfolder import differences
 from nanolm.saved import read_config
-from nanolm.trainer import Trainer
+from nanolm.tools.gpu_check import check_device
+from nanolm.training.evaluation import total_loss
+from nanolm.training.guards.diagnosis import find_tensor
+from nanolm.training.guards.nonfinite import read_passed
+from nanolm.training.trainer import Trainer
 
 POSITIONAL = ("run", "step")
 

@@ -1,8 +1,8 @@
 """`nanolm estimate CONFIG --gpus 64 --device h100`: parameters, memory, speed and days of a run.
 
 Nothing is trained and no data is read: the model is built on the meta device, the rest is the
-arithmetic of `nanolm/estimate.py`. The share of the peak that is reached (MFU) is an assumption
-that the user states.
+arithmetic of `nanolm/tools/estimate.py`. The share of the peak that is reached (MFU) is an
+assumption that the user states.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from rich.console import Console
 from rich.table import Table
 
 from nanolm import build
-from nanolm.accelerators import ACCELERATORS
-from nanolm.arguments import load_config
-from nanolm.bench_step import StandInTokenizer
 from nanolm.commands.figures import write_json
-from nanolm.config import Config
+from nanolm.config.load import load_config
+from nanolm.config.model import ModelConfig
+from nanolm.config.schema import Config
 from nanolm.errors import require
-from nanolm.estimate import Needs, Sizes, estimate, find_device, parts_of
-from nanolm.largest import Limit, largest
-from nanolm.model_config import ModelConfig
+from nanolm.tools.bench.step import StandInTokenizer
+from nanolm.tools.estimate import Needs, Sizes, estimate, find_device, parts_of
+from nanolm.tools.largest import Limit, largest
+from nanolm.training.accelerators import ACCELERATORS
 
 POSITIONAL = ("config_file",)
 
@@ -37,7 +37,7 @@ class Arguments:
     gpus_per_node: int = 8
     """Devices of a node: what hsdp shards over when distributed.shard_size is null."""
     device: str = "h100"
-    """a100, h100, rtx4090, mi300x, …: a GPU of the table in nanolm/accelerators.py."""
+    """a100, h100, rtx4090, mi300x, …: a GPU of the table in nanolm/training/accelerators.py."""
     mfu: float = 0.4
     """Share of the device's dense peak that training is assumed to reach."""
     vocab_size: int = 50304

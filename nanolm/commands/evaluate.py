@@ -1,8 +1,8 @@
 """`nanolm evaluate RUN`: a checkpoint's figures on a split.
 
 A pretrained model gives loss, perplexity, bits per byte and accuracy on the val split; a fine-tuned
-one its task's metrics on the test split (`task_report.py`). The same figures for every world and
-batch size; `torchrun -m nanolm evaluate RUN` shares the rows.
+one its task's metrics on the test split (`finetune/report.py`). The same figures for every world
+and batch size; `torchrun -m nanolm evaluate RUN` shares the rows.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from rich.table import Table
 
 from nanolm.commands.figures import write_json
 from nanolm.commands.train import build_evaluator
-from nanolm.config import Config
-from nanolm.distributed import World, close, launch
-from nanolm.engine import Engine
-from nanolm.ensemble import open_together
+from nanolm.config.schema import Config
+from nanolm.distributed.world import World, close, launch
 from nanolm.errors import require
-from nanolm.multi_task import part_of
-from nanolm.objectives.multi import Multi
+from nanolm.finetune.config import TaskConfig
+from nanolm.finetune.ensemble import open_together
+from nanolm.finetune.report import evaluate_task
+from nanolm.finetune.several import part_of
+from nanolm.finetune.tasks.multi import Multi
 from nanolm.saved import Saved
-from nanolm.task_config import TaskConfig
-from nanolm.task_report import evaluate_task
+from nanolm.training.engine import Engine
 
 POSITIONAL = ("run",)
 

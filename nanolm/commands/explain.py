@@ -14,14 +14,14 @@ from typing import Any, Literal
 
 from nanolm.commands.figures import write_json
 from nanolm.commands.predict import Predictor, record_of_line
-from nanolm.data.task_files import Table
-from nanolm.distributed import World
+from nanolm.data.tables.files import Table
+from nanolm.distributed.world import World
 from nanolm.errors import UserError, require_at_least
-from nanolm.explain import Baseline, Explainer, best_window
-from nanolm.explain_page import Explanation, draw, write_page
-from nanolm.multi_task import part_of
+from nanolm.finetune.explain.explainer import Baseline, Explainer, best_window
+from nanolm.finetune.explain.page import Explanation, draw, write_page
+from nanolm.finetune.several import part_of
+from nanolm.finetune.splits import make_split
 from nanolm.saved import Saved, open_saved
-from nanolm.task_data import make_split
 
 POSITIONAL = ("run", "text")
 WRITERS = {"html": write_page, "png": draw}

@@ -17,14 +17,14 @@ from typing import Literal
 
 from torch import Tensor
 
-from nanolm.checkpoint import locate
+from nanolm.checkpoint.checkpoints import locate
+from nanolm.checkpoint.container import INDEX, read_tensors, write_folder
+from nanolm.checkpoint.lazy_tensors import part_files
+from nanolm.checkpoint.named_tensors import learner_tensors
 from nanolm.commands.figures import write_json
-from nanolm.container import INDEX, read_tensors, write_folder
 from nanolm.errors import require
-from nanolm.lazy_tensors import part_files
+from nanolm.inference.export_transformers import transformers_folder
 from nanolm.saved import open_saved, read_config
-from nanolm.state import learner_tensors
-from nanolm.transformers_export import transformers_folder
 
 POSITIONAL = ("run",)
 RESUMED_ONLY = ("trainer.json", INDEX)

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from nanolm.commands.figures import write_json
 from nanolm.errors import require
-from nanolm.model import Inputs
+from nanolm.model.trunk import Inputs
 from nanolm.saved import Saved, open_saved
 
 MASK = "<mask>"

@@ -7,8 +7,8 @@ import dataclasses
 from rich.console import Console
 
 from nanolm.commands.figures import write_json
-from nanolm.generate import Generator, write
-from nanolm.sampling import Sampling
+from nanolm.inference.generate import Generator, write
+from nanolm.inference.sampling import Sampling
 from nanolm.saved import open_saved
 
 POSITIONAL = ("run",)

@@ -8,8 +8,8 @@ import pathlib
 import numpy as np
 import torch
 
-from nanolm.masks import Mask
-from nanolm.png import png
+from nanolm.finetune.explain.png import png
+from nanolm.ops.masks import Mask
 
 DOCUMENTS = torch.tensor([[0] * 5 + [1] * 7 + [2] * 4])
 ORDER = torch.tensor([[3, 9, 0, 14, 6, 1, 12, 4, 8, 15, 2, 11, 5, 13, 7, 10]])

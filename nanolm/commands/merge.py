@@ -10,15 +10,15 @@ import pathlib
 
 import torch
 
-from nanolm.arguments import dump
+from nanolm.checkpoint.container import INDEX, write_folder
+from nanolm.checkpoint.named_tensors import learner_tensors
 from nanolm.commands.figures import write_json
-from nanolm.container import INDEX, write_folder
+from nanolm.config.load import dump
 from nanolm.errors import require
-from nanolm.model import Inputs
+from nanolm.model.trunk import Inputs
 from nanolm.peft.base import NoPeftOptions, merge
 from nanolm.peft.files import DESCRIPTION
 from nanolm.saved import Saved, open_saved
-from nanolm.state import learner_tensors
 
 POSITIONAL = ("run",)
 TOLERANCE = 1e-5

@@ -6,7 +6,7 @@ import dataclasses
 import pathlib
 
 from nanolm.errors import UserError
-from nanolm.runs import Run, read_run
+from nanolm.training.runs import Run, read_run
 
 PANELS = (
     ("loss", "loss (nats)", "linear"),

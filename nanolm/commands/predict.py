@@ -15,18 +15,18 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import Literal, TextIO
 
-from nanolm.data.task_files import Record, Table, read_table
-from nanolm.distributed import World, launch
-from nanolm.engine import Engine
-from nanolm.ensemble import open_together
+from nanolm.data.tables.files import Record, Table, read_table
+from nanolm.distributed.world import World, launch
 from nanolm.errors import UserError, require
-from nanolm.multi_task import part_of
-from nanolm.objectives.task import Task
+from nanolm.finetune.config import TaskConfig
+from nanolm.finetune.ensemble import open_together
+from nanolm.finetune.evaluation import predict
+from nanolm.finetune.generation import write_answers
+from nanolm.finetune.several import part_of
+from nanolm.finetune.splits import make_split, renamed
+from nanolm.finetune.tasks.base import Task
 from nanolm.saved import Saved
-from nanolm.task_config import TaskConfig
-from nanolm.task_data import make_split, renamed
-from nanolm.task_evaluation import predict
-from nanolm.task_generation import write_answers
+from nanolm.training.engine import Engine
 
 POSITIONAL = ("run", "file")
 

@@ -6,10 +6,10 @@ import dataclasses
 
 from rich.console import Console
 
-from nanolm.arguments import import_plugins
 from nanolm.commands.figures import write_json
-from nanolm.data.prepare import PrepareConfig, prepare
-from nanolm.data.report import figures, render
+from nanolm.config.load import import_plugins
+from nanolm.data.prepare.pipeline import PrepareConfig, prepare
+from nanolm.data.prepare.report import figures, render
 
 POSITIONAL = ("sources",)
 

@@ -16,13 +16,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from nanolm import build
-from nanolm.arguments import load_config
-from nanolm.checkpoint import Checkpoints
+from nanolm.checkpoint.checkpoints import Checkpoints
 from nanolm.commands.train import steps
-from nanolm.config import Config
-from nanolm.distributed import World, close, launch
-from nanolm.progress import PHASES
-from nanolm.trainer import Trainer
+from nanolm.config.load import load_config
+from nanolm.config.schema import Config
+from nanolm.distributed.world import World, close, launch
+from nanolm.training.phases import PHASES
+from nanolm.training.trainer import Trainer
 
 WARM_UP = 2
 

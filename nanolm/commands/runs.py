@@ -10,7 +10,7 @@ from rich.table import Column, Table
 
 from nanolm.commands.figures import write_json
 from nanolm.errors import UserError
-from nanolm.runs import Run, read_run
+from nanolm.training.runs import Run, read_run
 
 POSITIONAL = ("folder",)
 

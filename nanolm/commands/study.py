@@ -12,11 +12,11 @@ import signal
 from rich.console import Console
 
 import nanolm.build  # noqa: F401  (registers the names that the cells' configs use)
-from nanolm.arguments import parse
+from nanolm.config.load import parse
 from nanolm.errors import UserError
-from nanolm.study import Results, Study, plan
-from nanolm.study_config import StudyConfig
-from nanolm.study_table import grid_of, sheet, split_page, write_page
+from nanolm.finetune.study.config import StudyConfig
+from nanolm.finetune.study.run import Results, Study, plan
+from nanolm.finetune.study.table import grid_of, sheet, split_page, write_page
 
 
 def main(argv: list[str]) -> None:

@@ -17,25 +17,25 @@ import torch
 from torch import nn
 
 from nanolm import build
-from nanolm.arguments import as_mapping, dump, load_config
-from nanolm.checkpoint import Checkpoints, load_trunk, locate, read_trainer
-from nanolm.config import Config
-from nanolm.container import write_json
-from nanolm.data.shards import unigram_counts
+from nanolm.checkpoint.checkpoints import Checkpoints, load_trunk, locate, read_trainer
+from nanolm.checkpoint.container import write_json
+from nanolm.checkpoint.run_folder import claim, cut_metrics
+from nanolm.config.load import as_mapping, dump, load_config
+from nanolm.config.schema import Config
+from nanolm.data.shards.directory import unigram_counts
 from nanolm.data.stream import RowStream
 from nanolm.data.tokenizer import MODEL_FILE, Tokenizer
-from nanolm.distributed import World, close, launch, undivided
+from nanolm.distributed.world import World, close, launch, undivided
 from nanolm.errors import require
-from nanolm.evaluation import Evaluator, Yardstick
-from nanolm.flops import train_flops_per_token
-from nanolm.loader import Loader, MicroBatch, eval_batches
-from nanolm.metrics import Throughput, peak_flops
 from nanolm.objectives.base import Objective
 from nanolm.peft.base import trainable_counts
 from nanolm.peft.files import adapter_files, begin_adapter
-from nanolm.runfolder import claim, cut_metrics
-from nanolm.sinks import Console, JsonLines, Sink, TensorBoard, Wandb
-from nanolm.trainer import Trainer
+from nanolm.training.evaluation import Evaluator, Yardstick
+from nanolm.training.flops import train_flops_per_token
+from nanolm.training.loader import Loader, MicroBatch, eval_batches
+from nanolm.training.sinks import Console, JsonLines, Sink, TensorBoard, Wandb
+from nanolm.training.throughput import Throughput, peak_flops
+from nanolm.training.trainer import Trainer
 
 
 def main(argv: list[str]) -> None:

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nanolm.config import Config
+from nanolm.config.schema import Config
 from nanolm.data.rows import Row
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import require
-from nanolm.heads import HeadRequest
-from nanolm.model import Inputs
+from nanolm.model.heads import HeadRequest
+from nanolm.model.trunk import Inputs
 from nanolm.registry import Options
 
 IGNORED = -100
@@ -68,7 +68,7 @@ class Objective(Protocol):
     heads: dict[str, HeadRequest]
     """The heads that it needs, by name: their weights are saved as `heads.<name>.…`."""
     masks: frozenset[str]
-    """Mask kinds (nanolm.masks.KINDS) that its batches may bring."""
+    """Mask kinds (nanolm.ops.masks.KINDS) that its batches may bring."""
     weights: dict[str, float]
     """Terms to be minimised with their weights; other terms are metrics only."""
     stride: int

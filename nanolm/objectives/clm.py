@@ -15,12 +15,11 @@ import dataclasses
 import numpy as np
 from torch import Tensor, nn
 
-from nanolm.config import Config
+from nanolm.config.schema import Config
 from nanolm.data.rows import Row, RowBlock, count_targets, fill_blocks
 from nanolm.data.tokenizer import Tokenizer
-from nanolm.heads import HeadRequest
-from nanolm.masks import Mask
-from nanolm.model import Inputs
+from nanolm.model.heads import HeadRequest
+from nanolm.model.trunk import Inputs
 from nanolm.objectives.base import (
     IGNORED,
     Draw,
@@ -28,6 +27,7 @@ from nanolm.objectives.base import (
     TokenLossOptions,
     token_terms,
 )
+from nanolm.ops.masks import Mask
 from nanolm.registry import OBJECTIVES
 
 

@@ -16,15 +16,15 @@ from typing import Literal
 import numpy as np
 from torch import Tensor, nn
 
-from nanolm.config import Config
+from nanolm.config.schema import Config
 from nanolm.data.rows import Row
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import require
-from nanolm.heads import HeadRequest
-from nanolm.masks import Mask
-from nanolm.model import Inputs
+from nanolm.model.heads import HeadRequest
+from nanolm.model.trunk import Inputs
 from nanolm.objectives.base import Draw, Example, Term, TokenLossOptions, token_terms
 from nanolm.objectives.masking import SELECTORS, corrupt
+from nanolm.ops.masks import Mask
 from nanolm.registry import OBJECTIVES
 
 

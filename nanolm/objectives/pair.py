@@ -18,15 +18,15 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanolm.config import Config
+from nanolm.config.schema import Config
 from nanolm.data.rows import Row
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import require
-from nanolm.heads import HeadRequest
-from nanolm.model import Inputs
+from nanolm.model.heads import HeadRequest
+from nanolm.model.trunk import Inputs
 from nanolm.objectives.base import Draw, Example, Term, length_of
 from nanolm.objectives.mlm import Mlm, MlmOptions, padded
-from nanolm.ops_reference import wide
+from nanolm.ops.reference import wide
 from nanolm.registry import OBJECTIVES
 
 

@@ -15,14 +15,14 @@ import dataclasses
 import numpy as np
 from torch import Tensor
 
-from nanolm.config import Config
+from nanolm.config.schema import Config
 from nanolm.data.rows import Row, fill_blocks
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import require
-from nanolm.masks import Mask
-from nanolm.model import Inputs
+from nanolm.model.trunk import Inputs
 from nanolm.objectives.base import IGNORED, Draw, TokenLossOptions
 from nanolm.objectives.clm import Clm
+from nanolm.ops.masks import Mask
 from nanolm.registry import OBJECTIVES
 
 

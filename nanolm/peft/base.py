@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from nanolm.errors import UserError
-from nanolm.layers import Linear
 from nanolm.learner import Learner
+from nanolm.model.layers import Linear
 from nanolm.registry import PEFT, Options
 
 

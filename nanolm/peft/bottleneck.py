@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanolm.errors import require
-from nanolm.layers import Norm
 from nanolm.learner import Learner
+from nanolm.model.layers import Norm
 from nanolm.peft.base import Adapter, Adopted, PeftOptions
 from nanolm.registry import PEFT
 

@@ -13,15 +13,15 @@ import json
 import pathlib
 from typing import Any
 
-from nanolm.checkpoint import load_trunk, load_weights, locate
-from nanolm.config import Config
-from nanolm.container import read_json, read_tensors, write_folder
+from nanolm.checkpoint.checkpoints import load_trunk, load_weights, locate
+from nanolm.checkpoint.container import read_json, read_tensors, write_folder
+from nanolm.checkpoint.named_tensors import load_named
+from nanolm.config.schema import Config
+from nanolm.config.typed import instance
 from nanolm.errors import UserError
 from nanolm.learner import Learner
 from nanolm.peft.base import Adapter, attach, detach, trainable_counts
 from nanolm.registry import PEFT, Options
-from nanolm.state import load_named
-from nanolm.typed import instance
 
 DESCRIPTION = "adapter.json"
 

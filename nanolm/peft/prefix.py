@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanolm.bias import Bias
 from nanolm.errors import require
 from nanolm.learner import Learner
-from nanolm.masks import Mask
-from nanolm.ops_reference import ReferenceAttention, wide
+from nanolm.ops.bias import Bias
+from nanolm.ops.masks import Mask
+from nanolm.ops.reference import ReferenceAttention, wide
 from nanolm.peft.base import Adapter, PeftOptions
 from nanolm.registry import PEFT
 

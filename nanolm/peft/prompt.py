@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from nanolm.errors import require
 from nanolm.learner import Learner
-from nanolm.masks import Classes, Mask
-from nanolm.model import Inputs, Trunk
+from nanolm.model.trunk import Inputs, Trunk
+from nanolm.ops.masks import Classes, Mask
 from nanolm.peft.base import Adapter, PeftOptions
 from nanolm.registry import PEFT
 

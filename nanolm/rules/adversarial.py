@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanolm.engine import Engine
 from nanolm.errors import require
-from nanolm.gradient import Backward, GradientRule, build_rule
 from nanolm.registry import RULES
 from nanolm.rules.base import Muted, WrapperOptions, one_by_one
+from nanolm.training.engine import Engine
+from nanolm.training.gradient import Backward, GradientRule, build_rule
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanolm.engine import Engine
 from nanolm.errors import UserError
-from nanolm.gradient import PlainOptions
 from nanolm.objectives.base import Objective, Term
 from nanolm.registry import Options
+from nanolm.training.engine import Engine
+from nanolm.training.gradient import PlainOptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanolm.engine import Engine
 from nanolm.errors import require
-from nanolm.gradient import Backward, GradientRule, build_rule
 from nanolm.learner import Learner
 from nanolm.objectives.base import Objective, Term
 from nanolm.registry import RULES
 from nanolm.rules.base import WithLogits, Wrapped, WrapperOptions, logits_in, only_terms
+from nanolm.training.engine import Engine
+from nanolm.training.gradient import Backward, GradientRule, build_rule
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,12 +15,12 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanolm.engine import Engine
 from nanolm.errors import require
-from nanolm.gradient import Backward, GradientRule, build_rule
 from nanolm.objectives.base import Objective, Term
 from nanolm.registry import RULES
 from nanolm.rules.base import WithLogits, Wrapped, WrapperOptions, logits_in, only_terms
+from nanolm.training.engine import Engine
+from nanolm.training.gradient import Backward, GradientRule, build_rule
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

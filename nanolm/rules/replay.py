@@ -16,13 +16,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from nanolm.data.stream import RowStream
-from nanolm.engine import Engine
 from nanolm.errors import require
-from nanolm.gradient import Backward, GradientRule, build_rule
-from nanolm.loader import Loader, MicroBatch
 from nanolm.objectives.base import Objective, Term
 from nanolm.registry import RULES
 from nanolm.rules.base import Muted, WrapperOptions
+from nanolm.training.engine import Engine
+from nanolm.training.gradient import Backward, GradientRule, build_rule
+from nanolm.training.loader import Loader, MicroBatch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

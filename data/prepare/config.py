@@ -1,0 +1,111 @@
+"""What `nanolm prepare` can be told; every field's docstring is its help on the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any, Literal
+
+from nanolm.data.prepare.clean import CleaningOptions
+from nanolm.data.tokenizer import Tokenizer
+from nanolm.errors import UserError
+
+SAMPLE_BYTES_PER_PIECE = 300
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """From raw text to a tokenizer and token shards."""
+
+    out: str
+    """Directory to write; an interrupted preparation in it is continued."""
+    sources: list[str]
+    """Files, globs, folders, `stdlib`, `hf:NAME[:SPLIT[:CONFIG]]`, or a plug-in source by name."""
+    source_options: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    """Keys of a plug-in source's own options, by its name."""
+    text_field: str = "text"
+    """Field or column that holds the text, in .jsonl, .parquet and Hugging Face data sets."""
+    txt_documents: Literal["auto", "file", "line", "paragraph"] = "auto"
+    """What a document is in a .txt file. auto: the whole file up to 1 MiB; in a larger one each
+    line when lines are long (400 bytes on average), else what stands between blank lines."""
+    unicode_normalisation: Literal["none", "nfc", "nfkc"] = "nfc"
+    """Unicode normal form to bring text to; none keeps every code point."""
+    control_characters: Literal["remove", "keep"] = "remove"
+    """Remove control characters and byte-order marks, and make all line ends LF; or keep them."""
+    undecodable: Literal["drop", "replace", "refuse"] = "drop"
+    """Documents that are not UTF-8: drop and count them, replace the bytes by U+FFFD, or stop."""
+    min_characters: int = 1
+    """Drop shorter documents."""
+    max_characters: int | None = None
+    """Drop longer documents."""
+    mask_pii: bool = False
+    """Replace mail addresses, phone numbers, IP addresses and ID-like numbers by [MAIL] etc."""
+    deduplicate: bool = True
+    """Keep only the first of documents with the same cleaned text."""
+    val_fraction: float = 0.02
+    """Share of documents for validation, chosen by hash (at least one document)."""
+    test_fraction: float = 0.0
+    """Share of documents for a test split, chosen by hash (at least one document if not 0)."""
+    tokenizer: str | None = None
+    """An existing SentencePiece .model (or prepared directory) to use instead of training one."""
+    tokenizer_type: Literal["unigram", "bpe"] = "unigram"
+    """Kind of tokenizer to train. unigram encodes five times as fast; bpe trains in a tenth of the
+    time, so below about 40 MB of text it is done sooner, and needs 1 or 2 % fewer tokens."""
+    vocab_size: int = 8192
+    """Size of the vocabulary to train, special pieces and 256 bytes included."""
+    character_coverage: float = 0.9995
+    """Share of the sample's characters that get a piece; the others are written as bytes."""
+    sample_bytes: int | None = None
+    """Text to train the tokenizer on; by default 300 bytes for each entry of the vocabulary."""
+    shard_tokens: int = 1 << 26
+    """A shard holds at most so many tokens (unless one document alone is longer)."""
+    seed: int = 0
+    """Decides the splits and the tokenizer's sample."""
+    workers: int | None = None
+    """Processes; by default one for each CPU core. The result does not depend on it."""
+
+    def check(self) -> None:
+        """Raise UserError naming the first key that cannot be right."""
+        for wrong, sentence in (
+            (not self.sources, "sources is empty; name at least one file, folder or `stdlib`"),
+            (self.shard_tokens < 1, "shard_tokens must be positive"),
+            (self.shard_tokens >= 1 << 31, "shard_tokens must stay below 2^31"),
+            (self.workers is not None and self.workers < 1, "workers must be at least 1"),
+            (not 0 <= self.seed < 1 << 32, "seed must be in 0…2^32-1"),
+            (
+                min(self.val_fraction, self.test_fraction) < 0
+                or self.val_fraction + self.test_fraction >= 1,
+                "val_fraction and test_fraction must be at least 0 and together below 1",
+            ),
+            (not 0.98 <= self.character_coverage <= 1, "character_coverage must be in 0.98…1"),
+            (
+                self.max_characters is not None and self.max_characters < self.min_characters,
+                "max_characters is smaller than min_characters, which would drop everything",
+            ),
+        ):
+            if wrong:
+                raise UserError(sentence)
+
+    def processes(self) -> int:
+        """How many processes to use."""
+        return self.workers or len(os.sched_getaffinity(0))
+
+    def training_bytes(self) -> int:
+        """How much text the tokenizer is trained on, at most."""
+        return self.sample_bytes or SAMPLE_BYTES_PER_PIECE * self.vocab_size
+
+    def cleaning(self) -> CleaningOptions:
+        """The part that concerns cleaning."""
+        names = [field.name for field in dataclasses.fields(CleaningOptions)]
+        return CleaningOptions(**{name: getattr(self, name) for name in names})
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Everything that the result depends on: a foreign tokenizer by its hash, no `out`."""
+        keys = dataclasses.asdict(self)
+        for key in ("out", "workers"):
+            del keys[key]
+        if self.tokenizer is not None:
+            keys["tokenizer"] = Tokenizer.load(self.tokenizer).hash
+            for key in ("tokenizer_type", "vocab_size", "character_coverage", "sample_bytes"):
+                del keys[key]
+        return keys

@@ -1,0 +1,202 @@
+"""What `prepare`, `data inspect` and `data verify` show: figures as data, and tables of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import numpy as np
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from nanolm.data.prepare.pipeline import Summary
+from nanolm.data.shards.directory import (
+    SPLITS,
+    Manifest,
+    open_split,
+    open_tokenizer,
+    unigram_counts,
+)
+
+SAMPLE_TOKENS = 120
+
+
+def bytes_per_token(totals: dict[str, int]) -> float | None:
+    """UTF-8 bytes of text for each token, eos included; None for an empty split."""
+    return totals["bytes"] / totals["tokens"] if totals["tokens"] else None
+
+
+def cleaning_counts(manifest: Manifest) -> dict[str, dict[str, int]]:
+    """The counts of cleaning as two tables: `dropped` documents by reason, and `changed`."""
+    tables: dict[str, dict[str, int]] = {"dropped": {}, "changed": {}}
+    for key, count in manifest.cleaning.items():
+        table, _, name = key.partition("/")
+        tables.setdefault(table, {})[name] = count
+    return tables
+
+
+def figures(summary: Summary) -> dict[str, Any]:
+    """A preparation in numbers, for scripts: splits, cleaning, seconds by phase, speed."""
+    manifest = summary.manifest
+    seconds = summary.seconds.get("encoding", 0.0)
+    return {
+        "directory": summary.directory,
+        "vocab_size": manifest.vocab_size,
+        "splits": {
+            split: {**totals, "bytes_per_token": bytes_per_token(totals)}
+            for split, totals in manifest.totals.items()
+        },
+        **cleaning_counts(manifest),
+        "workers": summary.workers,
+        "seconds": {phase: round(value, 3) for phase, value in summary.seconds.items()},
+        "encoded_megabytes_per_second": (
+            summary.encoded_bytes / 1e6 / seconds if summary.encoded_bytes and seconds else None
+        ),
+        "reused": summary.reused,
+        "data_hash": manifest.data_hash,
+        "tokenizer_hash": manifest.tokenizer_hash,
+    }
+
+
+def render(summary: Summary) -> Group:
+    """The summary as tables: splits, what cleaning did, one line of speed."""
+    manifest = summary.manifest
+    numbers = figures(summary)
+    speed = numbers["encoded_megabytes_per_second"]
+    if summary.reused:
+        line = f"{summary.directory} was prepared already with this configuration; nothing to do"
+    elif speed is None:
+        line = f"{sum(summary.seconds.values()):.1f} s"
+    else:
+        line = (
+            f"{sum(summary.seconds.values()):.1f} s, of which encoding "
+            f"{summary.seconds['encoding']:.1f} s at {speed:.1f} MB/s in {summary.workers} "
+            f"process{'es' if summary.workers > 1 else ''}"
+        )
+    return Group(_split_table(manifest, summary.directory), *_cleaning_table(manifest), Text(line))
+
+
+def _split_table(manifest: Manifest, directory: str) -> Table:
+    table = Table(title=f"{directory}: vocabulary {manifest.vocab_size:,}", title_justify="left")
+    table.add_column("split")
+    for name in ("shards", "documents", "tokens", "bytes", "bytes/token"):
+        table.add_column(name, justify="right")
+    for split in SPLITS:
+        totals = manifest.totals[split]
+        ratio = bytes_per_token(totals)
+        table.add_row(
+            split,
+            f"{len(manifest.splits[split]):,}",
+            *(f"{totals[key]:,}" for key in ("documents", "tokens", "bytes")),
+            "" if ratio is None else f"{ratio:.3f}",
+        )
+    return table
+
+
+def _cleaning_table(manifest: Manifest) -> list[Table]:
+    tables = cleaning_counts(manifest)
+    if not any(tables.values()):
+        return []
+    table = Table(title="cleaning", title_justify="left")
+    table.add_column("what")
+    table.add_column("count", justify="right")
+    for kind, counts in tables.items():
+        for name, count in counts.items():
+            table.add_row(f"{kind}: {name}", f"{count:,}")
+    kept = sum(totals["documents"] for totals in manifest.totals.values())
+    read = kept + sum(tables["dropped"].values())
+    table.add_row("kept documents", f"{kept:,} of {read:,}")
+    return [table]
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """What `data inspect` shows.
+
+    document_tokens: split -> {smallest, median, mean, largest} tokens of a document; frequent: the
+    commonest pieces of the train split with their share of its tokens; samples: (split, document
+    number, beginning of its text).
+    """
+
+    directory: str
+    manifest: Manifest
+    document_tokens: dict[str, dict[str, float]]
+    unused_pieces: int
+    unigram_bits_per_byte: float
+    frequent: list[tuple[str, float]]
+    samples: list[tuple[str, int, str]]
+
+
+def inspect(directory: str, *, samples: int = 3) -> Inspection:
+    """Open a prepared directory and describe it; raises UserError as `open_split` does."""
+    manifest = Manifest.load(directory)
+    tokenizer = open_tokenizer(directory, manifest)
+    lengths: dict[str, dict[str, float]] = {}
+    texts: list[tuple[str, int, str]] = []
+    for split in SPLITS:
+        if not manifest.splits[split]:
+            continue
+        _, shards = open_split(directory, split)
+        sizes = np.concatenate([np.diff(shard.offsets) for shard in shards])
+        lengths[split] = {
+            "smallest": int(sizes.min()),
+            "median": float(np.median(sizes)),
+            "mean": float(sizes.mean()),
+            "largest": int(sizes.max()),
+        }
+        shard = shards[0]
+        for index in np.unique(np.linspace(0, len(shard) - 1, samples).astype(int)).tolist():
+            document = shard.document(index)
+            texts.append((split, index, tokenizer.decode(document[:SAMPLE_TOKENS], specials=True)))
+    counts = unigram_counts(directory, manifest)
+    order = np.argsort(-counts, kind="stable")[:20]
+    shares = counts / counts.sum()
+    used = shares[shares > 0]
+    bits = -(counts[counts > 0] * np.log2(used)).sum() / manifest.totals["train"]["bytes"]
+    return Inspection(
+        directory=str(pathlib.Path(directory)),
+        manifest=manifest,
+        document_tokens=lengths,
+        unused_pieces=int((counts == 0).sum()),
+        unigram_bits_per_byte=float(bits),
+        frequent=[(tokenizer.piece(int(index)), float(shares[index])) for index in order],
+        samples=texts,
+    )
+
+
+def inspection_figures(inspection: Inspection) -> dict[str, Any]:
+    """An inspection for scripts."""
+    return dataclasses.asdict(inspection)
+
+
+def render_inspection(inspection: Inspection) -> Group:
+    """An inspection as tables and sample texts."""
+    manifest = inspection.manifest
+    lengths = Table(title="tokens in a document", title_justify="left")
+    lengths.add_column("split")
+    for name in ("smallest", "median", "mean", "largest"):
+        lengths.add_column(name, justify="right")
+    for split, numbers in inspection.document_tokens.items():
+        lengths.add_row(split, *(f"{value:,.0f}" for value in numbers.values()))
+    facts = Text(
+        f"data {manifest.data_hash}\ntokenizer {manifest.tokenizer_hash}\n"
+        f"special pieces {manifest.special_ids}\n"
+        f"pieces that the train split never uses: {inspection.unused_pieces:,}\n"
+        f"entropy of the train split's pieces: "
+        f"{inspection.unigram_bits_per_byte:.3f} bits per byte\n"
+        f"commonest pieces: "
+        + " ".join(f"{piece!r} {100 * share:.1f} %" for piece, share in inspection.frequent)
+    )
+    samples = [
+        Text.assemble((f"\n{split} document {index}\n", "bold"), text)
+        for split, index, text in inspection.samples
+    ]
+    return Group(
+        _split_table(manifest, inspection.directory),
+        *_cleaning_table(manifest),
+        lengths,
+        facts,
+        *samples,
+    )

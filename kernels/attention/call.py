@@ -1,0 +1,241 @@
+"""One call of attention, as PyTorch's operators and the kernels take it.
+
+An operator may take nothing but tensors and scalars, so `flatten` turns a Mask and a Bias into the
+flat arguments that SCHEMA lists; `Call` turns these into the kernels' named tuples. All operators
+of attention (attention/operator.py, decode.py) take the same arguments in the same order.
+
+Shapes: B batch, T queries, S keys, H query heads, G key/value heads, K head width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nanolm.kernels.attention import scores as tiles
+from nanolm.kernels.launch import (
+    Launch,
+    accumulator,
+    attention_launch,
+    columns_of,
+    device_guard,
+    wide_dtype,
+)
+from nanolm.ops.bias import AlibiBias, Bias, BucketBias
+from nanolm.ops.masks import Mask
+
+LOG2E = 1 / math.log(2)
+PRECISIONS = ("ieee", "tf32x3")
+SCHEMA = (
+    "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? buckets, Tensor? key_lengths, "
+    "Tensor? documents, Tensor? key_documents, Tensor? prefix_lengths, Tensor? order, "
+    "Tensor? key_order, Tensor? seed, str bias_kind, bool causal, bool strict, SymInt? window, "
+    "float scale, float? softcap, float dropout, str precision"
+)
+"""Of every operator of attention: q, k, v, the fields of Tensors, the fields of Options."""
+
+
+class Tensors(NamedTuple):
+    """The operators' optional tensors, in order; masks as in nanolm.ops.masks, rows contiguous.
+
+    bias     slopes [H], or table [buckets, H], or values [B or 1, H or 1, T, S]
+    buckets  int32 [T + S - 1]: the bucket of each distance, 1 - T first
+    seed     int64 [1], for dropout
+    """
+
+    bias: Tensor | None
+    buckets: Tensor | None
+    key_lengths: Tensor | None
+    documents: Tensor | None
+    key_documents: Tensor | None
+    prefix_lengths: Tensor | None
+    order: Tensor | None
+    key_order: Tensor | None
+    seed: Tensor | None
+
+
+class Options(NamedTuple):
+    """The operators' scalars, in their order.
+
+    precision  of float32 products: "ieee", or "tf32x3", three TF32 products on the tensor cores
+               that together keep about 21 of 23 bits; 16-bit products are exact either way
+    """
+
+    bias_kind: str
+    causal: bool
+    strict: bool
+    window: int | None
+    scale: float
+    softcap: float | None
+    dropout: float
+    precision: str
+
+
+class Call:
+    """One call's arguments, converted once and passed to several kernels.
+
+    Raises ValueError when q, k and v (after autocast, where it is on) differ in dtype.
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> None:
+        if not q.dtype == k.dtype == v.dtype:
+            raise ValueError(
+                f"queries are {q.dtype}, keys {k.dtype}, values {v.dtype}: they must have one dtype"
+            )
+        self.tensors = tensors = Tensors(*rest[: len(Tensors._fields)])
+        self.options = options = Options(*rest[len(Tensors._fields) :])
+        self.n_rows, self.n_queries, self.n_heads, self.width = q.shape
+        self.n_keys, self.n_groups = k.shape[1:3]
+        self.q = q
+        self.inputs = (view(q), view(k), view(v))
+        self.columns = columns_of(self.width)
+        self.shape = tiles.Shape(self.n_queries, self.n_keys, self.n_heads)
+        self.masks = tiles.Masks(options.window, *tensors[2:-1])
+        n_distances = self.n_queries + self.n_keys - 1
+        self.bias = kernel_bias(options.bias_kind, tensors, n_distances)
+        softcap = options.softcap or 1.0
+        self.scores = tiles.Scores(options.scale * LOG2E, softcap * LOG2E, options.scale / softcap)
+        self.dropout = tiles.Dropout(None, None, None)
+        if tensors.seed is not None:
+            threshold, p = int(options.dropout * 2**31), options.dropout
+            self.dropout = tiles.Dropout(tensors.seed, threshold, 1 / (1 - p))
+        self.constants = {
+            "GROUP": self.n_heads // self.n_groups,
+            "WIDTH": self.width,
+            "COLUMNS": self.columns,
+            "CAUSAL": options.causal,
+            "STRICT": options.strict,
+            "BIAS": options.bias_kind,
+            "SOFTCAP": options.softcap is not None,
+            # Triton's default for float32, TF32, keeps 10 of 23 bits.
+            "PRECISION": options.precision if q.dtype == torch.float32 else "ieee",
+            "ACCUMULATE": accumulator(q.dtype),
+        }
+
+    @property
+    def problem(self) -> tuple:
+        """What every kernel takes after its tensors."""
+        return self.shape, self.masks, self.bias, self.scores, self.dropout
+
+    def tile(self, kind: str) -> Launch:
+        """Tile sizes, warps and stages of one kernel."""
+        options, seed = self.options, self.tensors.seed
+        heavy = options.bias_kind != "none" or options.softcap is not None or seed is not None
+        return attention_launch(kind, self.q.device, self.columns, self.q.dtype, heavy=heavy)
+
+    def start(self, kernel: Any, n_programs: int, *arguments: Any, **constants: Any) -> None:
+        """Launches a kernel, unless there is nothing for it to do."""
+        if n_programs > 0:
+            with device_guard(self.q):
+                kernel[(n_programs,)](*arguments, **self.constants, **constants)
+
+
+def view(x_BTHK: Tensor) -> tiles.View:
+    """A tensor as the kernels see it, copied only if a tile's offsets would need 64 bits."""
+    steps = zip(x_BTHK.shape[1:], x_BTHK.stride()[1:], strict=True)
+    if any(length > 1 and stride * 256 >= 2**31 for length, stride in steps):
+        x_BTHK = x_BTHK.contiguous()
+    return tiles.View(x_BTHK, *x_BTHK.stride())
+
+
+def kernel_bias(bias_kind: str, tensors: Tensors, n_distances: int) -> tiles.Bias:
+    """The bias as the kernels read it; a T5 table is spread out by distance first."""
+    bias = tensors.bias
+    if bias_kind == "none":
+        return tiles.Bias(None, None, None, None, None)
+    if bias_kind == "dense":
+        strides = [0 if n == 1 else d for n, d in zip(bias.shape, bias.stride(), strict=True)]
+        return tiles.Bias(bias, *strides)
+    if bias_kind == "bucket":
+        bias = bias[tensors.buckets[:n_distances].long()].t()
+    return tiles.Bias(bias.contiguous(), None, None, None, None)
+
+
+def product_flops(q_shape: Any, k_shape: Any) -> int:
+    """Two products of [T, K] by [K, S] a head; masks do not lessen it, as in PyTorch's formulas."""
+    n_rows, n_queries, n_heads, width = q_shape
+    return 4 * n_rows * n_heads * n_queries * k_shape[1] * width
+
+
+def empty_outputs(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    """(out [B, T, H, K], lse [B, H, T]) of the right shape, not computed."""
+    n_rows, n_queries, n_heads, _width = q.shape
+    lse = q.new_empty((n_rows, n_heads, n_queries), dtype=wide_dtype(q.dtype))
+    return q.new_empty(q.shape), lse
+
+
+def check(q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, precision: str) -> None:
+    """Raises ValueError for shapes that do not fit together and for an unknown precision."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r} of float32 products: choose from {PRECISIONS}")
+    if k_BSGK.shape != v_BSGK.shape:
+        raise ValueError(f"keys {tuple(k_BSGK.shape)} and values {tuple(v_BSGK.shape)} differ")
+    if (q_BTHK.shape[0], q_BTHK.shape[3]) != (k_BSGK.shape[0], k_BSGK.shape[3]):
+        raise ValueError(f"queries {tuple(q_BTHK.shape)} do not fit keys {tuple(k_BSGK.shape)}")
+    if q_BTHK.shape[2] % k_BSGK.shape[2] != 0:
+        raise ValueError(f"{k_BSGK.shape[2]} key heads do not divide {q_BTHK.shape[2]} query heads")
+
+
+def flatten(
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGK: Tensor,
+    mask: Mask,
+    bias: Bias | None,
+    *,
+    scale: float,
+    softcap: float | None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    precision: str = "ieee",
+) -> tuple:
+    """All arguments of the operators, as SCHEMA lists them.
+
+    Raises ValueError for shapes that do not fit together.
+    """
+    check(q_BTHK, k_BSGK, v_BSGK, precision)
+    n_rows, n_queries = q_BTHK.shape[:2]
+    n_keys = k_BSGK.shape[1]
+
+    def rows(x: Tensor | None, *shape: int) -> Tensor | None:
+        return None if x is None else x.expand(n_rows, *shape).contiguous()
+
+    values, buckets, kind = flat_bias(bias, n_queries, n_keys, q_BTHK.device)
+    key_documents = mask.documents if mask.key_documents is None else mask.key_documents
+    key_order = mask.order if mask.key_order is None else mask.key_order
+    tensors = Tensors(
+        values,
+        buckets,
+        rows(mask.key_lengths),
+        rows(mask.documents, n_queries),
+        rows(key_documents, n_keys) if mask.documents is not None else None,
+        rows(mask.prefix_lengths) if mask.causal else None,
+        rows(mask.order, n_queries),
+        rows(key_order, n_keys) if mask.order is not None else None,
+        seed,
+    )
+    options = Options(
+        kind, mask.causal, mask.strict, mask.window, scale, softcap, dropout, precision
+    )
+    return q_BTHK, k_BSGK, v_BSGK, *tensors, *options
+
+
+def flat_bias(
+    bias: Bias | None, n_queries: int, n_keys: int, device: torch.device
+) -> tuple[Tensor | None, Tensor | None, str]:
+    """(values, buckets, kind) of a bias, as Tensors describes them."""
+    if bias is None:
+        return None, None, "none"
+    if isinstance(bias, AlibiBias):
+        if bias.slopes_H.requires_grad:
+            raise ValueError("the Triton kernel takes ALiBi slopes as constants, not as parameters")
+        return bias.slopes_H, None, "alibi"
+    if isinstance(bias, BucketBias):
+        distance = torch.arange(1 - n_queries, n_keys, device=device)
+        return bias.table_NH, bias.buckets(distance).int(), "bucket"
+    values = bias.dense(n_queries, n_keys)
+    values = values.reshape([1] * (4 - values.ndim) + list(values.shape))
+    return values.expand(-1, -1, n_queries, n_keys), None, "dense"

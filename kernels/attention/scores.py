@@ -1,0 +1,241 @@
+"""What all attention kernels share: one tile of scores, and who may see whom in it.
+
+A tile is M queries by N keys. Its scores are kept in units of log2, because the GPU has exp2:
+
+    score = log2(e) * (softcap(q . k * scale) + bias),   -inf where the mask forbids the pair
+
+Query indices `t` and key indices `s` arrive as tensors that broadcast against each other, [M, 1]
+and [1, N] or, in the kernel that walks along queries, [1, M] and [N, 1]: every function here is
+elementwise and does not care. As in `nanolm.ops.masks`, a query stands among the keys at
+t' = t + (S - T). Which tiles are visited at all is decided in ranges.py.
+
+Arguments travel in named tuples. A field that is None disappears when the kernel is compiled.
+
+Shapes: B batch, T queries, S keys, H query heads, G key/value heads, K head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+class View(NamedTuple):
+    """A [B, T, H, K] tensor of any strides."""
+
+    pointer: Any
+    stride_b: int
+    stride_t: int
+    stride_h: int
+    stride_k: int
+
+
+class Shape(NamedTuple):
+    """The sizes that are known only at run time."""
+
+    n_queries: int
+    n_keys: int
+    n_heads: int
+
+
+class Masks(NamedTuple):
+    """A `Mask` as pointers to contiguous rows ([B], [B, T], [B, S]); None: no condition.
+
+    Whether it is causal, and whether the order is strict, are compile-time flags of each kernel.
+    """
+
+    window: Any
+    key_lengths: Any
+    documents: Any
+    key_documents: Any
+    prefix_lengths: Any
+    order: Any
+    key_order: Any
+
+
+class Bias(NamedTuple):
+    """What is added to the scores; the kind is a compile-time flag.
+
+    alibi     pointer: slopes [H]
+    bucket    pointer: the bias by distance, [H, T + S - 1], distance 1 - T first
+    dense     pointer: [B, H, T, S] with these strides, 0 where it broadcasts
+    """
+
+    pointer: Any
+    stride_b: Any
+    stride_h: Any
+    stride_t: Any
+    stride_s: Any
+
+
+class Scores(NamedTuple):
+    """Constants that turn q . k into log2 units: times `to_log2`, or `cap` * tanh(`to_cap` * …)."""
+
+    to_log2: float
+    cap: float
+    to_cap: float
+
+
+class Dropout(NamedTuple):
+    """seed: pointer to an int64, or None for no dropout; an entry is kept when 31 random bits are
+    not below the threshold, and then multiplied by `scale` = 1 / (1 - p)."""
+
+    seed: Any
+    threshold: Any
+    scale: Any
+
+
+@triton.jit
+def head_pointer(view, batch, head):
+    """Where one head's [T, K] matrix begins."""
+    return view.pointer + tl.cast(batch, tl.int64) * view.stride_b + head * view.stride_h
+
+
+@triton.jit
+def tile_pointers(view, base, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Pointers [ROWS, COLUMNS] to rows first, first + 1, …; the long way is taken in 64 bits."""
+    base += tl.cast(first, tl.int64) * view.stride_t
+    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
+    return base + row * view.stride_t + column * view.stride_k
+
+
+@triton.jit
+def load_tile(
+    view,
+    base,
+    first,
+    n_rows,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHECKED: tl.constexpr,
+):
+    """[ROWS, COLUMNS] of one head, zero outside; rows are compared with n_rows only if CHECKED."""
+    pointers = tile_pointers(view, base, first, ROWS, COLUMNS)
+    row = first + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, COLUMNS)[None, :]
+    if CHECKED:
+        inside = (row < n_rows) & (column < WIDTH)
+        return tl.load(pointers, mask=inside, other=0.0)
+    elif WIDTH != COLUMNS:
+        return tl.load(pointers, mask=column < WIDTH, other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def store_tile(
+    view,
+    base,
+    tile,
+    first,
+    n_rows,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Writes the part of [ROWS, COLUMNS] that lies inside the matrix."""
+    row = first + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, COLUMNS)[None, :]
+    pointers = tile_pointers(view, base, first, ROWS, COLUMNS)
+    inside = (row < n_rows) & (column < WIDTH)
+    tl.store(pointers, tile.to(view.pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def visible(masks, batch, t, s, shape, CAUSAL: tl.constexpr, STRICT: tl.constexpr):
+    """Which pairs of the tile the mask allows: `Mask.dense`, pair by pair."""
+    at = t + (shape.n_keys - shape.n_queries)
+    allowed = (t < shape.n_queries) & (s < shape.n_keys)
+    if CAUSAL:
+        behind = s <= at
+        if masks.prefix_lengths is not None:
+            behind = behind | (s < tl.load(masks.prefix_lengths + batch))
+        allowed = allowed & behind
+    if masks.window is not None:
+        allowed = allowed & (at - s < masks.window) & (s - at < masks.window)
+    if masks.key_lengths is not None:
+        allowed = allowed & (s < tl.load(masks.key_lengths + batch))
+    query_row = tl.cast(batch, tl.int64) * shape.n_queries
+    key_row = tl.cast(batch, tl.int64) * shape.n_keys
+    if masks.documents is not None:
+        mine = tl.load(masks.documents + query_row + t, mask=t < shape.n_queries, other=0)
+        theirs = tl.load(masks.key_documents + key_row + s, mask=s < shape.n_keys, other=0)
+        allowed = allowed & (mine == theirs)
+    if masks.order is not None:
+        mine = tl.load(masks.order + query_row + t, mask=t < shape.n_queries, other=0)
+        theirs = tl.load(masks.key_order + key_row + s, mask=s < shape.n_keys, other=0)
+        allowed = allowed & ((theirs < mine) if STRICT else (theirs <= mine))
+    return allowed
+
+
+@triton.jit
+def bias_tile(bias, batch, head, t, s, shape, BIAS: tl.constexpr):
+    """What the tile's scores are raised by, in natural units."""
+    distance = t + (shape.n_keys - shape.n_queries) - s
+    inside = (t < shape.n_queries) & (s < shape.n_keys)
+    if BIAS == "alibi":
+        return -tl.load(bias.pointer + head) * tl.abs(distance)
+    elif BIAS == "bucket":
+        n_distances = shape.n_queries + shape.n_keys - 1
+        index = head * n_distances + distance + (shape.n_queries - 1)
+        return tl.load(bias.pointer + index, mask=inside, other=0.0)
+    else:
+        head_start = tl.cast(batch, tl.int64) * bias.stride_b + head * bias.stride_h
+        offsets = head_start + tl.cast(t, tl.int64) * bias.stride_t + s * bias.stride_s
+        return tl.load(bias.pointer + offsets, mask=inside, other=0.0)
+
+
+@triton.jit
+def tanh(x):
+    """tanh, which Triton offers only through a library that the interpreter lacks."""
+    return 2 * tl.sigmoid(2 * x) - 1
+
+
+@triton.jit
+def scores_tile(
+    dots,
+    batch,
+    head,
+    t,
+    s,
+    shape,
+    masks,
+    bias,
+    scores,
+    CAUSAL: tl.constexpr,
+    STRICT: tl.constexpr,
+    BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    CHECKED: tl.constexpr,
+):
+    """(scores in log2 units, slope of the soft-cap) from q . k; the mask is applied if CHECKED."""
+    if SOFTCAP:
+        bent = tanh(dots * scores.to_cap)
+        score = bent * scores.cap
+        slope = 1 - bent * bent
+    else:
+        score = dots * scores.to_log2
+        slope = score  # not used
+    if BIAS != "none":
+        score += bias_tile(bias, batch, head, t, s, shape, BIAS) * LOG2E
+    if CHECKED:
+        allowed = visible(masks, batch, t, s, shape, CAUSAL, STRICT)
+        score = tl.where(allowed, score, float("-inf"))
+    return score, slope
+
+
+@triton.jit
+def kept(dropout, batch, head, t, s):
+    """bool: the entries that dropout keeps, a function of (seed, batch, head, t, s) alone.
+
+    Philox-4x32-10 (Salmon et al. 2011) with the four indices as its counter.
+    """
+    zero = t * 0 + s * 0
+    bits, _, _, _ = tl.philox(tl.load(dropout.seed), zero + s, zero + t, zero + head, zero + batch)
+    return (bits >> 1).to(tl.int32) >= dropout.threshold

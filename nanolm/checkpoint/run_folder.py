@@ -1,0 +1,213 @@
+"""Whose folder is it: what a run finds in `run.dir` when it starts, and whether it may go on there.
+
+`claim` decides between a fresh start, a continuation and a refusal, on rank 0, for all ranks. A
+continuation must have the config that shaped the run; keys that only change how it is computed,
+watched or how long it goes on may differ (`HARMLESS`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import platform
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+import nanolm
+from nanolm.checkpoint.checkpoints import Checkpoints, locate, read_trainer
+from nanolm.checkpoint.container import write_text
+from nanolm.checkpoint.nodes import common_checkpoint
+from nanolm.config import strict_yaml
+from nanolm.distributed.world import World
+from nanolm.errors import UserError
+
+HARMLESS = (
+    "resume",
+    "init_from",
+    "plugins",
+    "eval.",
+    "kernels.",
+    "distributed.",
+    "run.",
+    "data.path",
+    "data.cache.",
+    "data.workers",
+    "train.steps",
+    "train.micro_batch",
+    "train.nonfinite",
+    "train.spike",
+    "train.rewind_steps",
+    "train.max_skips",
+    "train.activation_checkpointing",
+    "train.compile",
+)
+"""Keys (or prefixes) that a continued run may change; data.path because the data's hash decides."""
+
+SHAPING = ("run.seed",)
+"""Keys under a harmless prefix that may not change after all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """How the run starts: from nothing, or after `step` steps from a verified checkpoint."""
+
+    checkpoint: pathlib.Path | None
+    notes: list[str]
+
+
+def claim(
+    run: pathlib.Path,
+    resume: str,
+    config_text: str,
+    facts: Mapping[str, Any],
+    world: World,
+    *,
+    shared: bool = True,
+) -> Start:
+    """Takes possession of the run's folder, or with shared=False of each node's; collective.
+
+    `resume` is never, auto or a checkpoint's folder; `facts` are hashes of data and tokenizer.
+    Raises UserError, on every rank, when the folder holds another run or nothing to resume from.
+    """
+    checkpoints = Checkpoints(run, world, shared=shared)
+    common = None if shared or resume != "auto" else common_checkpoint(run, world)
+
+    def take() -> dict[str, Any] | None:
+        if not checkpoints.leads:
+            return None
+        checkpoint, notes = common or _find(run, resume)
+        if checkpoint is not None:
+            _same_run(checkpoint, config_text, facts)
+            notes += differences(read_trainer(checkpoint)["environment"], world)
+        elif resume == "auto" and (run / "config.yaml").is_file():
+            _same_config(run / "config.yaml", config_text)
+        _make(run)
+        checkpoints.clean()
+        write_text(run / "config.yaml", config_text)
+        return {"checkpoint": checkpoint and str(checkpoint), "notes": notes}
+
+    answer = world.agree(take)[checkpoints.leader]
+    found = answer["checkpoint"]
+    return Start(pathlib.Path(found) if found else None, answer["notes"])
+
+
+def _make(run: pathlib.Path) -> None:
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run.dir {run} cannot be made: {error.strerror}") from error
+
+
+def _find(run: pathlib.Path, resume: str) -> tuple[pathlib.Path | None, list[str]]:
+    if resume == "auto":
+        checkpoint, problems = Checkpoints(run, World()).newest()
+        return checkpoint, [f"{problem}: went back to {checkpoint}" for problem in problems]
+    inside = resume != "never" and pathlib.Path(resume).resolve().is_relative_to(run.resolve())
+    taken = (run / "metrics.jsonl").exists() or (run / "checkpoints").exists()
+    if taken and not inside:
+        raise UserError(
+            f"run.dir {run} already holds a run; --resume auto continues it, another run.dir "
+            f"starts a new one"
+        )
+    return (None if resume == "never" else locate(resume)), []
+
+
+def _same_run(checkpoint: pathlib.Path, config_text: str, facts: Mapping[str, Any]) -> None:
+    _same_config(checkpoint / "config.yaml", config_text)
+    saved = read_trainer(checkpoint)["facts"]
+    for key, value in facts.items():
+        if saved.get(key, value) != value:
+            raise UserError(
+                f"checkpoint {checkpoint} was trained with another {key} ({saved[key]}) than this "
+                f"run has ({value}); give it the data and tokenizer it had, or start a new run"
+            )
+
+
+def _same_config(saved: pathlib.Path, config_text: str) -> None:
+    before = flatten(strict_yaml.read_mapping(saved))
+    now = flatten(strict_yaml.parse(config_text, "config"))
+    changed = [
+        f"{key} ({before.get(key)} there, {now.get(key)} here)"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not _harmless(key)
+    ]
+    if changed:
+        raise UserError(
+            f"{saved.parent} was written with another config: {', '.join(changed)}; change it "
+            f"back, or start a new run in another run.dir"
+        )
+
+
+def _harmless(key: str) -> bool:
+    return key not in SHAPING and key.startswith(HARMLESS)
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one mapping with dotted keys."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat.update(flatten(inner, f"{prefix}.{key}" if prefix else str(key)))
+    return flat
+
+
+def environment(world: World) -> dict[str, Any]:
+    """What bit-equality depends on beside the config: builds, machine type, threads, ranks."""
+    device = world.device
+    return {
+        "nanolm": nanolm.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": f"{sys.platform} {platform.machine()}",
+        "cpu": _cpu(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "world": world.size,
+    }
+
+
+def _cpu() -> str:
+    info = pathlib.Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def differences(saved: Mapping[str, Any], world: World) -> list[str]:
+    """One sentence when the environment changed since the checkpoint, none when it did not."""
+    now = environment(world)
+    changed = [f"{k}: {saved[k]} -> {now[k]}" for k in now if k in saved and saved[k] != now[k]]
+    if not changed:
+        return []
+    return [f"resumed elsewhere ({'; '.join(changed)}): agrees to rounding, not bit for bit"]
+
+
+def cut_metrics(path: pathlib.Path, step: int) -> None:
+    """Drops the lines that a continued run will write again: those after `step`.
+
+    A checkpoint is written between the step's own line and its evaluation, so that one goes too. A
+    last line that a kill tore is dropped. The rest is kept byte for byte.
+    """
+    if not path.is_file():
+        return
+    kept = []
+    for raw in path.read_bytes().splitlines(keepends=True):
+        try:
+            line = raw.decode()
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            break
+        ours = isinstance(record, dict) and isinstance(record.get("step"), int)
+        if not ours or "kind" not in record:
+            raise UserError(
+                f"{path} has a line that nanolm did not write; remove it: {line[:60]!r}"
+            )
+        before = record["step"] < step or (record["step"] == step and record["kind"] == "train")
+        if before and line.endswith("\n"):
+            kept.append(line)
+    write_text(path, "".join(kept))

@@ -1,0 +1,1 @@
+"""nanolm bench …: one module a command."""

@@ -1,0 +1,172 @@
+"""`nanolm bench scale`: how step time grows with the number of processes, strong and weak.
+
+    strong   the global batch stays; N processes should take 1/N of the time
+             efficiency(N) = t(1) / (N t(N))
+    weak     each process keeps its rows; the time should stay
+             efficiency(N) = t(1) / t(N)
+
+Each measurement is a fresh torchrun of N processes with the same number of threads each, taken in
+turns (1, 2, 1, 2, …), so that whatever else the machine does meets all; turns in which the host
+took its cores away are taken again, as in nanolm/tools/bench/contest.py. The table shows medians
+over turns, with where the step's time goes: waiting for data, forward, backward, communication and
+optimizer. Finished measurements are kept in `results`, so an interrupted benchmark goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import statistics
+import sys
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from nanolm.commands.figures import write_json
+from nanolm.errors import require, require_at_least
+from nanolm.tools.bench.cells import Cells, cpu_name, run_process
+from nanolm.tools.bench.contest import Theft, enough, quiet, quietest
+from nanolm.tools.bench.shape import Shape
+from nanolm.tools.devices import DeviceWord, device_type
+from nanolm.training.phases import PHASES
+
+MODULE = "nanolm.tools.bench.ranks"
+"""Starts the ranks of one measurement."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments(Shape):
+    """Measure the training step with several numbers of processes on this machine."""
+
+    processes: list[int] = dataclasses.field(default_factory=lambda: [1, 2])
+    """Numbers of processes; the first is what the others are compared with."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """How the processes share the work."""
+    objective: Literal["clm", "mlm"] = "clm"
+    """Which step."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """In which arithmetic."""
+    device: DeviceWord = "auto"
+    """auto takes CUDA when there is any."""
+    threads: int = 1
+    """CPU threads of each process."""
+    rounds: int = 5
+    """Turns of every number of processes."""
+    steps: int = 5
+    """Measured steps in each turn."""
+    warmup: int = 2
+    """Steps before them."""
+    batch: int = 16
+    """Rows of a step: of all processes (strong), of each (weak)."""
+    results: str = "runs/bench_scale.json"
+    """Where finished measurements are kept, and found by the next call."""
+    fresh: bool = False
+    """Measure everything anew: throw away what `results` holds."""
+    json: str | None = None
+    """Also write the figures to this file."""
+
+    def __post_init__(self) -> None:
+        require_at_least("bench scale", self, threads=1, rounds=1, steps=1, warmup=0, batch=1)
+        require_at_least("bench scale", self, n_layers=1, row_length=2)
+        valid = bool(self.processes) and min(self.processes) >= 1
+        require(valid, f"processes={self.processes} must name numbers of at least 1")
+
+
+def job_of(arguments: Arguments, scaling: str, processes: int) -> dict[str, Any]:
+    """All that decides one measurement."""
+    names = [field.name for field in dataclasses.fields(Shape)]
+    shape = {name: getattr(arguments, name) for name in names}
+    shape["batch"] *= processes if scaling == "weak" else 1
+    kept = ("strategy", "objective", "precision", "device")
+    settings = {key: getattr(arguments, key) for key in kept} | {"processes": processes}
+    common = {key: getattr(arguments, key) for key in ("threads", "steps", "warmup")}
+    return {"settings": settings, "shape": shape, **common}
+
+
+def measure(arguments: Arguments, scaling: str, cells: Cells) -> list[dict[str, Any]]:
+    """A row for each number of processes."""
+    jobs = {count: job_of(arguments, scaling, count) for count in arguments.processes}
+    device = device_type(arguments.device)
+    turns: list[dict[int, dict[str, Any]]] = []
+    shares: list[float] = []
+    while not enough(shares, arguments.rounds):
+        what = {"turn": len(turns) + 1}
+        taken = {
+            count: cells.get({"job": job, **what}, functools.partial(take, job), device)
+            for count, job in jobs.items()
+        }
+        turns.append(taken)
+        shares.append(max(result["stolen"] for result in taken.values()))
+        print(f"{scaling}: turn {len(turns)}, {shares[-1]:.0%} stolen", file=sys.stderr)
+    kept = quietest(shares, arguments.rounds)
+    print(f"{scaling}: {quiet([shares[n] for n in kept])}")
+    return rows(arguments, scaling, {count: [turns[n][count] for n in kept] for count in jobs})
+
+
+def take(job: dict[str, Any]) -> dict[str, Any]:
+    """One measurement, and the share of the machine's time that was stolen meanwhile."""
+    theft = Theft()
+    return run_process(job, MODULE) | {"stolen": theft.share()}
+
+
+def rows(
+    arguments: Arguments, scaling: str, found: dict[int, list[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """Medians over turns, and each number of processes against the first."""
+    table: list[dict[str, Any]] = []
+    for count, results in found.items():
+        turns = [statistics.median(result["seconds"]) for result in results]
+        seconds = statistics.median(turns)
+        tokens = job_of(arguments, scaling, count)["shape"]["batch"] * arguments.row_length
+        rate = tokens / seconds
+        first = table[0] if table else {"processes": count, "tokens_per_second": rate}
+        speed = rate / first["tokens_per_second"]
+        table.append(
+            {
+                "scaling": scaling,
+                "processes": count,
+                "step_seconds": seconds,
+                "tokens_per_second": rate,
+                "speed": speed,
+                "efficiency": speed * first["processes"] / count,
+                "phases": {
+                    phase: statistics.median(result["phases"][phase] for result in results)
+                    for phase in PHASES
+                },
+                "turn_seconds": turns,
+                "load_average": statistics.median(r["load_average"] for r in results),
+            }
+        )
+    return table
+
+
+def table_of(arguments: Arguments, found: list[dict[str, Any]]) -> Table:
+    """What the terminal shows."""
+    head = ("", "processes", "tokens/s", "speed", "efficiency", "step", *PHASES)
+    table = Table(*head, title=f"{arguments.strategy}, {arguments.objective} {arguments.precision}")
+    for row in found:
+        phases = [f"{1e3 * row['phases'][phase]:.1f} ms" for phase in PHASES]
+        table.add_row(
+            row["scaling"],
+            str(row["processes"]),
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['speed']:.2f}x",
+            f"{row['efficiency']:.0%}",
+            f"{1e3 * row['step_seconds']:.1f} ms",
+            *phases,
+        )
+    return table
+
+
+def run(arguments: Arguments) -> None:
+    """Measure, print the table, write the figures."""
+    cells = Cells(arguments.results, arguments.fresh)
+    found = [row for scaling in ("strong", "weak") for row in measure(arguments, scaling, cells)]
+    Console(width=140).print(table_of(arguments, found))
+    cores = os.cpu_count() or 1
+    if max(arguments.processes) * arguments.threads > cores:
+        print(f"more threads than this machine's {cores} cores: no efficiency to speak of")
+    machine = {"cpu": cpu_name(), "cores": cores}
+    write_json(arguments.json, {**dataclasses.asdict(arguments), **machine, "rows": found})

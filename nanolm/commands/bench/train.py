@@ -1,0 +1,181 @@
+"""`nanolm bench train`: one training step of nanolm beside transformers' GPT-2 and BERT and a plain
+loop, at one fixed shape, on a CPU or a GPU.
+
+Each contestant is a fresh process (`bench/step.py`) with the same environment for all; one that
+cannot take part here is named at the start, with what helps (`admission.py`). Trial turns
+with and without torch.compile keep its faster variant; then the contestants take turns,
+A B C A B C … (`bench/contest.py`). The table shows medians over rounds; a ratio is the median of
+the quotients of all rounds, and stands beside their quartiles.
+
+On a GPU the steps of a turn run freely and their end is waited for; what they take with a wait
+after each stands beside it, and phases are the device's time (`clock.py`). The default shape
+is for a CPU; GPT-2's small model is `--n_layers 12 --d_model 768 --n_heads 12 --row_length 1024
+--vocab_size 50304`.
+
+Model FLOPs are those that the objective needs (for MLM the vocabulary projection of the masked
+positions only), the same figure for every contestant. MFU is their rate over the matrix product's
+rate: on a CPU the median of what was measured in the same rounds, on a GPU its data sheet's.
+
+Finished contests are kept in `results` under a hash of everything that decides them, so an
+interrupted benchmark goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from typing import Any
+
+from nanolm.commands.figures import write_json
+from nanolm.errors import require, require_at_least
+from nanolm.tools.bench.admission import Entries, announce, enter_all, why_not
+from nanolm.tools.bench.cells import Cells, cpu_name, device_name
+from nanolm.tools.bench.contest import play
+from nanolm.tools.bench.figures import against_best, figures_of, peak_of, speed, table
+from nanolm.tools.bench.shape import Shape
+from nanolm.tools.devices import DeviceWord, device_type
+
+MATMUL = {"model": "matmul"}
+OBJECTIVES = ("clm", "mlm")
+PRECISIONS = ("fp32", "bf16", "fp16")
+STEPS = {"cpu": 1, "cuda": 10}
+"""Steps of a turn: on a GPU as many as make the start and the end of their queue a trifle."""
+WARMUP = {"cpu": 2, "cuda": 8}
+"""Steps before all turns: a GPU's clock and its allocator take some to settle."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments(Shape):
+    """Measure one training step of nanolm and of others, each in a process of its own."""
+
+    device: DeviceWord = "auto"
+    """auto takes CUDA when there is any."""
+    objectives: list[str] = dataclasses.field(default_factory=lambda: ["clm", "mlm"])
+    """Which steps: clm, mlm."""
+    precisions: list[str] = dataclasses.field(default_factory=lambda: ["fp32", "bf16"])
+    """In which arithmetic: fp32, bf16, fp16."""
+    rounds: int = 15
+    """Turns of every contestant, after the turns that try its variants."""
+    steps: int | None = None
+    """Steps of a turn; null means 1 on a CPU, 10 on CUDA."""
+    warmup: int | None = None
+    """Steps before all turns; null means 2 on a CPU, 8 on CUDA."""
+    threads: int | None = None
+    """Threads of every contestant; null means all cores."""
+    compile: bool = True
+    """Also try each contestant with torch.compile."""
+    only: list[str] | None = None
+    """Contestants to measure; null means all."""
+    results: str = "docs/bench_train.json"
+    """Where finished measurements are kept, and found by the next call."""
+    fresh: bool = False
+    """Measure everything anew: throw away what `results` holds."""
+    json: str | None = None
+    """Also write the figures to this file."""
+
+    def __post_init__(self) -> None:
+        known = [name for objective in OBJECTIVES for name in contestants(objective)]
+        choices = {
+            "objectives": OBJECTIVES,
+            "precisions": PRECISIONS,
+            "only": [*dict.fromkeys(known)],
+        }
+        for key, valid in choices.items():
+            for value in getattr(self, key) or []:
+                require(value in valid, f"--{key}: {value!r} is none of {'; '.join(valid)}")
+        require_at_least("bench train", self, rounds=1, steps=1, warmup=1, threads=1)
+        require_at_least("bench train", self, batch=1, row_length=1, n_layers=1)
+
+    @property
+    def shape(self) -> Shape:
+        """The shape of model and batch."""
+        names = [field.name for field in dataclasses.fields(Shape)]
+        return Shape(**{name: getattr(self, name) for name in names})
+
+
+def contestants(objective: str) -> dict[str, dict[str, Any]]:
+    """Name -> settings: nanolm, nanolm with other kernels, and the others."""
+    reference = {op: "reference" for op in ("attention", "linear_cross_entropy", "norm")}
+    rows: dict[str, dict[str, Any]] = {
+        "nanolm": {"model": "nanolm"},
+        "nanolm, reference kernels": {"model": "nanolm", "kernels": reference},
+        "nanolm, torch's linear_cross_entropy": {
+            "model": "nanolm",
+            "kernels": {"linear_cross_entropy": "torch"},
+        },
+    }
+    family = "gpt2" if objective == "clm" else "bert"
+    rows[f"transformers {family}"] = {"model": f"transformers-{family}"}
+    plain = "gpt" if objective == "clm" else "bert"
+    rows[f"plain {plain} loop"] = {"model": f"plain-{plain}"}
+    return {name: settings | {"objective": objective} for name, settings in rows.items()}
+
+
+def entries(arguments: Arguments, device: str, objective: str, precision: str) -> Entries:
+    """Who takes part in the contest of one step in one precision."""
+    common = {
+        "precision": precision,
+        "shape": dataclasses.asdict(arguments.shape),
+        "threads": arguments.threads or os.cpu_count(),
+        "warmup": arguments.warmup or WARMUP[device],
+        "steps": arguments.steps or STEPS[device],
+    }
+    return enter_all(
+        contestants(objective),
+        common,
+        device,
+        why_not=why_not,
+        variants=functools.partial(variants_of, arguments),
+        only=arguments.only,
+    )
+
+
+def variants_of(arguments: Arguments, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """A contestant as it is, and compiled; the rows that show other kernels only as they are."""
+    tries = arguments.compile and "kernels" not in settings
+    return [settings | {"compile": compiled} for compiled in ([False, True] if tries else [False])]
+
+
+def bench(arguments: Arguments, entered: Entries, device: str, cells: Cells) -> dict[str, Any]:
+    """All contestants of one step in one precision: figures by name."""
+    first = next(iter(entered.jobs.values()))[0]
+    product = {"matmul": [first | {"settings": MATMUL}]} if device == "cpu" else {}
+    jobs = entered.jobs | product
+    contest = cells.get(
+        {"jobs": jobs, "rounds": arguments.rounds},
+        lambda: play(jobs, arguments.rounds, "nanolm.tools.bench.step", speed),
+        device,
+    )
+    played = {name: entry for name, entry in contest["players"].items() if name != "matmul"}
+    peak = peak_of(contest)
+    return {
+        "objective": first["settings"]["objective"],
+        "precision": first["precision"],
+        "device_type": device,
+        "device": device_name(device),
+        "peak_tflops": peak and peak / 1e12,
+        "rows": {name: figures_of(entry, arguments.shape, peak) for name, entry in played.items()},
+        "left_out": entered.left_out,
+        "against_best": against_best(played),
+        "stolen": contest["stolen"],
+    }
+
+
+def run(arguments: Arguments) -> None:
+    """Name who is left out, measure, print tables, write the figures."""
+    device = device_type(arguments.device)
+    cells = Cells(arguments.results, arguments.fresh)
+    contests = [
+        entries(arguments, device, objective, precision)
+        for objective in arguments.objectives
+        for precision in arguments.precisions
+    ]
+    announce(contests)
+    reports = []
+    for entered in contests:
+        if entered.jobs:  # `only` may name none of this objective
+            reports.append(bench(arguments, entered, device, cells))
+            print(table(reports[-1]) + "\n", flush=True)
+    shape = dataclasses.asdict(arguments.shape)
+    write_json(arguments.json, {"shape": shape, "cpu": cpu_name(), "reports": reports})

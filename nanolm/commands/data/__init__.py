@@ -1,0 +1,1 @@
+"""nanolm data …: one module a command."""

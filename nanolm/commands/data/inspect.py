@@ -1,0 +1,31 @@
+"""`nanolm data inspect DIR`: manifest, statistics and decoded samples of a prepared folder."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from rich.console import Console
+
+from nanolm.commands.figures import write_json
+from nanolm.data.prepare.report import inspect, inspection_figures, render_inspection
+
+POSITIONAL = ("directory",)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Look into a prepared folder."""
+
+    directory: str
+    """Folder that `nanolm prepare` wrote."""
+    samples: int = 3
+    """Decoded samples to show."""
+    json: str | None = None
+    """Also write what is shown to this file."""
+
+
+def run(arguments: Arguments) -> None:
+    """Inspect and print."""
+    inspection = inspect(arguments.directory, samples=arguments.samples)
+    Console().print(render_inspection(inspection))
+    write_json(arguments.json, inspection_figures(inspection))

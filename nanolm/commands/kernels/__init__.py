@@ -1,0 +1,1 @@
+"""nanolm kernels …: one module a command."""

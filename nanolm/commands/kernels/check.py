@@ -1,0 +1,82 @@
+"""`nanolm kernels check MODULE`: the conformance suite for your kernel; exit status 1 if it fails.
+
+nanolm kernels check --module my_package.my_kernel
+nanolm kernels check --op attention --name sdpa
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from nanolm.commands.figures import write_json
+from nanolm.config.load import import_plugins
+from nanolm.errors import UserError
+from nanolm.ops.contract import KERNELS, OPS, candidates
+from nanolm.tools.kernel_check.conformance import Finding, check_kernel
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Which kernel to check."""
+
+    module: str | None = None
+    """Module that registers kernels (`my_package.my_kernel`): all of its kernels are checked."""
+    op: str | None = None
+    """Or the op …"""
+    name: str | None = None
+    """… and the registered name of one kernel."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Where to run it."""
+    quick: bool = False
+    """Only features one by one, not the hard combinations."""
+    json: str | None = None
+    """Also write the findings here."""
+
+
+def chosen(arguments: Arguments) -> list[tuple[str, str, Any]]:
+    """(op, name, kernel) of what the arguments name."""
+    if arguments.module is None:
+        if arguments.op not in OPS or arguments.name is None:
+            raise UserError(
+                f"name a kernel: --module MODULE, or --op and --name (ops: {', '.join(OPS)})"
+            )
+        known = candidates(arguments.op)
+        KERNELS[arguments.op].get(arguments.name)
+        return [(arguments.op, arguments.name, known[arguments.name])]
+    before = {op: set(candidates(op)) for op in OPS}
+    import_plugins([arguments.module])
+    found = [
+        (op, name, kernel)
+        for op in OPS
+        for name, kernel in candidates(op).items()
+        if name not in before[op] or type(kernel).__module__ == arguments.module
+    ]
+    if not found:
+        raise UserError(f"{arguments.module} registers no kernel; decorate it with @ops.kernel(op)")
+    return found
+
+
+def show(op: str, name: str, findings: list[Finding]) -> None:
+    """Print one kernel's findings."""
+    print(f"{op}: {name}")
+    for finding in findings:
+        print(f"  {finding.verdict:<8} {finding.check:<34} {finding.words}")
+
+
+def run(arguments: Arguments) -> None:
+    """Check; exits 1 when a check fails."""
+    failed = 0
+    record = []
+    for op, name, kernel in chosen(arguments):
+        findings = check_kernel(op, kernel, arguments.device, quick=arguments.quick)
+        show(op, name, findings)
+        counts = {v: sum(f.verdict == v for f in findings) for v in ("pass", "FAIL", "refused")}
+        print(f"  {counts['pass']} passed, {counts['FAIL']} failed, {counts['refused']} refused")
+        failed += counts["FAIL"]
+        record += [{"op": op, "kernel": name} | dataclasses.asdict(f) for f in findings]
+    write_json(arguments.json, record)
+    if failed:
+        raise SystemExit(1)

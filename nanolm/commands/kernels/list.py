@@ -1,0 +1,86 @@
+"""`nanolm kernels list`: every registered kernel, and whether it can serve here, or why not."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from nanolm.commands.figures import write_json
+from nanolm.config.load import import_plugins
+from nanolm.ops.contract import (
+    OPS,
+    AttentionSpec,
+    CrossEntropySpec,
+    GluSpec,
+    NormSpec,
+    RotarySpec,
+    Spec,
+    SymmetricProductSpec,
+    candidates,
+    choose,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """What to list."""
+
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Device type that the kernels are asked about."""
+    head_dim: int = 64
+    """Width of a head."""
+    causal: bool = True
+    """Whether attention is causal."""
+    plugins: list[str] = dataclasses.field(default_factory=list)
+    """Modules with kernels of your own."""
+    json: str | None = None
+    """Also write the table here."""
+
+
+def typical(op: str, arguments: Arguments) -> Spec | None:
+    """The spec that kernels of an op are asked about; None for an op that is not listed."""
+    head_dim, device = arguments.head_dim, arguments.device
+    specs = {
+        "attention": lambda: AttentionSpec(
+            n_heads=8, n_kv_heads=8, head_dim=head_dim, causal=arguments.causal, device=device
+        ),
+        "linear_cross_entropy": lambda: CrossEntropySpec(
+            width=512, vocab_size=32000, device=device
+        ),
+        "norm": lambda: NormSpec(kind="rmsnorm", width=512, device=device),
+        "rotary": lambda: RotarySpec(head_dim=head_dim, device=device),
+        "glu": lambda: GluSpec(kind="swiglu", width=1408, device=device),
+        "symmetric_product": lambda: SymmetricProductSpec(device=device),
+    }
+    return specs[op]() if op in specs else None
+
+
+def rows(arguments: Arguments) -> list[dict[str, str]]:
+    """One row per kernel: op, name, what it is, and its status here."""
+    table = []
+    for op in OPS:
+        spec = typical(op, arguments)
+        if spec is None:
+            continue
+        chosen = choose(op, spec).kernel.name
+        for name, kernel in candidates(op).items():
+            reason = kernel.why_not(spec)
+            if name == chosen:
+                status = "auto takes it"
+            else:
+                status = f"no: {reason}" if reason else "can serve, when named"
+            words = (type(kernel).__doc__ or "").strip().splitlines()
+            table.append(
+                {"op": op, "kernel": name, "status": status, "what": words[0] if words else ""}
+            )
+    return table
+
+
+def run(arguments: Arguments) -> None:
+    """Print the table."""
+    import_plugins(arguments.plugins)
+    table = rows(arguments)
+    for row in table:
+        print(f"{row['op']:<21} {row['kernel']:<14} {row['status']}\n{'':<36} {row['what']}")
+    write_json(arguments.json, table)

@@ -1,0 +1,124 @@
+"""The Transformer's shape as a config: what every block, position encoding and head is built from.
+
+A part of the schema in `schema.py`, as `model:`; a saved model carries it as its description.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from nanolm.errors import require, require_at_least
+from nanolm.registry import Options
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What is trained: the Transformer's shape."""
+
+    trunk: str = "decoder"
+    """Which trunk: decoder (causal) or encoder (bidirectional)."""
+    d_model: int = 384
+    """Width of the residual stream."""
+    n_layers: int = 6
+    """Number of blocks."""
+    n_heads: int = 6
+    """Query heads per attention."""
+    n_kv_heads: int | None = None
+    """Key/value heads: n_heads gives MHA, 1 MQA, between them GQA; null means n_heads."""
+    head_dim: int | None = None
+    """Width of one head; null means d_model / n_heads."""
+    d_ff: int | None = None
+    """Hidden width of the feed-forward; null means 4 d_model (8/3 d_model, rounded up to a
+    multiple of 64, when it is gated)."""
+    feed_forward: Literal["gelu", "gelu_tanh", "relu2", "swiglu", "geglu"] = "gelu"
+    """Feed-forward kind: GELU (exact or tanh), ReLU squared, or the gated SwiGLU and GeGLU."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Normalisation of the residual stream."""
+    norm_position: Literal["pre", "post"] = "pre"
+    """Norm before each sub-layer (GPT-2) or after each residual sum (BERT)."""
+    norm_eps: float = 1e-5
+    """Epsilon inside the norm's square root."""
+    norm_bias: bool = True
+    """Whether a LayerNorm has a bias."""
+    embedding_norm: bool = False
+    """Norm right after the embeddings (BERT, ModernBERT); with pre-norm the first attention then
+    needs no norm of its own and has none."""
+    positions: Options = dataclasses.field(default_factory=lambda: Options(name="learned"))
+    """Position encoding and its options."""
+    max_length: int = 1024
+    """Longest sequence that the model is built for, in tokens."""
+    bias: bool = True
+    """Whether the linear layers of the blocks have biases."""
+    qk_norm: bool = False
+    """RMS-normalise queries and keys per head before the product."""
+    window: list[int | None] = dataclasses.field(default_factory=lambda: [None])
+    """Sliding window by layer, repeated as a pattern: a query sees keys less than this many tokens
+    away; null is global. [128, 128, null] makes every third layer global."""
+    n_segments: int = 0
+    """Number of segment (token type) embeddings; 0 for none."""
+    embedding_scale: bool = False
+    """Multiply token embeddings by sqrt(d_model), as in Vaswani et al. (2017)."""
+    dropout: float = 0.0
+    """Dropout after embeddings and each sub-layer."""
+    attention_dropout: float = 0.0
+    """Dropout on attention weights."""
+    attention_softcap: float | None = None
+    """Soft-cap c on attention scores: c tanh(score / c)."""
+    logit_softcap: float | None = None
+    """Soft-cap on the vocabulary logits."""
+    tied: bool = True
+    """Whether the vocabulary head shares the token embedding."""
+    vocab_size: int | None = None
+    """Rows of the token embedding; null means the tokenizer's size rounded up to a multiple of
+    64."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights."""
+    attention_init: Literal["normal", "mimetic"] = "normal"
+    """normal: queries and keys start as other weights do; mimetic: a head's start as the same
+    projection, so that tokens attend to their like."""
+
+    def __post_init__(self) -> None:
+        sizes = ("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "max_length")
+        require_at_least("model", self, **dict.fromkeys((*sizes, "vocab_size"), 1))
+        require_at_least("model", self, n_segments=0, norm_eps=0, init_std=0)
+        require(
+            self.head_dim is not None or self.d_model % self.n_heads == 0,
+            f"model.n_heads={self.n_heads} does not divide model.d_model={self.d_model}; change "
+            f"one of them or set model.head_dim",
+        )
+        require(
+            self.n_heads % self.kv_heads == 0,
+            f"model.n_kv_heads={self.n_kv_heads} does not divide model.n_heads={self.n_heads}",
+        )
+        for key in ("dropout", "attention_dropout"):
+            value = getattr(self, key)
+            require(0 <= value < 1, f"model.{key}={value} must lie in [0, 1)")
+        for key in ("attention_softcap", "logit_softcap"):
+            value = getattr(self, key)
+            require(value is None or value > 0, f"model.{key}={value} must be positive or null")
+        require(len(self.window) > 0, "model.window is empty; use [null] for global attention")
+        for width in self.window:
+            require(width is None or width > 0, f"model.window has {width}; widths are positive")
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key/value heads."""
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def head_width(self) -> int:
+        """Width of one head."""
+        return self.head_dim or self.d_model // self.n_heads
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward has a gate."""
+        return self.feed_forward in ("swiglu", "geglu")
+
+    @property
+    def ff_width(self) -> int:
+        """Hidden width of the feed-forward."""
+        if self.d_ff is not None:
+            return self.d_ff
+        return -(-8 * self.d_model // (3 * 64)) * 64 if self.gated else 4 * self.d_model

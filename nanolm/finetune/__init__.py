@@ -1,0 +1,1 @@
+"""Fine-tuning: labelled tables, tasks with heads of their own, figures, predictions, studies."""

@@ -1,0 +1,38 @@
+"""Answers that are written, not read off: the generation side of the task `write`.
+
+The prompt of each record is framed exactly as in training; writing stops at the end of document.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nanolm.data.tables.files import Table
+from nanolm.inference.generate import Generator, write
+from nanolm.inference.sampling import Sampling
+from nanolm.saved import Saved
+
+
+class PromptGenerator(Generator):
+    """A generator whose prompts are records, framed by the task."""
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """Token ids of an already rendered prompt."""
+        return self.saved.learner.objective.prompt_tokens(text).tolist()
+
+
+def write_answers(saved: Saved, table: Table, batch: int) -> list[dict[str, Any]]:
+    """{"text": …} for each record: the most probable continuation, token by token."""
+    task = saved.learner.objective
+    generator = PromptGenerator(saved)
+    found: list[dict[str, Any]] = []
+    for start in range(0, len(table), batch):
+        prompts = [task.prompt(record) for record in table.records[start : start + batch]]
+        texts = write(
+            generator,
+            prompts,
+            max_tokens=task.options.max_new_tokens,
+            sampling=Sampling(temperature=0.0),
+        )
+        found += [{"text": text} for text in texts]
+    return found

@@ -1,0 +1,140 @@
+"""`nanolm evaluate` of a fine-tuned run: a split's table, JSON, predictions and confusion picture.
+
+RUN/evaluation/test.json              figures, label set and confusion matrix
+RUN/evaluation/test.txt               the full report per label
+RUN/evaluation/test_predictions.jsonl what the model said about every record
+RUN/evaluation/test_confusion.png     gold against predicted
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table as Grid
+
+from nanolm.checkpoint.container import read_json, write_text
+from nanolm.data.tables.files import Table
+from nanolm.distributed.world import World
+from nanolm.errors import UserError, require
+from nanolm.finetune.config import TaskConfig
+from nanolm.finetune.evaluation import TaskEvaluator
+from nanolm.finetune.generation import write_answers
+from nanolm.finetune.model_card import write_card
+from nanolm.finetune.splits import Split, make_split, open_table, renamed, training_tables
+from nanolm.finetune.tasks.metrics import Report
+from nanolm.saved import Saved
+from nanolm.training.engine import Engine
+
+
+def evaluate_task(
+    saved: Saved, world: World, *, split: str | None, data: str | None, batch: int | None
+) -> dict[str, Any]:
+    """Figures of a split (test, or val where there is no test), printed and written; collective."""
+    config, task = saved.config, saved.learner.objective
+    name, table = find_table(config, type(task), split, data)
+    found = make_split(name, table, task, config.data)
+    rows = batch or config.eval.batch or config.train.global_batch
+    evaluator = TaskEvaluator(found, world, batch=rows, seed=config.run.seed)
+    engine = Engine(saved.learner.to(world.device), world, config, trains=False)
+    figures = evaluator(engine) or {}
+    report, predictions = evaluator.report, evaluator.predictions
+    if task.generates:
+        predictions = write_answers(saved, found.table, rows)
+        report = task.report(found.table, predictions)
+        figures |= report.figures
+    if world.is_main:
+        show(name, found, figures, report)
+        keep(saved, name, found, figures, report, predictions)
+    return {"split": name, "rows": len(found.table), **figures}
+
+
+def find_table(
+    config: TaskConfig, task: Any, split: str | None, data: str | None
+) -> tuple[str, Table]:
+    """(name, table) of what is to be evaluated; raises UserError when there is no such split."""
+    if data is not None:
+        from nanolm.data.tables.splits import read_split  # noqa: PLC0415
+
+        return pathlib.Path(data).stem, renamed(
+            read_split(data, split or "test"), config.data.columns
+        )
+    if split in (None, "test"):
+        table = open_table(config.data, "test")
+        if table is not None:
+            return "test", table
+        require(split is None, "the run's data has no test split; name one with --data FILE")
+    if split in ("train", "val", None):
+        train, val, _ = training_tables(config, task)
+        return ("train", train) if split == "train" else ("val", val)
+    raise UserError(f"--split {split} is none of train, val, test")
+
+
+def show(name: str, split: Split, figures: dict[str, float], report: Report | None) -> None:
+    """The table on the terminal."""
+    console = Console()
+    grid = Grid("figure", f"{name} split, {len(split.table)} records")
+    for key, value in figures.items():
+        grid.add_row(key, f"{value:.6g}")
+    console.print(grid)
+    for text in [*split.notes, *([report.text] if report and report.text else [])]:
+        console.print(text, markup=False, highlight=False)
+
+
+def keep(
+    saved: Saved,
+    name: str,
+    split: Split,
+    figures: dict[str, float],
+    report: Report | None,
+    predictions: list[dict[str, Any]],
+) -> None:
+    """Writes the files of the evaluation and renews MODEL.md, when the model lies in a run."""
+    if saved.folder.parent.name != "checkpoints":
+        return
+    run = saved.folder.parent.parent
+    folder = run / "evaluation"
+    folder.mkdir(exist_ok=True)
+    if saved.part is not None:
+        name = f"{saved.part}_{name}"
+    content: dict[str, Any] = {"checkpoint": saved.folder.name, "rows": len(split.table)}
+    content["figures"] = figures
+    if report is not None and report.confusion is not None:
+        content |= {"labels": report.labels, "confusion": report.confusion}
+        draw_confusion(report, folder / f"{name}_confusion.png", f"{run.name}: {name}")
+    write_text(folder / f"{name}.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    if report is not None and report.text:
+        write_text(folder / f"{name}.txt", report.text)
+    lines = [json.dumps(p, ensure_ascii=False) + "\n" for p in predictions]
+    write_text(folder / f"{name}_predictions.jsonl", "".join(lines))
+    if (run / "summary.json").is_file():
+        write_card(run, saved.whole or saved.config, read_json(run, "summary.json"))
+
+
+def draw_confusion(report: Report, path: pathlib.Path, title: str) -> None:
+    """The confusion matrix as a picture; raises UserError when matplotlib is not installed."""
+    try:
+        import matplotlib  # noqa: PLC0415  (an extra)
+    except ImportError:
+        raise UserError("plots need matplotlib: pip install 'nanolm[plot]'") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt  # noqa: PLC0415
+
+    labels, counts = report.labels or [], report.confusion or []
+    size = min(20.0, 2.5 + 0.55 * len(labels))
+    figure, axis = plt.subplots(figsize=(size + 0.8, size), layout="constrained")
+    shares = [[n / max(1, sum(row)) for n in row] for row in counts]
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    ticks = range(len(labels))
+    axis.set_xticks(ticks, labels, rotation=45, ha="right")
+    axis.set_yticks(ticks, labels)
+    axis.set(xlabel="predicted", ylabel="gold", title=title)
+    if len(labels) <= 30:
+        for y, row in enumerate(counts):
+            for x, n in enumerate(row):
+                color = "white" if shares[y][x] > 0.5 else "black"
+                axis.text(x, y, str(n), ha="center", va="center", color=color, fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

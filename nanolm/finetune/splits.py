@@ -1,0 +1,162 @@
+"""The splits of a task, read, checked and made into items before anything is trained.
+
+    file -> Table -> fields under the task's names -> usable records -> items
+
+Everything the user should know is collected as notes: rows left out and why, texts that were cut.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+
+from nanolm.data.tables.files import Table
+from nanolm.data.tables.splits import (
+    carve,
+    find_split,
+    fold_out,
+    pick,
+    read_split,
+    sample,
+    sample_per_label,
+)
+from nanolm.errors import UserError
+from nanolm.finetune.config import TaskConfig, TaskDataConfig
+from nanolm.finetune.tasks.base import Item, Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """One split ready for the loader: its usable records and their items."""
+
+    name: str
+    table: Table
+    items: list[Item]
+    notes: list[str]
+
+    @property
+    def mean_tokens(self) -> float:
+        """Real tokens of an item, on average."""
+        total = sum(len(s.tokens) for item in self.items for s in item.sequences)
+        return total / max(1, len(self.items))
+
+
+def training_tables(config: TaskConfig, task: type[Task]) -> tuple[Table, Table, Table]:
+    """(train, val, whole): val carved out of train where there is none, or a fold of it; few-shot
+    subsets taken; and the whole train file, which decides on label sets.
+
+    Raises UserError when there is nothing to train on.
+    """
+    data = config.data
+    train = open_table(data, "train")
+    if train is None:
+        raise UserError("no data: set data.path to a folder with train files, or data.train")
+    whole, val = train, open_table(data, "val")
+    if data.folds is not None:
+        train, val = fold_out(train, data.folds, data.fold or 0, task.split_by)
+    elif val is None:
+        train, val = carve(train, data.val_fraction, task.split_by)
+    if data.shots:
+        column = task.gold[0]
+        train = sample_per_label(train, data.shots, column, config.run.seed)
+    if data.limit:
+        train = sample(train, data.limit, config.run.seed)
+    return train, val, whole
+
+
+def open_table(data: TaskDataConfig, split: str) -> Table | None:
+    """A split's table with its columns under the task's names, or None when there is none."""
+    where = find_split(data.path, data.files, split)
+    return None if where is None else renamed(read_split(where, split), data.columns)
+
+
+def renamed(table: Table, columns: dict[str, str]) -> Table:
+    """The table with the fields of the task filled from the columns that the config names."""
+    for field, column in columns.items():
+        if column not in table.columns:
+            raise UserError(
+                f"data.columns says that {field} stands in column {column}, but {table.path} has "
+                f"{', '.join(table.columns)}"
+            )
+    if not columns:
+        return table
+    records = [
+        record | {field: record.get(column) for field, column in columns.items()}
+        for record in table.records
+    ]
+    return dataclasses.replace(table, records=records)
+
+
+def require_fields(table: Table, fields: tuple[str, ...]) -> None:
+    """Raises UserError naming the columns that the file has when a field of the task is missing."""
+    for field in fields:
+        if field not in table.columns:
+            raise UserError(
+                f"{table.path} has no column {field}; it has {', '.join(table.columns)}: say which "
+                f"one it is with --data.columns '{{{field}: NAME}}'"
+            )
+
+
+def make_split(
+    name: str, table: Table, task: Task, data: TaskDataConfig, *, with_gold: bool = True
+) -> Split:
+    """Items of all usable records of a table.
+
+    Raises UserError for the first record that cannot be used, unless data.bad_rows is skip, and
+    when none can.
+    """
+    require_fields(table, task.fields + (task.gold if with_gold else ()))
+    kept: list[int] = []
+    skipped: dict[str, list[int]] = collections.defaultdict(list)
+    for index, record in enumerate(table.records):
+        problem = task.check(record, with_gold=with_gold)
+        if problem is None:
+            kept.append(index)
+        elif data.bad_rows == "refuse":
+            raise UserError(
+                f"{table.where(index)}: {problem}; mend it, or leave such rows out with "
+                f"--data.bad_rows skip"
+            )
+        else:
+            skipped[problem].append(table.numbers[index])
+    if not kept:
+        raise UserError(f"{table.path} has no usable row; the first says: {next(iter(skipped))}")
+    table = pick(table, kept)
+    items = [
+        item
+        for index, record in enumerate(table.records)
+        for item in task.items(record, index, with_gold=with_gold)
+    ]
+    return Split(name, table, items, notes_of(name, table, items, skipped, data.row_length))
+
+
+def training_split(name: str, table: Table, task: Task, data: TaskDataConfig) -> Split:
+    """`make_split` without the items that the task leaves out of training; a note says how many."""
+    split = make_split(name, table, task, data)
+    items = task.trained(split.items)
+    left_out = len(split.items) - len(items)
+    notes = [f"{name}: {left_out:,} of {len(split.items):,} rows are not trained on"]
+    return dataclasses.replace(split, items=items, notes=split.notes + notes * bool(left_out))
+
+
+def notes_of(
+    name: str, table: Table, items: list[Item], skipped: dict[str, list[int]], row_length: int
+) -> list[str]:
+    """What the user should know about a split."""
+    notes = []
+    n_skipped = sum(map(len, skipped.values()))
+    if n_skipped:
+        reason, rows = max(skipped.items(), key=lambda pair: len(pair[1]))
+        notes.append(
+            f"{name}: left out {n_skipped} of {n_skipped + len(table)} rows, most often because "
+            f"{reason} (row {rows[0]})"
+        )
+    cut = [item for item in items if item.cut]
+    if cut:
+        records = len({item.record for item in cut})
+        tokens = sum(item.cut for item in cut)
+        notes.append(
+            f"{name}: {records} of {len(table)} texts were cut to data.row_length={row_length} "
+            f"tokens ({tokens} tokens lost)"
+        )
+    return notes

@@ -1,0 +1,1 @@
+"""Tables of fine-tuning experiments, restartable cell by cell."""

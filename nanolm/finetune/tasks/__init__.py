@@ -1,0 +1,1 @@
+"""Tasks: what a labelled row is turned into, its head and its loss; a page each."""

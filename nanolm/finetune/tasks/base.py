@@ -1,0 +1,314 @@
+"""What all tasks share: records become sequences, sequences a batch, hidden states answers.
+
+    record --check, items--> Item --example, collate--> batch --inputs--> trunk --> hidden
+    hidden --loss--> {term: (sum, count)}            hidden --answers--> one answer per item
+    answers of a record's items --predictions--> what `nanolm predict` prints --report--> metrics
+
+A sequence is framed as its trunk knows it: <cls> A <sep> (B <sep>) for an encoder, for a decoder
+<eos> A (<sep> B) <eos>, since in pretraining every document begins behind an end of document.
+
+Shapes: B rows, T tokens of a row or sequence, S sequences, M tokens of all sequences, D model
+width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import numpy as np
+from torch import Tensor, nn
+
+from nanolm.config.schema import Config
+from nanolm.data.tables.files import Record, Table
+from nanolm.data.tables.packing import rectangle, scatter
+from nanolm.data.tables.stream import TaskRow
+from nanolm.data.tokenizer import Tokenizer
+from nanolm.errors import UserError, require
+from nanolm.finetune.config import TaskConfig
+from nanolm.finetune.tasks.heads import Layout
+from nanolm.finetune.tasks.metrics import Report
+from nanolm.model.heads import HeadRequest
+from nanolm.model.trunk import Inputs
+from nanolm.objectives.base import Draw, Term
+from nanolm.ops.contract import Kernels
+from nanolm.ops.masks import Mask
+from nanolm.registry import Options
+
+
+@dataclasses.dataclass(slots=True)
+class Sequence:
+    """Token ids [T] of one framed sequence, where its second segment begins (T when none), and
+    whether what the second shares with the first is marked."""
+
+    tokens: np.ndarray
+    second: int
+    mark_shared: bool = False
+
+    def segments(self, special_V: np.ndarray) -> np.ndarray:
+        """int64[T]: 0 in the first segment, 1 in the second, where with `mark_shared` the tokens
+        that the first has too are marked by its 0; never a special one (`special_V`: bool[V])."""
+        segments_T = (np.arange(len(self.tokens)) >= self.second).astype(np.int64)
+        if self.mark_shared:
+            shared_T = np.isin(self.tokens, self.tokens[: self.second])
+            segments_T[shared_T & ~special_V[self.tokens]] = 0
+        return segments_T
+
+
+@dataclasses.dataclass(slots=True)
+class Item:
+    """What one training row is: the sequences of a record (or of a window of it) and the target.
+
+    `record` is the record's index in its table, `cut` the number of tokens that did not fit.
+    """
+
+    record: int
+    sequences: list[Sequence]
+    target: Any
+    cut: int = 0
+    extra: Any = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskOptions(Options):
+    """What every task has."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairOptions(TaskOptions):
+    """Options of tasks that may read two texts as one sequence."""
+
+    mark_shared: bool = False
+    """Marks the tokens of the second text that stand in the first too, by the first one's segment
+    embedding: the exact match feature of Chen et al. (2017, section 3.2.1)."""
+
+
+class Task:
+    """Base of the task objectives; see `nanolm.objectives.base.Objective` for the contract."""
+
+    trunks: tuple[str, ...] = ("encoder", "decoder")
+    fields: ClassVar[tuple[str, ...]] = ("text",)
+    """Fields that every record must have, also to predict."""
+    gold: ClassVar[tuple[str, ...]] = ("label",)
+    """Fields that it must have to be trained on or evaluated."""
+    metric = "accuracy"
+    """The figure by which the best checkpoint is chosen."""
+    generates = False
+    """Whether predictions are written (`finetune/generation.py`) instead of read from answers."""
+    term = "task"
+    """Name of the loss term."""
+    scope = "rows"
+    """"global_batch" when a row's loss depends on the other rows of the step."""
+    movable = True
+    """Whether tokens may change their places: no target points at one of them."""
+    turns = False
+    """Whether there may be exactly two answers, so that a text's opposite has the other one."""
+    split_by: ClassVar[tuple[str, ...]] = ()
+    """Columns whose content decides on which side of a carved split a record falls."""
+
+    def __init__(self, options: TaskOptions, config: Config, tokenizer: Tokenizer) -> None:
+        require(
+            isinstance(config, TaskConfig),
+            f"objective={options.name} is a task for labelled tables: use `nanolm finetune`",
+        )
+        self.options, self.tokenizer = options, tokenizer
+        self.trunk, self.length = config.model.trunk, config.data.row_length
+        self.packed = config.data.pack
+        self.segments = config.model.n_segments >= 2
+        self.mark_shared = isinstance(options, PairOptions) and options.mark_shared
+        require(
+            self.segments or not self.mark_shared,
+            "objective.mark_shared marks tokens by segment embeddings, and this base has none: "
+            "leave it out, or pretrain with model.n_segments=2",
+        )
+        self.heads: dict[str, HeadRequest] = {}
+        self.weights = {self.term: 1.0}
+        padding = {"lengths"} if self.trunk == "encoder" else set()
+        self.masks = frozenset({"documents", "classes"} if self.packed else padding)
+        self.compiled, self.in_line = config.train.compile, False
+
+    # From records to items.
+
+    @classmethod
+    def resolve(cls, options: TaskOptions, table: Table) -> TaskOptions:
+        """The options with what the training records decide (label sets) filled in."""
+        return options
+
+    @classmethod
+    def gold_fields(cls, options: TaskOptions) -> tuple[str, ...]:
+        """The columns that training needs besides `fields`, as far as options say."""
+        return cls.gold
+
+    def check(self, record: Record, *, with_gold: bool) -> str | None:
+        """Why a record cannot be used, in words, or None."""
+        raise NotImplementedError
+
+    def items(self, record: Record, index: int, *, with_gold: bool) -> list[Item]:
+        """The record made ready, token ids and all; one item, or one for each window."""
+        raise NotImplementedError
+
+    def trained(self, items: list[Item]) -> list[Item]:
+        """The items of the train split that are trained on; evaluation always reads all."""
+        return items
+
+    def turned(self, item: Item) -> Any | None:
+        """The target of an item whose first text is made to say the opposite; None when there are
+        not exactly two answers."""
+        return None
+
+    def record_of(self, line: str) -> Record:
+        """A line of text as a record: its fields, separated by tabs."""
+        parts = line.split("\t")
+        require(
+            len(parts) == len(self.fields),
+            f"a line must hold {', '.join(self.fields)}, separated by tabs; got {line!r}",
+        )
+        return dict(zip(self.fields, parts))
+
+    def frame(self, first: np.ndarray, second: np.ndarray | None = None) -> tuple[Sequence, int]:
+        """(framed sequence of at most row_length tokens, tokens cut); the longer text is cut."""
+        t = self.tokenizer
+        encoder = self.trunk == "encoder"
+        begin, end = (t.cls, t.sep) if encoder else (t.eos, t.eos)
+        room = self.length - (2 if second is None else 3)
+        total = len(first) + (0 if second is None else len(second))
+        if second is None:
+            first = first[:room]
+            parts = [[begin], first, [end]]
+        else:
+            half = room // 2
+            keep = min(len(first), max(half, room - len(second)))
+            first, second = first[:keep], second[: room - keep]
+            parts = [[begin], first, [t.sep], second, [end]]
+        tokens = np.concatenate(parts).astype(np.int64)
+        begins_second = len(tokens) if second is None else len(first) + 2
+        return Sequence(tokens, begins_second, self.mark_shared), max(0, total - room)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids of a text; no more of it is encoded than could ever fit."""
+        return self.tokenizer.encode(text)
+
+    def arrange_for(self, kernels: Kernels) -> None:
+        """Packed sequences lie in one row, by length, where every attention kernel runs length by
+        length; elsewhere in a rectangle, whose width bounds what a masked row costs. A compiled
+        block would be compiled anew for each batch's lengths, so it gets the rectangle too."""
+        chosen = kernels.chosen("attention")
+        serve = all(hasattr(kernel, "takes_classes") for kernel in chosen)
+        self.in_line = self.packed and serve and not self.compiled
+
+    def require_heads(self, fresh: list[str], base: str) -> None:
+        """Raises UserError when a head that must come from the base is fresh."""
+
+    # From items to batches.
+
+    def example(self, row: TaskRow, rng: np.random.Generator, draw: Draw) -> Item:
+        """The item as it is: nothing about it is random."""
+        return row.item
+
+    def collate(self, examples: list[Item]) -> dict[str, np.ndarray]:
+        """The sequences of all items in one rectangle, the layout's indices, and the targets."""
+        sequences = [sequence for item in examples for sequence in item.sequences]
+        batch, index_M = self.rows(sequences)
+        ends_S = np.cumsum([len(sequence.tokens) for sequence in sequences])
+        batch |= self.places(np.split(index_M, ends_S[:-1]))
+        return batch | self.targets_of(examples, batch)
+
+    def rows(self, sequences: list[Sequence]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """(what the trunk reads, the flat places int64[M] of all sequences' tokens, end to end)."""
+        tokens = [sequence.tokens for sequence in sequences]
+        pad = self.tokenizer.roles().get("pad", 0)
+        lengths_S = np.array([len(ids) for ids in tokens], dtype=np.int64)
+        batch, index_M = rectangle(tokens, pad, packed=self.packed, in_line=self.in_line)
+        if self.in_line:
+            batch["classes"] = np.stack(np.unique(lengths_S, return_counts=True)[::-1], axis=1)
+        if self.segments:
+            special_V = self.tokenizer.special_mask
+            segments_M = np.concatenate([s.segments(special_V) for s in sequences])
+            batch["segments"] = scatter(batch["tokens"].shape, index_M, segments_M, 0)
+        return batch, index_M
+
+    def places(self, spans: list[np.ndarray]) -> dict[str, np.ndarray]:
+        """The arrays of a Layout, from each sequence's flat places."""
+        return {
+            "index": np.concatenate(spans),
+            "owner": np.repeat(np.arange(len(spans)), [len(span) for span in spans]),
+            "first": np.array([span[0] for span in spans]),
+            "last": np.array([span[-1] for span in spans]),
+        }
+
+    def targets_of(
+        self, examples: list[Item], batch: dict[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        """The arrays of the batch that the loss compares with."""
+        raise NotImplementedError
+
+    def counts(self, batch: dict[str, np.ndarray]) -> dict[str, int]:
+        """Number of targets of each term."""
+        raise NotImplementedError
+
+    # From hidden states to losses and answers.
+
+    def inputs(self, batch: dict[str, Tensor]) -> Inputs:
+        """Tokens, kept apart in packed rows or hidden behind their lengths in padded ones."""
+        if self.packed:
+            # Rows are in line on a CPU only (see `arrange_for`), where nobody waits for a device.
+            classes = tuple(map(tuple, batch["classes"].tolist())) if "classes" in batch else None
+            mask = Mask(documents=batch["documents"], classes=classes)
+        else:
+            mask = Mask(key_lengths=batch["lengths"] if self.trunk == "encoder" else None)
+        return Inputs(
+            tokens_BT=batch["tokens"],
+            positions_BT=batch.get("positions"),
+            segments_BT=batch.get("segments"),
+            mask=mask,
+        )
+
+    def has_gold(self, batch: dict[str, Tensor]) -> bool:
+        """Whether the batch has what the loss compares with."""
+        return "labels" in batch
+
+    def layout(self, batch: dict[str, Tensor]) -> Layout:
+        """Where the sequences lie."""
+        return Layout(batch["index"], batch["owner"], batch["first"], batch["last"])
+
+    def loss(
+        self, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: dict[str, Tensor]
+    ) -> dict[str, Term]:
+        """Terms by name."""
+        raise NotImplementedError
+
+    def answers(
+        self, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: dict[str, Tensor]
+    ) -> list[Any]:
+        """What the model says, one JSON value per item of the batch."""
+        raise NotImplementedError
+
+    # From answers to predictions and metrics.
+
+    def predictions(
+        self, table: Table, items: list[Item], answers: list[Any]
+    ) -> list[dict[str, Any]]:
+        """One prediction per record, from the answers to its items."""
+        raise NotImplementedError
+
+    def report(self, table: Table, predictions: list[dict[str, Any]]) -> Report:
+        """Metrics of predictions against the records' own labels."""
+        raise NotImplementedError
+
+
+def text_problem(record: Record, fields: tuple[str, ...]) -> str | None:
+    """Why one of these fields is no usable text, or None."""
+    for field in fields:
+        value = record.get(field)
+        if not isinstance(value, str):
+            return f"{field} is {value!r}, not text"
+        if not value.strip():
+            return f"{field} is empty"
+    return None
+
+
+def chosen(labels: list[str] | None, name: str) -> list[str]:
+    """A task's label set; raises UserError when it was never filled in."""
+    if labels is None:
+        raise UserError(f"objective={name} has no labels: they come from the train split")
+    return labels

@@ -1,0 +1,156 @@
+"""Heads of tasks: what reads whole sequences, words or spans out of hidden states.
+
+    sequence    pooled -> W2 tanh(W1 h): classes, scores     classify, regress, choose, rank
+    words       hidden of a word's first piece -> tags       tag
+    span        hidden -> start and end scores               read
+    embedding   pooled -> unit vector                        embed
+
+Pooling follows the trunk: an encoder's mean (or <cls>), a decoder's last token, which alone has
+seen everything. Sequences lie packed or padded in the rectangle; `Layout` says where, so a head
+never asks which.
+
+Shapes: B rows, T tokens of a row, S sequences, M tokens of all sequences, D model width, C classes.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanolm.config.model import ModelConfig
+from nanolm.errors import require
+from nanolm.model.trunk import Trunk
+from nanolm.ops.contract import Kernels
+from nanolm.registry import HEADS
+
+Pooling = Literal["auto", "cls", "mean", "last"]
+
+
+class Layout(NamedTuple):
+    """Where the sequences of a batch lie, in the flattened B x T."""
+
+    index_M: Tensor
+    """Flat place of every token, sequence by sequence."""
+    owner_M: Tensor
+    """The sequence that each of them belongs to."""
+    first_S: Tensor
+    """Flat place of each sequence's first token."""
+    last_S: Tensor
+    """Flat place of each sequence's last token."""
+
+
+def pooling_of(pooling: Pooling, trunk: str) -> Pooling:
+    """What `auto` means for a trunk; raises UserError for cls on a decoder."""
+    if pooling == "auto":
+        return "last" if trunk == "decoder" else "mean"
+    require(
+        not (pooling == "cls" and trunk == "decoder"),
+        "objective.pooling=cls cannot go with a decoder: its first token has seen nothing; use "
+        "last or mean",
+    )
+    return pooling
+
+
+def group_sizes(owner_M: Tensor, n_groups: int) -> Tensor:
+    """int64 [n_groups]: how many of M things each group owns. `torch.bincount` counts the same, but
+    makes the host wait for the device."""
+    return owner_M.new_zeros(n_groups).index_add(0, owner_M, torch.ones_like(owner_M))
+
+
+def pool(hidden_BTD: Tensor, layout: Layout, pooling: Pooling) -> Tensor:
+    """One vector per sequence, [S, D]: its first hidden state, its last, or their mean."""
+    hidden_ND = hidden_BTD.flatten(0, 1)
+    if pooling != "mean":
+        return hidden_ND[layout.first_S if pooling == "cls" else layout.last_S]
+    tokens_MD = hidden_ND[layout.index_M].float()
+    total_SD = tokens_MD.new_zeros(len(layout.first_S), tokens_MD.shape[1])
+    total_SD = total_SD.index_add(0, layout.owner_M, tokens_MD)
+    lengths_S = group_sizes(layout.owner_M, len(layout.first_S))
+    return total_SD / lengths_S[:, None].clamp(min=1)
+
+
+@HEADS.register("sequence")
+class SequenceLogits(nn.Module):
+    """W2 dropout(tanh(W1 pool(h))): BERT's head (Devlin et al. 2019, section 4) on any pooling."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        kernels: Kernels,
+        trunk: Trunk,
+        *,
+        n_classes: int,
+        pooling: Pooling,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.pooling = pooling
+        self.dense = nn.Linear(model.d_model, model.d_model)
+        self.dropout = nn.Dropout(dropout)
+        self.out = nn.Linear(model.d_model, n_classes)
+
+    def forward(self, hidden_BTD: Tensor, layout: Layout) -> Tensor:
+        """[B, T, D] -> [S, C], float32."""
+        pooled_SD = pool(hidden_BTD, layout, self.pooling).to(hidden_BTD.dtype)
+        return self.out(self.dropout(torch.tanh(self.dense(pooled_SD)))).float()
+
+
+@HEADS.register("words")
+class WordLogits(nn.Module):
+    """W dropout(h) at the chosen tokens (Devlin et al. 2019, section 5.3: a word's first piece)."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        kernels: Kernels,
+        trunk: Trunk,
+        *,
+        n_classes: int,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.out = nn.Linear(model.d_model, n_classes)
+
+    def forward(self, hidden_BTD: Tensor, index_W: Tensor) -> Tensor:
+        """Hidden states at the flat places index_W -> [W, C], float32."""
+        return self.out(self.dropout(hidden_BTD.flatten(0, 1)[index_W])).float()
+
+
+@HEADS.register("span")
+class SpanLogits(nn.Module):
+    """Start and end scores of every token (Devlin et al. 2019, section 4.2)."""
+
+    def __init__(self, model: ModelConfig, kernels: Kernels, trunk: Trunk) -> None:
+        super().__init__()
+        self.out = nn.Linear(model.d_model, 2)
+
+    def forward(self, hidden_BTD: Tensor, index_M: Tensor) -> Tensor:
+        """[M, 2] for the tokens at the flat places index_M, float32."""
+        return self.out(hidden_BTD.flatten(0, 1)[index_M]).float()
+
+
+@HEADS.register("embedding")
+class Embedding(nn.Module):
+    """A unit vector per sequence (Reimers & Gurevych 2019), projected when it has a width."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        kernels: Kernels,
+        trunk: Trunk,
+        *,
+        pooling: Pooling,
+        width: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.pooling = pooling
+        self.project = nn.Linear(model.d_model, width) if width else nn.Identity()
+
+    def forward(self, hidden_BTD: Tensor, layout: Layout) -> Tensor:
+        """[B, T, D] -> [S, width or D], of length 1, float32."""
+        pooled_SD = pool(hidden_BTD, layout, self.pooling).to(hidden_BTD.dtype)
+        return F.normalize(self.project(pooled_SD).float(), dim=-1)

@@ -1,0 +1,205 @@
+"""Writing: instructions, translation, summaries, dialogue; a language model's loss on answers only.
+
+    loss = - sum over answer tokens log p(x_t | prompt, x_<t)
+
+A record is a prompt and a response, or a dialogue in which every turn of the assistant is an
+answer. The prompt passes through a template; the end of document closes an answer, so the model
+learns to stop (Ouyang et al. 2022, section 3.5).
+
+Shapes: B rows, T tokens, S sequences, M tokens of all sequences, N answer tokens, D model width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from nanolm.config.schema import Config
+from nanolm.data.tables.files import Record, Table
+from nanolm.data.tokenizer import Tokenizer
+from nanolm.errors import UserError, require
+from nanolm.finetune.tasks import metrics
+from nanolm.finetune.tasks.base import Item, Sequence, Task, text_problem
+from nanolm.finetune.tasks.metrics import Report
+from nanolm.model.heads import HeadRequest
+from nanolm.objectives.base import Term, TokenLossOptions, token_terms
+from nanolm.registry import OBJECTIVES
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WriteOptions(TokenLossOptions):
+    """Text that answers a prompt."""
+
+    name: str = "write"
+    template: str = "{prompt}\n"
+    """What stands before the answer; {column} takes any column of the record."""
+    turn: str = "{role}: {content}\n"
+    """How one message of a dialogue is written; the assistant's content is what is learned."""
+    chat: bool | None = None
+    """Records are dialogues (`messages`); null: when the train split has a column messages."""
+    max_new_tokens: int = 64
+    """Longest answer that `nanolm predict` and `nanolm evaluate` write, in tokens."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.max_new_tokens >= 1, "objective.max_new_tokens must be at least 1")
+        require("{content}" in self.turn, "objective.turn must contain {content}")
+
+
+@OBJECTIVES.register("write", options=WriteOptions)
+class Write(Task):
+    """What to write after a prompt."""
+
+    trunks = ("decoder",)
+    fields = ("prompt",)
+    gold = ("response",)
+    metric = "perplexity"
+    term = "write"
+    generates = True
+
+    def __init__(self, options: WriteOptions, config: Config, tokenizer: Tokenizer) -> None:
+        super().__init__(options, config, tokenizer)
+        if options.chat:
+            self.fields, self.gold = ("messages",), ()
+        elif "{prompt}" not in options.template:
+            self.fields = ()
+        self.heads = {"lm": HeadRequest("token_logits", options.used())}
+
+    @classmethod
+    def gold_fields(cls, options: WriteOptions) -> tuple[str, ...]:
+        """A dialogue holds its own answers."""
+        return () if options.chat else cls.gold
+
+    @classmethod
+    def resolve(cls, options: WriteOptions, table: Table) -> WriteOptions:
+        """Whether records are dialogues, from the training records."""
+        chat = "messages" in table.columns if options.chat is None else options.chat
+        return dataclasses.replace(options, chat=chat)
+
+    def require_heads(self, fresh: list[str], base: str) -> None:
+        """The vocabulary head must come from the base."""
+        require("lm" not in fresh, f"{base} has no language-model head to write with")
+
+    def check(self, record: Record, *, with_gold: bool) -> str | None:
+        """Prompt and response must be texts, a dialogue a list of messages."""
+        if self.options.chat:
+            return self.check_messages(record, with_gold=with_gold)
+        try:
+            self.prompt(record)
+        except UserError as error:
+            return str(error)
+        return text_problem(record, self.fields + (self.gold if with_gold else ()))
+
+    def check_messages(self, record: Record, *, with_gold: bool) -> str | None:
+        """Why a dialogue cannot be used, or None."""
+        messages = record.get("messages")
+        if not isinstance(messages, list) or not messages:
+            return "messages is no list of {role, content}"
+        for message in messages:
+            if not isinstance(message, dict) or text_problem(message, ("role", "content")):
+                return "messages holds something that is no {role, content} of texts"
+        if with_gold and not any(m["role"] == "assistant" for m in messages):
+            return "messages has no turn of the assistant"
+        return None
+
+    def prompt(self, record: Record) -> str:
+        """The text before the answer."""
+        if not self.options.chat:
+            try:
+                return self.options.template.format(**record)
+            except (KeyError, IndexError) as error:
+                raise UserError(f"objective.template names {error}, which is no column") from None
+        messages = record["messages"]
+        if messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        return "".join(map(self.message, messages)) + self.opening()
+
+    def message(self, message: dict[str, str]) -> str:
+        """One message as text."""
+        return self.options.turn.format(role=message["role"], content=message["content"])
+
+    def opening(self) -> str:
+        """What stands before the assistant's content."""
+        return self.options.turn.partition("{content}")[0].format(role="assistant")
+
+    def pieces(self, record: Record) -> list[tuple[str, bool]]:
+        """The record as texts, each with whether it is learned."""
+        if not self.options.chat:
+            return [(self.prompt(record), False), (record["response"], True)]
+        found: list[tuple[str, bool]] = []
+        closing = self.options.turn.partition("{content}")[2]
+        for message in record["messages"]:
+            if message["role"] == "assistant":
+                found += [(self.opening(), False), (message["content"] + closing, True)]
+            else:
+                found.append((self.message(message), False))
+        while found and not found[-1][1]:  # nothing is learned behind the last answer
+            found.pop()
+        return found
+
+    def prompt_tokens(self, text: str) -> np.ndarray:
+        """<eos> prompt, as generation begins; cut on the left so that an answer has room."""
+        room = max(1, self.length - 1 - min(self.options.max_new_tokens, self.length // 2))
+        return np.concatenate([[self.tokenizer.eos], self.encode(text)[-room:]]).astype(np.int64)
+
+    def items(self, record: Record, index: int, *, with_gold: bool) -> list[Item]:
+        """<eos> prompt answer <eos>; `target` is true where a token is an answer's (its end
+        included). Too long, the front is cut first, the answer's end last."""
+        if not with_gold:
+            tokens = self.prompt_tokens(self.prompt(record))
+            return [Item(index, [Sequence(tokens, len(tokens))], None)]
+        eos = self.tokenizer.eos
+        texts = [(self.encode(text), learned) for text, learned in self.pieces(record)]
+        tokens = np.concatenate([*(ids for ids, _ in texts), [eos]]).astype(np.int64)
+        learned = np.concatenate([*(np.full(len(i), flag) for i, flag in texts), [True]])
+        room = self.length - 1
+        cut = max(0, len(tokens) - room)
+        front = min(cut, max(0, int(np.argmax(learned)) - room // 4))
+        tokens, learned = tokens[front:][:room], learned[front:][:room]
+        tokens, learned = np.append(eos, tokens), np.append(False, learned)
+        return [Item(index, [Sequence(tokens, len(tokens))], learned, cut)]
+
+    def record_of(self, line: str) -> Record:
+        """A line as the prompt, or as the user's first message."""
+        if self.options.chat:
+            return {"messages": [{"role": "user", "content": line}]}
+        return {"prompt": line}
+
+    def targets_of(
+        self, examples: list[Item], batch: dict[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        """answer int64[N], flat places of the tokens before each answer token; labels int64[N]."""
+        if examples[0].target is None:
+            return {}
+        learned_M = np.concatenate([item.target for item in examples])
+        where = np.flatnonzero(learned_M)  # never a sequence's first token
+        flat = batch["tokens"].reshape(-1)
+        return {"answer": batch["index"][where - 1], "labels": flat[batch["index"][where]]}
+
+    def counts(self, batch: dict[str, np.ndarray]) -> dict[str, int]:
+        """Answer tokens."""
+        return {"write": len(batch["answer"])}
+
+    def loss(
+        self, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: dict[str, Tensor]
+    ) -> dict[str, Term]:
+        """The language model's loss at answers, with nll (hence perplexity) and accuracy."""
+        hidden_ND = hidden_BTD.flatten(0, 1)[batch["answer"]]
+        return token_terms("write", heads["lm"], hidden_ND, batch["labels"], self.options)
+
+    def answers(
+        self, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: dict[str, Tensor]
+    ) -> list[Any]:
+        """Nothing: answers are written by `nanolm.finetune.generation`."""
+        return []
+
+    def report(self, table: Table, predictions: list[dict[str, Any]]) -> Report:
+        """Exact match, BLEU, chrF and ROUGE of what was written."""
+        golds = [
+            record["messages"][-1]["content"] if self.options.chat else record["response"]
+            for record in table.records
+        ]
+        return metrics.generation(golds, [prediction["text"] for prediction in predictions])

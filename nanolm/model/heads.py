@@ -1,0 +1,110 @@
+"""Heads: what reads the hidden states. A head is named by the objective that needs it.
+
+    token_logits   hidden -> vocabulary logits or their loss     CLM, MLM
+    pooled         first token -> logits                         NSP, SOP, classification
+
+Shapes: B batch, T tokens, N gathered tokens, D model width, V vocabulary, C classes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanolm.config.model import ModelConfig
+from nanolm.model.layers import Linear, Norm
+from nanolm.model.trunk import Trunk
+from nanolm.ops.contract import CrossEntropySpec, Kernels
+from nanolm.ops.reference import CrossEntropyOutput
+from nanolm.registry import HEADS
+
+
+class HeadRequest(NamedTuple):
+    """A head that an objective needs: the registered kind and its keyword options."""
+
+    kind: str
+    options: dict
+
+
+class Transform(nn.Module):
+    """norm(gelu(W h)): what BERT puts before the vocabulary (Devlin et al. 2019, in its code)."""
+
+    def __init__(self, model: ModelConfig, kernels: Kernels) -> None:
+        super().__init__()
+        self.dense = Linear(model.d_model, model.d_model, kernels, bias=model.bias)
+        self.norm = Norm(model, kernels)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        return self.norm(F.gelu(self.dense(hidden)))
+
+
+@HEADS.register("token_logits")
+class TokenLogits(nn.Module):
+    """softcap(W h + b) with W tied to the token embedding or not (Press & Wolf 2017)."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        kernels: Kernels,
+        trunk: Trunk,
+        *,
+        transform: bool = False,
+        bias: bool = False,
+        z_loss: bool = False,
+        label_smoothing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.transform = Transform(model, kernels) if transform else nn.Identity()
+        shape = trunk.embedding.weight.shape
+        self.weight = trunk.embedding.weight if model.tied else nn.Parameter(torch.empty(shape))
+        self.bias = nn.Parameter(torch.zeros(shape[0])) if bias else None
+        self.softcap = model.logit_softcap
+        self.kernel = kernels.choose(
+            "linear_cross_entropy",
+            CrossEntropySpec,
+            width=shape[1],
+            vocab_size=shape[0],
+            bias=bias,
+            softcap=model.logit_softcap,
+            z_loss=z_loss,
+            label_smoothing=label_smoothing,
+        )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V]: for generation and inspection; training uses `cross_entropy`."""
+        logits = F.linear(self.transform(hidden), self.weight, self.bias)
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def cross_entropy(
+        self, hidden_ND: Tensor, targets_N: Tensor, *, label_smoothing: float, z_loss: float
+    ) -> CrossEntropyOutput:
+        """Loss summed over the targets that are not -100, without ever holding [N, V]."""
+        return self.kernel.run(
+            self.transform(hidden_ND),
+            self.weight,
+            self.bias,
+            targets_N,
+            softcap=self.softcap,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+        )
+
+
+@HEADS.register("pooled")
+class Pooled(nn.Module):
+    """W2 tanh(W1 h_first): a decision about the whole sequence (Devlin et al. 2019, section 3)."""
+
+    def __init__(
+        self, model: ModelConfig, kernels: Kernels, trunk: Trunk, *, n_classes: int
+    ) -> None:
+        super().__init__()
+        self.dense = nn.Linear(model.d_model, model.d_model)
+        self.out = nn.Linear(model.d_model, n_classes)
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        """[B, T, D] -> [B, C]."""
+        return self.out(torch.tanh(self.dense(hidden_BTD[:, 0])))

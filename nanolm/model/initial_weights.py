@@ -1,0 +1,62 @@
+"""What every weight is before the first step.
+
+    matrices    Normal(0, init_std); those that write into a pre-norm residual stream divided by
+                sqrt(2 n_layers), so that their sum does not grow with depth
+    biases 0, gains of norms 1
+    mimetic     queries and keys of a head start as the same projection (`model.attention_init`)
+
+Stands before a batch's journey: `build_learner` (build.py) calls it once.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+
+from nanolm.config.model import ModelConfig
+
+
+def init_weights(module: nn.Module, model: ModelConfig) -> None:
+    """Normal(0, init_std) for matrices, zero for biases; the projections that write into a pre-norm
+    residual stream divided by sqrt(2 n_layers) (Radford et al. 2019, section 2.3)."""
+    for name, parameter in module.named_parameters():
+        init_parameter(name, parameter, model)
+
+
+def init_parameter(name: str, parameter: Tensor, model: ModelConfig) -> None:
+    """Fills one parameter, named as in the learner; gains of norms, all that is neither bias nor
+    matrix, become one."""
+    if name.endswith("bias"):
+        nn.init.zeros_(parameter)
+    elif parameter.ndim >= 2:
+        writes = name.endswith(("attention.out.weight", "feed_forward.down.weight"))
+        shrink = math.sqrt(2 * model.n_layers) if model.norm_position == "pre" else 1.0
+        nn.init.normal_(parameter, std=model.init_std / (shrink if writes else 1.0))
+        if name.endswith(".attention.qkv.weight"):
+            ATTENTION_INITS[model.attention_init](parameter, model)
+    else:
+        nn.init.ones_(parameter)
+
+
+def keep_normal(qkv: Tensor, model: ModelConfig) -> None:
+    """Queries and keys as independent as all other matrices."""
+
+
+def mimetic(qkv: Tensor, model: ModelConfig) -> None:
+    """Every key head becomes random orthogonal rows P, and so does each query head that reads it:
+    a score starts as x^T P^T P y, high where x and y are alike, as trained attention is seen to be
+    (Trockman & Kolter 2023). So a model can compare from its first step, where it would else have
+    to discover it. qkv: [(n_heads + 2 n_kv_heads) K, D], K the width of a head."""
+    K, readers = model.head_width, model.n_heads // model.kv_heads
+    queries, keys = qkv.data.split([model.n_heads * K, 2 * model.kv_heads * K])
+    for head, key in enumerate(keys[: model.kv_heads * K].split(K)):
+        # A normed token has |x|^2 = D, its projection K, and scores are divided by sqrt(K).
+        nn.init.orthogonal_(key, gain=math.sqrt(LIKE_SCORE / math.sqrt(K)))
+        for query in queries.split(K)[head * readers : (head + 1) * readers]:
+            query.copy_(key)
+
+
+LIKE_SCORE = 4.0
+"""Attention score of a token with its like under `mimetic`: e^4 = 55 times an unlike one's."""
+ATTENTION_INITS = {"normal": keep_normal, "mimetic": mimetic}

@@ -1,0 +1,204 @@
+"""The Transformer's layers: Linear, Norm, MultiHeadAttention, FeedForward.
+
+    Attention(x)    softmax(q k^T / sqrt(K)) v per head, then a projection
+    FeedForward(x)  W2 act(W1 x)
+
+In a batch's journey: Block.forward (blocks.py) -> MultiHeadAttention.forward -> the attention
+kernel that `ops.choose` picked when the model was built -> FeedForward.forward.
+
+Shapes: B batch, T tokens (queries), S source tokens (keys), D model width, H query heads, G
+key/value heads, K head width, F feed-forward width.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanolm.config.model import ModelConfig
+from nanolm.model.cache import KeyValueCache
+from nanolm.model.positions import Positions
+from nanolm.model.rederive import keeping_input
+from nanolm.ops.bias import Bias
+from nanolm.ops.contract import AttentionSpec, GluSpec, Kernels, LinearSpec, NormSpec
+from nanolm.ops.masks import Mask
+
+
+class Linear(nn.Linear):
+    """x W^T + b, by the kernel chosen at build."""
+
+    def __init__(self, n_in: int, n_out: int, kernels: Kernels, *, bias: bool) -> None:
+        super().__init__(n_in, n_out, bias=bias)
+        self.kernel = kernels.choose("linear", LinearSpec)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., n_in] -> [..., n_out]."""
+        return self.kernel.run(x, self.weight, self.bias)
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm over the last axis, by the kernel chosen at build."""
+
+    def __init__(self, model: ModelConfig, kernels: Kernels, width: int | None = None) -> None:
+        super().__init__()
+        width = width or model.d_model
+        has_bias = model.norm == "layernorm" and model.norm_bias
+        self.kind, self.eps = model.norm, model.norm_eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width)) if has_bias else None
+        self.kernel = kernels.choose("norm", NormSpec, kind=self.kind, width=width, bias=has_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """norm(x), in x's shape."""
+        return self.kernel.run(x, self.weight, self.bias, kind=self.kind, eps=self.eps)[0]
+
+    def after_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm(x + residual), x + residual): what a kernel can fuse."""
+        return self.kernel.run(
+            x, self.weight, self.bias, kind=self.kind, eps=self.eps, residual=residual
+        )
+
+
+class HeadNorm(nn.Module):
+    """RMSNorm of every query or key head, against logits that grow (Dehghani et al. 2023)."""
+
+    def __init__(self, model: ModelConfig, kernels: Kernels) -> None:
+        super().__init__()
+        width = model.head_width
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), model.norm_eps
+        self.kernel = kernels.choose("norm", NormSpec, kind="rmsnorm", width=width)
+
+    def forward(self, x_BTHK: Tensor) -> Tensor:
+        """Each head's vector divided by its root mean square, in the input's shape and dtype."""
+        y_BTHK = self.kernel.run(x_BTHK, self.weight, None, kind="rmsnorm", eps=self.eps)[0]
+        return y_BTHK.to(x_BTHK.dtype)
+
+
+class MultiHeadAttention(nn.Module):
+    """softmax(q k^T / sqrt(K)) v per head, concatenated and projected; self or cross.
+
+    One weight holds the rows of queries, keys and values, in this order. With `source` the queries
+    come from x and the keys and values from source (cross-attention: no causality, no rotation).
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        layer: int,
+        kernels: Kernels,
+        *,
+        causal: bool,
+        bias_kind: str | None,
+        masks: frozenset[str],
+        cross: bool = False,
+    ) -> None:
+        super().__init__()
+        self.layer, self.causal = layer, causal
+        self.window = None if cross else model.window[layer % len(model.window)]
+        self.n_heads, self.n_kv_heads = model.n_heads, model.kv_heads
+        self.head_dim = model.head_width
+        n_rows = (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
+        self.qkv = Linear(model.d_model, n_rows, kernels, bias=model.bias)
+        self.out = Linear(self.n_heads * self.head_dim, model.d_model, kernels, bias=model.bias)
+        self.q_norm = HeadNorm(model, kernels) if model.qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(model, kernels) if model.qk_norm else nn.Identity()
+        choose = functools.partial(
+            kernels.choose,
+            "attention",
+            AttentionSpec,
+            n_heads=self.n_heads,
+            n_kv_heads=self.n_kv_heads,
+            head_dim=self.head_dim,
+            causal=causal,
+            window=self.window,
+            masks=masks,
+            bias=bias_kind,
+            softcap=model.attention_softcap,
+            dropout=model.attention_dropout,
+            cross=cross,
+        )
+        constants = {"scale": self.head_dim**-0.5, "softcap": model.attention_softcap}
+        self.attend = functools.partial(choose().run, **constants)
+        # A model built to generate also has a kernel for one query against a cache.
+        decode = choose(phase="decode").run if kernels.phase == "prefill" else None
+        self.attend_to_cache = functools.partial(decode, **constants) if decode else self.attend
+        self.dropout = model.attention_dropout
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        mask: Mask,
+        positions: Positions,
+        prepared: Any,
+        bias: Bias | None,
+        cache: KeyValueCache | None = None,
+        source_BSD: Tensor | None = None,
+    ) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        q_BTHK, k_BSGK, v_BSGK = self.project(x_BTD, source_BSD)
+        q_BTHK, k_BSGK = self.q_norm(q_BTHK), self.k_norm(k_BSGK)
+        if source_BSD is None:
+            q_BTHK, k_BSGK = positions.rotate(q_BTHK, k_BSGK, prepared, self.layer)
+        if cache is not None:
+            k_BSGK, v_BSGK = cache.extend(self.layer, k_BSGK, v_BSGK)
+        mask = mask.at(causal=self.causal, window=self.window)
+        dropout = self.dropout if self.training else 0.0
+        attend = self.attend_to_cache if q_BTHK.shape[1] == 1 else self.attend
+        out_BTHK = attend(q_BTHK, k_BSGK, v_BSGK, mask, bias=bias, dropout=dropout)
+        return self.out(out_BTHK.flatten(2))
+
+    def project(self, x_BTD: Tensor, source_BSD: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, T, H, K], keys and values [B, S, G, K]."""
+        n_query, n_kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        if source_BSD is None:
+            q, k, v = self.qkv(x_BTD).split([n_query, n_kv, n_kv], dim=-1)
+        else:
+            w_q, w_kv = self.qkv.weight.split([n_query, 2 * n_kv])
+            b_q, b_kv = (
+                (None, None) if self.qkv.bias is None else self.qkv.bias.split([n_query, 2 * n_kv])
+            )
+            q = self.qkv.kernel.run(x_BTD, w_q, b_q)
+            k, v = self.qkv.kernel.run(source_BSD, w_kv, b_kv).chunk(2, dim=-1)
+        return tuple(x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
+
+
+class FeedForward(nn.Module):
+    """W2 act(W1 x) (Vaswani et al. 2017, section 3.3), act = GELU or ReLU^2 (So et al. 2021)."""
+
+    ACTIVATIONS = {
+        "gelu": F.gelu,
+        "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+        "relu2": lambda x: F.relu(x).square(),
+    }
+
+    def __init__(self, model: ModelConfig, kernels: Kernels) -> None:
+        super().__init__()
+        self.up = Linear(model.d_model, model.ff_width, kernels, bias=model.bias)
+        self.activation = self.ACTIVATIONS[model.feed_forward]
+        self.keeps_input = True  # of the activation, not its output, for the backward pass
+        self.down = Linear(model.ff_width, model.d_model, kernels, bias=model.bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        if self.keeps_input:
+            return keeping_input(self.down, self.activation, self.up(x_BTD))
+        return self.down(self.activation(self.up(x_BTD)))
+
+
+class GatedFeedForward(nn.Module):
+    """W2 (act(Wg x) * Wu x): SwiGLU and GeGLU (Shazeer 2020). Wg stands above Wu in one weight."""
+
+    def __init__(self, model: ModelConfig, kernels: Kernels) -> None:
+        super().__init__()
+        self.gate_up = Linear(model.d_model, 2 * model.ff_width, kernels, bias=model.bias)
+        self.down = Linear(model.ff_width, model.d_model, kernels, bias=model.bias)
+        kernel = kernels.choose("glu", GluSpec, kind=model.feed_forward, width=model.ff_width)
+        self.glu = functools.partial(kernel.run, kind=model.feed_forward)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        return self.down(self.glu(self.gate_up(x_BTD)))

@@ -1,0 +1,252 @@
+"""The ops: what can be fused, as contracts that several kernels fulfil, and how one is chosen.
+
+An op is a name ("attention", "linear_cross_entropy", "norm", "rotary", "glu"). A *kernel* fulfils
+it: an object with
+
+    name                      its registered name
+    why_not(spec) -> str|None a reason in words why it cannot serve this spec, or None
+    only_by_name_on           (optional) device types on which `auto` passes it over
+    run(...)                  the computation, with the op's signature (see `ops/reference.py`)
+
+A *spec* is what is known when the model is built: widths, masks that may occur, dtype, device and
+phase. `choose` asks `why_not` once per layer kind and phase. A named kernel that cannot serve
+raises with its reason; `auto` takes the first that can and logs which, and why the others could
+not. Nothing falls back at run time, and no forward pass branches on a name.
+
+Kernels register here; this module imports none of them. Those of `kernels/` are imported when a
+config or `auto` first asks for the op on a device that could run them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import logging
+from typing import Any, Literal, Protocol
+
+import torch
+
+from nanolm.errors import UserError
+from nanolm.registry import Registry
+
+log = logging.getLogger(__name__)
+
+Phase = Literal["train", "prefill", "decode"]
+OPS = (
+    "attention",
+    "linear",
+    "linear_cross_entropy",
+    "norm",
+    "rotary",
+    "glu",
+    "symmetric_product",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What every op knows at build time."""
+
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"  # a device type
+    phase: Phase = "train"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionSpec(Spec):
+    """One kind of attention layer in one phase."""
+
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    causal: bool = False
+    window: int | None = None
+    # Mask kinds that batches may bring (nanolm.ops.masks.KINDS); "classes" where they can also tell
+    # documents by length (Mask.classes).
+    masks: frozenset[str] = frozenset()
+    bias: Literal["alibi", "bucket", "dense"] | None = None
+    softcap: float | None = None
+    dropout: float = 0.0
+    cross: bool = False  # queries and keys come from different sequences
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearSpec(Spec):
+    """x W^T + b."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CrossEntropySpec(Spec):
+    """The vocabulary projection with its loss."""
+
+    width: int
+    vocab_size: int
+    bias: bool = False
+    softcap: float | None = None
+    z_loss: bool = False
+    label_smoothing: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NormSpec(Spec):
+    """A norm over the last axis."""
+
+    kind: Literal["layernorm", "rmsnorm"]
+    width: int
+    bias: bool = False
+    residual: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RotarySpec(Spec):
+    """Rotation of queries or keys by position."""
+
+    head_dim: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GluSpec(Spec):
+    """act(gate) * up."""
+
+    kind: Literal["swiglu", "geglu"]
+    width: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SymmetricProductSpec(Spec):
+    """x @ x.T, half of whose entries need no computing."""
+
+
+class Kernel(Protocol):
+    """An implementation of one op."""
+
+    name: str
+
+    def why_not(self, spec: Any) -> str | None:
+        """Why this kernel cannot serve the spec, in words, or None."""
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute the op."""
+
+
+KERNELS: dict[str, Registry] = {op: Registry(f"{op} kernel") for op in OPS}
+
+# Modules that register kernels when imported, by op; imported on demand by `candidates`.
+BUILT_IN: dict[str, list[str]] = {
+    op: [
+        "nanolm.ops.reference",
+        "nanolm.ops.pytorch",
+        "nanolm.ops.flex",
+        "nanolm.ops.chunked_cross_entropy",
+        "nanolm.ops.cpu_bf16",
+        "nanolm.ops.cpu_by_length",
+        "nanolm.kernels.candidates",
+    ]
+    for op in OPS
+}
+
+# `auto` tries these first, in this order; plug-ins are taken only by name.
+AUTO: dict[str, list[str]] = {
+    "attention": ["triton_decode", "triton", "by_length", "wide", "sdpa", "reference"],
+    "linear": ["wide", "reference"],
+    "linear_cross_entropy": ["triton", "wide", "chunked", "reference"],
+    "norm": ["triton", "torch", "reference"],
+    "rotary": ["triton", "reference"],
+    "glu": ["triton", "reference"],
+    "symmetric_product": ["triton", "reference"],
+}
+
+
+def register_kernel(op: str, kernel_class: type) -> type:
+    """Class decorator body: registers one instance of the class under its `name` for the op."""
+    kernel = kernel_class()
+    KERNELS[op].register(kernel.name)(lambda: kernel)
+    return kernel_class
+
+
+def kernel(op: str) -> Any:
+    """Decorator: `@kernel("attention")` registers the class as a kernel of that op."""
+    return lambda kernel_class: register_kernel(op, kernel_class)
+
+
+def candidates(op: str) -> dict[str, Kernel]:
+    """All kernels of the op that are registered, the built-in ones imported."""
+    for module in BUILT_IN[op]:
+        importlib.import_module(module)
+    return {name: KERNELS[op].get(name).build() for name in KERNELS[op].names()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Which kernel serves a spec, and why the ones before it in `auto` order do not."""
+
+    op: str
+    spec: Spec
+    kernel: Kernel
+    refused: dict[str, str]
+
+
+def choose(op: str, spec: Spec, requested: str = "auto") -> Choice:
+    """The kernel for one layer kind and phase.
+
+    Raises UserError when the named kernel cannot serve the spec, with its reason, or when no
+    kernel of `auto` can.
+    """
+    known = candidates(op)
+    if requested != "auto":
+        KERNELS[op].get(requested)
+        reason = known[requested].why_not(spec)
+        if reason is not None:
+            raise UserError(f"kernels.{op}={requested} cannot serve this model: {reason}")
+        return Choice(op, spec, known[requested], {})
+    refused: dict[str, str] = {}
+    for name in AUTO[op]:
+        if name not in known:
+            continue
+        reason = known[name].why_not(spec)
+        if reason is None and spec.device in getattr(known[name], "only_by_name_on", ()):
+            reason = f"on {spec.device} it serves only when it is named"
+        if reason is None:
+            return Choice(op, spec, known[name], refused)
+        refused[name] = reason
+    raise UserError(f"no kernel for {op} can serve {spec}: {refused}")
+
+
+class Kernels:
+    """Chooses kernels for a model while it is built, and remembers what it chose.
+
+    `requested` maps ops to names ("auto" when absent); dtype, device and phase are the same for
+    the whole model. `choices` keeps one Choice per distinct spec, for the log and for
+    `nanolm kernels list`.
+    """
+
+    def __init__(
+        self,
+        requested: dict[str, str] | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        phase: Phase = "train",
+    ) -> None:
+        self.requested = requested or {}
+        self.common = {"dtype": dtype, "device": device, "phase": phase}
+        self.choices: dict[Spec, Choice] = {}
+
+    def chosen(self, op: str) -> list[Kernel]:
+        """The kernels that serve this op anywhere in the model."""
+        return [choice.kernel for choice in self.choices.values() if choice.op == op]
+
+    @property
+    def phase(self) -> Phase:
+        """The phase that the model is built for."""
+        return self.common["phase"]
+
+    def choose(self, op: str, spec_class: type[Spec], **details: Any) -> Kernel:
+        """The kernel of `op` for a layer described by `details`; logged once per spec."""
+        spec = spec_class(**self.common | details)
+        if spec not in self.choices:
+            choice = choose(op, spec, self.requested.get(op, "auto"))
+            why = "; ".join(f"not {name}: {reason}" for name, reason in choice.refused.items())
+            log.info("%s: %s%s", op, choice.kernel.name, f" ({why})" if why else "")
+            self.choices[spec] = choice
+        return self.choices[spec].kernel

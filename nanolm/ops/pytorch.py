@@ -1,0 +1,97 @@
+"""Fast paths that need no kernel of ours: PyTorch's own fused functions.
+
+These serve CPUs, and devices for which no Triton kernel is chosen.
+
+Shapes: B batch, T queries, S keys, H query heads, G key/value heads, K head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanolm.ops.bias import Bias
+from nanolm.ops.contract import AttentionSpec, kernel
+from nanolm.ops.masks import Mask
+
+
+@kernel("attention")
+class SdpaAttention:
+    """torch.nn.functional.scaled_dot_product_attention, which fuses on CPU and CUDA."""
+
+    name = "sdpa"
+
+    def why_not(self, spec: AttentionSpec) -> str | None:
+        if spec.softcap is not None:
+            return "scaled_dot_product_attention has no soft-cap"
+        return None
+
+    def run(
+        self,
+        q_BTHK: Tensor,
+        k_BSGK: Tensor,
+        v_BSGK: Tensor,
+        mask: Mask,
+        *,
+        bias: Bias | None = None,
+        scale: float,
+        softcap: float | None = None,
+        dropout: float = 0.0,
+    ) -> Tensor:
+        """Attention, [B, T, H, K]; a query that may see no key gives 0."""
+        q_BHTK, k_BGSK, v_BGSK = (x.transpose(1, 2) for x in (q_BTHK, k_BSGK, v_BSGK))
+        n_queries, n_keys = q_BHTK.shape[2], k_BGSK.shape[2]
+        grouped = q_BHTK.shape[1] != k_BGSK.shape[1]
+        kinds = mask.kinds()
+        plain = bias is None and (not kinds or (kinds == {"causal"} and n_queries in (1, n_keys)))
+        allowed = None if plain else self.scores_mask(mask, bias, n_queries, n_keys, q_BHTK)
+        out_BHTK = F.scaled_dot_product_attention(
+            q_BHTK,
+            k_BGSK,
+            v_BGSK,
+            attn_mask=allowed,
+            is_causal=plain and mask.causal and n_queries > 1,  # one query sees all keys
+            dropout_p=dropout,
+            scale=scale,
+            enable_gqa=grouped,
+        )
+        return out_BHTK.transpose(1, 2)
+
+    def scores_mask(
+        self, mask: Mask, bias: Bias | None, n_queries: int, n_keys: int, like: Tensor
+    ) -> Tensor:
+        """The mask, or mask and bias, as SDPA takes it: bool or float [B or 1, H or 1, T, S]."""
+        allowed = mask.dense(n_queries, n_keys, like.device)
+        if bias is None:
+            return allowed
+        values = bias.dense(n_queries, n_keys)
+        return values.masked_fill(~allowed, -torch.inf).to(like.dtype)
+
+
+@kernel("norm")
+class TorchNorm:
+    """torch's fused layer_norm and rms_norm."""
+
+    name = "torch"
+
+    def why_not(self, spec: Any) -> str | None:
+        return None
+
+    def run(
+        self,
+        x: Tensor,
+        weight_D: Tensor,
+        bias_D: Tensor | None,
+        *,
+        kind: str,
+        eps: float,
+        residual: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(norm(x + residual), x + residual)."""
+        total = x if residual is None else x + residual
+        if kind == "layernorm":
+            return F.layer_norm(total, weight_D.shape, weight_D, bias_D, eps), total
+        return F.rms_norm(total, weight_D.shape, weight_D, eps), total

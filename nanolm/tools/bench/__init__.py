@@ -1,0 +1,1 @@
+"""Benchmarks: contestants in processes of their own, and the figures of each."""

@@ -1,0 +1,176 @@
+"""How near `nanolm prepare` comes to the encoder that it is built on, and what memory it takes.
+
+Encoding is what a preparation cannot do without: SentencePiece turns text into ids, one process a
+core. So the yardstick is SentencePiece alone: as many processes as `prepare` has workers encode the
+same documents at the same time, and their rates are added up. Beside that stand the rates of
+`prepare`: of its encoding phase (which also reads its spool, drops duplicates, splits and writes
+arrays) and of the whole run. Repetitions are interleaved; the figures are medians, MB = 10^6 bytes
+of text.
+
+    alone, one process      rate of one SentencePiece encoder while nothing else runs
+    alone, w processes      the sum over w of them at once
+    prepare: encoding       text bytes over seconds of its encoding phase
+    prepare: everything     the same over all phases, training of the tokenizer included
+    peak memory             highest resident set of the command and of its largest worker
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import sentencepiece
+from rich.console import Console
+from rich.table import Table
+
+from nanolm.data.prepare.config import PrepareConfig
+from nanolm.data.shards.directory import open_split
+from nanolm.data.tokenizer import MODEL_FILE, Tokenizer
+from nanolm.errors import require
+
+MB, MIB = 1e6, 1 << 20
+CHILD = r"""
+import json, re, resource, sys, time
+from nanolm.data.prepare.pipeline import PrepareConfig, prepare
+from nanolm.data.prepare.progress import Silent
+begin = time.perf_counter()
+summary = prepare(PrepareConfig(**json.loads(sys.argv[1])), Silent())
+whole = time.perf_counter() - begin
+own = re.search(r"VmHWM:\s*(\d+)", open("/proc/self/status").read())[1]
+workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+peak = [int(own) * 1024, workers * 1024]
+print(json.dumps({"seconds": summary.seconds, "whole": whole, "bytes": summary.encoded_bytes,
+                  "peak_bytes": peak}))
+"""
+
+
+def prepare_once(config: PrepareConfig) -> dict[str, Any]:
+    """One preparation in a process of its own: seconds by phase, text bytes, peaks of memory."""
+    keys = {
+        "out": config.out,
+        "sources": list(config.sources),
+        "vocab_size": config.vocab_size,
+        "tokenizer_type": config.tokenizer_type,
+        "text_field": config.text_field,
+        "workers": config.workers,
+    }
+    command = [sys.executable, "-c", CHILD, json.dumps(keys)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    require(done.returncode == 0, f"prepare failed: {done.stderr.strip().splitlines()[-1:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def documents_of(folder: str, limit: int) -> list[str]:
+    """Texts of the first documents of the train split, up to `limit` bytes."""
+    tokenizer = Tokenizer.load(folder)
+    shard = open_split(folder, "train")[1][0]
+    texts: list[str] = []
+    size = 0
+    for number in range(len(shard)):
+        text = tokenizer.decode(shard.document(number))
+        texts.append(text)
+        size += len(text.encode())
+        if size > limit:
+            break
+    return texts
+
+
+def encode_alone(model: str, texts: list[str], barrier: Any, rates: Any) -> None:
+    """A process that encodes all texts with plain SentencePiece; puts its bytes per second."""
+    processor = sentencepiece.SentencePieceProcessor(model_file=model)
+    size = sum(len(text.encode()) for text in texts)
+    processor.encode(texts[:10], num_threads=1)
+    barrier.wait()
+    begin = time.perf_counter()
+    for first in range(0, len(texts), 64):
+        processor.encode(texts[first : first + 64], num_threads=1)
+    rates.put(size / (time.perf_counter() - begin))
+
+
+def sum_of_encoders(model: str, texts: list[str], processes: int) -> float:
+    """Bytes per second of so many encoders that start at the same moment."""
+    context = multiprocessing.get_context("spawn")
+    barrier, rates = context.Barrier(processes), context.Queue()
+    arguments = (model, texts, barrier, rates)
+    workers = [context.Process(target=encode_alone, args=arguments) for _ in range(processes)]
+    for worker in workers:
+        worker.start()
+    total = sum(rates.get() for _ in workers)
+    for worker in workers:
+        worker.join()
+    return total
+
+
+def bench_prepare(
+    sources: list[str], *, kind: str, vocab_size: int, text_field: str, workers: int, repeats: int
+) -> dict[str, Any]:
+    """Medians of the rates, in bytes a second, the highest peaks of memory in bytes, and the
+    seconds of the last run's phases."""
+    rows: list[dict[str, float]] = []
+    peaks = [0, 0]
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(repeats):
+            out = str(pathlib.Path(folder) / f"out-{number}")
+            config = PrepareConfig(
+                out=out,
+                sources=sources,
+                vocab_size=vocab_size,
+                tokenizer_type=kind,
+                text_field=text_field,
+                workers=workers,
+            )
+            found = prepare_once(config)
+            texts = documents_of(out, 20_000_000)
+            model = str(pathlib.Path(out) / MODEL_FILE)
+            rows.append(
+                {
+                    "alone_one": sum_of_encoders(model, texts, 1),
+                    "alone_all": sum_of_encoders(model, texts, workers),
+                    "encoding": found["bytes"] / found["seconds"]["encoding"],
+                    "everything": found["bytes"] / found["whole"],
+                }
+            )
+            peaks = [max(pair) for pair in zip(peaks, found["peak_bytes"], strict=True)]
+    medians = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+    ratio = statistics.median(row["encoding"] / row["alone_all"] for row in rows)
+    return {
+        "kind": kind,
+        "bytes": found["bytes"],
+        "workers": workers,
+        **medians,
+        "encoding_over_alone": ratio,
+        "peak_bytes": peaks[0],
+        "worker_peak_bytes": peaks[1],
+        "seconds": found["seconds"],
+        "load_average": os.getloadavg()[0],
+    }
+
+
+def print_bench(rows: list[dict[str, Any]], console: Console | None = None) -> None:
+    """Show the figures of `bench_prepare`, a line for each kind of tokenizer."""
+    workers = rows[0]["workers"]
+    table = Table(title=f"prepare with {workers} workers, MB of text a second (medians)")
+    headings = ("alone, one process", f"alone, {workers} processes", "prepare: encoding")
+    headings = ("tokenizer", *headings, "encoding / alone", "prepare: everything", "peak memory")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "tokenizer" else "right")
+    for row in rows:
+        table.add_row(
+            row["kind"],
+            f"{row['alone_one'] / MB:.1f}",
+            f"{row['alone_all'] / MB:.1f}",
+            f"{row['encoding'] / MB:.1f}",
+            f"{row['encoding_over_alone']:.2f}",
+            f"{row['everything'] / MB:.1f}",
+            f"{row['peak_bytes'] / MIB:.0f} + {row['worker_peak_bytes'] / MIB:.0f} MiB a worker",
+        )
+    (console or Console()).print(table)
+    print(f"{rows[0]['bytes'] / MB:.1f} MB of text; load average {rows[-1]['load_average']:.1f}")

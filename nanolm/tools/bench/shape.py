@@ -1,0 +1,66 @@
+"""What all contestants of a benchmark share: the shape, its FLOPs, and what a step is."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, Protocol
+
+from nanolm.config.model import ModelConfig
+from nanolm.training.flops import train_flops_per_token
+
+if TYPE_CHECKING:
+    from nanolm.tools.bench.clock import Clock
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """One model and batch, the same for every contestant."""
+
+    n_layers: int = 6
+    """Blocks."""
+    d_model: int = 384
+    """Width."""
+    n_heads: int = 6
+    """Heads."""
+    row_length: int = 256
+    """Tokens of a row."""
+    batch: int = 16
+    """Rows of a step."""
+    vocab_size: int = 8192
+    """Tokens of the vocabulary."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        return self.batch * self.row_length
+
+    @property
+    def n_masked(self) -> int:
+        """Masked positions of a row in MLM: 15 % of all but <cls> and <sep>."""
+        return round(0.15 * (self.row_length - 2))
+
+
+class Step(Protocol):
+    """A contestant: called once a step, it marks the phases on the clock, and returns figures:
+    numbers, or tensors of one number, which are read when the turn is over."""
+
+    n_parameters: int
+
+    def __call__(self, clock: Clock) -> dict[str, Any]: ...
+
+
+PHASES = ("data", "forward", "loss", "backward", "optimizer")
+
+
+def step_flops(shape: Shape, objective: str) -> float:
+    """Model FLOPs of one step, by formula (`flops.py`)."""
+    model = ModelConfig(
+        trunk="decoder" if objective == "clm" else "encoder",
+        d_model=shape.d_model,
+        n_layers=shape.n_layers,
+        n_heads=shape.n_heads,
+        vocab_size=shape.vocab_size,
+        max_length=shape.row_length,
+    )
+    share = 1.0 if objective == "clm" else shape.n_masked / shape.row_length
+    return shape.tokens * train_flops_per_token(model, shape.row_length, predicted_share=share)

@@ -1,0 +1,177 @@
+"""What a training run will need, by arithmetic: memory by part, speed, time, checkpoint size.
+
+Per GPU, with P parameters divided over s ranks (s = 1 under ddp), a bytes per activation (4 in
+fp32, 2 in bf16 and fp16), n tokens in a micro-batch:
+
+    weights      4 P / s              gradients   4 P / s
+    optimizer    4 k P / s            k = 2 for AdamW, 1 for Muon's matrices and SGD's momentum
+    gathered     two blocks and the outermost group, in the arithmetic's type (fsdp, hsdp)
+    activations  n L (4 x 2 D  +  a (2 D + (H + 2 G) K + H K + F))       L layers, plus norm details
+    logits       one chunk of rows by V, in float32, twice, and the head's own gradient
+
+The activations are those of the built-in kernels: what autograd keeps for the backward pass,
+counted once where two functions keep the same tensor. Full activation checkpointing leaves a
+block's input, selective leaves products and attention. Allocator slack, CUDA's context and NCCL's
+buffers are not in it; a tenth of the memory is left free for them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from torch import nn
+
+from nanolm.config.model import ModelConfig
+from nanolm.config.schema import Config
+from nanolm.errors import UserError
+from nanolm.training.accelerators import ACCELERATORS
+from nanolm.training.flops import train_flops_per_token
+
+STATE = {"adamw": 2.0, "sgd": 1.0, "rmsprop": 2.0, "adafactor": 0.01}
+"""float32 numbers of optimizer state per parameter."""
+
+CHUNK = 1024
+"""Rows of logits that exist at a time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Numbers of parameters: in all, trained, and of each block (with its matrices' alone)."""
+
+    total: int
+    trained: int
+    blocks: tuple[int, ...]
+    matrices: tuple[int, ...]
+
+    @classmethod
+    def of(cls, learner: nn.Module) -> Sizes:
+        """Those of a learner, which may be on the meta device."""
+        blocks = [list(block.parameters()) for block in learner.trunk.blocks]
+        return cls(
+            total=sum(p.numel() for p in learner.parameters()),
+            trained=sum(p.numel() for p in learner.parameters() if p.requires_grad),
+            blocks=tuple(sum(p.numel() for p in block) for block in blocks),
+            matrices=tuple(sum(p.numel() for p in block if p.ndim == 2) for block in blocks),
+        )
+
+    def deeper(self, n_layers: int) -> Sizes:
+        """Those of the same learner with so many blocks, all trained; more repeat the last one."""
+        more = n_layers - len(self.blocks)
+        total = self.total + more * self.blocks[-1]
+        blocks = (*self.blocks, *self.blocks[-1:] * more)
+        return Sizes(total, total, blocks, (*self.matrices, *self.matrices[-1:] * more))
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """Bytes per GPU by part, and what follows for time and disk."""
+
+    parameters: int
+    flops_per_token: float
+    memory: dict[str, float]
+    available: float
+    tokens_per_second: float
+    days: float
+    checkpoint: float
+
+    @property
+    def total(self) -> float:
+        """Bytes per GPU in all."""
+        return sum(self.memory.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether a tenth of the device's memory stays free."""
+        return self.total <= 0.9 * self.available
+
+
+def find_device(name: str) -> str:
+    """The entry of the table that a name means, whatever its case; raises UserError otherwise."""
+
+    def plain(word: str) -> str:
+        return word.lower().replace(" ", "").replace("-", "")
+
+    for part in ACCELERATORS:
+        if plain(part) == plain(name):
+            return part
+    raise UserError(f"device={name} is not known; choose from {', '.join(ACCELERATORS)}")
+
+
+def activation_bytes(model: ModelConfig, precision: str, recompute: str, tokens: int) -> float:
+    """Bytes that the blocks keep of `tokens` tokens for the backward pass."""
+    width, item = model.d_model, 4 if precision == "fp32" else 2
+    queries, keys = model.n_heads * model.head_width, model.kv_heads * model.head_width
+    rotated = queries + keys if model.positions.name == "rotary" else 0
+    norm = 2 if model.norm == "rmsnorm" else 1  # torch's RMSNorm keeps the normalised values too
+    attention = item * (width + queries + 2 * keys + rotated + queries) + 4 * model.n_heads
+    ff = item * (width + (4 if model.gated else 1) * model.ff_width)
+    residual = 4 * 2 * width * norm + 4 * (2 if norm == 1 else 1) * 2
+    dropped = 2 * width if model.dropout else 0  # masks, a byte each
+    block = {
+        "none": attention + ff + residual + dropped,
+        "selective": item * (3 * queries + 2 * keys + width + (2 if model.gated else 1))
+        + item * model.ff_width
+        + 4 * width,
+        "full": 4 * width,
+    }[recompute]
+    working = attention + ff + residual if recompute != "none" else 0  # the block being redone
+    return tokens * (model.n_layers * block + working + (4 * norm + item) * width)
+
+
+def estimate(
+    config: Config,
+    sizes: Sizes,
+    gpus: int,
+    device: str,
+    *,
+    mfu: float = 0.4,
+    gpus_per_node: int = 8,
+    predicted_share: float = 1.0,
+) -> Needs:
+    """What each of `gpus` devices needs for this run of a model of these sizes."""
+    name = find_device(device)
+    model, train = config.model, config.train
+    parameters = sizes.total
+    share = {"ddp": 1, "fsdp": gpus, "hsdp": config.distributed.shard_size or gpus_per_node}
+    divided = min(share[config.distributed.strategy], gpus)
+    rows = min(train.micro_batch or train.global_batch, -(-train.global_batch // gpus))
+    tokens = rows * config.data.row_length
+    memory = {
+        "weights": 4.0 * parameters / divided,
+        "gradients": 4.0 * parameters / divided,
+        "optimizer": 4.0 * optimizer_numbers(config, sizes) / divided,
+        "moving average": 4.0 * parameters / divided if train.ema else 0.0,
+        "gathered weights": gathered_bytes(config, sizes) if divided > 1 else 0.0,
+        "activations": activation_bytes(
+            model, train.precision, train.activation_checkpointing, tokens
+        ),
+        "logits": model.vocab_size * (8.0 * min(CHUNK, tokens) + 4.0 * model.d_model),
+    }
+    flops = train_flops_per_token(model, config.data.row_length, predicted_share=predicted_share)
+    speed = gpus * ACCELERATORS[name].peak(train.precision) * mfu / flops
+    total = train.steps * train.global_batch * config.data.row_length
+    saved = 4.0 * (parameters * (2 if train.ema else 1) + optimizer_numbers(config, sizes))
+    available = ACCELERATORS[name].gibibytes * 2**30
+    return Needs(parameters, flops, memory, available, speed, total / speed / 86400, saved)
+
+
+def optimizer_numbers(config: Config, sizes: Sizes) -> float:
+    """Numbers that the optimizer keeps; raises UserError for one that a plug-in brought."""
+    if config.optim.name == "muon":
+        matrices = sum(sizes.matrices)
+        return matrices + 2.0 * (sizes.trained - matrices)
+    if config.optim.name not in STATE:
+        raise UserError(f"optim={config.optim.name}: it is not known how much state it keeps")
+    return STATE[config.optim.name] * sizes.trained
+
+
+def gathered_bytes(config: Config, sizes: Sizes) -> float:
+    """Whole weights that exist at a time under fsdp: two blocks and the outermost group."""
+    item = 4 if config.train.precision == "fp32" else 2
+    return item * (sizes.total - sum(sizes.blocks) + 2 * max(sizes.blocks))
+
+
+def parts_of(needs: Needs) -> Mapping[str, float]:
+    """The parts that are not empty, largest first."""
+    return {k: v for k, v in sorted(needs.memory.items(), key=lambda kv: -kv[1]) if v}

@@ -1,0 +1,283 @@
+"""Attention trials: each feature alone, hard combinations by name, and a pairwise covering array.
+
+Shapes: B batch, T queries, S keys, H query heads, G key/value heads, K head width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanolm.ops.bias import AlibiBias, Bias, BucketBias, DenseBias
+from nanolm.ops.contract import AttentionSpec, Phase
+from nanolm.ops.masks import Mask
+from nanolm.tools.kernel_check.trial import Trial
+
+BiasKind = Literal["none", "alibi", "bucket", "dense", "dense_by_head", "dense_by_row", "dense_all"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One attention problem, by its features."""
+
+    n_rows: int = 2
+    n_queries: int = 29
+    n_keys: int = 29
+    n_heads: int = 2
+    n_kv_heads: int = 2
+    width: int = 16
+    causal: bool = False
+    window: int | None = None
+    lengths: bool = False
+    documents: bool = False
+    prefix: bool = False
+    order: Literal["none", "loose", "strict"] = "none"
+    bias: BiasKind = "none"
+    softcap: float | None = None
+    layout: Literal["contiguous", "heads_first", "sliced"] = "contiguous"
+    dtype: torch.dtype = torch.float32
+    phase: Phase = "train"
+
+    def features(self) -> str:
+        """What differs from the plain case, in words."""
+        plain = Case()
+        different = [
+            f"{field.name}={getattr(self, field.name)}".removesuffix("=True")
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != getattr(plain, field.name)
+        ]
+        return " ".join(different).replace("torch.", "") or "plain"
+
+
+def random(shape: tuple[int, ...], case: Case, seed: int) -> Tensor:
+    """Normal numbers [B, T, H, K] in the case's dtype and layout."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64).to(case.dtype)
+    if case.layout == "heads_first":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if case.layout == "sliced":  # every other feature, of rows with a gap between them
+        wide = x.new_zeros(shape[0], shape[1] + 3, shape[2], 2 * shape[3])
+        wide[:, : shape[1], :, ::2] = x
+        return wide[:, : shape[1], :, ::2]
+    return x
+
+
+def make_mask(case: Case) -> Mask:
+    """The case's mask; numbers are drawn, so that no block boundary is special."""
+    rng = np.random.default_rng(7)
+    n_rows, n_queries, n_keys = case.n_rows, case.n_queries, case.n_keys
+    fields: dict[str, Any] = {"causal": case.causal, "window": case.window}
+    if case.lengths:
+        lengths = rng.integers(1, n_keys + 1, n_rows)
+        lengths[-1] = 0 if n_rows > 1 else lengths[-1]  # a row that sees nothing
+        fields["key_lengths"] = torch.tensor(lengths)
+    if case.documents:
+        keys = np.sort(rng.integers(0, 4, (n_rows, n_keys)), axis=1)
+        at = (np.arange(n_queries) + n_keys - n_queries).clip(min=0)
+        fields["documents"] = torch.tensor(keys[:, at])
+        fields["key_documents"] = torch.tensor(keys)
+    if case.prefix and case.causal:
+        fields["prefix_lengths"] = torch.tensor(rng.integers(0, n_keys + 1, n_rows))
+    if case.order != "none":
+        orders = np.stack([rng.permutation(max(n_queries, n_keys)) for _ in range(n_rows)])
+        fields["order"] = torch.tensor(orders[:, :n_queries])
+        fields["key_order"] = torch.tensor(orders[:, :n_keys])
+        fields["strict"] = case.order == "strict"
+    return Mask(**fields)
+
+
+def bias_leaf(case: Case) -> Tensor | None:
+    """The bias's parameters, or None."""
+    generator = torch.Generator().manual_seed(5)
+    if case.bias in ("none", "alibi"):
+        return None
+    if case.bias == "bucket":
+        return torch.randn(12, case.n_heads, generator=generator)
+    rows = case.n_rows if case.bias in ("dense", "dense_by_row") else 1
+    heads = case.n_heads if case.bias in ("dense", "dense_by_head") else 1
+    return torch.randn(rows, heads, case.n_queries, case.n_keys, generator=generator)
+
+
+def make_bias(case: Case, leaf: Tensor | None, dtype: torch.dtype, device: Any) -> Bias | None:
+    """The bias on top of its parameters."""
+    if case.bias == "none":
+        return None
+    if case.bias == "alibi":
+        return AlibiBias(2.0 ** -torch.arange(1, case.n_heads + 1, device=device).to(dtype))
+    if case.bias == "bucket":
+        return BucketBias(leaf, not case.causal, 30)
+    return DenseBias(leaf)
+
+
+def spec_of(case: Case, device: str) -> AttentionSpec:
+    """What a kernel is asked at build time."""
+    mask = make_mask(case)
+    kind = "dense" if case.bias.startswith("dense") else case.bias
+    return AttentionSpec(
+        dtype=case.dtype,
+        device=device,
+        phase=case.phase,
+        n_heads=case.n_heads,
+        n_kv_heads=case.n_kv_heads,
+        head_dim=case.width,
+        causal=case.causal,
+        window=case.window,
+        masks=mask.kinds() - {"causal", "window"},
+        bias=None if kind == "none" else kind,
+        softcap=case.softcap,
+        cross=case.n_queries != case.n_keys,
+    )
+
+
+def to_device(mask: Mask, device: Any) -> Mask:
+    """The mask with its tensors moved."""
+    moved = {
+        field.name: value.to(device)
+        for field in dataclasses.fields(mask)
+        if isinstance(value := getattr(mask, field.name), Tensor)
+    }
+    return dataclasses.replace(mask, **moved)
+
+
+def trial_of(
+    case: Case, device: str = "cpu", *, mask: Mask | None = None, lse: bool = False
+) -> Trial:
+    """The trial of a case; `mask` replaces its own, `lse` asks for the log-sum-exp too."""
+    sizes = (case.n_rows, case.n_keys, case.n_kv_heads, case.width)
+    leaves = {
+        "q": random((case.n_rows, case.n_queries, case.n_heads, case.width), case, 1),
+        "k": random(sizes, case, 2),
+        "v": random(sizes, case, 3),
+    }
+    leaf = bias_leaf(case)
+    if leaf is not None:
+        leaves["bias"] = leaf
+    leaves = {name: x.to(device) for name, x in leaves.items()}
+    used = to_device(make_mask(case) if mask is None else mask, device)
+
+    def run(kernel: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        q = given["q"]
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        bias = make_bias(case, given.get("bias"), wide, q.device)
+        options = {"return_lse": True} if lse else {}
+        result = kernel.run(
+            q, given["k"], given["v"], used,
+            bias=bias, scale=case.width**-0.5, softcap=case.softcap, **options,
+        )  # fmt: skip
+        return {"out": result.out, "lse": result.lse} if lse else {"out": result}
+
+    return Trial(case.features(), spec_of(case, device), leaves, run)
+
+
+SINGLE = {
+    "plain": Case(),
+    "causal": Case(causal=True),
+    "window": Case(window=5),
+    "lengths": Case(lengths=True),
+    "documents": Case(documents=True),
+    "prefix": Case(causal=True, prefix=True),
+    "order": Case(order="loose"),
+    "strict order": Case(order="strict"),
+    "alibi": Case(bias="alibi"),
+    "bucket bias": Case(bias="bucket"),
+    "dense bias": Case(bias="dense"),
+    "soft-cap": Case(softcap=3.0),
+    "grouped heads": Case(n_heads=4, n_kv_heads=2, n_rows=1),
+    "fewer queries than keys": Case(n_queries=11, causal=True),
+    "more queries than keys": Case(n_keys=11, causal=True),
+    "float16": Case(dtype=torch.float16),
+    "bfloat16": Case(dtype=torch.bfloat16),
+    "strides": Case(layout="sliced"),
+}
+
+HARD = {
+    "T5 decoder over a cache": Case(n_queries=11, n_keys=31, causal=True, bias="bucket"),
+    "ModernBERT layer": Case(window=7, documents=True, dtype=torch.bfloat16),
+    "Gemma layer": Case(
+        causal=True, window=9, softcap=4.0, n_heads=4, n_kv_heads=1, n_rows=1, dtype=torch.bfloat16
+    ),
+    "packed causal GQA": Case(
+        causal=True, documents=True, n_heads=4, n_kv_heads=2, layout="heads_first"
+    ),
+    "prefix and padding": Case(causal=True, prefix=True, lengths=True),
+    "query stream": Case(order="strict", lengths=True, bias="dense_all"),
+    "soft-cap under a learned bias": Case(softcap=2.0, bias="bucket", lengths=True),
+    "everything at once": Case(
+        causal=True, window=13, lengths=True, documents=True, prefix=True, order="loose",
+        bias="dense_by_head", softcap=3.0, n_heads=2, n_kv_heads=1, layout="sliced",
+    ),
+    "cross attention, padded source": Case(n_queries=19, n_keys=40, lengths=True),
+    "one query, one key": Case(n_queries=1, n_keys=1, causal=True),
+    "one query, many keys": Case(n_queries=1, n_keys=67, causal=True, window=20),
+    "many queries, one key": Case(n_queries=67, n_keys=1),
+    "queries before all keys": Case(n_queries=31, n_keys=8, causal=True, window=4),
+    "head of 80": Case(width=80, n_rows=1, causal=True, dtype=torch.float16),
+    "head of 96": Case(width=96, n_rows=1, n_queries=20, n_keys=20),
+    "head of 256": Case(width=256, n_rows=1, n_heads=1, n_kv_heads=1, n_queries=20, n_keys=20),
+    "head of 20": Case(width=20, n_rows=1, causal=True),
+}  # fmt: skip
+
+AXES: dict[str, tuple] = {
+    "causal": (False, True),
+    "window": (None, 6),
+    "lengths": (False, True),
+    "documents": (False, True),
+    "prefix": (False, True),
+    "order": ("none", "loose", "strict"),
+    "bias": ("none", "alibi", "bucket", "dense", "dense_by_head", "dense_by_row", "dense_all"),
+    "softcap": (None, 3.0),
+    "layout": ("contiguous", "heads_first", "sliced"),
+    "dtype": (torch.float32, torch.float16, torch.bfloat16),
+    "sizes": ((29, 29), (13, 31), (31, 13)),
+    "heads": ((2, 2), (2, 1), (3, 1)),
+    "width": (16, 24),
+}
+
+
+def pairwise(axes: dict[str, tuple], seed: int = 0) -> list[dict[str, Any]]:
+    """A small set of rows in which every pair of values of every two axes occurs.
+
+    Greedy: of some random completions of a pair not yet covered, the one that covers most others.
+    """
+    rng = np.random.default_rng(seed)
+    names = list(axes)
+    missing = {
+        (a, i, b, j)
+        for a, b in itertools.combinations(range(len(names)), 2)
+        for i in range(len(axes[names[a]]))
+        for j in range(len(axes[names[b]]))
+    }
+    rows = []
+    while missing:
+        a, i, b, j = min(missing)
+        best: list[int] = []
+        covered: set = set()
+        for _ in range(60):
+            row = [int(rng.integers(len(axes[name]))) for name in names]
+            row[a], row[b] = i, j
+            pairs = {
+                (x, row[x], y, row[y]) for x, y in itertools.combinations(range(len(row)), 2)
+            } & missing
+            if len(pairs) > len(covered):
+                best, covered = row, pairs
+        missing -= covered
+        rows.append({name: axes[name][index] for name, index in zip(names, best, strict=True)})
+    return rows
+
+
+def covering_cases() -> list[Case]:
+    """The pairwise covering array over AXES."""
+    cases = []
+    for row in pairwise(AXES):
+        n_queries, n_keys = row.pop("sizes")
+        n_heads, n_kv_heads = row.pop("heads")
+        case = Case(
+            n_queries=n_queries, n_keys=n_keys, n_heads=n_heads, n_kv_heads=n_kv_heads, **row
+        )
+        cases.append(case)
+    return cases

@@ -1,0 +1,103 @@
+"""The compile matrix: every kernel, as it is launched, for every GPU the project names.
+
+    python -m nanolm.tools.kernel_check.matrix sm_80,sm_90 [--sample] [--only word]
+
+prints one JSON row per compiled kernel, in a process without TRITON_INTERPRET. `nanolm kernels
+compile` runs it and compares the rows with kernels/compile_matrix.json. `faults` says what is wrong
+with a row: registers spilled to memory, more shared memory than the GPU has, a 16-bit product
+without tensor cores, a float32 product in another precision than the one that was asked for
+(Triton's own default is TF32).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from nanolm.tools.kernel_check.builds import BUILDS, SAMPLE, Build, launch
+
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+# Spills that are accepted: none, but for the widest heads and for sm_100, whose compiler is young.
+SPILLS = {"sm_100": 16}
+SPILLS_AT_256 = 16
+
+
+def rows(arch: str, builds: tuple[Build, ...]) -> Iterator[dict[str, Any]]:
+    """Compiles and reports, one row a kernel."""
+    from nanolm.tools.kernel_check.compile import collecting, report  # noqa: PLC0415
+
+    for build in builds:
+        if not build.exists_on(arch):
+            continue
+        start = time.perf_counter()
+        with collecting(arch) as kernels:
+            launch(build)
+        seconds = round(time.perf_counter() - start, 1)
+        for kernel in kernels:
+            yield {"arch": arch, "build": build.name, **report(kernel, arch), "seconds": seconds}
+
+
+def faults(row: dict[str, Any]) -> list[str]:
+    """What is wrong with a row, in words."""
+    found = []
+    sixteen = "float32" not in row["build"]
+    allowed = SPILLS_AT_256 if "/256/" in row["build"] else SPILLS.get(row["arch"], 0)
+    if sixteen and row["spills"] > allowed:
+        found.append(f"{row['spills']} spills, {allowed} allowed")
+    if sixteen and row.get("scratch_bytes", 0) and not row["spills"]:
+        found.append(f"{row['scratch_bytes']} bytes of scratch memory, though nothing is spilled")
+    if row["shared"] > row["shared_limit"]:
+        found.append(f"{row['shared']} bytes of shared memory, {row['shared_limit']} exist")
+    if row["precision"] and (sixteen or "tf32x3" in row["build"]) and not row["tensor_core"]:
+        found.append("a product without tensor cores")
+    stated = "tf32x3" if "tf32x3" in row["build"] else "ieee"
+    if not sixteen and row["precision"] not in ([], [stated]):
+        found.append(f"a float32 product in {row['precision']}, {stated} was asked for")
+    return found
+
+
+def compile_elsewhere(
+    archs: list[str], *, sample: bool, only: str = ""
+) -> Iterator[dict[str, Any]]:
+    """The rows, compiled in a process of its own, where nothing is interpreted; `only` those of
+    builds whose name contains it.
+
+    Raises RuntimeError with the compiler's words when something does not compile.
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "nanolm.tools.kernel_check.matrix", ",".join(archs)]
+    command += ["--sample"] * sample + ["--only", only] * bool(only)
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        for line in process.stdout:
+            if line.startswith("{"):
+                yield json.loads(line)
+        words = process.stderr.read()
+    if process.returncode != 0:
+        raise RuntimeError(f"compiling for {', '.join(archs)} failed:\n{words}")
+
+
+def key(row: dict[str, Any]) -> str:
+    """What identifies a row."""
+    return f"{row['arch']}/{row['build']}/{row['kernel']}"
+
+
+def main() -> None:
+    """Prints rows as JSON, one a line."""
+    builds = SAMPLE if "--sample" in sys.argv else BUILDS
+    if "--only" in sys.argv:
+        word = sys.argv[sys.argv.index("--only") + 1]
+        builds = tuple(build for build in builds if word in build.name)
+    for arch in sys.argv[1].split(","):
+        for row in rows(arch, builds):
+            print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

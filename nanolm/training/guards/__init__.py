@@ -1,0 +1,1 @@
+"""What ends, repairs or explains a run that goes wrong."""

@@ -1,0 +1,180 @@
+"""Snapshot: everything of a trainer that a checkpoint holds, and how it goes back in.
+
+model.safetensors      weights, by name, tied ones once
+optimizer.safetensors  <parameter name>/<key>
+ema.safetensors        averaged weights, when there are any
+trainer.json           step (which is the data position too: order and masks follow from it),
+                       loss scaler, random scheme, environment, hashes of data and tokenizer
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from nanolm.checkpoint.background import Background
+from nanolm.checkpoint.checkpoints import Checkpoints, read_trainer
+from nanolm.checkpoint.container import verify
+from nanolm.checkpoint.lazy_tensors import LazyTensors
+from nanolm.checkpoint.named_tensors import (
+    learner_tensors,
+    load_named,
+    load_optimizers,
+    optimizer_tensors,
+)
+from nanolm.checkpoint.run_folder import environment
+from nanolm.checkpoint.spread_tensors import SpreadTensors
+from nanolm.errors import UserError
+from nanolm.training.guards.diagnosis import first_bad
+
+if TYPE_CHECKING:
+    from nanolm.training.trainer import Trainer
+
+
+class Snapshot:
+    """Saves and restores one trainer."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        checkpoints: Checkpoints,
+        files: Mapping[str, bytes],
+        facts: Mapping[str, Any],
+    ) -> None:
+        self.trainer = trainer
+        self.checkpoints = checkpoints
+        self.files = files
+        self.facts = facts
+        self._background = Background()
+        self._beside: Checkpoints | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether a checkpoint could not be written in the background, which `settle` will tell."""
+        return self._background.failed
+
+    def settle(self) -> None:
+        """Waits until the checkpoint in flight is whole; raises UserError when it could not be."""
+        self._background.settle()
+
+    def save(self) -> pathlib.Path:
+        """Writes the checkpoint of the trainer's present step; collective.
+
+        With run.checkpoint_async the tensors are copied to host memory, after the checkpoint
+        before is whole, and written while training goes on.
+        """
+        trainer, checkpoints = self.trainer, self.checkpoints
+        tensors = {
+            "model": learner_tensors(trainer.engine.learner),
+            "optimizer": optimizer_tensors(trainer.update.optimizers),
+        }
+        if trainer.update.ema is not None:
+            tensors["ema"] = trainer.update.ema.tensors
+        parts, content = checkpoints.own_parts(tensors), self._json()
+        if not trainer.config.run.checkpoint_async:
+            return checkpoints.write(trainer.done, parts, content, self.files)
+        self.settle()
+        self._beside = self._beside or checkpoints.beside()
+        copies = {
+            name: {key: tensor.to("cpu", copy=True) for key, tensor in named.items()}
+            for name, named in parts.items()
+        }
+        write = self._beside.write
+        self._background.start(lambda: write(content["step"], copies, content, self.files))
+        return checkpoints.path(trainer.done)
+
+    def rewind(self) -> pathlib.Path:
+        """Fills the trainer from the newest checkpoint that is intact and finite; collective.
+
+        Counters that tell how often the run went wrong are not turned back. Raises UserError when
+        there is no such checkpoint.
+        """
+        self.settle()
+        skips = self.trainer.policy.skips
+        self.trainer.policy.losses.clear()
+        step = self._last_good()
+        if step is None:
+            raise UserError(
+                f"nothing to rewind to in {self.checkpoints.folder}: lower run.checkpoint_every, "
+                f"or set train.nonfinite to skip"
+            )
+        for optimizer in self.trainer.update.optimizers:
+            optimizer.state.clear()
+        folder = self.checkpoints.path(step)
+        self.restore(folder)
+        self.trainer.policy.skips = skips
+        return folder
+
+    def _last_good(self) -> int | None:
+        """Step of the newest checkpoint that is good for all who lead; collective."""
+        own, world = self.checkpoints, self.trainer.world
+        steps = set().union(*world.gather(own.steps() if own.leads else []))
+        for step in sorted(steps, reverse=True):
+            if all(world.gather(not own.leads or is_good(own.path(step)))):
+                return step
+        return None
+
+    def _json(self) -> dict[str, Any]:
+        trainer = self.trainer
+        return {
+            "step": trainer.done,
+            "tokens": trainer.done * trainer.tokens_per_step,
+            "data": {"next_step": trainer.done, "global_batch": trainer.config.train.global_batch},
+            "random": {
+                "seed": trainer.config.run.seed,
+                "scheme": "torch seeded before each step from (seed, step, rank); rows from "
+                "(seed, epoch, row id)",
+            },
+            "best": trainer.best,
+            "patience": trainer.patience.state(),
+            "skips": trainer.policy.skips,
+            "losses": list(trainer.policy.losses),
+            "seconds": trainer.throughput.total_seconds,
+            "scaler": trainer.update.scaler.state_dict(),
+            "environment": environment(trainer.world),
+            "facts": dict(self.facts),
+        }
+
+    def restore(self, folder: pathlib.Path) -> None:
+        """Fills the trainer from a verified checkpoint.
+
+        Raises UserError naming the first tensor that does not fit, before anything of the
+        optimizers is touched.
+        """
+        trainer, what = self.trainer, f"checkpoint {folder}"
+        saved = read_trainer(folder)
+        load_named(learner_tensors(trainer.engine.learner), self._open(folder, "model"), what)
+        load_optimizers(trainer.update.optimizers, self._open(folder, "optimizer"), what)
+        if trainer.update.ema is not None:
+            load_named(trainer.update.ema.tensors, self._open(folder, "ema"), what)
+        if saved["step"] > trainer.config.train.steps:
+            raise UserError(
+                f"{what} is at step {saved['step']}, beyond train.steps="
+                f"{trainer.config.train.steps}; raise train.steps"
+            )
+        trainer.done = saved["step"]
+        trainer.best = saved["best"]
+        trainer.patience.restore(saved.get("patience"))
+        trainer.policy.skips = saved["skips"]
+        trainer.policy.losses.extend(saved["losses"])
+        trainer.throughput.total_seconds = saved["seconds"]
+        if trainer.update.scaler.is_enabled():
+            trainer.update.scaler.load_state_dict(saved["scaler"])
+
+    def _open(self, folder: pathlib.Path, part: str) -> Mapping[str, Tensor]:
+        """The tensors of a part: of this folder, or of all nodes' folders together."""
+        if self.checkpoints.shared:
+            return LazyTensors(folder, part)
+        return SpreadTensors(folder, part, self.trainer.world)
+
+
+def is_good(folder: pathlib.Path) -> bool:
+    """Whether what this folder holds of a checkpoint is intact and its weights are finite."""
+    try:
+        verify(folder)
+    except UserError:
+        return False
+    return first_bad(LazyTensors(folder, "model", whole=False).items()) is None
