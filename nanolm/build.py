@@ -1,7 +1,6 @@
 """From a config's names to objects: the one place where registries are asked.
 
-Importing this module registers everything that is built in. `train.py`, `finetune` and the commands
-that use a model all come through here.
+`train.py`, `finetune` and the commands that use a model all come through here.
 """
 
 from __future__ import annotations
@@ -12,32 +11,11 @@ import dataclasses
 import torch
 from torch import nn
 
-import nanolm.objectives.clm
-import nanolm.objectives.mlm
-import nanolm.objectives.pair
-import nanolm.objectives.prefix
-import nanolm.peft.adalora
-import nanolm.peft.bitfit
-import nanolm.peft.bottleneck
-import nanolm.peft.dora
-import nanolm.peft.ia3
-import nanolm.peft.lora
-import nanolm.peft.prefix
-import nanolm.peft.prompt
-import nanolm.rules.adversarial
-import nanolm.rules.distill
-import nanolm.rules.rdrop
-import nanolm.rules.replay
-import nanolm.tasks
-import nanolm.training.gradient
-import nanolm.training.optim
-import nanolm.training.schedules  # noqa: F401  (imported for what they register)
 from nanolm.config.model import ModelConfig
 from nanolm.config.schema import Config
 from nanolm.data.stream import RowStream
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import require
-from nanolm.finetune.tasks.base import Task
 from nanolm.learner import Learner
 from nanolm.model.initial_weights import init_weights
 from nanolm.model.trunk import Trunk
@@ -136,7 +114,7 @@ def build_learner(
                 for name, request in objective.heads.items()
             }
         )
-        if isinstance(objective, Task):
+        if hasattr(objective, "arrange_for"):
             objective.arrange_for(kernels)
         learner = Learner(trunk, heads, objective)
         torch.manual_seed(config.run.seed)

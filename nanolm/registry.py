@@ -13,6 +13,7 @@ Checkpoints and configs store these names, never import paths.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -39,11 +40,12 @@ class Entry:
 class Registry:
     """A table of named builders of one kind; duplicates and unknown names raise.
 
-    `kind` is the word that error messages use, e.g. "objective".
+    `kind` is the word that error messages use, e.g. "objective"; `opens` a module that is imported
+    when the registry is first asked, and that registers what is built in.
     """
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, opens: str | None = None) -> None:
+        self.kind, self.opens = kind, opens
         self._entries: dict[str, Entry] = {}
 
     def register(self, name: str, *, options: type[Options] | None = None) -> Callable:
@@ -68,7 +70,7 @@ class Registry:
 
     def get(self, name: str) -> Entry:
         """The entry of `name`; raises UserError listing the choices when there is none."""
-        if name not in self._entries:
+        if name not in self.names():
             raise UserError(
                 f"unknown {self.kind} {name!r}; choose from {', '.join(self.names())}, "
                 f"or name the plug-in that registers it under `plugins:`"
@@ -76,15 +78,18 @@ class Registry:
         return self._entries[name]
 
     def names(self) -> list[str]:
-        """All registered names, in the order of registration."""
-        return list(self._entries)
+        """All registered names, in alphabetical order."""
+        if self.opens is not None:
+            importlib.import_module(self.opens)
+        return sorted(self._entries)
 
 
-TRUNKS = Registry("trunk")
-POSITIONS = Registry("position encoding")
-OBJECTIVES = Registry("objective")
-HEADS = Registry("head")
-OPTIMIZERS = Registry("optimizer")
-SCHEDULES = Registry("learning-rate schedule")
-RULES = Registry("gradient rule")
-PEFT = Registry("PEFT method")
+BUILT_IN = "nanolm.built_in"
+TRUNKS = Registry("trunk", opens=BUILT_IN)
+POSITIONS = Registry("position encoding", opens=BUILT_IN)
+OBJECTIVES = Registry("objective", opens=BUILT_IN)
+HEADS = Registry("head", opens=BUILT_IN)
+OPTIMIZERS = Registry("optimizer", opens=BUILT_IN)
+SCHEDULES = Registry("learning-rate schedule", opens=BUILT_IN)
+RULES = Registry("gradient rule", opens=BUILT_IN)
+PEFT = Registry("PEFT method", opens=BUILT_IN)

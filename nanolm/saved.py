@@ -20,7 +20,6 @@ from nanolm.config.schema import Config
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import UserError
 from nanolm.finetune.config import TaskConfig
-from nanolm.finetune.tasks.base import Task
 from nanolm.learner import Learner
 from nanolm.ops.contract import Phase
 from nanolm.peft.files import open_adapter
@@ -56,9 +55,7 @@ def read_config(folder: pathlib.Path, plugins: list[str] | None = None) -> Confi
 def schema_of(mapping: dict) -> type[Config]:
     """The schema of a saved config: tasks were fine-tuned, everything else pretrained."""
     name = (mapping.get("objective") or {}).get("name", "clm")
-    build_objective = OBJECTIVES.get(name).build
-    is_task = isinstance(build_objective, type) and issubclass(build_objective, Task)
-    return TaskConfig if is_task else Config
+    return getattr(OBJECTIVES.get(name).build, "schema", Config)
 
 
 def open_saved(

@@ -11,7 +11,6 @@ import signal
 
 from rich.console import Console
 
-import nanolm.build  # noqa: F401  (registers the names that the cells' configs use)
 from nanolm.config.load import parse
 from nanolm.errors import UserError
 from nanolm.finetune.study.config import StudyConfig

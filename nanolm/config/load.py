@@ -34,8 +34,6 @@ def load_config(
     `base` is a mapping that the files are merged onto. Raises UserError; prints and exits 0 for
     --help and --print_config.
     """
-    import nanolm.build  # noqa: F401, PLC0415  (registers the built-in names)
-
     words = split_words(argv)
     merged = read_files(words, base or {})
     if "plugins" in words:

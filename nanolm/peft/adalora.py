@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanolm.errors import require
-from nanolm.learner import Learner
-from nanolm.peft.base import Adapter, linears
+from nanolm.learner import Adapter, Learner
+from nanolm.peft.base import linears
 from nanolm.peft.lora import LoraLinear, LowRankOptions
 from nanolm.registry import PEFT
 

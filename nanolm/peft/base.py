@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from nanolm.errors import UserError
-from nanolm.learner import Learner
+from nanolm.learner import Adapter, Learner
 from nanolm.model.layers import Linear
 from nanolm.registry import PEFT, Options
 
@@ -40,47 +39,6 @@ class NoPeftOptions(Options):
 @PEFT.register("none", options=NoPeftOptions)
 def no_peft(options: NoPeftOptions, learner: Learner, adapter: Adapter) -> None:
     """Nothing to do; `attach` is never called with it."""
-
-
-Watch = Callable[[Sequence[torch.optim.Optimizer], int], None]
-"""Called with the run's optimizers and number of steps, by methods that act between steps."""
-
-
-class Adapter:
-    """What a pass did to a learner: small weights by name, and how to take them out again."""
-
-    def __init__(
-        self, options: Options, heads: Iterable[str], base: str | None, base_hash: str
-    ) -> None:
-        self.options, self.heads = options, tuple(heads)
-        self.base, self.base_hash = base, base_hash
-        self.names: tuple[str, ...] = ()
-        self.replaced: list[tuple[nn.Module, str, Any]] = []
-        self.added: list[tuple[nn.Module, str]] = []
-        self.undo: list[Callable[[], object]] = []
-        self.watch: Watch = lambda optimizers, steps: None
-
-    def replace(self, parent: nn.Module, name: str, other: Any) -> None:
-        """Puts something else where the parent's module or function of this name stands."""
-        self.replaced.append((parent, name, getattr(parent, name)))
-        setattr(parent, name, other)
-
-    def add(self, parent: nn.Module, name: str, module: nn.Module) -> None:
-        """Gives the parent one more child."""
-        parent.add_module(name, module)
-        self.added.append((parent, name))
-
-    def train(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Trains weights of the base or of a head; their present values come back on detaching."""
-        for parameter in parameters:
-            before = parameter.detach().clone()
-            parameter.requires_grad_(True)
-            self.undo.append(lambda p=parameter, value=before: p.detach().copy_(value))
-
-    def tensors(self, learner: nn.Module) -> dict[str, Tensor]:
-        """The small weights (the live tensors) by name: all of the model that is saved."""
-        named = dict(learner.named_parameters()) | dict(learner.named_buffers())
-        return {name: named[name].detach() for name in self.names}
 
 
 def attach(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from nanolm.errors import require
-from nanolm.learner import Learner
-from nanolm.peft.base import Adapter, PeftOptions
+from nanolm.learner import Adapter, Learner
+from nanolm.peft.base import PeftOptions
 from nanolm.registry import PEFT
 
 

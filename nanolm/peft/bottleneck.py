@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanolm.errors import require
-from nanolm.learner import Learner
+from nanolm.learner import Adapter, Learner
 from nanolm.model.layers import Norm
-from nanolm.peft.base import Adapter, Adopted, PeftOptions
+from nanolm.peft.base import Adopted, PeftOptions
 from nanolm.registry import PEFT
 
 BEHIND = {

@@ -13,8 +13,8 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from nanolm.learner import Learner
-from nanolm.peft.base import Adapter, linears
+from nanolm.learner import Adapter, Learner
+from nanolm.peft.base import linears
 from nanolm.peft.lora import LoraLinear, LowRankOptions
 from nanolm.registry import PEFT
 

@@ -19,8 +19,8 @@ from nanolm.checkpoint.named_tensors import load_named
 from nanolm.config.schema import Config
 from nanolm.config.typed import instance
 from nanolm.errors import UserError
-from nanolm.learner import Learner
-from nanolm.peft.base import Adapter, attach, detach, trainable_counts
+from nanolm.learner import Adapter, Learner
+from nanolm.peft.base import attach, detach, trainable_counts
 from nanolm.registry import PEFT, Options
 
 DESCRIPTION = "adapter.json"

@@ -12,8 +12,8 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from nanolm.learner import Learner
-from nanolm.peft.base import Adapter, Adopted, PeftOptions, linears
+from nanolm.learner import Adapter, Learner
+from nanolm.peft.base import Adopted, PeftOptions, linears
 from nanolm.registry import PEFT
 
 

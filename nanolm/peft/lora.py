@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanolm.errors import require
-from nanolm.learner import Learner
-from nanolm.peft.base import Adapter, Adopted, PeftOptions, linears
+from nanolm.learner import Adapter, Learner
+from nanolm.peft.base import Adopted, PeftOptions, linears
 from nanolm.registry import PEFT
 
 Target = Literal["q", "k", "v", "qkv", "out", "gate", "up", "gate_up", "down"]

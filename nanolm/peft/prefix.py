@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from nanolm.errors import require
-from nanolm.learner import Learner
+from nanolm.learner import Adapter, Learner
 from nanolm.ops.bias import Bias
 from nanolm.ops.masks import Mask
 from nanolm.ops.reference import ReferenceAttention, wide
-from nanolm.peft.base import Adapter, PeftOptions
+from nanolm.peft.base import PeftOptions
 from nanolm.registry import PEFT
 
 

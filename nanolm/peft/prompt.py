@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from nanolm.errors import require
-from nanolm.learner import Learner
+from nanolm.learner import Adapter, Learner
 from nanolm.model.trunk import Inputs, Trunk
 from nanolm.ops.masks import Classes, Mask
-from nanolm.peft.base import Adapter, PeftOptions
+from nanolm.peft.base import PeftOptions
 from nanolm.registry import PEFT
 
 

@@ -86,6 +86,8 @@ class PairOptions(TaskOptions):
 class Task:
     """Base of the task objectives; see `nanolm.objectives.base.Objective` for the contract."""
 
+    schema: ClassVar[type[Config]] = TaskConfig
+    """The schema of a run that trains it."""
     trunks: tuple[str, ...] = ("encoder", "decoder")
     fields: ClassVar[tuple[str, ...]] = ("text",)
     """Fields that every record must have, also to predict."""

@@ -95,7 +95,6 @@ def nanolm_config(
     settings: dict[str, Any], shape: Shape, precision: str, folder: str, device: str = "cpu"
 ) -> Any:
     """The run's config: GPT-2's block for CLM, BERT's for MLM."""
-    from nanolm.build import DTYPES  # noqa: F401, PLC0415  (registers what is built in)
     from nanolm.config.choices import choose  # noqa: PLC0415
     from nanolm.config.load import parse  # noqa: PLC0415
 
