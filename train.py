@@ -1,7 +1,7 @@
 """Pretrain: `torchrun --nproc_per_node=2 train.py --config configs/pretrain/demo_clm.yaml`.
 
 The same as `nanolm train`, in a file that torchrun can start. What happens, in order, is
-`run_train` in nanolm/commands/train.py:
+`run_train` in nanolm/pretrain.py:
 
     launch            ranks                                   nanolm/distributed/world.py
     tokenizer, rows   prepared data, order by arithmetic      data/tokenizer.py, data/stream.py

@@ -19,7 +19,6 @@ from nanolm.config.load import import_plugins, load_config
 from nanolm.config.schema import Config
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import UserError
-from nanolm.finetune.config import TaskConfig
 from nanolm.learner import Learner
 from nanolm.ops.contract import Phase
 from nanolm.peft.files import open_adapter
@@ -73,7 +72,7 @@ def open_saved(
     """
     folder = locate(path)
     config = read_config(folder, plugins)
-    if isinstance(config, TaskConfig):
+    if config.opens_best:
         folder = locate(path, best=True)
     tokenizer = Tokenizer.load(folder / "tokenizer.model")
     objective = build.build_objective(config, tokenizer)

@@ -5,10 +5,10 @@ import pathlib
 import sysconfig
 import tempfile
 
-from nanolm.commands.train import run_train
 from nanolm.config.load import load_config
 from nanolm.data.prepare.pipeline import PrepareConfig, prepare
 from nanolm.data.prepare.progress import Silent
+from nanolm.pretrain import run_train
 
 MODULES = ("argparse.py", "textwrap.py", "statistics.py", "ast.py", "inspect.py", "typing.py")
 SMALL = [

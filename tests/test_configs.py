@@ -4,8 +4,8 @@ import pathlib
 
 import pytest
 
-from nanolm.commands.train import run_train
 from nanolm.config.load import load_config
+from nanolm.pretrain import run_train
 from tests.prepared import SMALL, prepared_corpus
 
 ROOT = pathlib.Path(__file__).parent.parent

@@ -222,8 +222,8 @@ def test_an_unknown_test_label_and_other_data_are_refused(tuned, data, tmp_path)
 
 
 def test_pretraining_refuses_a_task():
-    from nanolm.commands.train import run_train
     from nanolm.config.load import load_config
+    from nanolm.pretrain import run_train
     from tests.prepared import prepared_corpus
 
     argv = ["--objective.name=classify", f"--data.path={prepared_corpus()}", "--model.d_model=32"]

@@ -9,6 +9,8 @@ from nanolm import cli
 from nanolm.commands import doctor
 from nanolm.errors import UserError
 from nanolm.tools import gpu_check
+from nanolm.tools.kernel_check.conformance import Finding
+from nanolm.tools.kernel_check.survey import Patient
 
 
 @pytest.fixture(scope="module")
@@ -63,13 +65,9 @@ def test_the_cpu_stands_in_for_a_gpu_when_it_is_named(monkeypatch):
 
 
 def test_a_wrong_kernel_fails_the_verdict(tmp_path, monkeypatch):
-    def wrong(arguments):
-        rows = [{"op": "norm", "kernel": "x", "passed": 3, "failed": 1, "auto": True}]
-        with open(arguments.json, "w") as file:
-            json.dump(rows, file)
-        raise SystemExit(1)
-
-    monkeypatch.setattr(gpu_check.kernels_doctor, "run", wrong)
+    right, wrong = Finding("a", "pass", ""), Finding("b", "FAIL", "far off")
+    found = [(Patient("norm", "x", True), [right, right, right, wrong])]
+    monkeypatch.setattr(gpu_check, "survey", lambda device, quick, jobs: iter(found))
     verdict = gpu_check.check_kernels("cpu", tmp_path)
     assert not verdict.passed and "norm x wrong" in verdict.words
     assert "FAILED, some GPU" in verdict.line("some GPU")

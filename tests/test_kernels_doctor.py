@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from nanolm import cli
-from nanolm.commands.kernels import doctor
-from nanolm.commands.kernels.doctor import MOST_JOBS, Patient, default_jobs, describe
 from nanolm.errors import UserError
 from nanolm.ops.contract import candidates
+from nanolm.tools.kernel_check import survey
 from nanolm.tools.kernel_check.conformance import Finding, check_kernel, checks_of
+from nanolm.tools.kernel_check.survey import MOST_JOBS, Patient, default_jobs, describe
 from nanolm.tools.kernel_check.workers import Errand, errands, findings
 from tests.hidden import hide
 
@@ -39,7 +39,7 @@ def whoami(count):
 
 def test_two_processes_say_what_one_says(tmp_path, monkeypatch, capsys):
     few = [Patient("norm", "torch", True), Patient("linear_cross_entropy", "chunked", True)]
-    monkeypatch.setattr(doctor, "patients", lambda device: few)
+    monkeypatch.setattr(survey, "patients", lambda device: few)
     said = []
     for jobs in (1, 2):
         path = tmp_path / f"{jobs}.json"
@@ -76,8 +76,8 @@ def test_errands_of_a_kernel_are_its_whole_suite():
 
 
 def test_failures_of_all_processes_are_counted_and_told(monkeypatch, capsys):
-    monkeypatch.setattr(doctor, "patients", lambda device: [Patient("norm", "torch", True)])
-    monkeypatch.setattr(doctor, "errands", lambda *_, quick: whoami(4))
+    monkeypatch.setattr(survey, "patients", lambda device: [Patient("norm", "torch", True)])
+    monkeypatch.setattr(survey, "errands", lambda *_, quick: whoami(4))
     with pytest.raises(SystemExit) as leaving:
         cli.run(["kernels", "doctor", "--device", "cpu", "--jobs", "1"])
     assert leaving.value.code == 1

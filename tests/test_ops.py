@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanolm.commands.kernels.list import Arguments, typical
 from nanolm.errors import UserError
 from nanolm.ops import contract as ops
 from nanolm.ops.bias import AlibiBias, BucketBias, DenseBias
 from nanolm.ops.contract import AUTO, AttentionSpec, CrossEntropySpec, Kernels, candidates, choose
 from nanolm.ops.masks import Mask
+from nanolm.tools.kernel_check.survey import typical
 
 B, T, H, K = 2, 7, 4, 8
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 2, 2], [0, 1, 1, 1, 1, -1, -1]])
@@ -289,7 +289,7 @@ def test_kernels_remember_one_choice_per_kind_of_layer():
 
 @pytest.mark.parametrize("op", [op for op, names in AUTO.items() if "triton" in names])
 def test_a_gpu_that_is_too_old_for_triton_is_refused_in_words(monkeypatch, op):
-    spec = typical(op, Arguments(device="cuda"))
+    spec = typical(op, "cuda")
     kernel = candidates(op)["triton"]
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "Tesla T4")

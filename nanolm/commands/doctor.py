@@ -27,7 +27,6 @@ from nanolm.checkpoint.checkpoints import Checkpoints, read_trainer
 from nanolm.checkpoint.container import verify
 from nanolm.checkpoint.run_folder import differences
 from nanolm.commands.figures import write_json
-from nanolm.commands.train import steps
 from nanolm.config.load import dump
 from nanolm.data.tokenizer import MODEL_FILE, Tokenizer
 from nanolm.distributed.world import World, close, launch
@@ -37,6 +36,7 @@ from nanolm.tools.gpu_check import check_device
 from nanolm.training.evaluation import total_loss
 from nanolm.training.guards.diagnosis import find_tensor
 from nanolm.training.guards.nonfinite import read_passed
+from nanolm.training.loader import steps
 from nanolm.training.trainer import Trainer
 
 POSITIONAL = ("run", "step")

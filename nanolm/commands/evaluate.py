@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 
 from nanolm.commands.figures import write_json
-from nanolm.commands.train import build_evaluator
 from nanolm.config.schema import Config
 from nanolm.distributed.world import World, close, launch
 from nanolm.errors import require
@@ -23,6 +22,7 @@ from nanolm.finetune.ensemble import open_together
 from nanolm.finetune.report import evaluate_task
 from nanolm.finetune.several import part_of
 from nanolm.finetune.tasks.multi import Multi
+from nanolm.pretrain import build_evaluator
 from nanolm.saved import Saved
 from nanolm.training.engine import Engine
 

@@ -17,10 +17,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from nanolm import build
 from nanolm.checkpoint.checkpoints import Checkpoints
-from nanolm.commands.train import steps
 from nanolm.config.load import load_config
 from nanolm.config.schema import Config
 from nanolm.distributed.world import World, close, launch
+from nanolm.training.loader import steps
 from nanolm.training.phases import PHASES
 from nanolm.training.trainer import Trainer
 

@@ -9,7 +9,7 @@ Some fields are *choices*: a registered name decides which options dataclass sta
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 from nanolm.config.model import ModelConfig
 from nanolm.errors import require, require_at_least
@@ -289,6 +289,9 @@ class RunConfig:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """One training run."""
+
+    opens_best: ClassVar[bool] = False
+    """Whether who uses the model wants the checkpoint that did best, and not the newest."""
 
     plugins: list[str] = dataclasses.field(default_factory=list)
     """Modules imported first; their decorators register names and options."""

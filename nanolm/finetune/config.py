@@ -7,7 +7,7 @@ decides, and `model` comes from the checkpoint that `init_from` names.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 from nanolm.config.schema import Config, EvalConfig, RunConfig, TrainConfig
 from nanolm.errors import require, require_at_least
@@ -156,6 +156,8 @@ class AugmentConfig:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskConfig(Config):
     """One fine-tuning run."""
+
+    opens_best: ClassVar[bool] = True
 
     init_from: str | None = None
     """Run or checkpoint to fine-tune: it gives the model's shape, its weights and the tokenizer."""

@@ -1,6 +1,6 @@
 """Fine-tuning: `torchrun -m nanolm.finetune --config …`, the same as `nanolm finetune`.
 
-`run_finetune` is the table of contents, as `commands/train.py` is for pretraining. The trainer,
+`run_finetune` is the table of contents, as `pretrain.py` is for pretraining. The trainer,
 loader, checkpoints and resume are the same; what differs is where rows come from (a labelled
 table), what reads the hidden states (a task's fresh head) and how a validation figure chooses the
 best checkpoint. All that is built in `finetune/prepare.py`.
@@ -21,7 +21,6 @@ from nanolm import build
 from nanolm.checkpoint.checkpoints import Checkpoints, locate, read_trainer
 from nanolm.checkpoint.container import write_json
 from nanolm.checkpoint.run_folder import claim
-from nanolm.commands.train import open_sinks, steps
 from nanolm.config import strict_yaml
 from nanolm.config.load import dump, load_config, read_files, split_words
 from nanolm.data.tokenizer import MODEL_FILE
@@ -43,6 +42,8 @@ from nanolm.finetune.prepare import (
 from nanolm.finetune.repeats import is_repeated, run_repeats
 from nanolm.finetune.splits import Split
 from nanolm.peft.files import adapter_files
+from nanolm.training.loader import steps
+from nanolm.training.sinks import open_sinks
 from nanolm.training.trainer import Trainer
 
 ShapeOf = Callable[[str], dict[str, Any]]

@@ -10,7 +10,6 @@ Each is a function of a device, so that the same code runs in the tests with dev
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pathlib
@@ -23,12 +22,12 @@ import time
 
 import torch
 
-from nanolm.commands.kernels import doctor
 from nanolm.data.prepare.pipeline import PrepareConfig, prepare
 from nanolm.data.prepare.progress import Silent
 from nanolm.errors import require
 from nanolm.processes import python_path
 from nanolm.tools.first_contact.verdict import Verdict
+from nanolm.tools.kernel_check.survey import default_jobs, survey
 
 STEPS, KILL_STEPS = 20, 120
 MODULES = ("argparse.py", "textwrap.py", "statistics.py", "ast.py", "inspect.py", "typing.py")
@@ -73,13 +72,15 @@ def small_corpus(folder: pathlib.Path) -> pathlib.Path:
 
 def check_kernels(device: str, folder: pathlib.Path) -> Verdict:
     """The conformance suite of every kernel that serves the device."""
-    report = folder / "kernels.json"
-    with contextlib.suppress(SystemExit):  # some are wrong: the report says which
-        doctor.run(doctor.Arguments(device=device, json=str(report)))
-    found = json.loads(report.read_text(encoding="utf-8"))
-    wrong = [f"{row['op']} {row['kernel']}" for row in found if row["failed"]]
-    passed = sum(row["passed"] for row in found)
-    words = ", ".join([f"{passed} checks of {len(found)} kernels", *(f"{w} wrong" for w in wrong)])
+    rows = list(survey(device, quick=True, jobs=default_jobs(device)))
+    told = [finding for _, found in rows for finding in found]
+    wrong = [
+        f"{patient.op} {patient.kernel}"
+        for patient, found in rows
+        if any(finding.verdict == "FAIL" for finding in found)
+    ]
+    passed = sum(finding.verdict == "pass" for finding in told)
+    words = ", ".join([f"{passed} checks of {len(rows)} kernels", *(f"{w} wrong" for w in wrong)])
     return Verdict("kernels", "nanolm kernels doctor", not wrong and passed > 0, words)
 
 

@@ -20,7 +20,7 @@ import collections
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,10 +28,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from nanolm.config.schema import Config
 from nanolm.data.permutation import Permutation
 from nanolm.data.schedule import cut, shard_rows, share_of
 from nanolm.data.stream import Places, Row, RowStream
+from nanolm.distributed.world import World
 from nanolm.errors import UserError
+from nanolm.objectives.base import Objective
 
 PREFETCH = 4
 """Micro-batches that each worker process prepares ahead."""
@@ -206,6 +209,45 @@ class Loader:
                 multiprocessing_context="forkserver" if self.stream.remote else "fork",
             )
         )
+
+
+def open_loader(
+    config: Config, stream: RowStream, objective: Objective, world: World, start: int = 0
+) -> Loader:
+    """This rank's loader, at optimizer step `start`."""
+    return Loader(
+        stream,
+        objective,
+        global_batch=config.train.global_batch,
+        micro_batch=config.train.micro_batch or config.train.global_batch,
+        rank=world.rank,
+        world=world.size,
+        seed=config.run.seed,
+        workers=config.data.workers,
+        start_step=start,
+        device=world.device,
+        pin=world.device.type == "cuda",
+    )
+
+
+def steps(
+    config: Config, stream: RowStream, objective: Objective, world: World, start: int
+) -> Iterator[Sequence[MicroBatch]]:
+    """Micro-batches of each optimizer step from `start` on; a rank without rows gets a stand-in.
+
+    The stand-in has the tensors of a real row and no row ids: it makes the ranks' collectives match
+    and counts for nothing.
+    """
+    loader = open_loader(config, stream, objective, world, start)
+    try:
+        stand_in = None
+        for micro_batches in loader:
+            if not micro_batches and stand_in is None:
+                row = loader.build(range(1)).to(world.device, pin=False)
+                stand_in = MicroBatch(row.tensors, {}, np.empty(0, dtype=np.int64))
+            yield micro_batches or [stand_in]
+    finally:
+        loader.close()
 
 
 @dataclasses.dataclass

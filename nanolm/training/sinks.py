@@ -17,7 +17,10 @@ from typing import Any, Protocol, TextIO
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from nanolm.config.schema import WandbConfig
+from nanolm.checkpoint.run_folder import cut_metrics
+from nanolm.config.load import as_mapping
+from nanolm.config.schema import Config, WandbConfig
+from nanolm.distributed.world import World
 from nanolm.errors import UserError
 
 Record = Mapping[str, Any]
@@ -235,3 +238,18 @@ class Wandb:
 
 def _logged_in(wandb: Any) -> bool:
     return bool(wandb.login(prompt=False, timeout=5))
+
+
+def open_sinks(config: Config, world: World, done: int) -> tuple[list[Sink], Callable[[str], None]]:
+    """The sinks of rank 0 and its way to tell the user something; other ranks are silent."""
+    if not world.is_main:
+        return [], lambda text: None
+    run = pathlib.Path(config.run.dir)
+    cut_metrics(run / "metrics.jsonl", done)
+    console = Console(config.train.steps, done)
+    sinks: list[Sink] = [console, JsonLines(run / "metrics.jsonl")]
+    if config.run.tensorboard:
+        sinks.append(TensorBoard(run))
+    if config.run.wandb.mode != "disabled":
+        sinks.append(Wandb(run, config.run.wandb, as_mapping(config), console.note))
+    return sinks, console.note

@@ -10,25 +10,14 @@ checks, and say what one would.
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import importlib.util
-import itertools
-import os
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from nanolm.commands.figures import write_json
-from nanolm.commands.kernels import list as kernels_list
 from nanolm.errors import require_at_least
-from nanolm.ops.contract import OPS, candidates, choose
 from nanolm.tools.devices import DeviceWord, device_type
 from nanolm.tools.kernel_check.conformance import Finding
-from nanolm.tools.kernel_check.workers import errands, findings
-
-MOST_JOBS = 8
-"""Processes that share a GPU unless `jobs` says otherwise: each holds a context there."""
+from nanolm.tools.kernel_check.survey import Patient, default_jobs, describe, survey
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,42 +38,6 @@ class Arguments:
         require_at_least("kernels doctor", self, jobs=1)
 
 
-def describe(device: str) -> str:
-    """Device and versions, in one line."""
-    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    return f"{name}, torch {torch.__version__}, {triton_version()}"
-
-
-def triton_version() -> str:
-    """Triton's version by the module itself: it comes in packages of several names."""
-    if importlib.util.find_spec("triton") is None:
-        return "no triton"
-    return f"triton {importlib.import_module('triton').__version__}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Patient:
-    """A kernel that can serve the device, and whether `auto` takes it."""
-
-    op: str
-    kernel: str
-    auto: bool
-
-
-def patients(device: str) -> list[Patient]:
-    """All kernels to check, op by op."""
-    found = []
-    for op in OPS:
-        spec = kernels_list.typical(op, kernels_list.Arguments(device=device))
-        if spec is None:
-            continue
-        chosen = choose(op, spec).kernel.name
-        for name, kernel in candidates(op).items():
-            if name != "reference" and kernel.why_not(spec) is None:
-                found.append(Patient(op, name, name == chosen))
-    return found
-
-
 def verdict(patient: Patient, found: Sequence[Finding]) -> dict[str, Any]:
     """Prints a kernel's line, and one for each failure; the row of the report."""
     wrong = [finding for finding in found if finding.verdict == "FAIL"]
@@ -101,21 +54,9 @@ def run(arguments: Arguments) -> None:
     """Check and print; exits 1 when a kernel fails."""
     device = device_type(arguments.device)
     print(describe(device), flush=True)
-    waiting = {
-        patient: errands(patient.op, patient.kernel, device, quick=arguments.quick)
-        for patient in patients(device)
-    }
     jobs = arguments.jobs or default_jobs(device)
-    stream = findings([errand for todo in waiting.values() for errand in todo], jobs)
-    verdicts = [
-        verdict(patient, list(itertools.islice(stream, len(todo))))
-        for patient, todo in waiting.items()
-    ]
+    found = survey(device, quick=arguments.quick, jobs=jobs)
+    verdicts = [verdict(patient, told) for patient, told in found]
     write_json(arguments.json, verdicts)
     if any(row["failed"] for row in verdicts):
         raise SystemExit(1)
-
-
-def default_jobs(device: str) -> int:
-    """As many processes as cores compile for a GPU, up to a limit; a CPU computes with one."""
-    return 1 if device == "cpu" else min(os.cpu_count() or 1, MOST_JOBS)

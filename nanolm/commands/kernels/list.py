@@ -8,18 +8,8 @@ import torch
 
 from nanolm.commands.figures import write_json
 from nanolm.config.load import import_plugins
-from nanolm.ops.contract import (
-    OPS,
-    AttentionSpec,
-    CrossEntropySpec,
-    GluSpec,
-    NormSpec,
-    RotarySpec,
-    Spec,
-    SymmetricProductSpec,
-    candidates,
-    choose,
-)
+from nanolm.ops.contract import OPS, candidates, choose
+from nanolm.tools.kernel_check.survey import typical
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,29 +28,11 @@ class Arguments:
     """Also write the table here."""
 
 
-def typical(op: str, arguments: Arguments) -> Spec | None:
-    """The spec that kernels of an op are asked about; None for an op that is not listed."""
-    head_dim, device = arguments.head_dim, arguments.device
-    specs = {
-        "attention": lambda: AttentionSpec(
-            n_heads=8, n_kv_heads=8, head_dim=head_dim, causal=arguments.causal, device=device
-        ),
-        "linear_cross_entropy": lambda: CrossEntropySpec(
-            width=512, vocab_size=32000, device=device
-        ),
-        "norm": lambda: NormSpec(kind="rmsnorm", width=512, device=device),
-        "rotary": lambda: RotarySpec(head_dim=head_dim, device=device),
-        "glu": lambda: GluSpec(kind="swiglu", width=1408, device=device),
-        "symmetric_product": lambda: SymmetricProductSpec(device=device),
-    }
-    return specs[op]() if op in specs else None
-
-
 def rows(arguments: Arguments) -> list[dict[str, str]]:
     """One row per kernel: op, name, what it is, and its status here."""
     table = []
     for op in OPS:
-        spec = typical(op, arguments)
+        spec = typical(op, arguments.device, head_dim=arguments.head_dim, causal=arguments.causal)
         if spec is None:
             continue
         chosen = choose(op, spec).kernel.name

@@ -23,11 +23,11 @@ import torch
 from nanolm import build
 from nanolm.checkpoint.checkpoints import Checkpoints
 from nanolm.checkpoint.container import write_json
-from nanolm.commands.train import steps
 from nanolm.config.schema import DistributedConfig
 from nanolm.distributed.world import World, close, launch
 from nanolm.tools.bench.shape import Shape
 from nanolm.tools.bench.step import StandInTokenizer, nanolm_config, write_random_shard
+from nanolm.training.loader import steps
 from nanolm.training.phases import PHASES
 from nanolm.training.trainer import Trainer
 

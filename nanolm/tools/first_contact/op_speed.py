@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 
-from nanolm.commands.kernels import bench
 from nanolm.ops.contract import candidates
+from nanolm.tools.bench.kernels import call as call_kernel
+from nanolm.tools.bench.kernels import line as line_of
+from nanolm.tools.bench.kernels import peak_bytes
 from nanolm.tools.first_contact.device_time import milliseconds
 from nanolm.tools.first_contact.measurement import Figures, enter
-from nanolm.tools.kernel_check.problems import PROBLEMS, n_bytes
+from nanolm.tools.kernel_check.problems import PROBLEMS, Sizes, n_bytes
 
 GPT2 = {"batch": 16, "length": 1024, "heads": 12, "kv_heads": 12, "head_dim": 64}
 GPT2 |= {"width": 768, "ff_width": 3072, "vocab_size": 50_304}
@@ -39,9 +41,7 @@ class Arguments:
 def measure(op: str, arguments: Arguments) -> Iterator[dict[str, Any]]:
     """A row for each kernel of the op that serves."""
     on_cuda = arguments.device == "cuda"
-    sizes = bench.Arguments(
-        **(GPT2 if on_cuda else TINY), dtype="bfloat16", device=arguments.device
-    )
+    sizes = Sizes(**(GPT2 if on_cuda else TINY), dtype="bfloat16", device=arguments.device)
     problem = PROBLEMS[op](sizes)
     for name, kernel in candidates(op).items():
         by_name = arguments.device in getattr(kernel, "only_by_name_on", ())
@@ -49,11 +49,11 @@ def measure(op: str, arguments: Arguments) -> Iterator[dict[str, Any]]:
             continue
 
         def call(kernel: Any = kernel) -> list[torch.Tensor]:
-            return bench.call(problem, kernel, sizes)
+            return call_kernel(problem, kernel, sizes)
 
         row: dict[str, Any] = {"op": op, "kernel": name, "problem": problem.words}
         try:
-            peak = bench.peak_bytes(call, arguments.device)
+            peak = peak_bytes(call, arguments.device)
             results = call()
             moved = n_bytes([*problem.leaves, *results])
             moved += n_bytes([*problem.leaves, *results[: -len(problem.leaves)]])
@@ -72,7 +72,7 @@ def line(row: dict[str, Any]) -> str:
     """One row as text."""
     if "raises" in row:
         return f"  {row['kernel']:<14} cannot: {row['raises']}"
-    return bench.line(row)
+    return line_of(row)
 
 
 def run(arguments: Arguments) -> int:
