@@ -1,126 +1,179 @@
-"""The direction of imports, read from the code itself: who may use whom (DESIGN of the house)."""
+"""The direction of imports, read from the code itself: who may use whom (docs/architecture.md)."""
 
 import ast
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 FOLDERS = {"nanolm": "nanolm", "nanolm.data": "data", "nanolm.kernels": "kernels"}
 
-# Layers from the ground up: a module may import those of its own layer and of the layers below.
-LAYERS = [
-    {"nanolm.errors", "nanolm.registry", "nanolm.strict_yaml", "nanolm.typed", "nanolm.typing"},
-    {
-        "nanolm.model_config",
-        "nanolm.config",
-        "nanolm.task_config",
-        "nanolm.choices",
-        "nanolm.arguments",
-    },
-    {"nanolm.masks", "nanolm.bias", "nanolm.cache"},
-    {
-        "nanolm.ops",
-        "nanolm.ops_reference",
-        "nanolm.ops_torch",
-        "nanolm.ops_cross_entropy",
-        "nanolm.ops_wide",
-        "nanolm.ops_by_length",
-        "nanolm.ops_flex",
-        "nanolm.ops_triton",
-        "nanolm.rederive",
-    },
-    {"nanolm.positions"},
-    {"nanolm.layers"},
-    {"nanolm.blocks"},
-    {"nanolm.model", "nanolm.flops"},
-    {"nanolm.heads", "nanolm.task_heads", "nanolm.gather"},
-    {"nanolm.objectives", "nanolm.task_metrics"},
-    {"nanolm.learner"},
-]
+# Rooms from the ground up. A module imports its own room and rooms on lower floors: nothing above
+# it, and nothing beside it.
+FLOORS = (
+    {"errors", "processes"},
+    {"registry", "files"},
+    {"config", "ops"},
+    {"data", "model", "distributed", "kernels"},
+    {"objectives", "checkpoint", "cli"},
+    {"learner"},
+    {"training"},
+    {"build", "peft"},
+    {"saved"},
+    {"pretrain", "inference", "rules"},
+    {"finetune"},
+    {"tools", "built_in"},
+    {"commands"},
+)
+FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
 
 def modules():
     for package, folder in FOLDERS.items():
         for path in sorted((ROOT / folder).rglob("*.py")):
             parts = path.relative_to(ROOT / folder).with_suffix("").parts
-            name = ".".join([package, *parts]).removesuffix(".__init__")
-            yield name, path
+            yield ".".join([package, *parts]).removesuffix(".__init__"), path
 
 
-def imports(path, *, top_level_only=False):
+MODULES = dict(modules())
+
+
+def nodes(path, *, top_level_only=False, annotations=True):
+    """The file's import statements; without `annotations`, not those for type checkers alone."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    nodes = tree.body if top_level_only else ast.walk(tree)
-    for node in nodes:
+    left_out = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test) and not annotations:
+            left_out |= {id(inner) for inner in ast.walk(node)}
+    for node in tree.body if top_level_only else ast.walk(tree):
+        if id(node) not in left_out and isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+
+
+def imports(path, **options):
+    """Modules (and, of others' packages, names) that a file imports."""
+    for node in nodes(path, **options):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path} has a relative import"
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            continue
+        assert node.level == 0, f"{path} has a relative import"
+        for alias in node.names:
+            name = f"{node.module}.{alias.name}"
+            yield name if name in MODULES else node.module
 
 
 def inside(name, prefix):
     return name == prefix or name.startswith(prefix + ".")
 
 
-def layer_of(name):
-    found = [i for i, layer in enumerate(LAYERS) if any(inside(name, m) for m in layer)]
-    return found[0] if found else None
+def room(name):
+    return name.split(".")[1] if "." in name else None
 
 
-MODULES = dict(modules())
-
-
-@pytest.mark.parametrize("name", [name for name in MODULES if inside(name, "nanolm.data")])
-def test_data_knows_neither_torch_nor_the_model(name):
-    allowed = ("nanolm.data", "nanolm.errors", "nanolm.registry", "nanolm.config")
+@pytest.mark.parametrize("name", [name for name in MODULES if room(name) in FLOOR_OF])
+def test_a_module_imports_its_own_room_and_lower_floors_only(name):
     for used in imports(MODULES[name]):
-        assert not inside(used, "torch"), f"{name} imports torch"
-        if inside(used, "nanolm") and used not in ("nanolm", "nanolm.data"):
-            assert any(inside(used, prefix) for prefix in allowed), f"{name} imports {used}"
+        if inside(used, "nanolm") and room(used) not in (None, room(name)):
+            assert room(used) in FLOOR_OF, f"{name} imports {used}, whose floor nobody has named"
+            lower = FLOOR_OF[room(used)] < FLOOR_OF[room(name)]
+            assert lower, f"{name} imports {used}, which is not on a lower floor"
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if layer_of(name) is not None])
-def test_the_model_imports_downwards_only(name):
-    for used in imports(MODULES[name], top_level_only=True):
-        if inside(used, "nanolm.data") or used == "nanolm" or not inside(used, "nanolm"):
-            reads_data = ("nanolm.objectives", "nanolm.task_metrics")
-            assert name.startswith(reads_data) or not inside(used, "nanolm.data")
-            continue
-        if used not in MODULES and used.rpartition(".")[0] in MODULES:
-            used = used.rpartition(".")[0]
-        below = layer_of(used)
-        assert below is not None, f"{name} imports {used}, which stands above the model"
-        assert below <= layer_of(name), f"{name} imports {used}, which stands above it"
+def test_every_room_has_a_floor():
+    rooms = {room(name) for name in MODULES} - {None, "__main__"}
+    assert rooms == set(FLOOR_OF)
 
 
-def test_ops_imports_no_kernel_at_import_time():
-    for name in ("nanolm.ops", "nanolm.ops_reference", "nanolm.ops_torch", "nanolm.layers"):
-        for used in imports(MODULES[name], top_level_only=True):
-            assert not inside(used, "nanolm.kernels") and not inside(used, "triton")
+def circles(graph):
+    """Sets of modules that import each other, directly or by others (Tarjan 1972)."""
+    index, low, stack, found = {}, {}, [], []
+
+    def visit(node):
+        index[node] = low[node] = len(index)
+        stack.append(node)
+        for other in graph[node]:
+            if other not in index:
+                visit(other)
+                low[node] = min(low[node], low[other])
+            elif other in stack:
+                low[node] = min(low[node], index[other])
+        if low[node] == index[node]:
+            ring = stack[stack.index(node) :]
+            del stack[stack.index(node) :]
+            found.append(ring)
+
+    for node in graph:
+        if node not in index:
+            visit(node)
+    return [ring for ring in found if len(ring) > 1]
 
 
-def test_kernels_know_only_the_contract():
-    allowed = (
-        "nanolm.kernels",
-        "nanolm.ops",
-        "nanolm.ops_reference",
-        "nanolm.masks",
-        "nanolm.bias",
-    )
-    allowed = (*allowed, "nanolm.errors", "nanolm.registry")
+def test_nothing_imports_in_a_circle():
+    graph = {
+        name: {used for used in imports(path, annotations=False) if used in MODULES} - {name}
+        for name, path in MODULES.items()
+    }
+    assert circles(graph) == []
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == [["b", "c"]]
+
+
+def test_data_knows_neither_torch_nor_the_model():
+    allowed = ("nanolm.data", "nanolm.errors", "nanolm.registry", "nanolm.files", "nanolm.config")
+    for name, path in MODULES.items():
+        if inside(name, "nanolm.data"):
+            for used in imports(path):
+                assert not inside(used, "torch"), f"{name} imports torch"
+                if inside(used, "nanolm"):
+                    assert any(inside(used, prefix) for prefix in allowed), f"{name}: {used}"
+
+
+def test_preparing_data_imports_no_torch():
+    code = "import nanolm.data.prepare.pipeline, nanolm.data.stream, sys\n"
+    words = [sys.executable, "-c", f"{code}print('torch' in sys.modules)"]
+    assert subprocess.check_output(words, cwd=ROOT, text=True).strip() == "False"
+
+
+def test_kernels_know_only_the_ops():
+    allowed = ("nanolm.kernels", "nanolm.ops", "nanolm.errors", "nanolm.registry")
     for name, path in MODULES.items():
         if inside(name, "nanolm.kernels"):
-            for used in imports(path, top_level_only=True):
+            for used in imports(path):
                 if inside(used, "nanolm") and used != "nanolm":
                     assert any(inside(used, prefix) for prefix in allowed), f"{name}: {used}"
 
 
-def test_the_trainer_knows_no_model():
-    for used in imports(MODULES["nanolm.trainer"]):
-        for model in ("layers", "model", "heads", "objectives", "masks", "ops", "positions"):
-            assert not inside(used, f"nanolm.{model}")
+def test_ops_and_model_import_no_kernel_at_import_time():
+    for name, path in MODULES.items():
+        if room(name) in ("ops", "model"):
+            for used in imports(path, top_level_only=True):
+                assert not inside(used, "nanolm.kernels") and not inside(used, "triton"), name
+
+
+def test_nobody_imports_commands_or_what_is_built_in_by_name():
+    for name, path in MODULES.items():
+        for used in imports(path):
+            assert room(used) != "built_in", f"{name} imports {used}; registries open it"
+            if room(used) == "commands":
+                assert room(name) == "commands", f"{name} imports {used}"
+
+
+def test_training_knows_no_add_on_and_the_trainer_no_model():
+    for name, path in MODULES.items():
+        if room(name) == "training":
+            for used in imports(path):
+                add_on = inside(used, "nanolm") and room(used) in ("peft", "rules", "finetune")
+                assert not add_on, f"{name} imports {used}"
+    for used in imports(MODULES["nanolm.training.trainer"]):
+        assert not inside(used, "nanolm.model") and not inside(used, "nanolm.objectives")
+
+
+@pytest.mark.parametrize("name", ["conftest", "tests", "nanolm", "docs"])
+def test_nothing_else_of_the_repository_is_in_the_package(name):
+    words = [sys.executable, "-c", f"import nanolm.{name}"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert "ModuleNotFoundError" in done.stderr
 
 
 def test_nothing_is_pickled():

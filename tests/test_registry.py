@@ -19,7 +19,7 @@ def test_register_get_names():
     things.register("plain")(len)
     assert things.get("thing").build is build and things.get("thing").options is ThingOptions
     assert things.get("plain").options is None
-    assert things.names() == ["thing", "plain"]
+    assert things.names() == ["plain", "thing"]
 
 
 def test_a_taken_name_raises_and_keeps_the_first():

@@ -140,7 +140,7 @@ def test_bad_files_are_dropped_and_counted_or_refused(tmp_path):
         (tmp_path / "x.pdf", "of no format that nanolm reads"),
         (tmp_path / "missing.txt", "there is no file, folder or source"),
         (tmp_path / "*.docx", "holds nothing to read"),
-        ("nosuchsource:x", "choose a source from stdlib, hf"),
+        ("nosuchsource:x", "hf, stdlib, table"),
     ):
         with pytest.raises(UserError, match=sentence):
             read(spec)

@@ -24,13 +24,13 @@ from nanolm.tools.kernel_check.trial import TOLERANCE, Trial, errors
 from nanolm.tools.kernel_check.watch import KernelFaultError
 
 FILES = (
-    "attention",
-    "attention_tiles",
-    "attention_ranges",
-    "attention_backward",
-    "attention_bias",
-    "attention_call",
-    "attention_op",
+    "attention.forward",
+    "attention.scores",
+    "attention.ranges",
+    "attention.backward",
+    "attention.bias_gradient",
+    "attention.call",
+    "attention.operator",
     "norm",
 )
 
@@ -57,81 +57,81 @@ CASES = {name: dataclasses.replace(case, **SMALL) for name, case in SINGLE.items
 
 MUTANTS = (
     Mutant(
-        "load without row mask", "attention_tiles",
+        "load without row mask", "attention.scores",
         "inside = (row < n_rows) & (column < WIDTH)\n        return tl.load",
         "inside = (row >= 0) & (column < WIDTH)\n        return tl.load",
     ),
     Mutant(
-        "padded columns left undefined", "attention_tiles",
+        "padded columns left undefined", "attention.scores",
         "tl.load(pointers, mask=inside, other=0.0)", "tl.load(pointers, mask=inside)", "narrow",
     ),
     Mutant(
-        "store without row mask", "attention_tiles",
+        "store without row mask", "attention.scores",
         "inside = (row < n_rows) & (column < WIDTH)\n    tl.store",
         "inside = (row >= 0) & (column < WIDTH)\n    tl.store", "two rows",
     ),
     Mutant(
-        "dQ without scale", "attention_backward",
+        "dQ without scale", "attention.backward",
         "store_tile(grad_q, grad_q_head, total * scale", "store_tile(grad_q, grad_q_head, total",
     ),
     Mutant(
-        "causal aligned top-left", "attention_tiles",
+        "causal aligned top-left", "attention.scores",
         "at = t + (shape.n_keys - shape.n_queries)", "at = t + 0", "more keys",
     ),
     Mutant(
-        "key lengths ignored", "attention_tiles",
+        "key lengths ignored", "attention.scores",
         "allowed = allowed & (s < tl.load(masks.key_lengths + batch))", "allowed = allowed",
         "lengths",
     ),
     Mutant(
-        "window one too wide", "attention_tiles",
+        "window one too wide", "attention.scores",
         "(at - s < masks.window)", "(at - s <= masks.window)", "window",
     ),
     Mutant(
-        "documents ignored", "attention_tiles",
+        "documents ignored", "attention.scores",
         "allowed = allowed & (mine == theirs)", "allowed = allowed", "documents",
     ),
     Mutant(
-        "strict order taken as loose", "attention_tiles",
+        "strict order taken as loose", "attention.scores",
         "(theirs < mine) if STRICT", "(theirs <= mine) if STRICT", "strict order",
     ),
     Mutant(
-        "last visible tile skipped", "attention_ranges",
+        "last visible tile skipped", "attention.ranges",
         "end = tl.minimum(end, tl.maximum(high + 1, prefix))",
         "end = tl.minimum(end, tl.maximum(high - 15, prefix))", "causal",
     ),
     Mutant(
-        "running sum not rescaled", "attention",
+        "running sum not rescaled", "attention.forward",
         "acc * shrink[:, None] + update", "acc + update",
     ),
     Mutant(
-        "division by an empty row's sum", "attention",
+        "division by an empty row's sum", "attention.forward",
         "divisor = tl.where(seen, l, 1.0)", "divisor = l", "lengths",
     ),
     Mutant(
-        "wrong key head for a query head", "attention",
+        "wrong key head for a query head", "attention.forward",
         "k_head = head_pointer(k, batch, head // GROUP)",
         "k_head = head_pointer(k, batch, head % (shape.n_heads // GROUP))", "grouped heads",
     ),
     Mutant(
-        "all groups write dK of head 0", "attention_backward",
+        "all groups write dK of head 0", "attention.backward",
         "grad_k_head = head_pointer(grad_k, batch, group)",
         "grad_k_head = head_pointer(grad_k, batch, group * 0)", "grouped heads",
     ),
     Mutant(
-        "delta forgotten", "attention_backward",
+        "delta forgotten", "attention.backward",
         "weight * (grad_weight - delta_tile)", "weight * grad_weight",
     ),
     Mutant(
-        "slope of the soft-cap forgotten", "attention_backward",
+        "slope of the soft-cap forgotten", "attention.backward",
         "grad_dots = grad_score * slope", "grad_dots = grad_score", "soft-cap",
     ),
     Mutant(
-        "bucket bias one off", "attention_tiles",
+        "bucket bias one off", "attention.scores",
         "distance + (shape.n_queries - 1)", "distance + shape.n_queries", "bucket bias",
     ),
     Mutant(
-        "bucket gradient of the neighbour", "attention_bias",
+        "bucket gradient of the neighbour", "attention.bias_gradient",
         "index = difference + shape.n_keys - 1", "index = difference + shape.n_keys",
         "bucket bias",
     ),
@@ -151,7 +151,7 @@ class MutantKernel:
     def __init__(self, package: str, op: str) -> None:
         self.op = op
         self.module = importlib.import_module(
-            f"{package}.{'attention_op' if op == 'attention' else op}"
+            f"{package}.{'attention.operator' if op == 'attention' else op}"
         )
 
     def run(self, *args: Any, return_lse: bool = False, **kwargs: Any) -> Any:
@@ -167,21 +167,24 @@ def build(mutant: Mutant | None, index: int, folder: pathlib.Path) -> MutantKern
     the copy is unchanged. Raises ValueError when the place to change is not there once."""
     package = f"mutant_{index}"
     target = folder / package
-    target.mkdir()
+    (target / "attention").mkdir(parents=True)
     source = pathlib.Path(importlib.import_module("nanolm.kernels.launch").__file__).parent
     for name in FILES:
-        text = (source / f"{name}.py").read_text(encoding="utf-8")
+        file = f"{name.replace('.', '/')}.py"
+        text = (source / file).read_text(encoding="utf-8")
         if mutant is not None and name == mutant.file:
             if text.count(mutant.old) < 1:
-                raise ValueError(f"{mutant.name}: {name}.py has no {mutant.old!r}")
+                raise ValueError(f"{mutant.name}: {file} has no {mutant.old!r}")
             text = text.replace(mutant.old, mutant.new)
             if name == "norm":  # what is added to must start at zero
                 text = text.replace("grad_weight = mean.new_empty", "grad_weight = mean.new_zeros")
         for other in FILES:
             text = text.replace(f"nanolm.kernels.{other} ", f"{package}.{other} ")
-        text = text.replace("from nanolm.kernels import", f"from {package} import")
+        text = text.replace(
+            "from nanolm.kernels.attention import", f"from {package}.attention import"
+        )
         text = text.replace('"nanolm::', f'"{package}::').replace("ops.nanolm.", f"ops.{package}.")
-        (target / f"{name}.py").write_text(text, encoding="utf-8")
+        (target / file).write_text(text, encoding="utf-8")
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
     importlib.invalidate_caches()
