@@ -117,7 +117,8 @@ def test_a_killed_run_resumes_bit_for_bit(data, tmp_path):
     finetune(base, data, tmp_path / "whole", *words)
     broken = tmp_path / "broken"
     cut = [
-        "import os, signal, sys; from nanolm.training import trainer; from nanolm.finetune.run import *",
+        "import os, signal, sys",
+        "from nanolm.training import trainer; from nanolm.finetune.run import *",
         "old = trainer.Trainer.step",
         "def step(self, batches):",
         f"    self.done == 9 and os.kill(os.getpid(), {int(signal.SIGKILL)})",
