@@ -9,11 +9,12 @@ from torch import nn
 
 from nanolm.build import build_learner, build_objective, resolve
 from nanolm.config.load import load_config
+from nanolm.distributed.sharding import whole
 from nanolm.distributed.world import World
 from nanolm.peft.base import attach
 from nanolm.training.engine import Engine
 from tests.conftest import TINY, tiny_tokenizer
-from tests.tiny_run import Batch
+from tests.tiny_run import Batch, in_ranks
 
 N = 12  # layers: more than the eight graphs of one piece of code that torch allows by itself
 ROTARY = {"positions": {"name": "rotary"}}
@@ -161,3 +162,33 @@ def test_no_block_is_given_up_where_batches_differ(graphs):
     assert known > 8
     passes()
     assert graphs.compiled == known
+
+
+def sharded_gradients(world):
+    """A compiled, sharded learner with checkpointed blocks has the gradients of a plain one."""
+    by_default, tokens = nn.Module.compile, torch.arange(48).view(3, 16) % 512
+    nn.Module.compile = lambda block: by_default(block, backend="aot_eager")
+    for recompute in ("full", "selective"):
+        base = {
+            "model": TINY | MODELS["llama"],
+            "data": {"row_length": 16},
+            "distributed": {"strategy": "fsdp"},
+            "train": {"compile": True, "activation_checkpointing": recompute},
+        }
+        config = resolve(load_config([], base=base), tiny_tokenizer())
+        objective = build_objective(config, tiny_tokenizer())
+        born, plain = build_learner(config, objective, meta=True), build_learner(config, objective)
+        engine = Engine(born.train(), world, config)
+        batch = {"tokens": tokens, "targets": tokens}
+        for number in range(2):  # ranks meet in the second pass
+            with engine.synchronised(number == 1):
+                engine.module(batch)["clm"].sum.backward()
+        (2 * world.size * plain(batch)["clm"].sum).backward()
+        for (name, left), right in zip(born.named_parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(whole(left.grad), right.grad, msg=name, rtol=1e-4, atol=1e-3)
+    return "same"
+
+
+@pytest.mark.slow
+def test_compiled_checkpointed_blocks_of_two_ranks():
+    assert in_ranks(2, sharded_gradients) == ["same", "same"]

@@ -155,6 +155,7 @@ def test_activation_checkpointing_changes_memory_and_nothing_else():
     gradients = []
     for recompute in ("none", "full", "selective"):
         stack.recompute = recompute
+        assert all(b.feed_forward.keeps_input == (recompute == "none") for b in stack.blocks)
         stack.train()
         torch.manual_seed(3)
         out = stack(x_btd().requires_grad_(), context())

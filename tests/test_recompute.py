@@ -15,7 +15,6 @@ from nanolm.build import build_learner, build_objective, resolve
 from nanolm.config.load import load_config
 from nanolm.distributed.world import World
 from nanolm.kernels.attention.call import Call
-from nanolm.model.blocks import DEAR
 from nanolm.training.engine import Engine
 from tests.conftest import TINY, tiny_tokenizer
 from tests.test_objectives_tasks import build, tensors
@@ -29,7 +28,7 @@ LLAMA = {
 SMALL = LLAMA | {"d_model": 16, "n_heads": 1, "n_kv_heads": 1, "d_ff": 16}
 TRITON = dict.fromkeys(("attention", "norm", "rotary", "glu"), "triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there Triton's interpreter
-FUSED = {name for name in DEAR if "attention" in name}
+PRODUCTS = {"aten.mm.default", "aten.addmm.default", "aten.bmm.default"}
 
 
 class Ran(TorchDispatchMode):
@@ -43,8 +42,17 @@ class Ran(TorchDispatchMode):
         self.counts[str(operator)] += 1
         return operator(*args, **(kwargs or {}))
 
-    def of(self, names):
-        return {name: count for name, count in self.counts.items() if name in names}
+    def fused(self):
+        """Of attention as one operator, forward."""
+        return {
+            name: count
+            for name, count in self.counts.items()
+            if "attention" in name and "backward" not in name
+        }
+
+    def dear(self):
+        """Of matrix products and attention."""
+        return self.fused() | {name: self.counts[name] for name in PRODUCTS}
 
 
 def engine(recompute, model=LLAMA, kernels=None, precision="fp32", device="cpu"):
@@ -85,7 +93,7 @@ def test_selective_keeps_what_triton_attention_computed():
     assert plain.counts[attention] == plain.counts[backward] == N
     assert full.counts[attention] == 2 * N
     assert selective.counts[attention] == selective.counts[backward] == N
-    assert selective.of(DEAR) == plain.of(DEAR) and full.of(DEAR) != plain.of(DEAR)
+    assert selective.dear() == plain.dear() != full.dear()
     for name in ("norm", "rotary", "glu"):  # large and cheap
         name = f"nanolm.{name}.default"
         assert selective.counts[name] == full.counts[name] > plain.counts[name] > 0
@@ -95,6 +103,7 @@ def test_selective_keeps_what_triton_attention_computed():
 
 ATTENTION = {
     "sdpa": ({"kernels": {"attention": "sdpa"}}, True),
+    "biased": ({"model": LLAMA | {"bias": True}}, True),
     "masked": ({"model": LLAMA | {"window": [5]}, "kernels": {"attention": "sdpa"}}, True),
     "alibi": ({"model": LLAMA | {"positions": {"name": "alibi"}}}, True),
     "wide": ({"precision": "bf16"}, True),
@@ -116,9 +125,9 @@ def test_selective_runs_no_dear_operator_twice(name, monkeypatch):
     for recompute in ("none", "full", "selective"):
         found[recompute] = step(engine(recompute, **settings | {"model": model}), batch)
     (gradients, plain), (_, full), (of_selective, selective) = found.values()
-    assert sum(plain.of(FUSED).values()) == (N if fused else 0)
-    assert selective.of(DEAR) == plain.of(DEAR)
-    assert sum(full.of(DEAR).values()) > sum(plain.of(DEAR).values())
+    assert sum(plain.fused().values()) == (N if fused else 0)
+    assert selective.dear() == plain.dear()
+    assert sum(full.dear().values()) > sum(plain.dear().values())
     assert all(map(torch.equal, gradients, of_selective))
 
 
@@ -131,9 +140,19 @@ def test_selective_keeps_attention_length_by_length():
         batch, arrays = tensors(learner.objective, split.items)
         with Ran() as counted:
             learner.train()(batch)["classify"].sum.backward()
-        ran[recompute] = counted.of(DEAR)
-    assert sum(n for name, n in ran["none"].items() if name in FUSED) == N * len(arrays["classes"])
-    assert ran["selective"] == ran["none"] != ran["full"]
+        ran[recompute] = counted
+    assert sum(ran["none"].fused().values()) == N * len(arrays["classes"])
+    assert ran["selective"].dear() == ran["none"].dear() != ran["full"].dear()
+
+
+def test_evaluation_computes_nothing_twice():
+    """Also where it takes gradients, as an explanation does."""
+    ran = []
+    for recompute in ("none", "full"):
+        quiet = engine(recompute)
+        quiet.learner.eval()
+        ran.append(step(quiet, rows())[1].counts)
+    assert ran[0] == ran[1]
 
 
 def test_a_compiled_block_keeps_the_same(monkeypatch):
