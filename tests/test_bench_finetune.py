@@ -215,6 +215,7 @@ def test_what_cannot_be_is_one_sentence(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for word, told in (
         ("--device=cuda", "torch sees no CUDA device"),
+        ("--precisions=[fp16]", "--precisions fp16 is for CUDA"),
         ("--precisions=[fp8]", "--precisions: 'fp8' is none of"),
         ("--only=[padded]", "--only: 'padded' is none of nanolm; nanolm, masked rectangle;"),
         ("--steps=0", "steps=0 must be at least 1"),

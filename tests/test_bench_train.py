@@ -138,6 +138,7 @@ def test_a_results_file_of_something_else_is_refused(tmp_path, capsys):
         (["--precisions=[fp8]"], "--precisions: 'fp8' is none of fp32; bf16; fp16"),
         (["--only=[plain]"], "--only: 'plain' is none of nanolm; nanolm, reference kernels;"),
         (["--rounds=0"], "rounds=0"),
+        (["--precisions=[fp16]"], "--precisions fp16 is for CUDA"),
         (["--device=cuda"], "--device cuda: torch sees no CUDA device here; --device cpu"),
     ],
 )

@@ -27,7 +27,14 @@ from nanolm.data.prepare.tokenizer_training import sentences, train_tokenizer
 from nanolm.data.tables.splits import find_split, read_split
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import UserError, require, require_at_least
-from nanolm.tools.bench.admission import Entries, announce, enter_all, missing, refusal
+from nanolm.tools.bench.admission import (
+    Entries,
+    announce,
+    enter_all,
+    missing,
+    refusal,
+    require_fast,
+)
 from nanolm.tools.bench.cells import Cells, cpu_name, device_name
 from nanolm.tools.bench.contest import play, quiet
 from nanolm.tools.bench.figures import COMPILE, MEMORY, ON_CUDA, TOKENS, Column, aligned, on_cuda
@@ -78,7 +85,7 @@ class Arguments:
     device: DeviceWord = "auto"
     """auto takes CUDA when there is any."""
     precisions: list[str] = dataclasses.field(default_factory=lambda: ["fp32", "bf16"])
-    """In which arithmetic: fp32, bf16, fp16."""
+    """In which arithmetic: fp32, bf16, on CUDA also fp16."""
     rounds: int = 15
     """Turns of every contestant, after the turns that try its variants."""
     steps: int = 10
@@ -289,6 +296,7 @@ def table(report: dict[str, Any]) -> str:
 def run(arguments: Arguments) -> None:
     """Name who is left out, prepare, measure, print tables, write the figures."""
     device = device_type(arguments.device)
+    require_fast(arguments.precisions, device)
     cells = Cells(arguments.results, arguments.fresh)
     enter_each = functools.partial(entries, arguments, device)
     announce([enter_each(each, "none yet", arguments.shape(2)) for each in arguments.precisions])

@@ -29,7 +29,7 @@ from typing import Any
 
 from nanolm.commands.figures import write_json
 from nanolm.errors import require, require_at_least
-from nanolm.tools.bench.admission import Entries, announce, enter_all, why_not
+from nanolm.tools.bench.admission import Entries, announce, enter_all, require_fast, why_not
 from nanolm.tools.bench.cells import Cells, cpu_name, device_name
 from nanolm.tools.bench.contest import play
 from nanolm.tools.bench.figures import against_best, figures_of, peak_of, speed, table
@@ -54,7 +54,7 @@ class Arguments(Shape):
     objectives: list[str] = dataclasses.field(default_factory=lambda: ["clm", "mlm"])
     """Which steps: clm, mlm."""
     precisions: list[str] = dataclasses.field(default_factory=lambda: ["fp32", "bf16"])
-    """In which arithmetic: fp32, bf16, fp16."""
+    """In which arithmetic: fp32, bf16, on CUDA also fp16."""
     rounds: int = 15
     """Turns of every contestant, after the turns that try its variants."""
     steps: int | None = None
@@ -165,6 +165,7 @@ def bench(arguments: Arguments, entered: Entries, device: str, cells: Cells) -> 
 def run(arguments: Arguments) -> None:
     """Name who is left out, measure, print tables, write the figures."""
     device = device_type(arguments.device)
+    require_fast(arguments.precisions, device)
     cells = Cells(arguments.results, arguments.fresh)
     contests = [
         entries(arguments, device, objective, precision)

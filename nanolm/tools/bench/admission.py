@@ -84,6 +84,15 @@ def enter_all(
     return Entries(jobs, left_out)
 
 
+def require_fast(precisions: Sequence[str], device: str) -> None:
+    """Raises UserError for fp16 on a CPU: a product of 2048 x 2048 then takes minutes."""
+    require(
+        device != "cpu" or "fp16" not in precisions,
+        "--precisions fp16 is for CUDA: most CPUs multiply it in software, a thousand times slower "
+        "than fp32; leave it out on a CPU",
+    )
+
+
 def announce(contests: Sequence[Entries]) -> None:
     """Prints who is left out of a benchmark's contests, each reason once."""
     told = [item for entries in contests for item in entries.left_out.items()]
