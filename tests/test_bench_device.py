@@ -76,7 +76,7 @@ def test_on_a_gpu_mfu_is_of_the_data_sheets_peak(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(contest, "Player", FakeGpuPlayer)
     FakeGpuPlayer.jobs.clear()
     out = tmp_path / "figures.json"
-    words = ["bench", "train", "--rounds=2", "--objectives=[clm]", "--precisions=[fp16]"]
+    words = ["bench", "train", "--rounds=2", "--objectives=[clm]", "--precisions=[bf16]"]
     words += [f"--results={tmp_path / 'cells.json'}", "--compile=false"]
     main([*words, f"--json={out}"])
     for job in FakeGpuPlayer.jobs:
