@@ -1,38 +1,36 @@
-"""Pretraining: `run_train` is the table of contents of a run, and each of its lines a chapter in a
-module of its own."""
+"""Pretraining: what is particular to it. The run itself is told in `run.py`, for all kinds."""
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import pathlib
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from nanolm import build
-from nanolm.checkpoint.checkpoints import Checkpoints, load_trunk, locate, read_trainer
-from nanolm.checkpoint.container import write_json
-from nanolm.checkpoint.run_folder import claim
-from nanolm.config.load import dump
+from nanolm.checkpoint.checkpoints import load_trunk, locate
 from nanolm.config.schema import Config
 from nanolm.data.shards.directory import unigram_counts
 from nanolm.data.stream import RowStream
-from nanolm.data.tokenizer import MODEL_FILE, Tokenizer
-from nanolm.distributed.world import World, close, launch, undivided
+from nanolm.data.tokenizer import Tokenizer
+from nanolm.distributed.world import World
 from nanolm.errors import require
+from nanolm.learner import Learner
 from nanolm.objectives.base import Objective
 from nanolm.peft.base import trainable_counts
-from nanolm.peft.files import adapter_files, begin_adapter
+from nanolm.peft.files import begin_adapter
+from nanolm.run import Note, Plan, carry_out
+from nanolm.training.batch import MicroBatch
 from nanolm.training.evaluation import Evaluator, Yardstick
 from nanolm.training.flops import train_flops_per_token
-from nanolm.training.loader import MicroBatch, eval_batches, open_loader, steps
-from nanolm.training.sinks import open_sinks
+from nanolm.training.loader import eval_batches, open_loader
 from nanolm.training.throughput import Throughput, peak_flops
 from nanolm.training.trainer import Trainer
+
+SUMMARISED = ("perplexity", "bits_per_byte", "unigram_bits_per_byte", "accuracy")
+"""Figures of the last evaluation that stand in summary.json, beside the loss."""
 
 
 def run_train(config: Config) -> dict[str, Any]:
@@ -40,63 +38,42 @@ def run_train(config: Config) -> dict[str, Any]:
 
     Raises UserError for anything the user can mend.
     """
-    started = time.perf_counter()
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
-    world = launch(config.distributed, config.run.device)
-    tokenizer = build.build_tokenizer(config)
+    return carry_out(plan(config, build.build_tokenizer(config)))
+
+
+def plan(config: Config, tokenizer: Tokenizer) -> Pretraining:
+    """The run that the config describes, its data opened and checked."""
     config = build.resolve(config, tokenizer)
     objective = build.build_objective(config, tokenizer)
     stream = build.build_stream(config, objective, "train")
     facts = {"data_hash": data_hash(stream), "tokenizer_hash": tokenizer.hash}
-    start = claim(
-        pathlib.Path(config.run.dir),
-        config.resume,
-        dump(config),
-        facts,
-        world,
-        shared=config.run.shared,
+    return Pretraining(
+        config=config, objective=objective, stream=stream, tokenizer=tokenizer, facts=facts
     )
-    meta = config.distributed.strategy != "ddp" and world.size > 1 and config.init_from is None
-    learner = build.build_learner(config, objective, world.device, meta=meta)
-    origin = start_from(config, learner, start.checkpoint)
-    done = read_trainer(start.checkpoint)["step"] if start.checkpoint else 0
-    sinks, note = open_sinks(config, world, done)
-    for line in [*start.notes, *undivided(config.distributed, world), *origin]:
-        note(line)
-    try:
-        trainer = Trainer(
-            config,
-            learner,
-            world,
-            functools.partial(steps, config, stream, objective, world),
-            checkpoints=Checkpoints(
-                pathlib.Path(config.run.dir),
-                world,
-                config.run.keep_last,
-                shared=config.run.shared,
-            ),
-            evaluator=build_evaluator(config, objective, tokenizer, world, "val"),
-            sinks=sinks,
-            throughput=build_throughput(config, stream, objective, world, note),
-            note=note,
-            files={
-                "config.yaml": dump(config).encode(),
-                MODEL_FILE: tokenizer.model_bytes,
-                **adapter_files(learner),
-            },
-            facts=facts,
-        )
-        if start.checkpoint:
-            trainer.restore(start.checkpoint)
-            note(f"resumed from {start.checkpoint} at step {trainer.done}")
-        figures = trainer.fit()
-        summary = {} if trainer.preempted else summarise(trainer, figures, facts, started)
-    finally:
-        for sink in sinks:
-            sink.close()
-    close(world)
-    return summary
+
+
+class Pretraining(Plan):
+    """Trains on a token stream, from initial weights or those of another run."""
+
+    def start_weights(self, learner: Learner, checkpoint: pathlib.Path | None) -> list[str]:
+        """Trunk and matching heads from config.init_from, and the adapter of config.peft."""
+        return start_from(self.config, learner, checkpoint)
+
+    def evaluator(self, world: World) -> Evaluator:
+        """That of the val split."""
+        return build_evaluator(self.config, self.objective, self.tokenizer, world, "val")
+
+    def throughput(self, world: World, note: Note) -> Throughput:
+        """With model FLOPs by formula and the device's peak."""
+        return build_throughput(self.config, self.stream, self.objective, world, note)
+
+    def summarise(self, trainer: Trainer, figures: Mapping[str, float]) -> dict[str, Any]:
+        """How many weights were trained, and the last evaluation."""
+        return {
+            "trainable_params": trainable_counts(trainer.engine.learner)[0],
+            "val_loss": figures.get("loss"),
+            **{name: figures.get(name) for name in SUMMARISED},
+        }
 
 
 def data_hash(stream: RowStream) -> str:
@@ -183,24 +160,3 @@ def build_throughput(
         f"predicted); peak: {origin}"
     )
     return Throughput(tokens, flops * tokens, peak and peak * world.size)
-
-
-def summarise(
-    trainer: Trainer, figures: dict[str, float], facts: dict[str, Any], started: float
-) -> dict[str, Any]:
-    """The run in a dozen figures, written to summary.json by rank 0."""
-    summary = {
-        "steps": trainer.done,
-        "tokens": trainer.done * trainer.tokens_per_step,
-        "params": trainable_counts(trainer.engine.learner)[1],
-        "trainable_params": trainable_counts(trainer.engine.learner)[0],
-        "val_loss": figures.get("loss"),
-        **{k: figures.get(k) for k in ("perplexity", "bits_per_byte", "unigram_bits_per_byte")},
-        "accuracy": figures.get("accuracy"),
-        "tokens_per_second": trainer.throughput.overall,
-        "seconds": time.perf_counter() - started,
-        **facts,
-    }
-    if trainer.world.is_main:
-        write_json(trainer.snapshot.checkpoints.run / "summary.json", summary)
-    return summary

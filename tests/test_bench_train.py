@@ -6,6 +6,7 @@ import pathlib
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from nanolm.cli import main
 from nanolm.commands.bench import train as bench_train
@@ -14,6 +15,7 @@ from nanolm.errors import UserError
 from nanolm.tools.bench import cells as bench_cells
 from nanolm.tools.bench import contest as bench_contest
 from nanolm.tools.bench import peers
+from nanolm.tools.bench.admission import why_not
 from nanolm.tools.bench.clock import Clock
 from nanolm.tools.bench.contest import play
 from nanolm.tools.bench.figures import against_best, speed
@@ -44,6 +46,8 @@ def steps_of(name, settings, precision="fp32", count=2):
 def test_all_contestants_train_the_same_number_of_parameters_from_the_same_loss(objective):
     counts = {}
     for name, settings in contestants(objective).items():
+        if why_not({"settings": settings, "precision": "fp32", "shape": TINY}, "cpu"):
+            continue  # what this torch cannot do, such as its own fused loss before 2.13
         step, clock, losses = steps_of(name, settings)
         assert all(3.5 < loss < 5.0 for loss in losses), name  # log 64 = 4.16
         assert list(clock.phases[0]) == ["data", "forward", "loss", "backward", "optimizer"], name
@@ -61,7 +65,7 @@ def test_a_step_moves_the_weights_by_a_clipped_gradient(model):
     step, _, losses = steps_of(model, {"model": model, "objective": "clm"}, "bf16", count=8)
     assert losses[-1] != losses[0]
     if isinstance(step, NanolmStep):
-        assert step.trainer.done == 8
+        assert step.trainer.state.done == 8
         assert step.trainer.config.train.clip == 1.0
 
 
@@ -110,7 +114,9 @@ def test_contestants_take_turns_and_finished_contests_are_found(tmp_path, monkey
     n_turns, printed = len(turns), capsys.readouterr().out
     main(words)
     assert len(turns) == n_turns and capsys.readouterr().out == printed  # nothing measured twice
-    rounds = [turns[-6 * n :][:6] for n in range(6, 0, -1)]
+    # Of nanolm's contestants, torch's own fused loss needs torch 2.13; the machine's product ends.
+    size = len(contestants("clm")) + 1 - (not hasattr(F, "linear_cross_entropy"))
+    rounds = [turns[-size * n :][:size] for n in range(6, 0, -1)]
     assert all(order == rounds[0] for order in rounds)  # A B C A B C
     assert rounds[0][-1][0] == "matmul"
     assert not any(compiled for order in rounds for _, compiled in order)  # slower in the trial

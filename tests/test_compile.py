@@ -12,9 +12,10 @@ from nanolm.config.load import load_config
 from nanolm.distributed.sharding import whole
 from nanolm.distributed.world import World
 from nanolm.peft.base import attach
+from nanolm.training.batch import MicroBatch
 from nanolm.training.engine import Engine
 from tests.conftest import TINY, tiny_tokenizer
-from tests.tiny_run import Batch, in_ranks
+from tests.tiny_run import in_ranks
 
 N = 12  # layers: more than the eight graphs of one piece of code that torch allows by itself
 ROTARY = {"positions": {"name": "rotary"}}
@@ -92,7 +93,7 @@ def batch(engine, rows=3, length=32):
     index = torch.tensor([1, 4, 5])
     clm = {"tokens": tokens, "targets": tokens.roll(-1, 1)}
     mlm = {"tokens": tokens, "masked_index": index, "masked_targets": tokens.flatten()[index]}
-    return Batch(mlm if "mlm" in engine.learner.objective.weights else clm, {}, None)
+    return MicroBatch(mlm if "mlm" in engine.learner.objective.weights else clm, {}, None)
 
 
 def step(engine, **shape):

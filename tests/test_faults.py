@@ -34,11 +34,11 @@ def fit_and_be_killed(world, config, kills, seed, book):
     victim, steps = 0 if writes else rng.randrange(world.size), rng.randrange(1, 18)
     delay, left = rng.uniform(0.0, 0.02), [None] * rng.randrange(1, 9)
     trainer = build_trainer(config, world, hook=lambda record: hook(record))
-    first = trainer.done
+    first = trainer.state.done
 
     def die():
         writing = bool(list(trainer.snapshot.checkpoints.folder.glob(".tmp-*")))
-        entry = {"attempt": attempt, "step": trainer.done, "phase": trainer.progress.phase}
+        entry = {"attempt": attempt, "step": trainer.state.done, "phase": trainer.progress.phase}
         with (book / f"{world.rank}.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry | {"writing": writing}) + "\n")
         os.kill(os.getpid(), signal.SIGKILL)
@@ -186,7 +186,7 @@ def fit_with_bad_gradient(world, config, rank, steps, value=float("nan")):
     trainer = build_trainer(config, world, notes=notes, log=log)
 
     def hook(gradient):
-        bad = world.rank == rank and trainer.done + 1 in steps
+        bad = world.rank == rank and trainer.state.done + 1 in steps
         return gradient * value if bad else gradient
 
     trainer.engine.learner.trunk.blocks[1][1].weight.register_hook(hook)
@@ -219,7 +219,7 @@ def fit_with_spike(world, config, step):
     trainer = build_trainer(config, world, notes=notes)
 
     def spike(module, inputs, output):
-        large = trainer.done + 1 == step
+        large = trainer.state.done + 1 == step
         return output._replace(sum=output.sum * 100) if large else output
 
     learner = trainer.engine.learner
@@ -227,7 +227,7 @@ def fit_with_spike(world, config, step):
         lambda module, inputs, terms: {k: spike(module, inputs, t) for k, t in terms.items()}
     )
     trainer.fit()
-    return notes, trainer.done
+    return notes, trainer.state.done
 
 
 def test_a_spike_rewinds_over_its_last_rows_and_a_restart_remembers(tmp_path):
@@ -240,7 +240,7 @@ def test_a_spike_rewinds_over_its_last_rows_and_a_restart_remembers(tmp_path):
     assert tail[:2] == [(21, "train", None), (22, "rewind", None)]
     assert [t[0] for t in tail if t[2]] == [21, 22]
     again = build_trainer(tiny_config(tmp_path, resume="auto", train__steps=30, **changes), World())
-    assert again.policy.passed == {20, 21, 22} and len(again.policy.losses) == 22
+    assert again.policy.passed == {20, 21, 22} and len(again.state.losses) == 22
 
 
 def test_rewinding_without_a_checkpoint_or_for_ever_stops(tmp_path):
@@ -257,7 +257,7 @@ def fit_with_flipped_bit(world, config, rank, step):
     take_step = trainer.step
 
     def step_with_flip(micro_batches):
-        if (world.rank, trainer.done + 1) == (rank, step):
+        if (world.rank, trainer.state.done + 1) == (rank, step):
             weight = trainer.engine.learner.trunk.blocks[0][1].weight
             weight.data.view(torch.int32)[3, 2] ^= 1 << 4
         return take_step(micro_batches)

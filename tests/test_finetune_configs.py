@@ -55,6 +55,8 @@ def test_two_shrunken_steps(path, tmp_path):
         "--schedule.warmup=0",
         "--eval.batches=2",
     ]
+    if path.stem in ("tag", "multi"):  # a tag that is rare may be missing from so few rows
+        words.append("--data.bad_rows=skip")
     if name == "prompt":
         words.append('--objective.words={"yes": list, "no": file}')
     summary = finetune(base, data, tmp_path / "run", *words)

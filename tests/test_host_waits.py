@@ -22,9 +22,9 @@ from nanolm.objectives.base import Term
 from nanolm.peft.base import attach
 from nanolm.registry import OBJECTIVES, PEFT, RULES
 from nanolm.rules import distill
+from nanolm.training.batch import MicroBatch
 from nanolm.training.engine import Engine
 from nanolm.training.gradient import Backward, build_rule
-from nanolm.training.loader import MicroBatch
 from tests.conftest import TINY, tiny_tokenizer
 from tests.host_waits import DEVICE, HostWaitsError, no_waits
 from tests.test_objectives_tasks import CASES, EXTRA, RECORDS

@@ -21,7 +21,7 @@ FLOORS = (
     {"learner"},
     {"training"},
     {"build", "peft"},
-    {"saved"},
+    {"run", "saved"},
     {"pretrain", "inference", "rules"},
     {"finetune"},
     {"tools", "built_in"},

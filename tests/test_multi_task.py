@@ -227,7 +227,7 @@ def test_a_killed_run_resumes_bit_for_bit(data, tmp_path):
         "from nanolm.training import trainer; from nanolm.finetune.run import *",
         "old = trainer.Trainer.step",
         "def step(self, batches):",
-        f"    self.done == 5 and os.kill(os.getpid(), {int(signal.SIGKILL)})",
+        f"    self.state.done == 5 and os.kill(os.getpid(), {int(signal.SIGKILL)})",
         "    return old(self, batches)",
         "trainer.Trainer.step = step; main(sys.argv[1:])",
     ]

@@ -24,9 +24,9 @@ def fit(world, config, kill_after=None):
 
     notes: list[str] = []
     trainer = build_trainer(config, world, hook=hook, notes=notes)
-    trainer.badness = lambda figures: float(abs(trainer.done - 10))
+    trainer.badness = lambda figures: float(abs(trainer.state.done - 10))
     trainer.fit()
-    return trainer.done, notes
+    return trainer.state.done, notes
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

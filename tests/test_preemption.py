@@ -17,14 +17,14 @@ def fit_with_signal(world, config, rank, step, number):
     take_step = trainer.step
 
     def step_with_signal(micro_batches):
-        if (world.rank, trainer.done + 1) == (rank, step):
+        if (world.rank, trainer.state.done + 1) == (rank, step):
             os.kill(os.getpid(), number)
             os.kill(os.getpid(), signal.SIGINT)
         return take_step(micro_batches)
 
     trainer.step = step_with_signal
     trainer.fit()
-    return trainer.done, trainer.preempted, notes
+    return trainer.state.done, trainer.preempted, notes
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -53,13 +53,13 @@ def test_a_signal_during_evaluation_ends_it_and_is_made_up_for(tmp_path):
 
     def interrupted():
         for number, batch in enumerate(batches()):
-            if number == 2 and trainer.done == 30:
+            if number == 2 and trainer.state.done == 30:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
     trainer.evaluator.batches = interrupted
     trainer.fit()
-    assert trainer.preempted and trainer.done == 30
+    assert trainer.preempted and trainer.state.done == 30
     in_ranks(1, fit, tiny_config(broken, resume="auto", **changes))
     assert_same_bits(whole, broken)
 
@@ -69,7 +69,7 @@ def fit_and_die(world, config, step):
     take_step = trainer.step
 
     def step_and_die(micro_batches):
-        if trainer.done + 1 == step:
+        if trainer.state.done + 1 == step:
             if world.rank == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGTERM)

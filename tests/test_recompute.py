@@ -15,10 +15,10 @@ from nanolm.build import build_learner, build_objective, resolve
 from nanolm.config.load import load_config
 from nanolm.distributed.world import World
 from nanolm.kernels.attention.call import Call
+from nanolm.training.batch import MicroBatch
 from nanolm.training.engine import Engine
 from tests.conftest import TINY, tiny_tokenizer
 from tests.test_objectives_tasks import build, tensors
-from tests.tiny_run import Batch
 
 N = 2  # layers
 LLAMA = {
@@ -69,7 +69,7 @@ def engine(recompute, model=LLAMA, kernels=None, precision="fp32", device="cpu")
 
 def rows():
     tokens = torch.randint(512, (2, 8), generator=torch.Generator().manual_seed(2))
-    return Batch({"tokens": tokens, "targets": tokens.roll(-1, 1)}, {}, None)
+    return MicroBatch({"tokens": tokens, "targets": tokens.roll(-1, 1)}, {}, None)
 
 
 def step(engine, batch):

@@ -70,7 +70,7 @@ def test_a_kill_between_checkpoint_and_evaluation_loses_no_line(tmp_path):
 
 def fit_until_evaluation(world, config):
     trainer = build_trainer(config, world)
-    trainer.evaluate = lambda best: os.kill(os.getpid(), signal.SIGKILL)
+    trainer.evaluate = lambda saved: os.kill(os.getpid(), signal.SIGKILL)
     trainer.fit()
 
 

@@ -14,10 +14,11 @@ from nanolm.errors import UserError
 from nanolm.objectives.clm import Clm
 from nanolm.peft.base import attach
 from nanolm.saved import open_saved
+from nanolm.training.batch import MicroBatch
 from nanolm.training.engine import Engine
 from nanolm.training.gradient import Backward, build_rule
 from nanolm.training.loader import Loader
-from tests.tiny_run import Batch, bounds, in_ranks
+from tests.tiny_run import bounds, in_ranks
 
 ROWS, T, V = 5, 8, 64
 MODEL = {"d_model": 16, "n_layers": 2, "n_heads": 2, "max_length": 16, "vocab_size": V}
@@ -46,7 +47,7 @@ def batch_of(rows):
     for index, row in enumerate(rows):
         targets[index, : row + 1] = -100
     tensors = {"tokens": tokens[:, :-1], "targets": targets}
-    return Batch(tensors, {"clm": int((targets >= 0).sum())}, torch.tensor(list(rows)).numpy())
+    return MicroBatch(tensors, {"clm": int((targets >= 0).sum())}, torch.tensor(list(rows)).numpy())
 
 
 def gradient(world, rule, micro_batch, model=None, train=False, peft=None):
@@ -169,7 +170,7 @@ def test_documents_of_a_packed_row_are_perturbed_apart():
 
     gradient_BTD = torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(1))
     documents = torch.tensor([[0, 0, 1, 1, 1, -1], [2, 3, 3, 3, 3, 3]])
-    batch = Batch({"documents": documents}, {}, None)
+    batch = MicroBatch({"documents": documents}, {}, None)
     lengths = Perturbation(batch).lengths(gradient_BTD)
     assert lengths.shape == (2, 6, 1)
     torch.testing.assert_close(lengths[0, 2, 0], gradient_BTD[0, 2:5].norm())

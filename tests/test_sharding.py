@@ -117,13 +117,13 @@ def fit_until(world, config, steps, with_log=False):
     take_step = trainer.step
 
     def step(micro_batches):
-        if trainer.done + 1 == steps < config.train.steps:
+        if trainer.state.done + 1 == steps < config.train.steps:
             trainer.preemption.signal = "SIGTERM"
         return take_step(micro_batches)
 
     trainer.step = step
     trainer.fit()
-    return log if with_log else trainer.done
+    return log if with_log else trainer.state.done
 
 
 def real_config(**distributed):

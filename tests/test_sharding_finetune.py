@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from nanolm import run
 from nanolm.build import build_learner, build_objective, resolve
 from nanolm.checkpoint.container import read_tensors
 from nanolm.config.load import load_config
 from nanolm.distributed.sharding import whole
-from nanolm.finetune import run as finetune
+from nanolm.finetune.run import run_finetune
 from nanolm.peft.base import attach
 from nanolm.registry import PEFT
 from nanolm.training.engine import Engine
@@ -27,10 +28,10 @@ WORDS += ("--optim.name=sgd", "--optim.lr=0.1", "--objective.head_dropout=0")
 
 def tune(world, config, strategy):
     """A fine-tuning run in ranks that are joined already."""
-    finetune.launch, finetune.close = lambda *_: world, lambda _: None
+    run.launch, run.close = lambda *_: world, lambda _: None
     changed = dataclasses.replace(config.distributed, strategy=strategy)
     with contextlib.redirect_stdout(io.StringIO()):
-        summary = finetune.run_finetune(dataclasses.replace(config, distributed=changed))
+        summary = run_finetune(dataclasses.replace(config, distributed=changed))
     return summary["val"]
 
 
@@ -54,7 +55,7 @@ def test_fine_tuning_equals_ddp(peft, data, tmp_path):
     assert figures["ddp"][0] == pytest.approx(figures["fsdp"][0], abs=1e-5)
     assert figures["fsdp"][0] == figures["fsdp"][1]
     runs = [(tmp_path / strategy / "metrics.jsonl").read_text() for strategy in figures]
-    for left, right in zip(*(map(json.loads, run.splitlines()) for run in runs), strict=True):
+    for left, right in zip(*(map(json.loads, lines.splitlines()) for lines in runs), strict=True):
         assert (left["step"], left["kind"]) == (right["step"], right["kind"])
         assert left["loss"] == pytest.approx(right["loss"], abs=1e-5)
     expected = load_file(tmp_path / "ddp/checkpoints/step-00000007/model.safetensors")

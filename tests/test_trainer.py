@@ -50,7 +50,7 @@ def fit_with_bomb(world, config, bad_steps, bad_rank):
     notes = []
     trainer = build_trainer(config, world, notes=notes)
     row = trainer.engine.learner.heads["row"]
-    bomb = Bomb(row, lambda: world.rank == bad_rank and trainer.done + 1 in bad_steps)
+    bomb = Bomb(row, lambda: world.rank == bad_rank and trainer.state.done + 1 in bad_steps)
     trainer.engine.learner.heads["row"] = bomb
     trainer.fit()
     weights = {n: p.tolist() for n, p in trainer.engine.learner.named_parameters()}
@@ -119,7 +119,7 @@ def test_clipping_bounds_the_global_norm(tmp_path):
     options = SgdOptions(lr=1.0, weight_decay=0.0, momentum=0.0)
     config = tiny_config(tmp_path, train__clip=0.01, optim=options)
     trainer = build_trainer(config, World())
-    trainer.done = 3  # past the warm-up
+    trainer.state.done = 3  # past the warm-up
     before = [p.detach().clone() for p in trainer.engine.learner.parameters()]
     result = trainer.step([batch_of([0, 1])])
     moved = [b - p.detach() for b, p in zip(before, trainer.engine.learner.parameters())]

@@ -83,7 +83,7 @@ def run(world, folder, tune, stop=4, resume="never"):
     trainer = build_trainer(config, world, learner=build_learner(dtype=torch.float64))
     learner, moved = trainer.engine.learner, []
     mine = list(range(5))[slice(*bounds(5, world))]
-    while trainer.done < stop:
+    while trainer.state.done < stop:
         before = {n: p.detach().clone() for n, p in learner.named_parameters()}
         trainer.step([batch_of([row]) for row in mine])
         moved.append(sorted(n for n, p in learner.named_parameters() if (p != before[n]).any()))

@@ -29,6 +29,7 @@ from nanolm.config.schema import (
 )
 from nanolm.distributed.world import close, launch
 from nanolm.errors import UserError
+from nanolm.training.batch import MicroBatch
 from nanolm.training.evaluation import Evaluator
 from nanolm.training.gradient import PlainOptions
 from nanolm.training.optim import AdamWOptions
@@ -104,13 +105,6 @@ def build_learner(dropout=0.0, dtype=torch.float32):
     return Learner(dropout).to(dtype)
 
 
-@dataclasses.dataclass
-class Batch:
-    tensors: dict[str, torch.Tensor]
-    counts: dict[str, int]
-    row_ids: np.ndarray
-
-
 def batch_of(rows, empty=False):
     tokens, targets = [], []
     for row in rows:
@@ -125,7 +119,7 @@ def batch_of(rows, empty=False):
         "label": torch.tensor([row % 2 for row in rows]),
     }
     counts = {"token": int((tensors["targets"] >= 0).sum()), "row": len(rows)}
-    return Batch(tensors, {} if empty else counts, np.array([] if empty else rows))
+    return MicroBatch(tensors, {} if empty else counts, np.array([] if empty else rows))
 
 
 def loader(config, world, log=None):
@@ -213,7 +207,7 @@ def build_trainer(config, world, *, learner=None, hook=None, log=None, notes=Non
     for line in start.notes:
         trainer.note(line)
     if start.checkpoint:
-        trainer.restore(start.checkpoint)
+        trainer.restore(start.checkpoint, start.saved)
     return trainer
 
 

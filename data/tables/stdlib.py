@@ -132,7 +132,10 @@ def _category(token: tokenize.TokenInfo) -> str:
     if token.type == tokenize.NAME:
         is_keyword = keyword.iskeyword(token.string) or token.string == "self"
         return "KEYWORD" if is_keyword else "NAME"
-    return OPERATORS.get(token.type, tokenize.tok_name[token.type])
+    name = tokenize.tok_name[token.type]
+    if name.startswith(("FSTRING", "TSTRING")):  # what Python 3.12 and 3.14 take strings apart into
+        return "STRING"
+    return OPERATORS.get(token.type, name)
 
 
 def parameter_records(function: Function) -> Iterator[Record]:

@@ -53,10 +53,17 @@ SHAPING = ("run.seed",)
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """How the run starts: from nothing, or after `step` steps from a verified checkpoint."""
+    """How the run starts: from nothing, or from a verified checkpoint, whose trainer.json is here
+    and need not be read again."""
 
     checkpoint: pathlib.Path | None
+    saved: dict[str, Any] | None
     notes: list[str]
+
+    @property
+    def done(self) -> int:
+        """Optimizer steps behind it."""
+        return self.saved["step"] if self.saved else 0
 
 
 def claim(
@@ -80,19 +87,22 @@ def claim(
         if not checkpoints.leads:
             return None
         checkpoint, notes = common or _find(run, resume)
+        saved = None
         if checkpoint is not None:
-            _same_run(checkpoint, config_text, facts)
-            notes += differences(read_trainer(checkpoint)["environment"], world)
+            saved = read_trainer(checkpoint)
+            _same_config(checkpoint / "config.yaml", config_text)
+            _same_facts(checkpoint, saved["facts"], facts)
+            notes += differences(saved["environment"], world)
         elif resume == "auto" and (run / "config.yaml").is_file():
             _same_config(run / "config.yaml", config_text)
         _make(run)
         checkpoints.clean()
         write_text(run / "config.yaml", config_text)
-        return {"checkpoint": checkpoint and str(checkpoint), "notes": notes}
+        return {"checkpoint": checkpoint and str(checkpoint), "saved": saved, "notes": notes}
 
     answer = world.agree(take)[checkpoints.leader]
     found = answer["checkpoint"]
-    return Start(pathlib.Path(found) if found else None, answer["notes"])
+    return Start(pathlib.Path(found) if found else None, answer["saved"], answer["notes"])
 
 
 def _make(run: pathlib.Path) -> None:
@@ -116,9 +126,9 @@ def _find(run: pathlib.Path, resume: str) -> tuple[pathlib.Path | None, list[str
     return (None if resume == "never" else locate(resume)), []
 
 
-def _same_run(checkpoint: pathlib.Path, config_text: str, facts: Mapping[str, Any]) -> None:
-    _same_config(checkpoint / "config.yaml", config_text)
-    saved = read_trainer(checkpoint)["facts"]
+def _same_facts(
+    checkpoint: pathlib.Path, saved: Mapping[str, Any], facts: Mapping[str, Any]
+) -> None:
     for key, value in facts.items():
         if saved.get(key, value) != value:
             raise UserError(

@@ -8,19 +8,17 @@ open in https://ui.perfetto.dev. Nothing is written to the run's folder but `pro
 from __future__ import annotations
 
 import dataclasses
-import functools
 import pathlib
 import tempfile
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from nanolm import build
-from nanolm.checkpoint.checkpoints import Checkpoints
+from nanolm import pretrain
+from nanolm.build import build_tokenizer
 from nanolm.config.load import load_config
-from nanolm.config.schema import Config
-from nanolm.distributed.world import World, close, launch
-from nanolm.training.loader import steps
+from nanolm.distributed.world import close, launch
+from nanolm.run import rehearse
 from nanolm.training.phases import PHASES
 from nanolm.training.trainer import Trainer
 
@@ -34,27 +32,13 @@ def main(argv: list[str]) -> None:
         torch.set_num_threads(config.run.threads)
     world = launch(config.distributed, config.run.device)
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = prepare(config, world, pathlib.Path(scratch))
+        plan = pretrain.plan(dataclasses.replace(config, resume="never"), build_tokenizer(config))
+        trainer = rehearse(plan, world, pathlib.Path(scratch), lambda line: None)
         run = pathlib.Path(config.run.dir)
         table = record(trainer, run / "profile" / f"rank-{world.rank}.json")
     if world.is_main:
         print(table)
     close(world)
-
-
-def prepare(config: Config, world: World, scratch: pathlib.Path) -> Trainer:
-    """The run's trainer, from its initial weights; it writes to the scratch folder."""
-    tokenizer = build.build_tokenizer(config)
-    config = build.resolve(dataclasses.replace(config, resume="never"), tokenizer)
-    objective = build.build_objective(config, tokenizer)
-    stream = build.build_stream(config, objective, "train")
-    return Trainer(
-        config,
-        build.build_learner(config, objective, world.device),
-        world,
-        functools.partial(steps, config, stream, objective, world),
-        checkpoints=Checkpoints(scratch, world),
-    )
 
 
 def record(trainer: Trainer, trace: pathlib.Path) -> str:
@@ -69,7 +53,7 @@ def record(trainer: Trainer, trace: pathlib.Path) -> str:
         trainer.step(trainer.engine.even(next(batches)))
     trainer.progress.read()
     with profile(activities=activities) as profiler:
-        trainer.progress.enter("data", trainer.done + 1)
+        trainer.progress.enter("data", trainer.state.done + 1)
         trainer.step(trainer.engine.even(next(batches)))
     phases = trainer.progress.read()
     trace.parent.mkdir(parents=True, exist_ok=True)

@@ -18,10 +18,11 @@ from nanolm.distributed.world import World
 from nanolm.finetune.splits import Split
 from nanolm.finetune.tasks.base import Item, Task
 from nanolm.finetune.tasks.metrics import Report
+from nanolm.training.batch import MicroBatch
 from nanolm.training.engine import Engine
 from nanolm.training.evaluation import figures as means_of
 from nanolm.training.evaluation import in_step
-from nanolm.training.loader import MicroBatch, eval_batches
+from nanolm.training.loader import eval_batches
 
 Prediction = dict[str, Any]
 

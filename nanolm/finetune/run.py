@@ -1,32 +1,24 @@
 """Fine-tuning: `torchrun -m nanolm.finetune --config …`, the same as `nanolm finetune`.
 
-`run_finetune` is the table of contents, as `pretrain.py` is for pretraining. The trainer,
-loader, checkpoints and resume are the same; what differs is where rows come from (a labelled
-table), what reads the hidden states (a task's fresh head) and how a validation figure chooses the
-best checkpoint. All that is built in `finetune/prepare.py`.
+The run is told in `run.py`, as for pretraining: trainer, loader, checkpoints and resume are the
+same. What differs is where rows come from (a labelled table), what reads the hidden states (a
+task's fresh head) and how a validation figure chooses the best checkpoint: `finetune/prepare.py`.
 """
 
 from __future__ import annotations
 
-import functools
-import math
+import dataclasses
 import pathlib
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-
-from nanolm import build
-from nanolm.checkpoint.checkpoints import Checkpoints, locate, read_trainer
-from nanolm.checkpoint.container import write_json
-from nanolm.checkpoint.run_folder import claim
+from nanolm.checkpoint.checkpoints import locate
 from nanolm.config import strict_yaml
-from nanolm.config.load import dump, load_config, read_files, split_words
-from nanolm.data.tokenizer import MODEL_FILE
-from nanolm.distributed.world import World, close, launch, undivided
+from nanolm.config.load import load_config, read_files, split_words
+from nanolm.distributed.world import World
 from nanolm.finetune.augment import Augmented
 from nanolm.finetune.config import TaskConfig
+from nanolm.finetune.evaluation import TaskEvaluator
 from nanolm.finetune.model_card import write_card
 from nanolm.finetune.prepare import (
     badness,
@@ -40,10 +32,13 @@ from nanolm.finetune.prepare import (
     tokens_per_step,
 )
 from nanolm.finetune.repeats import is_repeated, run_repeats
+from nanolm.finetune.several import MultiEvaluator
 from nanolm.finetune.splits import Split
-from nanolm.peft.files import adapter_files
-from nanolm.training.loader import steps
-from nanolm.training.sinks import open_sinks
+from nanolm.learner import Learner
+from nanolm.peft.base import trainable_counts
+from nanolm.run import Note, Plan, carry_out
+from nanolm.training.loader import RowObjective
+from nanolm.training.throughput import Throughput
 from nanolm.training.trainer import Trainer
 
 ShapeOf = Callable[[str], dict[str, Any]]
@@ -76,119 +71,84 @@ def run_finetune(config: TaskConfig) -> dict[str, Any]:
 
     Raises UserError for anything the user can mend, before anything is trained.
     """
-    started = time.perf_counter()
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
+    return carry_out(plan(config))
+
+
+def plan(config: TaskConfig) -> FineTuning:
+    """The run that the config describes, its tables read and checked."""
     ready = prepare(config)
-    config, task, train, val = ready.config, ready.task, ready.train, ready.val
-    noisy = Augmented(task, config.augment, ready.tokenizer) if config.augment.used else task
-    world = launch(config.distributed, config.run.device)
-    check_scope(config, task, world)
-    start = claim(
-        pathlib.Path(config.run.dir),
-        config.resume,
-        dump(config),
-        ready.facts,
-        world,
-        shared=config.run.shared,
+    return FineTuning(
+        config=ready.config,
+        objective=ready.task,
+        stream=open_stream(ready.config, ready.task, ready.train),
+        tokenizer=ready.tokenizer,
+        facts=ready.facts,
+        base=ready.base,
+        train=ready.train,
+        val=ready.val,
     )
-    learner = build.build_learner(config, task, world.device)
-    told = start_weights(config, ready.base, learner, start.checkpoint)
-    done = read_trainer(start.checkpoint)["step"] if start.checkpoint else 0
-    sinks, note = open_sinks(config, world, done)
-    alone = undivided(config.distributed, world)
-    for line in [*start.notes, *alone, *told, *describe(train, val, learner)]:
-        note(line)
-    stream = open_stream(config, task, train)
-    evaluator = build_evaluator(config, val, world)
-    try:
-        trainer = Trainer(
-            config,
-            learner,
-            world,
-            functools.partial(steps, config, stream, noisy, world),
-            checkpoints=Checkpoints(
-                pathlib.Path(config.run.dir),
-                world,
-                config.run.keep_last,
-                shared=config.run.shared,
-            ),
-            evaluator=evaluator,
-            sinks=sinks,
-            throughput=build_throughput(config, train, world),
-            note=note,
-            files={
-                "config.yaml": dump(config).encode(),
-                MODEL_FILE: ready.tokenizer.model_bytes,
-                **adapter_files(learner),
-            },
-            facts=ready.facts,
-            tokens_per_step=tokens_per_step(config, train),
-            badness=functools.partial(badness, config.eval.metric),
-        )
-        if start.checkpoint:
-            trainer.restore(start.checkpoint)
-            note(f"resumed from {start.checkpoint} at step {trainer.done}")
-        figures = trainer.fit() if config.train.steps else evaluate_only(trainer)
-        summary = {}
-        if not trainer.preempted:
-            summary = summarise(trainer, figures, train, val, ready.facts, started)
-            finish(config, summary, world, note)
-    finally:
-        for sink in sinks:
-            sink.close()
-    close(world)
-    return summary
 
 
-def evaluate_only(trainer: Trainer) -> dict[str, float]:
-    """Saves and evaluates the weights as they are: zero-shot, with train.steps=0."""
-    trainer.snapshot.save()
-    return trainer.evaluate(best=True)
+@dataclasses.dataclass(kw_only=True)
+class FineTuning(Plan):
+    """Trains a task on the records of `train`, from the weights of the checkpoint `base`, and
+    chooses the best checkpoint by a figure of `val`."""
 
+    config: TaskConfig
+    base: pathlib.Path
+    train: Split
+    val: Split
 
-def summarise(
-    trainer: Trainer,
-    figures: dict[str, float],
-    train: Split,
-    val: Split,
-    facts: dict[str, Any],
-    started: float,
-) -> dict[str, Any]:
-    """The run in a dozen figures, written to summary.json by rank 0."""
-    config, learner = trainer.config, trainer.engine.learner
-    metric = config.eval.metric
-    best = trainer.snapshot.checkpoints.best()
-    summary = {
-        "steps": trainer.done,
-        "tokens": trainer.done * trainer.tokens_per_step,
-        "params": sum(p.numel() for p in learner.parameters()),
-        "trained_params": sum(p.numel() for p in learner.parameters() if p.requires_grad),
-        "train_records": len(train.table),
-        "val_records": len(val.table),
-        "metric": metric,
-        "best_val": None if trainer.best is None else abs(trainer.best),
-        "best_step": best and int(best.name.removeprefix("step-")),
-        "val": figures,
-        "tokens_per_second": trainer.throughput.overall,
-        "seconds": time.perf_counter() - started,
-        **facts,
-    }
-    if math.isnan(summary["tokens_per_second"]):
-        summary["tokens_per_second"] = None
-    if trainer.world.is_main:
-        write_json(trainer.snapshot.checkpoints.run / "summary.json", summary)
-    return summary
+    @property
+    def examples(self) -> RowObjective:
+        """The task, with noise where the config asks for some."""
+        if not self.config.augment.used:
+            return self.objective
+        return Augmented(self.objective, self.config.augment, self.tokenizer)
 
+    @property
+    def tokens_per_step(self) -> int:
+        """Real tokens, on average: padding is no throughput."""
+        return tokens_per_step(self.config, self.train)
 
-def finish(
-    config: TaskConfig, summary: dict[str, Any], world: World, note: Callable[[str], None]
-) -> None:
-    """The model card, and one last line (rank 0)."""
-    if not world.is_main:
-        return
-    run = pathlib.Path(config.run.dir)
-    write_card(run, config, summary)
-    best = summary["best_val"]
-    if best is not None:
-        note(f"best val {summary['metric']} {best:.4f} at step {summary['best_step']}; {run}")
+    def check(self, world: World) -> None:
+        """A loss that compares rows needs them together on each rank."""
+        check_scope(self.config, self.objective, world)
+
+    def start_weights(self, learner: Learner, checkpoint: pathlib.Path | None) -> list[str]:
+        """Trunk and matching heads from the base, and the adapter of config.peft."""
+        told = start_weights(self.config, self.base, learner, checkpoint)
+        return [*told, *describe(self.train, self.val, learner)]
+
+    def evaluator(self, world: World) -> TaskEvaluator | MultiEvaluator:
+        """The task's metrics on the val split."""
+        return build_evaluator(self.config, self.val, world)
+
+    def throughput(self, world: World, note: Note) -> Throughput:
+        """Counts real tokens."""
+        return build_throughput(self.config, self.train, world)
+
+    def badness(self, figures: Mapping[str, float]) -> float:
+        """eval.metric, turned round where more is better."""
+        return badness(self.config.eval.metric, figures)
+
+    def summarise(self, trainer: Trainer, figures: Mapping[str, float]) -> dict[str, Any]:
+        """What was trained on, and the best and the last of the val split."""
+        best, score = trainer.snapshot.checkpoints.best(), trainer.state.best
+        return {
+            "trained_params": trainable_counts(trainer.engine.learner)[0],
+            "train_records": len(self.train.table),
+            "val_records": len(self.val.table),
+            "metric": self.config.eval.metric,
+            "best_val": None if score is None else abs(score),
+            "best_step": best and int(best.name.removeprefix("step-")),
+            "val": figures,
+        }
+
+    def finish(self, summary: Mapping[str, Any], note: Note) -> None:
+        """The model card, and one last line."""
+        run = pathlib.Path(self.config.run.dir)
+        write_card(run, self.config, summary)
+        best = summary["best_val"]
+        if best is not None:
+            note(f"best val {summary['metric']} {best:.4f} at step {summary['best_step']}; {run}")

@@ -27,7 +27,7 @@ from nanolm.finetune.tasks.multi import Multi, PartItem, own_heads, part_configs
 from nanolm.learner import Learner
 from nanolm.saved import Saved
 from nanolm.training.engine import Engine
-from nanolm.training.evaluation import total_loss
+from nanolm.training.gradient import total_loss
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,9 +20,10 @@ from nanolm.errors import require
 from nanolm.objectives.base import Objective, Term
 from nanolm.registry import RULES
 from nanolm.rules.base import Muted, WrapperOptions
+from nanolm.training.batch import MicroBatch
 from nanolm.training.engine import Engine
 from nanolm.training.gradient import Backward, GradientRule, build_rule
-from nanolm.training.loader import Loader, MicroBatch
+from nanolm.training.loader import Loader
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,12 +9,10 @@ checkpoints carry no `module.` or `_orig_mod.`. Gradient rules and evaluation bo
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +20,7 @@ from nanolm.config.schema import Config
 from nanolm.distributed.sharding import shard, sharded_modules
 from nanolm.distributed.world import World, synchronised, wrap
 from nanolm.model.initial_weights import init_parameter
+from nanolm.training.batch import MicroBatch
 from nanolm.training.phases import Progress
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -53,7 +52,7 @@ class Engine:
         elif trains:
             self.module = wrap(self.learner, world, config.distributed, self._last_bucket)
 
-    def __call__(self, batch: Any, objective: Any = None) -> Mapping[str, Any]:
+    def __call__(self, batch: MicroBatch, objective: Any = None) -> Mapping[str, Any]:
         """Terms of one micro-batch, through the distributed wrapper.
 
         With an objective, its terms instead of those of the learner's own.
@@ -66,7 +65,7 @@ class Engine:
     def _last_bucket(self) -> None:
         self.progress.enter("communication")
 
-    def local(self, batch: Any, objective: Any = None) -> Any:
+    def local(self, batch: MicroBatch, objective: Any = None) -> Any:
         """Terms of one micro-batch on this rank alone, for evaluation: no collective, unless the
         weights are sharded. With an objective, what its `loss` returns instead."""
         other = () if objective is None else (objective,)
@@ -78,20 +77,20 @@ class Engine:
                 module.reshard()
         return terms
 
-    def move(self, batch: Any) -> dict[str, Tensor]:
+    def move(self, batch: MicroBatch) -> dict[str, Tensor]:
         """The batch's tensors on the device; the copy overlaps when the loader pinned them."""
         device = self.world.device
         return {k: v.to(device, non_blocking=True) for k, v in batch.tensors.items()}
 
-    def even(self, micro_batches: Sequence[Any]) -> Sequence[Any]:
+    def even(self, micro_batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
         """As many micro-batches as the rank with the most has: sharded weights are gathered in
         every pass by all. What is added stands in and counts for nothing. Collective, once."""
         if not self.sharded:
             return micro_batches
         if self.passes is None:
             self.passes = max(self.world.gather(len(micro_batches)))
-        blank = dataclasses.replace(micro_batches[0], counts={}, row_ids=np.empty(0, np.int64))
-        return [*micro_batches, *[blank] * (self.passes - len(micro_batches))]
+        missing = self.passes - len(micro_batches)
+        return [*micro_batches, *[micro_batches[0].blank()] * missing]
 
     def synchronised(self, when: bool) -> contextlib.AbstractContextManager[None]:
         """Gradients cross ranks only in passes inside with `when` true: the step's last."""
@@ -106,7 +105,7 @@ class Engine:
             with torch.autocast(self.world.device.type, dtype=self.dtype):
                 yield
 
-    def settle(self, batch: Any, weights: Mapping[str, float]) -> None:
+    def settle(self, batch: MicroBatch, weights: Mapping[str, float]) -> None:
         """One discarded forward and backward of a zero loss, before the first step of a start.
 
         DDP orders its gradient buckets anew after its first backward, and with three ranks or more

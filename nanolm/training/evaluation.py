@@ -13,17 +13,17 @@ split's token frequencies (add-one smoothed) achieve on the very same targets.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
 
 import numpy as np
 import torch
 
 from nanolm.distributed.world import World
 from nanolm.errors import UserError
+from nanolm.training.batch import MicroBatch
 from nanolm.training.engine import Engine
+from nanolm.training.gradient import total_loss
 
 
 class Yardstick:
@@ -48,7 +48,7 @@ class Evaluator:
 
     def __init__(
         self,
-        batches: Callable[[], Iterable[Any]],
+        batches: Callable[[], Iterable[MicroBatch]],
         world: World,
         yardstick: Yardstick | None = None,
     ) -> None:
@@ -101,7 +101,7 @@ class Evaluator:
         return sums, 0.0
 
 
-def in_step(engine: Engine, batches: Iterator[Any]) -> Iterator[Any]:
+def in_step(engine: Engine, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
     """A rank's batches; of sharded weights, as many as the rank with the most has.
 
     What is added, and comes first where a rank has none at all, repeats a batch without rows.
@@ -117,8 +117,7 @@ def in_step(engine: Engine, batches: Iterator[Any]) -> Iterator[Any]:
         last = batch or last
         if last is None:
             raise UserError("the validation split has fewer rows than ranks; add to it")
-        blank = dataclasses.replace(last, row_ids=last.row_ids[:0])
-        yield batch or blank
+        yield batch or last.blank()
 
 
 def figures(
@@ -135,8 +134,3 @@ def figures(
             found["bits_per_byte"] = sums["nll"][0] / math.log(2) / text_bytes
             found["unigram_bits_per_byte"] = nats / math.log(2) / text_bytes
     return found
-
-
-def total_loss(means: Mapping[str, float], weights: Mapping[str, float]) -> float:
-    """The weighted sum of the optimised terms' means."""
-    return sum(weight * means[name] for name, weight in weights.items() if name in means)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from nanolm.errors import require
 from nanolm.registry import RULES, Options
+from nanolm.training.batch import MicroBatch
 from nanolm.training.engine import Engine
 
 
@@ -48,7 +49,7 @@ class Backward:
         self.sums: dict[str, Tensor] = {}
         self.seen: dict[str, Tensor] = {}
 
-    def __call__(self, terms: Mapping[str, Any], micro_batch: Any) -> None:
+    def __call__(self, terms: Mapping[str, Any], micro_batch: MicroBatch) -> None:
         """Backward of this pass's share of the total.
 
         A micro-batch without rows stands in on a rank that got none: its tensors only make the
@@ -92,11 +93,16 @@ class Backward:
         )
 
 
+def total_loss(means: Mapping[str, float], weights: Mapping[str, float]) -> float:
+    """The weighted sum of the optimised terms' means."""
+    return sum(weight * means[name] for name, weight in weights.items() if name in means)
+
+
 class GradientRule(Protocol):
     """What a rule must be: a callable that leaves the step's gradient in `.grad`."""
 
     def __call__(
-        self, learner: Engine, micro_batches: Sequence[Any], backward: Backward
+        self, learner: Engine, micro_batches: Sequence[MicroBatch], backward: Backward
     ) -> None: ...
 
 
@@ -117,7 +123,7 @@ class PlainOptions(Options):
 def plain(options: PlainOptions) -> GradientRule:
     """One forward and one backward per micro-batch; ranks exchange gradients in the last."""
 
-    def rule(learner: Engine, micro_batches: Sequence[Any], backward: Backward) -> None:
+    def rule(learner: Engine, micro_batches: Sequence[MicroBatch], backward: Backward) -> None:
         last = len(micro_batches) - 1
         for number, batch in enumerate(micro_batches):
             with learner.synchronised(when=number == last):

@@ -35,6 +35,7 @@ from nanolm.data.stream import Places, Row, RowStream
 from nanolm.distributed.world import World
 from nanolm.errors import UserError
 from nanolm.objectives.base import Objective
+from nanolm.training.batch import MicroBatch
 
 PREFETCH = 4
 """Micro-batches that each worker process prepares ahead."""
@@ -51,24 +52,6 @@ class RowObjective(Protocol):
 
     def counts(self, batch: dict[str, np.ndarray]) -> dict[str, int]:
         """Number of targets of each loss term."""
-
-
-@dataclasses.dataclass(slots=True)
-class MicroBatch:
-    """What one forward pass reads: `tensors` by name (integers as int64), and on the host `counts`,
-    the targets of each loss term, and `row_ids` int64 [B], to name the rows of a bad step."""
-
-    tensors: dict[str, Tensor]
-    counts: dict[str, int]
-    row_ids: np.ndarray
-
-    def to(self, device: torch.device | str, pin: bool) -> MicroBatch:
-        """The same batch on an accelerator; `pin` copies by page-locked memory, not waiting."""
-        tensors = {
-            name: (tensor.pin_memory() if pin else tensor).to(device, non_blocking=pin)
-            for name, tensor in self.tensors.items()
-        }
-        return MicroBatch(tensors, self.counts, self.row_ids)
 
 
 def micro_batch_of(
@@ -233,19 +216,15 @@ def open_loader(
 def steps(
     config: Config, stream: RowStream, objective: Objective, world: World, start: int
 ) -> Iterator[Sequence[MicroBatch]]:
-    """Micro-batches of each optimizer step from `start` on; a rank without rows gets a stand-in.
-
-    The stand-in has the tensors of a real row and no row ids: it makes the ranks' collectives match
-    and counts for nothing.
-    """
+    """Micro-batches of each optimizer step from `start` on; a rank without rows gets a blank one,
+    with the tensors of a real row (see `MicroBatch.blank`)."""
     loader = open_loader(config, stream, objective, world, start)
     try:
-        stand_in = None
+        blank = None
         for micro_batches in loader:
-            if not micro_batches and stand_in is None:
-                row = loader.build(range(1)).to(world.device, pin=False)
-                stand_in = MicroBatch(row.tensors, {}, np.empty(0, dtype=np.int64))
-            yield micro_batches or [stand_in]
+            if not micro_batches and blank is None:
+                blank = loader.build(range(1)).to(world.device, pin=False).blank()
+            yield micro_batches or [blank]
     finally:
         loader.close()
 

@@ -6,13 +6,14 @@ has sinks. metrics.jsonl is the run's own truth; the others repeat it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
 import secrets
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, TextIO
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -240,16 +241,26 @@ def _logged_in(wandb: Any) -> bool:
     return bool(wandb.login(prompt=False, timeout=5))
 
 
-def open_sinks(config: Config, world: World, done: int) -> tuple[list[Sink], Callable[[str], None]]:
-    """The sinks of rank 0 and its way to tell the user something; other ranks are silent."""
+@contextlib.contextmanager
+def open_sinks(
+    config: Config, world: World, done: int
+) -> Iterator[tuple[list[Sink], Callable[[str], None]]]:
+    """The sinks of rank 0, after `done` steps, and its way to tell the user something; they are
+    closed at the end. Other ranks have none and are silent."""
     if not world.is_main:
-        return [], lambda text: None
+        yield [], lambda text: None
+        return
     run = pathlib.Path(config.run.dir)
     cut_metrics(run / "metrics.jsonl", done)
     console = Console(config.train.steps, done)
-    sinks: list[Sink] = [console, JsonLines(run / "metrics.jsonl")]
-    if config.run.tensorboard:
-        sinks.append(TensorBoard(run))
-    if config.run.wandb.mode != "disabled":
-        sinks.append(Wandb(run, config.run.wandb, as_mapping(config), console.note))
-    return sinks, console.note
+    sinks: list[Sink] = [console]
+    try:
+        sinks.append(JsonLines(run / "metrics.jsonl"))
+        if config.run.tensorboard:
+            sinks.append(TensorBoard(run))
+        if config.run.wandb.mode != "disabled":
+            sinks.append(Wandb(run, config.run.wandb, as_mapping(config), console.note))
+        yield sinks, console.note
+    finally:
+        for sink in sinks:
+            sink.close()

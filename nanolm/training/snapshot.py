@@ -3,8 +3,7 @@
 model.safetensors      weights, by name, tied ones once
 optimizer.safetensors  <parameter name>/<key>
 ema.safetensors        averaged weights, when there are any
-trainer.json           step (which is the data position too: order and masks follow from it),
-                       loss scaler, random scheme, environment, hashes of data and tokenizer
+trainer.json           the RunState, random scheme, environment, hashes of data and tokenizer
 """
 
 from __future__ import annotations
@@ -75,7 +74,7 @@ class Snapshot:
             tensors["ema"] = trainer.update.ema.tensors
         parts, content = checkpoints.own_parts(tensors), self._json()
         if not trainer.config.run.checkpoint_async:
-            return checkpoints.write(trainer.done, parts, content, self.files)
+            return checkpoints.write(trainer.state.done, parts, content, self.files)
         self.settle()
         self._beside = self._beside or checkpoints.beside()
         copies = {
@@ -84,7 +83,7 @@ class Snapshot:
         }
         write = self._beside.write
         self._background.start(lambda: write(content["step"], copies, content, self.files))
-        return checkpoints.path(trainer.done)
+        return checkpoints.path(trainer.state.done)
 
     def rewind(self) -> pathlib.Path:
         """Fills the trainer from the newest checkpoint that is intact and finite; collective.
@@ -93,8 +92,7 @@ class Snapshot:
         there is no such checkpoint.
         """
         self.settle()
-        skips = self.trainer.policy.skips
-        self.trainer.policy.losses.clear()
+        skips = self.trainer.state.skips
         step = self._last_good()
         if step is None:
             raise UserError(
@@ -104,8 +102,8 @@ class Snapshot:
         for optimizer in self.trainer.update.optimizers:
             optimizer.state.clear()
         folder = self.checkpoints.path(step)
-        self.restore(folder)
-        self.trainer.policy.skips = skips
+        self.restore(folder, read_trainer(folder))
+        self.trainer.state.skips = skips
         return folder
 
     def _last_good(self) -> int | None:
@@ -120,32 +118,28 @@ class Snapshot:
     def _json(self) -> dict[str, Any]:
         trainer = self.trainer
         return {
-            "step": trainer.done,
-            "tokens": trainer.done * trainer.tokens_per_step,
-            "data": {"next_step": trainer.done, "global_batch": trainer.config.train.global_batch},
+            **trainer.state.to_json(),
+            "tokens": trainer.state.done * trainer.tokens_per_step,
+            "data": {
+                "next_step": trainer.state.done,
+                "global_batch": trainer.config.train.global_batch,
+            },
             "random": {
                 "seed": trainer.config.run.seed,
                 "scheme": "torch seeded before each step from (seed, step, rank); rows from "
                 "(seed, epoch, row id)",
             },
-            "best": trainer.best,
-            "patience": trainer.patience.state(),
-            "skips": trainer.policy.skips,
-            "losses": list(trainer.policy.losses),
-            "seconds": trainer.throughput.total_seconds,
-            "scaler": trainer.update.scaler.state_dict(),
             "environment": environment(trainer.world),
             "facts": dict(self.facts),
         }
 
-    def restore(self, folder: pathlib.Path) -> None:
-        """Fills the trainer from a verified checkpoint.
+    def restore(self, folder: pathlib.Path, saved: Mapping[str, Any]) -> None:
+        """Fills the trainer from a verified checkpoint, whose trainer.json has been read.
 
         Raises UserError naming the first tensor that does not fit, before anything of the
         optimizers is touched.
         """
         trainer, what = self.trainer, f"checkpoint {folder}"
-        saved = read_trainer(folder)
         load_named(learner_tensors(trainer.engine.learner), self._open(folder, "model"), what)
         load_optimizers(trainer.update.optimizers, self._open(folder, "optimizer"), what)
         if trainer.update.ema is not None:
@@ -155,14 +149,7 @@ class Snapshot:
                 f"{what} is at step {saved['step']}, beyond train.steps="
                 f"{trainer.config.train.steps}; raise train.steps"
             )
-        trainer.done = saved["step"]
-        trainer.best = saved["best"]
-        trainer.patience.restore(saved.get("patience"))
-        trainer.policy.skips = saved["skips"]
-        trainer.policy.losses.extend(saved["losses"])
-        trainer.throughput.total_seconds = saved["seconds"]
-        if trainer.update.scaler.is_enabled():
-            trainer.update.scaler.load_state_dict(saved["scaler"])
+        trainer.state.restore(saved)
 
     def _open(self, folder: pathlib.Path, part: str) -> Mapping[str, Tensor]:
         """The tensors of a part: of this folder, or of all nodes' folders together."""

@@ -100,9 +100,24 @@ class Throughput:
         self._steps += 1
         self._waited += waited
 
+    def resume(self, seconds: float, steps: int) -> None:
+        """Goes on from an earlier start's total, which took `steps` steps."""
+        self.total_seconds, self.total_steps = seconds, steps
+        self._reset()
+
+    @property
+    def _unread(self) -> float:
+        """Seconds since the last reading that count."""
+        return max(time.perf_counter() - self._start - self._excluded, 1e-9)
+
+    @property
+    def seconds(self) -> float:
+        """All seconds that count, those since the last reading included."""
+        return self.total_seconds + self._unread
+
     def read(self, device: torch.device) -> dict[str, float | None]:
         """Figures since the last reading: rates, memory in bytes, share of time without data."""
-        seconds = max(time.perf_counter() - self._start - self._excluded, 1e-9)
+        seconds = self._unread
         self.total_seconds += seconds
         self.total_steps += self._steps
         flops = self.flops_per_step * self._steps / seconds

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -25,22 +26,24 @@ from nanolm.checkpoint.checkpoints import Checkpoints
 from nanolm.config.schema import Config
 from nanolm.distributed.world import World, peer_lost
 from nanolm.errors import UserError
+from nanolm.training.batch import MicroBatch
 from nanolm.training.engine import Engine
-from nanolm.training.evaluation import Evaluator, total_loss
-from nanolm.training.gradient import Backward
+from nanolm.training.evaluation import Evaluator
+from nanolm.training.gradient import Backward, total_loss
 from nanolm.training.guards.nonfinite import NonFinitePolicy
 from nanolm.training.guards.patience import Patience
 from nanolm.training.guards.preemption import Preemption
 from nanolm.training.guards.watchdog import Watchdog
 from nanolm.training.guards.weight_check import compare_weights
 from nanolm.training.phases import Pace
+from nanolm.training.run_state import RunState
 from nanolm.training.sinks import Sink
 from nanolm.training.snapshot import Snapshot
 from nanolm.training.throughput import Throughput
 from nanolm.training.tuning import freeze
 from nanolm.training.update import Update
 
-LoaderFactory = Callable[[int], Iterator[Sequence[Any]]]
+LoaderFactory = Callable[[int], Iterator[Sequence[MicroBatch]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,17 +98,17 @@ class Trainer:
         self.progress = self.engine.progress
         self.pace = Pace(world, note)
         self.preemption = Preemption()
-        self.done = 0
         self.preempted = False
-        self.best: float | None = None
         self.patience = Patience(config.eval.patience)
-        self.policy = NonFinitePolicy(config.train, world, checkpoints.run)
+        self.state = RunState(self.patience, self.throughput, self.update.scaler)
+        self.policy = NonFinitePolicy(config.train, world, checkpoints.run, self.state)
         self.snapshot = Snapshot(self, checkpoints, files or {}, facts or {})
         self._resumed = False
 
-    def restore(self, checkpoint: Any) -> None:
-        """Continues from a verified checkpoint's folder: weights, optimizers, EMA, counters."""
-        self.snapshot.restore(checkpoint)
+    def restore(self, checkpoint: pathlib.Path, saved: Mapping[str, Any]) -> None:
+        """Continues from a verified checkpoint's folder and its trainer.json: weights, optimizers,
+        averages, counters."""
+        self.snapshot.restore(checkpoint, saved)
         self._resumed = True
 
     def fit(self) -> dict[str, float]:
@@ -124,17 +127,20 @@ class Trainer:
                 if self.world.size == 1 or not peer_lost(error):
                     raise
                 raise UserError(
-                    f"a peer is gone during step {self.done + 1}; nothing was saved since the last "
-                    f"checkpoint; run again with --resume auto"
+                    f"a peer is gone during step {self.state.done + 1}; nothing was saved since "
+                    f"the last checkpoint; run again with --resume auto"
                 ) from error
 
     def _fit(self) -> dict[str, float]:
+        if not self.config.train.steps:  # only to judge the weights as they are
+            self.snapshot.save()
+            return self.evaluate(saved=True)
         figures: dict[str, float] = {}
         if self._resumed and self._due(self.config.eval.every):
-            figures = self.evaluate(best=self._saves())
+            figures = self.evaluate(saved=True)
         settled = False
         while not self._over:
-            with contextlib.closing(iter(self.loader_factory(self.done))) as batches:
+            with contextlib.closing(iter(self.loader_factory(self.state.done))) as batches:
                 for micro_batches, waited in self._timed(batches):
                     if not settled:
                         self.engine.settle(micro_batches[0], self.weights)
@@ -146,7 +152,7 @@ class Trainer:
                         break
         if self.patience.over:
             self.note(
-                f"stopped after step {self.done} of {self.config.train.steps}: "
+                f"stopped after step {self.state.done} of {self.config.train.steps}: "
                 f"{self.patience.stale} evaluations in a row without a new best"
             )
         return figures
@@ -154,17 +160,19 @@ class Trainer:
     @property
     def _over(self) -> bool:
         """Whether no further step is to be taken."""
-        return self.done >= self.config.train.steps or self.preempted or self.patience.over
+        return self.state.done >= self.config.train.steps or self.preempted or self.patience.over
 
     @property
     def weights(self) -> Mapping[str, float]:
         """Weight of each optimised term."""
         return self.engine.learner.objective.weights
 
-    def _timed(self, batches: Iterator[Sequence[Any]]) -> Iterator[tuple[Sequence[Any], float]]:
+    def _timed(
+        self, batches: Iterator[Sequence[MicroBatch]]
+    ) -> Iterator[tuple[Sequence[MicroBatch], float]]:
         """Micro-batches of each step that is left, and the seconds spent waiting for them."""
         while not self._over:
-            self.progress.enter("data", self.done + 1)
+            self.progress.enter("data", self.state.done + 1)
             start = time.perf_counter()
             micro_batches = next(batches)
             waited = time.perf_counter() - start
@@ -172,34 +180,35 @@ class Trainer:
 
     def seed(self) -> int:
         """Seed of this rank's dropout in the next step: no generator state outlives a step."""
-        mixed = (self.config.run.seed * 1_000_003 + self.done) * 1_000_003 + self.world.rank
+        mixed = (self.config.run.seed * 1_000_003 + self.state.done) * 1_000_003 + self.world.rank
         return mixed % (1 << 63)
 
-    def step(self, micro_batches: Sequence[Any]) -> StepResult:
+    def step(self, micro_batches: Sequence[MicroBatch]) -> StepResult:
         """One optimizer step on this rank's share of a global batch; collective."""
-        if self.done + 1 in self.policy.passed:
+        if self.state.done + 1 in self.policy.passed:
             return self._pass_over()
-        lr = self.update.set_rates(self.done)
+        lr = self.update.set_rates(self.state.done)
         terms, norm, counts, stop = self.gradient(micro_batches)
         self.progress.enter("optimizer")
         loss = total_loss(terms, self.weights)
         applied, rewound = self.policy.accepts(loss, norm), False
         if applied:
             self.update.apply(norm)
-            self.policy.good(self.done + 1, loss)
+            self.policy.good(self.state.done + 1, loss)
         else:
             rewound = self._refuse(micro_batches, loss, counts)
         self.update.clear()
         if not rewound:
-            self.done += 1
+            self.state.done += 1
         return StepResult(loss, terms, lr, norm, applied, stop, rewound)
 
     def gradient(
-        self, micro_batches: Sequence[Any]
+        self, micro_batches: Sequence[MicroBatch]
     ) -> tuple[dict[str, float], float, dict[str, float], bool]:
         """The next step's gradient, in `.grad`, with the terms' means, its norm, the target counts
         and whether any rank was told to stop; collective."""
-        backward, norm = self.update.gradient(micro_batches, self.weights, self.done, self.seed())
+        done, seed = self.state.done, self.seed()
+        backward, norm = self.update.gradient(micro_batches, self.weights, done, seed)
         self.progress.enter("communication")
         terms, stop = self._agree(backward)
         return terms, norm, backward.counts, stop
@@ -208,8 +217,8 @@ class Trainer:
         """A step whose rows a rewind wants skipped: nothing is computed and nothing moves."""
         self.progress.enter("communication")
         stop = self.world.all_sum([float(self.preemption.requested)])[0] > 0
-        self.done += 1
-        lr = self.update.set_rates(self.done)
+        self.state.done += 1
+        lr = self.update.set_rates(self.state.done)
         return StepResult(math.nan, {}, lr, math.nan, False, stop)
 
     def _agree(self, backward: Backward) -> tuple[dict[str, float], bool]:
@@ -225,7 +234,7 @@ class Trainer:
         return {name: value / max(count, 1) for name, value, count in pairs}, stop > 0
 
     def _refuse(
-        self, micro_batches: Sequence[Any], loss: float, counts: Mapping[str, float]
+        self, micro_batches: Sequence[MicroBatch], loss: float, counts: Mapping[str, float]
     ) -> bool:
         """A bad step moves no weight; the policy says whether the run goes on, and from where.
 
@@ -233,18 +242,19 @@ class Trainer:
         """
         if self.update.refuse(math.isfinite(loss) and not self.policy.spikes(loss)):
             return False
-        step = self.done + 1
+        step = self.state.done + 1
         told = self.policy.refuse(self.engine, micro_batches, step, self.seed(), loss, counts)
         if self.config.train.nonfinite != "rewind":
             self.note(told)
             return False
         folder = self.snapshot.rewind()
         self.note(f"{told}; back to {folder}")
-        self._write({"step": step, "kind": "rewind", "to": self.done})
+        self._write({"step": step, "kind": "rewind", "to": self.state.done})
         return True
 
     def _due(self, every: int) -> bool:
-        return self.done == self.config.train.steps or bool(every and self.done % every == 0)
+        done = self.state.done
+        return done == self.config.train.steps or bool(every and done % every == 0)
 
     def _saves(self) -> bool:
         """Whether this step gets a checkpoint; with eval.patience all that are evaluated do, since
@@ -257,11 +267,11 @@ class Trainer:
         config = self.config
         if result.rewound:
             return {}
-        if self._due(config.run.log_every) or self.done == 1:
+        if self._due(config.run.log_every) or self.state.done == 1:
             self._write_train_line(result)
         every = config.distributed.compare_weights_every
-        if every and self.done % every == 0:
-            compare_weights(self.engine.learner, self.world, self.done)
+        if every and self.state.done % every == 0:
+            compare_weights(self.engine.learner, self.world, self.state.done)
         self.progress.enter("checkpoint" if self.world.is_main else "waiting")
         save = self._saves()
         if save or result.stop:
@@ -272,13 +282,13 @@ class Trainer:
         elif self._due(config.eval.every):
             self.progress.enter("evaluation")
             with self.throughput.excluded():
-                return self.evaluate(best=save)
+                return self.evaluate(saved=save)
         return {}
 
     def _write_train_line(self, result: StepResult) -> None:
-        record = {"step": self.done, "kind": "train", "loss": result.loss, **result.terms}
+        record = {"step": self.state.done, "kind": "train", "loss": result.loss, **result.terms}
         record |= {"lr": result.lr, "grad_norm": result.grad_norm}
-        record |= {"tokens": self.done * self.tokens_per_step}
+        record |= {"tokens": self.state.done * self.tokens_per_step}
         if not result.applied:
             record["skipped"] = True
         phases = self.progress.read()
@@ -289,38 +299,40 @@ class Trainer:
         for sink in self.sinks:
             sink.write(record)
 
-    def evaluate(self, best: bool = False) -> dict[str, float]:
-        """Figures of the validation split, with the averaged weights when there are any.
+    def evaluate(self, *, saved: bool = False) -> dict[str, float]:
+        """Figures of the validation split, with the averaged weights when there are any; the step
+        whose badness is the lowest so far becomes the best checkpoint.
 
-        With `best` the checkpoint of this step is named the best one when its badness (its loss,
-        unless the trainer was told otherwise) is the lowest. A signal ends the evaluation: the run
-        is left then, and evaluates when it is resumed.
+        `saved` tells whether this step has a checkpoint already; the best one gets it here. A
+        signal ends the evaluation: the run is left then, and evaluates when it is resumed.
         """
         if self.evaluator is None:
             return {}
         with self.update.ema.swapped() if self.update.ema else contextlib.nullcontext():
             figures = self.evaluator(self.engine, stop=lambda: self.preemption.requested)
         if figures is None:
-            if not best:
+            if not saved:
                 self.snapshot.save()
             self._leave()
             return {}
-        self._write({"step": self.done, "kind": "val", **figures})
+        self._write({"step": self.state.done, "kind": "val", **figures})
         badness = self.badness(figures)
-        self.patience.see(badness)
-        lowest = self.best is None or badness < self.best
-        if best and lowest and self.config.run.keep_best:
-            self.best = badness
+        best = math.inf if self.state.best is None else self.state.best
+        if self.config.run.keep_best and badness < best:  # never true of NaN
+            if not saved:  # with the counters from before, since a resumed run evaluates again
+                self.snapshot.save()
             self.snapshot.settle()
-            self.snapshot.checkpoints.mark_best(self.done)
+            self.snapshot.checkpoints.mark_best(self.state.done)
+            self.state.best = badness
+        self.patience.see(badness)
         return figures
 
     def _leave(self) -> None:
         self.snapshot.settle()
         self.preempted = True
         reason = self.preemption.signal or "a signal to another rank"
-        self.snapshot.checkpoints.mark_preempted(self.done, reason)
+        self.snapshot.checkpoints.mark_preempted(self.state.done, reason)
         self.note(
-            f"{reason}: saved after step {self.done} of {self.config.train.steps}; the same "
+            f"{reason}: saved after step {self.state.done} of {self.config.train.steps}; the same "
             f"command with --resume auto goes on from there"
         )

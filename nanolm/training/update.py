@@ -10,7 +10,6 @@ The Trainer (trainer.py) decides around it whether a gradient may move the weigh
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from torch import Tensor
 from nanolm.config.schema import Config
 from nanolm.distributed.sharding import whole
 from nanolm.distributed.world import World
+from nanolm.training.batch import MicroBatch
 from nanolm.training.ema import ExponentialMovingAverage
 from nanolm.training.engine import Engine
 from nanolm.training.gradient import Backward
@@ -51,7 +51,11 @@ class Update:
         return self.optimizers[0].param_groups[0]["lr"]
 
     def gradient(
-        self, micro_batches: Sequence[Any], weights: Mapping[str, float], done: int, seed: int
+        self,
+        micro_batches: Sequence[MicroBatch],
+        weights: Mapping[str, float],
+        done: int,
+        seed: int,
     ) -> tuple[Backward, float]:
         """The gradient of step `done` + 1, in `.grad`, and its norm; collective.
 

@@ -144,40 +144,25 @@ class NanolmTuning:
         device: torch.device = CPU,
     ) -> None:
         from nanolm import build  # noqa: PLC0415
-        from nanolm.checkpoint.checkpoints import Checkpoints  # noqa: PLC0415
         from nanolm.data.tables.stream import TaskStream  # noqa: PLC0415
         from nanolm.distributed.world import World  # noqa: PLC0415
         from nanolm.finetune.tasks.base import Item, Sequence  # noqa: PLC0415
-        from nanolm.training.loader import Loader  # noqa: PLC0415
-        from nanolm.training.trainer import Trainer  # noqa: PLC0415
+        from nanolm.run import Plan, rehearse  # noqa: PLC0415
 
         self.folder = tempfile.TemporaryDirectory()
         config = nanolm_config(shape, job, self.folder.name, device.type)
         objective = build.build_objective(config, StandInTokenizer(shape.vocab_size))
-        learner = build.build_learner(config, objective, device)
-        self.n_parameters = sum(parameter.numel() for parameter in learner.parameters())
-        self.kernels = chosen_kernels(learner)
         items = [
             Item(n, [Sequence(ids, len(ids))], label)
             for n, (ids, label) in enumerate(zip(examples.sequences, examples.labels))
         ]
-        loader = Loader(
-            TaskStream(items, seed=0),
-            objective,
-            global_batch=shape.batch,
-            micro_batch=shape.batch,
-            device=device,
-            pin=device.type == "cuda",
-        )
-        self.batches = iter(loader)
+        plan = Plan(config=config, objective=objective, stream=TaskStream(items, seed=0))
         run = pathlib.Path(self.folder.name) / "run"
-        self.trainer = Trainer(
-            config,
-            learner,
-            World(device=device),
-            lambda step: self.batches,
-            checkpoints=Checkpoints(run, World()),
-        )
+        self.trainer = rehearse(plan, World(device=device), run)
+        self.batches = self.trainer.loader_factory(0)
+        learner = self.trainer.engine.learner
+        self.n_parameters = sum(parameter.numel() for parameter in learner.parameters())
+        self.kernels = chosen_kernels(learner)
 
     def __call__(self, clock: Clock) -> dict[str, float]:
         """One optimizer step: its loss, its real tokens, the places computed for."""

@@ -9,7 +9,6 @@ writes the seconds of each measured step and of its phases, each the mean over r
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import pathlib
 import statistics
@@ -21,13 +20,12 @@ from typing import Any
 import torch
 
 from nanolm import build
-from nanolm.checkpoint.checkpoints import Checkpoints
 from nanolm.checkpoint.container import write_json
 from nanolm.config.schema import DistributedConfig
 from nanolm.distributed.world import World, close, launch
+from nanolm.run import Plan, rehearse
 from nanolm.tools.bench.shape import Shape
 from nanolm.tools.bench.step import StandInTokenizer, nanolm_config, write_random_shard
-from nanolm.training.loader import steps
 from nanolm.training.phases import PHASES
 from nanolm.training.trainer import Trainer
 
@@ -44,13 +42,8 @@ def build_trainer(job: dict[str, Any], world: World, folder: pathlib.Path) -> Tr
     config = dataclasses.replace(config, distributed=ranks)
     objective = build.build_objective(config, StandInTokenizer(shape.vocab_size))
     stream = build.build_stream(config, objective, "train")
-    return Trainer(
-        config,
-        build.build_learner(config, objective, world.device),
-        world,
-        functools.partial(steps, config, stream, objective, world),
-        checkpoints=Checkpoints(folder / "run", World()),
-    )
+    plan = Plan(config=config, objective=objective, stream=stream)
+    return rehearse(plan, world, folder / "run")
 
 
 def measure(job: dict[str, Any], world: World, folder: pathlib.Path) -> dict[str, Any]:

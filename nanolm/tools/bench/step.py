@@ -135,35 +135,21 @@ class NanolmStep:
         self, settings: dict[str, Any], shape: Shape, precision: str, device: torch.device = CPU
     ) -> None:
         from nanolm import build  # noqa: PLC0415
-        from nanolm.checkpoint.checkpoints import Checkpoints  # noqa: PLC0415
         from nanolm.distributed.world import World  # noqa: PLC0415
-        from nanolm.training.loader import Loader  # noqa: PLC0415
-        from nanolm.training.trainer import Trainer  # noqa: PLC0415
+        from nanolm.run import Plan, rehearse  # noqa: PLC0415
 
         self.folder = tempfile.TemporaryDirectory()
         folder = pathlib.Path(self.folder.name)
         write_random_shard(folder, shape)
         config = nanolm_config(settings, shape, precision, str(folder), device.type)
         objective = build.build_objective(config, StandInTokenizer(shape.vocab_size))
-        learner = build.build_learner(config, objective, device)
+        stream = build.build_stream(config, objective, "train")
+        plan = Plan(config=config, objective=objective, stream=stream)
+        self.trainer = rehearse(plan, World(device=device), folder / "run")
+        self.batches = self.trainer.loader_factory(0)
+        learner = self.trainer.engine.learner
         self.n_parameters = sum(parameter.numel() for parameter in learner.parameters())
         self.kernels = chosen_kernels(learner)
-        loader = Loader(
-            build.build_stream(config, objective, "train"),
-            objective,
-            global_batch=shape.batch,
-            micro_batch=shape.batch,
-            device=device,
-            pin=device.type == "cuda",
-        )
-        self.batches = iter(loader)
-        self.trainer = Trainer(
-            config,
-            learner,
-            World(device=device),
-            lambda step: self.batches,
-            checkpoints=Checkpoints(folder / "run", World()),
-        )
 
     def prepare(self, clock: Clock) -> None:
         """Marks after the trunk, after the learner (its loss included) and after the gradient."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nanolm.distributed.sharding import local
+from nanolm.training.batch import MicroBatch
 from nanolm.training.engine import Engine
 
 KINDS = ("weight", "output", "gradient", "summed", "none")
@@ -25,7 +26,7 @@ def first_bad(named: Iterable[tuple[str, Tensor]]) -> str | None:
 
 
 def find_tensor(
-    engine: Engine, micro_batches: Sequence[Any], seed: int, counts: Mapping[str, float]
+    engine: Engine, micro_batches: Sequence[MicroBatch], seed: int, counts: Mapping[str, float]
 ) -> str:
     """Names the first non-finite tensor of the step; collective when the weights are sharded.
 
@@ -55,13 +56,13 @@ def _trained(engine: Engine) -> list[tuple[str, nn.Parameter]]:
 
 
 def _local_gradients(
-    engine: Engine, micro_batches: Sequence[Any], counts: Mapping[str, float]
+    engine: Engine, micro_batches: Sequence[MicroBatch], counts: Mapping[str, float]
 ) -> str | None:
     bad = (_first_bad_gradient(engine, batch, counts) for batch in micro_batches)
     return next((name for name in bad if name), None)
 
 
-def _first_bad_output(engine: Engine, batch: Any) -> str | None:
+def _first_bad_output(engine: Engine, batch: MicroBatch) -> str | None:
     found: list[str] = []
 
     def watch(name: str) -> Callable[..., None]:
@@ -89,7 +90,9 @@ def _first_bad_output(engine: Engine, batch: Any) -> str | None:
     return found[0] if found else None
 
 
-def _first_bad_gradient(engine: Engine, batch: Any, counts: Mapping[str, float]) -> str | None:
+def _first_bad_gradient(
+    engine: Engine, batch: MicroBatch, counts: Mapping[str, float]
+) -> str | None:
     """Gradients of this micro-batch by autograd.grad, which leaves `.grad` and DDP alone."""
     weights = engine.learner.objective.weights
     terms = engine.local(batch)

@@ -14,7 +14,6 @@ Which steps are passed over stands in nonfinite.jsonl, so a restart passes over 
 
 from __future__ import annotations
 
-import collections
 import json
 import math
 import pathlib
@@ -26,22 +25,21 @@ from nanolm.checkpoint.container import append_line
 from nanolm.config.schema import TrainConfig
 from nanolm.distributed.world import World
 from nanolm.errors import UserError
+from nanolm.training.batch import MicroBatch
 from nanolm.training.engine import Engine
 from nanolm.training.guards.diagnosis import KINDS, find_tensor
-
-RECENT = 64
-"""Losses whose median a spike is measured against; a quarter of them must be there."""
+from nanolm.training.run_state import RECENT, RunState
 
 NAME = "nonfinite.jsonl"
 
 
 class NonFinitePolicy:
-    """Which steps may move weights; `skips` counts bad ones without a good one between."""
+    """Which steps may move weights, and what becomes of a run when one may not."""
 
-    def __init__(self, train: TrainConfig, world: World, run: pathlib.Path) -> None:
-        self.train, self.world, self.run = train, world, run
-        self.skips = 0
-        self.losses: collections.deque[float] = collections.deque(maxlen=RECENT)
+    def __init__(
+        self, train: TrainConfig, world: World, run: pathlib.Path, state: RunState
+    ) -> None:
+        self.train, self.world, self.run, self.state = train, world, run, state
         mine = world.agree(lambda: sorted(read_passed(run)) if world.is_main else [])
         self.passed = set(mine[0])
         self._worst = 0
@@ -53,20 +51,21 @@ class NonFinitePolicy:
 
     def spikes(self, loss: float) -> bool:
         """Whether the loss is beyond train.spike times the recent median."""
-        if self.train.spike is None or len(self.losses) < RECENT // 4:
+        losses = self.state.losses
+        if self.train.spike is None or len(losses) < RECENT // 4:  # too few to know what is usual
             return False
-        return loss > self.train.spike * statistics.median(self.losses)
+        return loss > self.train.spike * statistics.median(losses)
 
     def good(self, step: int, loss: float) -> None:
         """Notes a step that moved the weights."""
-        self.losses.append(loss)
+        self.state.losses.append(loss)
         if step > self._worst:
-            self.skips = 0
+            self.state.skips = 0
 
     def refuse(
         self,
         engine: Engine,
-        micro_batches: Sequence[Any],
+        micro_batches: Sequence[MicroBatch],
         step: int,
         seed: int,
         loss: float,
@@ -85,19 +84,23 @@ class NonFinitePolicy:
             append_line(self.run / NAME, json.dumps(record | {"loss": repr(loss)}))
         sentence = self._sentence(record, loss)
         self.passed |= set(passed)
-        self.skips += 1
+        self.state.skips += 1
         self._worst = max(self._worst, step)
         if self.train.nonfinite == "stop":
             raise UserError(f"{sentence}; lower optim.lr, or set train.nonfinite to skip or rewind")
-        if self.skips > self.train.max_skips:
+        if self.state.skips > self.train.max_skips:
             limit = self.train.max_skips
             raise UserError(f"{sentence}; train.max_skips={limit} steps in a row were skipped")
         if rewinds:
             return f"{sentence}; passes over the rows of {len(passed)} steps"
-        return f"{sentence}; skipped ({self.skips} in a row)"
+        return f"{sentence}; skipped ({self.state.skips} in a row)"
 
     def _find(
-        self, engine: Engine, micro_batches: Sequence[Any], seed: int, counts: Mapping[str, float]
+        self,
+        engine: Engine,
+        micro_batches: Sequence[MicroBatch],
+        seed: int,
+        counts: Mapping[str, float],
     ) -> dict[str, Any]:
         rows = [int(row) for batch in micro_batches for row in batch.row_ids]
         tensor = find_tensor(engine, micro_batches, seed, counts)
@@ -120,10 +123,10 @@ class NonFinitePolicy:
         rows, path = record["rows"], self.run / NAME
         listed = f"its {len(rows)} rows, {rows[0]} first, are listed in {path}"
         if self.spikes(loss):
-            median = statistics.median(self.losses)
+            median = statistics.median(self.state.losses)
             return (
                 f"step {record['step']}: loss {loss:.4g} is {loss / median:.0f} times the median "
-                f"of the last {len(self.losses)}; {listed}"
+                f"of the last {len(self.state.losses)}; {listed}"
             )
         return (
             f"step {record['step']}: loss or gradient is not finite; first non-finite tensor: "

@@ -8,6 +8,8 @@ evaluation of its step; a resumed run repeats that evaluation, and so counts it 
 
 from __future__ import annotations
 
+import math
+
 from nanolm.errors import require
 
 
@@ -23,8 +25,8 @@ class Patience:
         self.stale = 0
 
     def see(self, badness: float) -> None:
-        """Takes the badness of one evaluation in; the smaller, the better."""
-        if self.lowest is None or badness < self.lowest:
+        """Takes the badness of one evaluation in: the smaller, the better; NaN is never best."""
+        if badness < (math.inf if self.lowest is None else self.lowest):
             self.lowest, self.stale = badness, 0
         else:
             self.stale += 1

@@ -1,0 +1,193 @@
+"""What a run is, told once: pretraining and fine-tuning are both a `Plan` that `carry_out` follows.
+
+    threads -> launch -> run folder -> learner -> first weights -> metric sinks -> Trainer
+    -> restore -> fit -> summary -> close
+
+A plan is what can be read and checked before anything is launched, with the few things in which
+kinds of run differ: where the first weights come from, what is evaluated, which figures matter.
+Who measures or replays a run (`profile`, `doctor`, the benches) has its trainer from `rehearse`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from nanolm.build import build_learner
+from nanolm.checkpoint.checkpoints import Checkpoints
+from nanolm.checkpoint.container import write_json
+from nanolm.checkpoint.run_folder import claim
+from nanolm.config.load import dump
+from nanolm.config.schema import Config
+from nanolm.data.stream import RowStream
+from nanolm.data.tokenizer import MODEL_FILE, Tokenizer
+from nanolm.distributed.world import World, close, launch, undivided
+from nanolm.learner import Learner
+from nanolm.objectives.base import Objective
+from nanolm.peft.base import trainable_counts
+from nanolm.peft.files import adapter_files
+from nanolm.training.evaluation import Evaluator
+from nanolm.training.loader import RowObjective, steps
+from nanolm.training.sinks import open_sinks
+from nanolm.training.throughput import Throughput
+from nanolm.training.trainer import Trainer
+
+Note = Callable[[str], None]
+
+
+@dataclasses.dataclass(kw_only=True)
+class Plan:
+    """A run that is checked and ready to be launched.
+
+    As it stands here it trains initial weights and evaluates nothing, which is what a bench needs;
+    `pretrain.Pretraining` and `finetune.run.FineTuning` are the plans of real runs. `facts` are
+    hashes of data and tokenizer, which a resumed run must match.
+    """
+
+    config: Config
+    objective: Objective
+    stream: RowStream
+    tokenizer: Tokenizer | None = None
+    facts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def examples(self) -> RowObjective:
+        """What makes examples of the rows: the objective, unless the training rows are changed."""
+        return self.objective
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of an optimizer step that do count."""
+        return self.config.train.global_batch * self.config.data.row_length
+
+    def check(self, world: World) -> None:
+        """Raises UserError when these ranks cannot train it."""
+
+    def start_weights(self, learner: Learner, checkpoint: pathlib.Path | None) -> list[str]:
+        """Fills a fresh learner, which a run may go on to restore from `checkpoint`, and puts its
+        adapter on; returns what to tell the user."""
+        return []
+
+    def evaluator(self, world: World) -> Evaluator | None:
+        """What gives the figures of the validation split."""
+        return None
+
+    def throughput(self, world: World, note: Note) -> Throughput:
+        """The clock; `note` is told what it assumes."""
+        return Throughput(self.tokens_per_step, 0.0, None)
+
+    def badness(self, figures: Mapping[str, float]) -> float:
+        """What the best checkpoint has least of."""
+        return figures["loss"]
+
+    def summarise(self, trainer: Trainer, figures: Mapping[str, float]) -> dict[str, Any]:
+        """Figures that this kind of run adds to its summary; `figures` are the last evaluation."""
+        return {}
+
+    def finish(self, summary: Mapping[str, Any], note: Note) -> None:
+        """What rank 0 writes and says at the end."""
+
+
+def carry_out(plan: Plan) -> dict[str, Any]:
+    """Trains as planned; returns the summary, which is empty when a signal ended the run.
+
+    Raises UserError for anything the user can mend.
+    """
+    started, config = time.perf_counter(), plan.config
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    world = launch(config.distributed, config.run.device)
+    plan.check(world)
+    run, shared = pathlib.Path(config.run.dir), config.run.shared
+    start = claim(run, config.resume, dump(config), plan.facts, world, shared=shared)
+    # A model that no rank could hold whole is drawn by its shards; one that starts from another
+    # run's weights has to be built first.
+    meta = config.distributed.strategy != "ddp" and world.size > 1 and config.init_from is None
+    learner = build_learner(config, plan.objective, world.device, meta=meta)
+    told = plan.start_weights(learner, start.checkpoint)
+    with open_sinks(config, world, start.done) as (sinks, note):
+        for line in [*start.notes, *undivided(config.distributed, world), *told]:
+            note(line)
+        trainer = assemble(
+            plan,
+            learner,
+            world,
+            Checkpoints(run, world, config.run.keep_last, shared=shared),
+            note,
+            evaluator=plan.evaluator(world),
+            sinks=sinks,
+            throughput=plan.throughput(world, note),
+        )
+        if start.checkpoint:
+            trainer.restore(start.checkpoint, start.saved)
+            note(f"resumed from {start.checkpoint} at step {trainer.state.done}")
+        figures = trainer.fit()
+        summary: dict[str, Any] = {}
+        if not trainer.preempted:
+            summary = summarise(plan, trainer, figures, started)
+            if world.is_main:
+                write_json(run / "summary.json", summary)
+                plan.finish(summary, note)
+    close(world)
+    return summary
+
+
+def assemble(
+    plan: Plan, learner: Learner, world: World, checkpoints: Checkpoints, note: Note, **rest: Any
+) -> Trainer:
+    """The trainer of a plan: the one place where a Trainer is put together."""
+    config = plan.config
+    model = {} if plan.tokenizer is None else {MODEL_FILE: plan.tokenizer.model_bytes}
+    return Trainer(
+        config,
+        learner,
+        world,
+        functools.partial(steps, config, plan.stream, plan.examples, world),
+        checkpoints=checkpoints,
+        note=note,
+        files={"config.yaml": dump(config).encode(), **model, **adapter_files(learner)},
+        facts=plan.facts,
+        tokens_per_step=plan.tokens_per_step,
+        badness=plan.badness,
+        **rest,
+    )
+
+
+def rehearse(
+    plan: Plan,
+    world: World,
+    scratch: pathlib.Path,
+    note: Note = print,
+    checkpoint: pathlib.Path | None = None,
+) -> Trainer:
+    """The plan's trainer before its first step, for who measures or replays steps: nothing is
+    logged or evaluated, and what it writes goes to the scratch folder.
+
+    `checkpoint` is one that it will be restored from.
+    """
+    learner = build_learner(plan.config, plan.objective, world.device)
+    for line in plan.start_weights(learner, checkpoint):
+        note(line)
+    return assemble(plan, learner, world, Checkpoints(scratch, world), note)
+
+
+def summarise(
+    plan: Plan, trainer: Trainer, figures: Mapping[str, float], started: float
+) -> dict[str, Any]:
+    """The run in a dozen figures; `started` is when it began, by time.perf_counter."""
+    trained = trainer.state.done
+    return {
+        "steps": trained,
+        "tokens": trained * trainer.tokens_per_step,
+        "params": trainable_counts(trainer.engine.learner)[1],
+        **plan.summarise(trainer, figures),
+        "tokens_per_second": trainer.throughput.overall if trained else None,
+        "seconds": time.perf_counter() - started,
+        **plan.facts,
+    }
