@@ -14,7 +14,7 @@ NANOLM := $(BIN)/nanolm
 DEMO := runs/demo
 DEMO_DATA := runs/demo-data
 
-.PHONY: demo demo-mlm test check alone matrix gpu chaos lint clean constraints
+.PHONY: demo demo-mlm test check alone doors matrix gpu chaos lint clean constraints
 
 $(VENV)/base: setup.py constraints.txt
 	@echo "$(VENV) gets $$($(PYTHON) --version) ($(PYTHON)); another one: make PYTHON=…"
@@ -57,6 +57,9 @@ check: $(VENV)/dev lint
 
 alone: $(VENV)/dev
 	$(BIN)/python -m tests.alone $(if $(SAMPLE),--sample $(SAMPLE))
+
+doors: $(VENV)/dev $(DEMO_DATA)/manifest.json
+	$(BIN)/python -m tests.doors $(DEMO_DATA)
 
 matrix: $(VENV)/dev
 	$(BIN)/python -m tests.matrix

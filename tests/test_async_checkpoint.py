@@ -35,7 +35,7 @@ def fit_on_a_slow_disk(world, config, seconds=0.1):
     trainer = build_trainer(config, world, hook=hook)
     latest = trainer.snapshot.checkpoints.folder / "latest"
     trainer.fit()
-    assert threading.active_count() == 1 or not trainer.snapshot._background._thread
+    assert threading.active_count() == 1 or not trainer.snapshot.background._thread
     return seen
 
 
@@ -105,4 +105,4 @@ def test_one_at_a_time_and_an_error_is_told_once():
     with pytest.raises(ZeroDivisionError):
         background.settle()
     background.settle()
-    assert order == [1] and not background.failed
+    assert order == [1] and background.error is None

@@ -11,6 +11,7 @@ import pytest
 
 from nanolm.cli import COMMANDS
 from nanolm.config.load import leaf_kinds, load_config
+from tests.doors import doors
 from tests.prepared import prepared_corpus
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -71,9 +72,25 @@ def test_make_targets_exist():
             assert f"\n{target}:" in makefile, f"{page.name} names make {target}"
 
 
+def reading_order():
+    """{file: what it teaches} of the two lists, and their two headings."""
+    lines = (ROOT / "docs" / "reading_order.txt").read_text(encoding="utf-8").splitlines()
+    files = dict(line.split(maxsplit=1) for line in lines if re.match(r"[a-z]+/", line))
+    return files, [line for line in lines if line and not re.match(r"[a-z]+/", line)]
+
+
 def test_the_evenings_reading_is_short_enough_for_one():
-    paths = (ROOT / "docs" / "reading_order.txt").read_text(encoding="utf-8").split()
-    lines = [len((ROOT / path).read_text(encoding="utf-8").splitlines()) for path in paths]
+    files, headings = reading_order()
+    lines = [len((ROOT / path).read_text(encoding="utf-8").splitlines()) for path in files]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"the {len(paths)} files of `docs/reading_order.txt`" in readme
-    assert f"counts {round(sum(lines), -2):,} lines" in readme and max(lines) < 340
+    assert [heading.split(",")[0] for heading in headings] == ["Ideas", "Machinery"]
+    assert next(iter(files)) == "nanolm/ops/masks.py"
+    assert f"the {len(files)} files of `docs/reading_order.txt`" in readme
+    assert f"counts {round(sum(lines), -2):,} lines" in readme and max(lines) < 345
+
+
+def test_a_step_of_the_demo_opens_few_doors_and_all_are_in_the_reading_order():
+    found = doors(prepared_corpus())
+    assert found["nanolm/training/trainer.py"] >= {"Trainer.step", "Trainer.gradient"}
+    assert len(found) <= 21, sorted(found)  # 29 before the move
+    assert set(found) <= set(reading_order()[0])

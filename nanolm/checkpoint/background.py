@@ -14,12 +14,8 @@ class Background:
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
-
-    @property
-    def failed(self) -> bool:
-        """Whether the work has failed and nobody was told yet."""
-        return self._error is not None
+        self.error: Exception | None = None
+        """Why the work has failed, until `settle` raises it."""
 
     def start(self, work: Callable[[], object]) -> None:
         """Begins the work, when what was begun before is over; raises what that raised."""
@@ -31,13 +27,13 @@ class Background:
         try:
             work()
         except Exception as error:  # noqa: BLE001  (settle raises it)
-            self._error = error
+            self.error = error
 
     def settle(self) -> None:
         """Waits for the work and raises what it raised, once."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        error, self._error = self._error, None
+        error, self.error = self.error, None
         if error is not None:
             raise error

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from nanolm.distributed.sharding import divided, whole
+from nanolm.distributed.sharding import divided
 from nanolm.errors import UserError
 from nanolm.ops.contract import Kernels, SymmetricProductSpec
 from nanolm.ops.cpu_bf16 import multiplies_bf16
@@ -247,9 +247,10 @@ class Muon(torch.optim.Optimizer):
         Every rank gathers the whole matrix and orthogonalises it, one matrix at a time: the update
         of some rows needs all rows.
         """
-        found_MN = orthogonalise(whole(matrix_MN), steps, self.product, self.dtype)
-        whole_MN = found_MN.to(matrix_MN.dtype)
-        return divided(whole_MN, matrix_MN) if isinstance(matrix_MN, DTensor) else whole_MN
+        sharded = isinstance(matrix_MN, DTensor)
+        whole_MN = matrix_MN.full_tensor() if sharded else matrix_MN
+        found_MN = orthogonalise(whole_MN, steps, self.product, self.dtype).to(matrix_MN.dtype)
+        return divided(found_MN, matrix_MN) if sharded else found_MN
 
 
 def orthogonalise(

@@ -47,17 +47,12 @@ class Snapshot:
         self.checkpoints = checkpoints
         self.files = files
         self.facts = facts
-        self._background = Background()
+        self.background = Background()
         self._beside: Checkpoints | None = None
-
-    @property
-    def failed(self) -> bool:
-        """Whether a checkpoint could not be written in the background, which `settle` will tell."""
-        return self._background.failed
 
     def settle(self) -> None:
         """Waits until the checkpoint in flight is whole; raises UserError when it could not be."""
-        self._background.settle()
+        self.background.settle()
 
     def save(self) -> pathlib.Path:
         """Writes the checkpoint of the trainer's present step; collective.
@@ -82,7 +77,7 @@ class Snapshot:
             for name, named in parts.items()
         }
         write = self._beside.write
-        self._background.start(lambda: write(content["step"], copies, content, self.files))
+        self.background.start(lambda: write(content["step"], copies, content, self.files))
         return checkpoints.path(trainer.state.done)
 
     def rewind(self) -> pathlib.Path:

@@ -216,7 +216,7 @@ class Trainer:
     def _pass_over(self) -> StepResult:
         """A step whose rows a rewind wants skipped: nothing is computed and nothing moves."""
         self.progress.enter("communication")
-        stop = self.world.all_sum([float(self.preemption.requested)])[0] > 0
+        stop = self.world.all_sum([self.preemption.signal is not None])[0] > 0
         self.state.done += 1
         lr = self.update.set_rates(self.state.done)
         return StepResult(math.nan, {}, lr, math.nan, False, stop)
@@ -226,7 +226,7 @@ class Trainer:
         names = sorted(backward.sums)
         flat = [backward.sums[name] for name in names] + [backward.seen[name] for name in names]
         values = torch.stack(flat).tolist()  # the gradient's norm has been waited for already
-        flags = [float(self.preemption.requested), float(self.snapshot.failed)]
+        flags = [self.preemption.signal is not None, self.snapshot.background.error is not None]
         *total, stop, failed = self.world.all_sum([*values, *flags])
         if failed:
             self.snapshot.settle()
@@ -309,7 +309,7 @@ class Trainer:
         if self.evaluator is None:
             return {}
         with self.update.ema.swapped() if self.update.ema else contextlib.nullcontext():
-            figures = self.evaluator(self.engine, stop=lambda: self.preemption.requested)
+            figures = self.evaluator(self.engine, stop=lambda: self.preemption.signal is not None)
         if figures is None:
             if not saved:
                 self.snapshot.save()

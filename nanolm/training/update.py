@@ -76,7 +76,7 @@ class Update:
         norm = torch.nn.utils.get_total_norm(self._gradients())
         # The host waits here, once a step: it decides whether the weights move, and tells the log.
         # (fp16's scaler waits beside it, to learn what overflowed.)
-        return backward, float(whole(norm))
+        return backward, float(whole(norm) if self.engine.sharded else norm)
 
     def _scaled(self, total: Tensor) -> Tensor:
         """The loss as it goes into a backward pass, which begins now."""

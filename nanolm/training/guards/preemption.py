@@ -1,6 +1,6 @@
 """Signals: a job that is told to go finishes its step, saves and leaves.
 
-SIGTERM, SIGINT and SIGUSR1 (the notice that schedulers send ahead of time) only set a flag; the
+SIGTERM, SIGINT and SIGUSR1 (the notice that schedulers send ahead of time) are only noted; the
 trainer reads it once a step, together with all ranks', so that everyone stops after the same step.
 Signals that follow are counted and change nothing.
 """
@@ -14,16 +14,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Preemption:
-    """Context manager that turns signals into the flag `requested`."""
+    """Context manager that notes in `signal` the name of the first signal to arrive."""
 
     def __init__(self) -> None:
         self.signal: str | None = None
         self._before: dict[int, object] = {}
-
-    @property
-    def requested(self) -> bool:
-        """Whether a signal has arrived."""
-        return self.signal is not None
 
     def __enter__(self) -> Preemption:
         for number in SIGNALS:
