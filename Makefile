@@ -14,7 +14,7 @@ NANOLM := $(BIN)/nanolm
 DEMO := runs/demo
 DEMO_DATA := runs/demo-data
 
-.PHONY: demo demo-mlm test check alone doors matrix gpu chaos lint clean constraints
+.PHONY: demo demo-mlm test check alone doors house matrix gpu chaos lint clean constraints
 
 $(VENV)/base: setup.py constraints.txt
 	@echo "$(VENV) gets $$($(PYTHON) --version) ($(PYTHON)); another one: make PYTHON=…"
@@ -60,6 +60,9 @@ alone: $(VENV)/dev
 
 doors: $(VENV)/dev $(DEMO_DATA)/manifest.json
 	$(BIN)/python -m tests.doors $(DEMO_DATA)
+
+house: $(VENV)/dev
+	$(BIN)/python -m tests.house docs/house.svg
 
 matrix: $(VENV)/dev
 	$(BIN)/python -m tests.matrix

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nanolm.config.model import ModelConfig
 from nanolm.config.schema import Config
@@ -17,7 +19,7 @@ from nanolm.data.stream import RowStream
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import require
 from nanolm.learner import Learner
-from nanolm.model.initial_weights import init_weights
+from nanolm.model.initial_weights import init_parameter, init_weights
 from nanolm.model.trunk import Trunk
 from nanolm.objectives.base import Objective
 from nanolm.ops.contract import Kernels, Phase
@@ -89,6 +91,11 @@ def build_kernels(config: Config, device: torch.device | str, phase: Phase = "tr
 def build_trunk(model: ModelConfig, kernels: Kernels, masks: frozenset[str]) -> Trunk:
     """The trunk that the config names, with uninitialised weights."""
     return TRUNKS.get(model.trunk).build(model, kernels, masks)
+
+
+def initialiser(config: Config) -> Callable[[str, Tensor], None]:
+    """What draws one weight of the config's model, by name: for weights on the meta device."""
+    return functools.partial(init_parameter, model=config.model)
 
 
 def build_learner(

@@ -40,11 +40,11 @@ class Entry:
 class Registry:
     """A table of named builders of one kind; duplicates and unknown names raise.
 
-    `kind` is the word that error messages use, e.g. "objective"; `opens` a module that is imported
-    when the registry is first asked, and that registers what is built in.
+    `kind` is the word that error messages use, e.g. "objective"; `opens` are modules that are
+    imported when the registry is first asked, and that register what is built in.
     """
 
-    def __init__(self, kind: str, opens: str | None = None) -> None:
+    def __init__(self, kind: str, opens: tuple[str, ...] = ()) -> None:
         self.kind, self.opens = kind, opens
         self._entries: dict[str, Entry] = {}
 
@@ -79,12 +79,12 @@ class Registry:
 
     def names(self) -> list[str]:
         """All registered names, in alphabetical order."""
-        if self.opens is not None:
-            importlib.import_module(self.opens)
+        for module in self.opens:
+            importlib.import_module(module)
         return sorted(self._entries)
 
 
-BUILT_IN = "nanolm.built_in"
+BUILT_IN = ("nanolm.built_in",)
 TRUNKS = Registry("trunk", opens=BUILT_IN)
 POSITIONS = Registry("position encoding", opens=BUILT_IN)
 OBJECTIVES = Registry("objective", opens=BUILT_IN)
@@ -93,3 +93,27 @@ OPTIMIZERS = Registry("optimizer", opens=BUILT_IN)
 SCHEDULES = Registry("learning-rate schedule", opens=BUILT_IN)
 RULES = Registry("gradient rule", opens=BUILT_IN)
 PEFT = Registry("PEFT method", opens=BUILT_IN)
+
+OPS = (
+    "attention",
+    "linear",
+    "linear_cross_entropy",
+    "norm",
+    "rotary",
+    "glu",
+    "symmetric_product",
+)
+"""What can be fused (see ops/contract.py)."""
+
+# Apart from what is built in besides: they bring Triton, which only a model's kernels need.
+KERNEL_MODULES = (
+    "nanolm.ops.reference",
+    "nanolm.ops.pytorch",
+    "nanolm.ops.flex",
+    "nanolm.ops.chunked_cross_entropy",
+    "nanolm.ops.cpu_bf16",
+    "nanolm.ops.cpu_by_length",
+    "nanolm.kernels.candidates",
+)
+KERNELS = {op: Registry(f"{op} kernel", opens=KERNEL_MODULES) for op in OPS}
+"""The kernels of each op."""

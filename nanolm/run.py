@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from nanolm.build import build_learner
+from nanolm.build import build_learner, initialiser
 from nanolm.checkpoint.checkpoints import Checkpoints
 from nanolm.checkpoint.container import write_json
 from nanolm.checkpoint.run_folder import claim
@@ -155,6 +155,7 @@ def assemble(
         facts=plan.facts,
         tokens_per_step=plan.tokens_per_step,
         badness=plan.badness,
+        initialise=initialiser(config),
         **rest,
     )
 

@@ -10,6 +10,7 @@ from nanolm.config.load import as_mapping, dump, leaf_kinds, load_config, merge,
 from nanolm.errors import UserError
 from nanolm.model.positions import RotaryOptions
 from nanolm.objectives.mlm import MlmOptions
+from nanolm.registry import KERNELS, OBJECTIVES
 
 
 def written(folder, name, text):
@@ -155,6 +156,13 @@ def test_help_shows_every_field_with_its_docstring(capsys):
         prose = re.sub(r"\(type: .*|\{[^}]*\}|\[ITEM,...\]|\b[A-Z_]+\b", "", body)
         assert len(prose.split()) >= 1, f"{key} has no docstring"
     assert "Share of a row's maskable tokens" in " ".join(text.split())
+    flowing = re.sub(r"- (?=in's)", "-", " ".join(text.split()))
+    keys = {f"kernels.{op}": registry for op, registry in KERNELS.items()}
+    for key, registry in {**keys, "objective.name": OBJECTIVES}.items():
+        listed = re.search(rf"--{re.escape(key)} .*? One of (.*?), or a plug", flowing)[1]
+        names = set(listed.split(", ")) - {"auto"}
+        tasks = {n for n in registry.names() if hasattr(registry.get(n).build, "schema")}
+        assert names == set(registry.names()) - tasks, key  # tasks are fine-tuned, and listed there
     assert "configuration file" not in text
 
 

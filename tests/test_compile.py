@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from nanolm.build import build_learner, build_objective, resolve
+from nanolm.build import build_learner, build_objective, initialiser, resolve
 from nanolm.config.load import load_config
 from nanolm.distributed.sharding import whole
 from nanolm.distributed.world import World
@@ -179,7 +179,7 @@ def sharded_gradients(world):
         config = resolve(load_config([], base=base), tiny_tokenizer())
         objective = build_objective(config, tiny_tokenizer())
         born, plain = build_learner(config, objective, meta=True), build_learner(config, objective)
-        engine = Engine(born.train(), world, config)
+        engine = Engine(born.train(), world, config, initialise=initialiser(config))
         batch = {"tokens": tokens, "targets": tokens}
         for number in range(2):  # ranks meet in the second pass
             with engine.synchronised(number == 1):

@@ -117,7 +117,7 @@ import torch, torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from nanolm.config.load import load_config
 from nanolm.tools.bench.step import StandInTokenizer
-from nanolm.build import build_learner, build_objective, resolve
+from nanolm.build import build_learner, build_objective, initialiser, resolve
 from nanolm.distributed.world import World
 from nanolm.training.engine import Engine
 from nanolm.distributed.sharding import local
@@ -128,7 +128,8 @@ for strategy, share in (("fsdp", 1024), ("hsdp", 8)):
         f"--distributed.strategy={strategy}", "--distributed.shard_size=8"]), tokenizer)
     learner = build_learner(config, build_objective(config, tokenizer), meta=True)
     total = sum(p.numel() for p in learner.parameters())
-    engine = Engine(learner, World(rank=517, size=1024, control=dist.group.WORLD), config)
+    world = World(rank=517, size=1024, control=dist.group.WORLD)
+    engine = Engine(learner, world, config, initialise=initialiser(config))
     tokens = torch.zeros(1, 64, dtype=torch.int64)
     engine.module({"tokens": tokens, "targets": tokens})["clm"].sum.backward()
     mine = sum(local(p).numel() for p in learner.parameters())

@@ -18,9 +18,10 @@ import torch
 from nanolm.cli import COMMANDS
 from nanolm.config.load import parse
 from nanolm.errors import UserError
-from nanolm.ops.contract import OPS, candidates
+from nanolm.ops.contract import candidates
 from nanolm.ops.masks import KINDS, Mask
 from nanolm.ops.reference import ReferenceAttention
+from nanolm.registry import OPS
 from nanolm.tools.first_contact import __main__ as command
 from nanolm.tools.first_contact import (
     attention_speed,

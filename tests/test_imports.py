@@ -86,6 +86,17 @@ def test_every_room_has_a_floor():
     assert rooms == set(FLOOR_OF)
 
 
+def test_the_picture_of_the_house_shows_every_room_and_no_arrow_that_runs_up():
+    from tests import house
+
+    drawn = house.draw(house.arrows())
+    kept = (ROOT / "docs" / "house.svg").read_text(encoding="utf-8")
+    for text in (drawn, kept):
+        assert 'class="up"' not in text
+        assert all(f">{name}</text>" in text for name in FLOOR_OF)
+    assert 'class="up"' in house.draw({("errors", "commands"): 1})
+
+
 def circles(graph):
     """Sets of modules that import each other, directly or by others (Tarjan 1972)."""
     index, low, stack, found = {}, {}, [], []

@@ -12,7 +12,7 @@ import torch
 from nanolm import cli
 from nanolm.commands import masks_draw
 from nanolm.errors import UserError
-from nanolm.ops.contract import KERNELS, OPS
+from nanolm.registry import KERNELS, OPS
 from nanolm.tools.kernel_check.builds import BUILDS
 from nanolm.tools.kernel_check.matrix import ARCHITECTURES, compile_elsewhere, faults, key
 

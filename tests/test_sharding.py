@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from nanolm.build import build_learner, build_objective, resolve
+from nanolm.build import build_learner, build_objective, initialiser, resolve
 from nanolm.checkpoint.checkpoints import load_weights
 from nanolm.checkpoint.container import read_tensors
 from nanolm.checkpoint.named_tensors import learner_tensors
@@ -140,7 +140,7 @@ def meta_and_real(world):
     objective = build_objective(config, tiny_tokenizer())
     born = build_learner(config, objective, meta=True)
     assert all(p.is_meta for p in born.parameters())
-    engine = Engine(born, world, config)
+    engine = Engine(born, world, config, initialise=initialiser(config))
     plain = build_learner(config, objective)
     assert born.heads["lm"].weight is born.trunk.embedding.weight
     expected = learner_tensors(plain)

@@ -13,12 +13,14 @@ from typing import Any
 from nanolm.config.schema import Config
 from nanolm.config.typed import fields_of
 from nanolm.registry import (
+    KERNELS,
     OBJECTIVES,
     OPTIMIZERS,
     PEFT,
     POSITIONS,
     RULES,
     SCHEDULES,
+    TRUNKS,
     Options,
     Registry,
 )
@@ -36,6 +38,26 @@ CHOICES: dict[str, Registry] = {
 """Keys of the schema where a registered name decides which options dataclass stands.
 
 A rule may wrap another one, and that a third."""
+
+
+def registered_names(key: str, schema: type) -> list[str] | None:
+    """What may stand at a key of the schema, where registered names do; None where others do.
+
+    Of objectives, those that a run of this schema trains.
+    """
+    op = key.removeprefix("kernels.")
+    if op in KERNELS and op != key:
+        return ["auto", *KERNELS[op].names()]
+    if key == "model.trunk":
+        return TRUNKS.names()
+    registry = CHOICES.get(key.removesuffix(".name"))
+    if registry is None or not key.endswith(".name"):
+        return None
+    if registry is not OBJECTIVES:
+        return registry.names()
+    plain = getattr(schema, "narrowed_from", schema)
+    builders = {name: registry.get(name).build for name in registry.names()}
+    return [name for name, build in builders.items() if getattr(build, "schema", Config) is plain]
 
 
 def narrow(schema: type, **fields: type) -> type:

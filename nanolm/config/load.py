@@ -18,7 +18,7 @@ import importlib
 from typing import Any
 
 from nanolm.config import strict_yaml
-from nanolm.config.choices import CHOICES, choose, widen
+from nanolm.config.choices import CHOICES, choose, registered_names, widen
 from nanolm.config.schema import Config
 from nanolm.config.typed import dotted, fields_of, from_words, instance, n_words, unknown_key
 from nanolm.errors import UserError
@@ -207,6 +207,9 @@ def help_text(schema: type, prog: str, positional: tuple[str, ...]) -> str:
     for action in parser._actions:
         if action.help == "Path to a configuration file." or action.dest.endswith(".help"):
             action.help = argparse.SUPPRESS
+        names = registered_names(action.dest, schema)
+        if names is not None:
+            action.help = f"{action.help} One of {', '.join(names)}, or a plug-in's."
         action.option_strings = [s for s in action.option_strings if not s.endswith("+")]
     return parser.format_help()
 

@@ -176,21 +176,20 @@ class KernelsConfig:
     """Which implementation computes each op: `auto`, or a registered kernel's name."""
 
     attention: str = "auto"
-    """auto | triton | triton_tf32x3 | reference | sdpa | flex | by_length | wide | a plug-in's
-    name. triton multiplies float32 exactly (ieee), triton_tf32x3 as three TF32 products."""
+    """softmax(q k^T) v. triton multiplies float32 exactly (ieee), triton_tf32x3 as three TF32
+    products."""
     linear: str = "auto"
-    """auto | triton | reference | wide | a plug-in's name."""
+    """x W^T + b."""
     linear_cross_entropy: str = "auto"
-    """auto | triton | reference | chunked | wide | torch | a plug-in's name."""
+    """The vocabulary projection with its loss."""
     norm: str = "auto"
-    """auto | triton | reference | a plug-in's name."""
+    """LayerNorm or RMSNorm."""
     rotary: str = "auto"
-    """auto | triton | reference | a plug-in's name."""
+    """Rotation of queries and keys by their position."""
     glu: str = "auto"
-    """auto | triton | reference | a plug-in's name."""
+    """The gate of SwiGLU and GEGLU."""
     symmetric_product: str = "auto"
-    """auto | triton | triton_tf32x3 | reference | a plug-in's name; Muon's x x^T, in bfloat16
-    (float32 on a CPU without bfloat16 products)."""
+    """Muon's x x^T, in bfloat16 (float32 on a CPU without bfloat16 products)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

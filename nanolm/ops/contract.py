@@ -13,34 +13,24 @@ phase. `choose` asks `why_not` once per layer kind and phase. A named kernel tha
 raises with its reason; `auto` takes the first that can and logs which, and why the others could
 not. Nothing falls back at run time, and no forward pass branches on a name.
 
-Kernels register here; this module imports none of them. Those of `kernels/` are imported when a
-config or `auto` first asks for the op on a device that could run them.
+Kernels register themselves; this module imports none of them. The registries of `KERNELS` do,
+those of `kernels/` included, when a config or `auto` first asks for a kernel.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import logging
 from typing import Any, Literal, Protocol
 
 import torch
 
 from nanolm.errors import UserError
-from nanolm.registry import Registry
+from nanolm.registry import KERNELS
 
 log = logging.getLogger(__name__)
 
 Phase = Literal["train", "prefill", "decode"]
-OPS = (
-    "attention",
-    "linear",
-    "linear_cross_entropy",
-    "norm",
-    "rotary",
-    "glu",
-    "symmetric_product",
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,22 +119,6 @@ class Kernel(Protocol):
         """Compute the op."""
 
 
-KERNELS: dict[str, Registry] = {op: Registry(f"{op} kernel") for op in OPS}
-
-# Modules that register kernels when imported, by op; imported on demand by `candidates`.
-BUILT_IN: dict[str, list[str]] = {
-    op: [
-        "nanolm.ops.reference",
-        "nanolm.ops.pytorch",
-        "nanolm.ops.flex",
-        "nanolm.ops.chunked_cross_entropy",
-        "nanolm.ops.cpu_bf16",
-        "nanolm.ops.cpu_by_length",
-        "nanolm.kernels.candidates",
-    ]
-    for op in OPS
-}
-
 # `auto` tries these first, in this order; plug-ins are taken only by name.
 AUTO: dict[str, list[str]] = {
     "attention": ["triton_decode", "triton", "by_length", "wide", "sdpa", "reference"],
@@ -171,8 +145,6 @@ def kernel(op: str) -> Any:
 
 def candidates(op: str) -> dict[str, Kernel]:
     """All kernels of the op that are registered, the built-in ones imported."""
-    for module in BUILT_IN[op]:
-        importlib.import_module(module)
     return {name: KERNELS[op].get(name).build() for name in KERNELS[op].names()}
 
 

@@ -9,8 +9,7 @@ checkpoints carry no `module.` or `_orig_mod.`. Gradient rules and evaluation bo
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,10 +18,10 @@ from torch import Tensor, nn
 from nanolm.config.schema import Config
 from nanolm.distributed.sharding import shard, sharded_modules
 from nanolm.distributed.world import World, synchronised, wrap
-from nanolm.model.initial_weights import init_parameter
 from nanolm.training.batch import MicroBatch
 from nanolm.training.phases import Progress
 
+Initialise = Callable[[str, Tensor], None]
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 GRAPHS = 64
 """Graphs that torch may compile of one piece of code before it gives up and runs it as it is."""
@@ -32,10 +31,18 @@ class Engine:
     """Calls the learner on one rank's batches; `engine(batch)` returns its terms.
 
     With trains=False the learner is not joined to other ranks: only `local` is meant to be used.
+    `initialise(name, parameter)` draws weights that are on the meta device, where a learner is
+    sharded that no rank could hold whole.
     """
 
     def __init__(
-        self, learner: nn.Module, world: World, config: Config, *, trains: bool = True
+        self,
+        learner: nn.Module,
+        world: World,
+        config: Config,
+        *,
+        trains: bool = True,
+        initialise: Initialise | None = None,
     ) -> None:
         self.sharded = trains and world.joined and config.distributed.strategy != "ddp"
         self.learner = learner if self.sharded else learner.to(world.device)
@@ -47,7 +54,6 @@ class Engine:
             compile_blocks(learner.trunk.blocks)
         self.module = self.learner
         if self.sharded:
-            initialise = functools.partial(init_parameter, model=config.model)
             self.module = shard(self.learner, world, config, initialise)
         elif trains:
             self.module = wrap(self.learner, world, config.distributed, self._last_bucket)

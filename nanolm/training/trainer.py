@@ -27,7 +27,7 @@ from nanolm.config.schema import Config
 from nanolm.distributed.world import World, peer_lost
 from nanolm.errors import UserError
 from nanolm.training.batch import MicroBatch
-from nanolm.training.engine import Engine
+from nanolm.training.engine import Engine, Initialise
 from nanolm.training.evaluation import Evaluator
 from nanolm.training.gradient import Backward, total_loss
 from nanolm.training.guards.nonfinite import NonFinitePolicy
@@ -65,7 +65,7 @@ class Trainer:
     `loader_factory(step)` iterates over lists of micro-batches from optimizer step `step` on: this
     rank's share of each global batch, at least one (a stand-in without rows when it has none).
     `tokens_per_step` is global_batch full rows unless given; the checkpoint whose validation
-    figures have the least `badness` is the best one.
+    figures have the least `badness` is the best one. `initialise` is handed to the Engine.
     """
 
     def __init__(
@@ -84,10 +84,11 @@ class Trainer:
         facts: Mapping[str, Any] | None = None,
         tokens_per_step: int | None = None,
         badness: Callable[[Mapping[str, float]], float] = lambda figures: figures["loss"],
+        initialise: Initialise | None = None,
     ) -> None:
         self.config, self.world, self.note = config, world, note
         freeze(learner, config.tune)
-        self.engine = Engine(learner, world, config)
+        self.engine = Engine(learner, world, config, initialise=initialise)
         self.loader_factory = loader_factory
         self.evaluator, self.sinks = evaluator, sinks
         self.update = Update(self.engine, world, config)

@@ -14,7 +14,8 @@ import torch
 from nanolm.commands.figures import write_json
 from nanolm.config.load import import_plugins
 from nanolm.errors import UserError
-from nanolm.ops.contract import KERNELS, OPS, candidates
+from nanolm.ops.contract import candidates
+from nanolm.registry import KERNELS, OPS
 from nanolm.tools.kernel_check.conformance import Finding, check_kernel
 
 

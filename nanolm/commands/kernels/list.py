@@ -8,7 +8,8 @@ import torch
 
 from nanolm.commands.figures import write_json
 from nanolm.config.load import import_plugins
-from nanolm.ops.contract import OPS, candidates, choose
+from nanolm.ops.contract import candidates, choose
+from nanolm.registry import OPS
 from nanolm.tools.kernel_check.survey import typical
 
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from nanolm.ops.contract import OPS
 from nanolm.ops.masks import Mask
+from nanolm.registry import OPS
 from nanolm.tools.kernel_check.attention_trials import HARD, SINGLE, Case, spec_of, trial_of
 from nanolm.tools.kernel_check.leaks import KINDS, NAMES, leak
 from nanolm.tools.kernel_check.op_trials import op_trials

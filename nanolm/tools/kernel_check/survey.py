@@ -16,7 +16,6 @@ from collections.abc import Iterator
 import torch
 
 from nanolm.ops.contract import (
-    OPS,
     AttentionSpec,
     CrossEntropySpec,
     GluSpec,
@@ -27,6 +26,7 @@ from nanolm.ops.contract import (
     candidates,
     choose,
 )
+from nanolm.registry import OPS
 from nanolm.tools.kernel_check.conformance import Finding
 from nanolm.tools.kernel_check.workers import errands, findings
 
