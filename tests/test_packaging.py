@@ -99,7 +99,11 @@ def test_the_wheel_installs_only_nanolm(copy, tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"nanolm"}
     modules = {name for name in names if name.endswith(".py")}
-    for folder, inside in (("nanolm", "nanolm"), ("data", "nanolm/data")):
+    for folder, inside in (
+        ("nanolm", "nanolm"),
+        ("data", "nanolm/data"),
+        ("kernels", "nanolm/kernels"),
+    ):
         for path in (copy / folder).rglob("*.py"):
             assert f"{inside}/{path.relative_to(copy / folder)}" in modules
     pip("install", "--target", str(tmp_path / "site"), str(wheel), cwd=tmp_path)

@@ -1,6 +1,7 @@
 """Early stopping: when it ends a run, what remains, and that a resume counts the same."""
 
 import json
+import math
 import os
 import signal
 
@@ -63,6 +64,14 @@ def test_it_is_over_when_the_last_values_bring_nothing_new(values, limit, cut):
             patience = Patience(limit)
             patience.restore(saved)
     assert not Patience(None).over
+
+
+def test_a_figure_that_is_no_number_is_never_the_lowest():
+    patience = Patience(3)
+    for value, stale in ((math.nan, 1), (2.0, 0), (math.nan, 1), (1.0, 0)):
+        patience.see(value)
+        assert patience.stale == stale
+    assert patience.lowest == 1.0
 
 
 def test_mistakes():

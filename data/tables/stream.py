@@ -66,10 +66,6 @@ class TaskStream:
         """Training rows [start, stop), in order."""
         return self.read(self.places(start, stop))
 
-    def by_id(self, row_ids: np.ndarray, epoch: int = 0) -> list[TaskRow]:
-        """The rows with these numbers, in this order."""
-        return self.read(self.places_of(row_ids, epoch))
-
     def draw(self, row: TaskRow, k: int) -> TaskRow:
         """The k-th keyed other row; never the row itself. Raises UserError when there is none."""
         if len(self) < 2:
