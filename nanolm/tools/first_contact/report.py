@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from nanolm.errors import UserError
+from nanolm.files import write_json, write_text
 from nanolm.tools.first_contact.measurement import LEFT_OUT, read_figures
 from nanolm.tools.first_contact.rows import readme_rows
 from nanolm.tools.first_contact.runner import Ended
@@ -145,14 +146,8 @@ class Report:
         entries = list(self.entries.values())
         rows = readme_rows(self.entries)
         stages = [dataclasses.asdict(entry) for entry in entries]
-        written = {
-            "report.txt": "\n".join(self.text(rows)) + "\n",
-            "report.json": json.dumps({"stages": stages, "rows": rows}, indent=1) + "\n",
-        }
-        for name, text in written.items():
-            part = self.folder / f"{name}.part"
-            part.write_text(text, encoding="utf-8")
-            part.replace(self.folder / name)
+        write_text(self.folder / "report.txt", "\n".join(self.text(rows)) + "\n")
+        write_json(self.folder / "report.json", {"stages": stages, "rows": rows})
 
     def text(self, rows: list[str]) -> list[str]:
         """The lines of report.txt."""
