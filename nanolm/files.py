@@ -1,7 +1,10 @@
 """Files that are either whole or absent: written under a temporary name, synced, then renamed.
 
-Everything that `prepare` leaves on disk goes through `AtomicFile`: a process killed at any moment
-leaves no file that looks finished and is not, and a full disk is told in one sentence.
+Whatever nanolm leaves on disk as a small file goes through `AtomicFile` (`write_text`, `write_json`
+and `append_line` do): a process killed at any moment leaves no file that looks finished and is not,
+and a file that cannot be written is told in one sentence. What stands on disk half-written has a
+name of one form, `.tmp-NAME-PROCESS`; `remove_leftovers` finds those of killed processes. Folders
+of tensors are `checkpoint/container.py`'s.
 """
 
 from __future__ import annotations
@@ -12,26 +15,36 @@ import hashlib
 import json
 import os
 import pathlib
+import re
+import shutil
+import threading
 from collections.abc import Iterator
 from typing import Any, Self
 
 from nanolm.errors import UserError
 
-TEMPORARY_SUFFIX = ".partial"
+TEMPORARY = ".tmp-"
+OLDER = re.compile(r"\.partial-.+-\d+|.+\.\d+\.partial")
+"""Temporary names of earlier versions, which may still lie in a folder."""
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-READ_BLOCK = 1 << 20
+NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
+AGAIN = "run the same command again"
+KEPT = f"{AGAIN}, finished files are kept"
+RESUME = "run again with --resume auto"
+"""What helps a training run, which refuses to begin again in a folder that holds one."""
 
 
 class AtomicFile:
     """A binary file that appears at `path` only when its `with` block ends without an exception.
 
     Counts bytes and their SHA-256 while they pass (`size`, `sha256`). Raises UserError when the
-    disk is full or a limit on file sizes is hit.
+    file cannot be written: a full disk, a limit on file sizes, a folder of somebody else. `again`
+    says in that sentence how the command goes on.
     """
 
-    def __init__(self, path: str | os.PathLike) -> None:
-        self.path = pathlib.Path(path)
-        self.temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    def __init__(self, path: str | os.PathLike, again: str = KEPT) -> None:
+        self.path, self.again = pathlib.Path(path), again
+        self.temporary = temporary_name(self.path)
         self.size = 0
         self._digest = hashlib.sha256()
         self.closed = True
@@ -60,7 +73,7 @@ class AtomicFile:
                     os.fsync(self._file.fileno())
                     self._file.close()
                     os.replace(self.temporary, self.path)
-                    sync_directory(self.path.parent)
+                    sync(self.path.parent)
         finally:
             # Closing flushes what a full disk refused once already; that error is known by now.
             with contextlib.suppress(OSError):
@@ -82,26 +95,60 @@ class AtomicFile:
 
     @contextlib.contextmanager
     def _disk_errors(self) -> Iterator[None]:
-        with full_disk_is_told(self.path):
+        try:
             yield
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {reason(error, self.again)}") from error
+
+
+def write_text(path: str | os.PathLike, text: str, again: str = KEPT) -> None:
+    """Writes a small file atomically: readers see the old content or the new, never half."""
+    with AtomicFile(path, again) as file:
+        file.write(text.encode())
+
+
+def write_json(path: str | os.PathLike, value: Any, *, indent: int = 2, again: str = KEPT) -> None:
+    """Writes a JSON document atomically; equal values give equal bytes."""
+    write_text(path, json_text(value, indent), again)
+
+
+def json_text(value: Any, indent: int = 2) -> str:
+    """A value as the text of a JSON file that a person can read."""
+    return json.dumps(value, indent=indent, ensure_ascii=False) + "\n"
+
+
+def append_line(path: pathlib.Path, line: str, again: str = KEPT) -> None:
+    """Adds a line to a text file, on the disk when this returns; drops a line that a kill tore."""
+    before = path.read_bytes() if path.is_file() else b""
+    whole = before[: before.rfind(b"\n") + 1]
+    write_text(path, whole.decode() + line + "\n", again)
 
 
 @contextlib.contextmanager
-def full_disk_is_told(path: str | os.PathLike) -> Iterator[None]:
-    """Turn "no space left" into a UserError that names the file and the remedy."""
+def full_disk_is_told(path: str | os.PathLike, again: str = KEPT) -> Iterator[None]:
+    """Turn "no space left" into a UserError that names the file and the remedy; other errors pass:
+    this goes round code that reads, too."""
     try:
         yield
     except OSError as error:
         if error.errno not in NO_SPACE:
             raise
-        raise UserError(
-            f"cannot write {path}: {os.strerror(error.errno)}; free some space and run the same "
-            f"command again, finished parts are kept"
-        ) from error
+        raise UserError(f"cannot write {path}: {reason(error, again)}") from error
 
 
-def sync_directory(path: pathlib.Path) -> None:
-    """Make renames inside a directory survive a power cut."""
+def reason(error: OSError, again: str) -> str:
+    """Why a file was not written, and what helps."""
+    if error.errno in NO_SPACE:
+        full = "the disk is full (No space left on device)"
+        what = full if error.errno == errno.ENOSPC else os.strerror(error.errno)
+        return f"{what}; free some space and {again}"
+    if error.errno in NOT_ALLOWED:
+        return f"{os.strerror(error.errno)}; make the folder writable and {again}"
+    return f"{error.strerror or error}; put that right and {again}"
+
+
+def sync(path: str | os.PathLike) -> None:
+    """Forces a file to disk, or the names in a folder, so that they survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -109,22 +156,73 @@ def sync_directory(path: pathlib.Path) -> None:
         os.close(descriptor)
 
 
-def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Write a JSON document atomically; equal values give equal bytes."""
-    with AtomicFile(path) as file:
-        file.write((json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
-
-
 def file_sha256(path: str | os.PathLike) -> str:
     """Hex SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(READ_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def remove_leftovers(directory: pathlib.Path) -> None:
-    """Delete temporary files that a killed process left behind."""
-    for file in directory.rglob(f"*{TEMPORARY_SUFFIX}"):
-        file.unlink(missing_ok=True)
+def temporary_name(path: pathlib.Path) -> pathlib.Path:
+    """The name under which this process writes what will be `path`."""
+    return path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file or folder of this name is half-written."""
+    return name.startswith(TEMPORARY) or OLDER.fullmatch(name) is not None
+
+
+def remove_leftovers(folder: pathlib.Path) -> list[str]:
+    """Deletes what killed writes left in `folder` and below it; returns the names."""
+    found = sorted(path for path in folder.rglob("*") if is_temporary(path.name))
+    for path in found:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    return [path.name for path in found]
+
+
+class Finished:
+    """What was finished of a long piece of work, in one JSON file: cells by key (`key_of`).
+
+        {BESIDE: {…}, …, "cells": {KEY: {…}, …}}
+
+    A cell is on the disk when `put` returns, so work that was broken off goes on where it was. Safe
+    to use from several threads. `owner` is whose results these are, for the sentence that refuses a
+    file which is something else (UserError); `beside` names what else the file keeps; with
+    `fresh`, what is there is replaced by the first `put`.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike, owner: str, *beside: str, fresh: bool = False
+    ) -> None:
+        self.path, self.lock = pathlib.Path(path), threading.Lock()
+        self.cells: dict[str, dict[str, Any]] = {}
+        self.beside: dict[str, dict[str, Any]] = {name: {} for name in beside}
+        if self.path.is_file() and not fresh:
+            try:
+                found = json.loads(self.path.read_text(encoding="utf-8"))
+                self.cells = _mapping(found["cells"])
+                self.beside = {name: _mapping(found[name]) for name in beside}
+            except (ValueError, KeyError, TypeError, RecursionError):
+                raise UserError(f"{path} is no results file of {owner}; move it away") from None
+
+    def put(self, key: str, cell: dict[str, Any]) -> None:
+        """Adds or renews a cell."""
+        with self.lock:
+            self.cells[key] = cell
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.path, {**self.beside, "cells": self.cells}, indent=1)
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"{type(value).__name__} instead of an object")
+    return value
+
+
+def key_of(what: Any) -> str:
+    """16 hexadecimal digits that stand for a JSON value, whatever the order of its keys."""
+    text = json.dumps(what, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

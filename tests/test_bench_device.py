@@ -49,7 +49,7 @@ def test_cells_of_different_cards_never_mix(tmp_path, monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, card=card: card)
         found.append(cells.get(what, take, "cuda")["number"])
     assert [*found, cells.get(what, take)["number"]] == [1, 2, 1, 3]
-    machines = [cell["machine"] for cell in cells.cells.values()]
+    machines = [cell["machine"] for cell in cells.finished.cells.values()]
     assert [m.get("device") for m in machines] == ["NVIDIA H100", "NVIDIA L4", None]
 
 

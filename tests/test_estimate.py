@@ -14,8 +14,15 @@ from nanolm import cli
 from nanolm.build import build_learner, build_objective, resolve
 from nanolm.config.load import load_config
 from nanolm.errors import UserError
-from nanolm.tools.estimate import Sizes, activation_bytes, estimate, find_device
-from nanolm.tools.largest import largest, lean, scaled
+from nanolm.tools.estimate import (
+    Sizes,
+    activation_bytes,
+    estimate,
+    find_device,
+    largest,
+    lean,
+    scaled,
+)
 from tests.conftest import tiny_tokenizer
 
 BASE = {"d_model": 96, "n_layers": 4, "n_heads": 4, "max_length": 128, "vocab_size": 512}
@@ -116,7 +123,7 @@ FAKE = """
 import torch, torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from nanolm.config.load import load_config
-from nanolm.tools.bench.step import StandInTokenizer
+from nanolm.tools.stand_in import StandInTokenizer
 from nanolm.build import build_learner, build_objective, initialiser, resolve
 from nanolm.distributed.world import World
 from nanolm.training.engine import Engine

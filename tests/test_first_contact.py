@@ -33,9 +33,10 @@ from nanolm.tools.first_contact import (
     runner,
     training,
 )
+from nanolm.tools.first_contact.entry import Entry
 from nanolm.tools.first_contact.measurement import LEFT_OUT, Figures, read_figures
 from nanolm.tools.first_contact.real_sizes import attention_cases, checks
-from nanolm.tools.first_contact.report import Entry, Report, entry_of
+from nanolm.tools.first_contact.report import Report, entry_of
 from nanolm.tools.first_contact.runner import marked_processes, run_together
 from nanolm.tools.first_contact.stages import PARTS, Stage, Table
 from nanolm.tools.kernel_check.attention_trials import SINGLE, make_mask

@@ -40,15 +40,11 @@ def modules():
 MODULES = dict(modules())
 
 
-def nodes(path, *, top_level_only=False, annotations=True):
-    """The file's import statements; without `annotations`, not those for type checkers alone."""
+def nodes(path, *, top_level_only=False):
+    """The file's import statements, those for type checkers alone among them."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    left_out = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test) and not annotations:
-            left_out |= {id(inner) for inner in ast.walk(node)}
     for node in tree.body if top_level_only else ast.walk(tree):
-        if id(node) not in left_out and isinstance(node, ast.Import | ast.ImportFrom):
+        if isinstance(node, ast.Import | ast.ImportFrom):
             yield node
 
 
@@ -123,7 +119,7 @@ def circles(graph):
 
 def test_nothing_imports_in_a_circle():
     graph = {
-        name: {used for used in imports(path, annotations=False) if used in MODULES} - {name}
+        name: {used for used in imports(path) if used in MODULES} - {name}
         for name, path in MODULES.items()
     }
     assert circles(graph) == []

@@ -315,7 +315,7 @@ def test_a_full_disk_is_told_and_the_work_goes_on_afterwards(
         except UserError as error:
             failures += 1
             assert "No space left on device" in str(error) and str(tmp_path / "data") in str(error)
-            assert not list((tmp_path / "data").rglob(f"*{files.TEMPORARY_SUFFIX}"))
+            assert not list((tmp_path / "data").rglob(f"{files.TEMPORARY}*"))
             assert not (tmp_path / "data" / "manifest.json").exists()
         else:
             break
@@ -335,7 +335,7 @@ def test_a_real_limit_on_file_sizes_is_told(corpus, tmp_path):
     assert process.returncode != 0
     last = errors.strip().splitlines()[-1]
     assert "UserError: cannot write" in last and "File too large" in last
-    assert not list((tmp_path / "data").rglob(f"*{files.TEMPORARY_SUFFIX}"))
+    assert not list((tmp_path / "data").rglob(f"{files.TEMPORARY}*"))
 
 
 def test_reports_and_progress_lines(corpus, reference, tmp_path, capsys):

@@ -193,7 +193,7 @@ def test_processes_of_a_node_share_one_cache(server, url, prepared, tmp_path):
         process.join(30)
         assert process.exitcode == 0
     assert held(config.dir) <= 40 * 4096
-    assert not list(pathlib.Path(config.dir).glob("*/.partial-*"))
+    assert not list(pathlib.Path(config.dir).glob("*/.tmp-*"))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

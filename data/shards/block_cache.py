@@ -28,9 +28,9 @@ from collections.abc import Callable, Iterable, Iterator
 
 from nanolm.config.schema import CacheConfig
 from nanolm.errors import UserError, require
-from nanolm.files import full_disk_is_told
+from nanolm.files import full_disk_is_told, is_temporary, temporary_name
 
-SIZE_FILE, LOCK_FILE, HEAD_FILE, TEMPORARY = "size", "lock", "head", ".partial-"
+SIZE_FILE, LOCK_FILE, HEAD_FILE = "size", "lock", "head"
 THREADS = 16
 LEAST_BLOCKS = 2 * THREADS
 """A limit below so many blocks would drop what is on its way."""
@@ -161,7 +161,7 @@ class BlockCache:
             content = fetch(block)
             with full_disk_is_told(path):
                 self.reserve(block.length)
-                temporary = path.parent / f"{TEMPORARY}{block.number}-{os.getpid()}"
+                temporary = temporary_name(path)
                 try:
                     temporary.write_bytes(content)
                     temporary.replace(path)
@@ -210,7 +210,7 @@ class BlockCache:
         found, held = [], 0
         for entry in self._entries():
             with contextlib.suppress(FileNotFoundError):
-                if entry.name.startswith(TEMPORARY) and not _is_alive(entry.name):
+                if is_temporary(entry.name) and not _is_alive(entry.name):
                     os.unlink(entry.path)
                 elif entry.name == HEAD_FILE:
                     held += entry.stat().st_blocks * DISK_BLOCK  # sparse

@@ -117,7 +117,7 @@ class Manifest:
 
     def save(self, directory: str | pathlib.Path) -> None:
         """Write `manifest.json` atomically."""
-        write_json(pathlib.Path(directory) / MANIFEST_FILE, dataclasses.asdict(self))
+        write_json(pathlib.Path(directory) / MANIFEST_FILE, dataclasses.asdict(self), indent=1)
 
 
 def check_name(name: str) -> None:

@@ -17,10 +17,10 @@ import pyarrow as pa
 
 from nanolm.config.schema import CacheConfig
 from nanolm.data.object_store import ObjectStore
-from nanolm.data.shards.block_cache import HEAD_FILE, TEMPORARY, THREADS, Block, shared_cache
+from nanolm.data.shards.block_cache import HEAD_FILE, THREADS, Block, shared_cache
 from nanolm.data.shards.shard_file import Shard, damaged
 from nanolm.errors import require
-from nanolm.files import full_disk_is_told
+from nanolm.files import full_disk_is_told, temporary_name
 
 FETCHES = 6
 """Times that a block is fetched whose checksum is wrong."""
@@ -164,7 +164,7 @@ def write_head(blocks: RemoteBlocks, head: pathlib.Path) -> None:
     name = blocks.store.name(blocks.file)
     if held != blocks.size:
         raise damaged(name, f"{held} bytes instead of {blocks.size}")
-    temporary = head.with_name(f"{TEMPORARY}head-{os.getpid()}")
+    temporary = temporary_name(head)
     with full_disk_is_told(head):
         head.parent.mkdir(exist_ok=True)
         try:

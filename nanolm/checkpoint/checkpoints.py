@@ -24,22 +24,20 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from nanolm.checkpoint.container import (
-    TEMPORARY,
     begin_folder,
     discard_folder,
     finish_folder,
     read_json,
     read_tensors,
-    remove_leftovers,
     verify,
     write_parts,
-    write_text,
 )
 from nanolm.checkpoint.lazy_tensors import part_files, part_name
 from nanolm.checkpoint.named_tensors import learner_tensors, load_named
 from nanolm.distributed.sharding import local, place
 from nanolm.distributed.world import World
 from nanolm.errors import UserError
+from nanolm.files import RESUME, TEMPORARY, remove_leftovers, write_text
 
 TRAINER_KEYS: dict[str, Any] = {
     "step": int,
@@ -132,7 +130,7 @@ class Checkpoints:
         return other
 
     def _point_to(self, step: int) -> None:
-        write_text(self.folder / "latest", f"{self.path(step).name}\n")
+        write_text(self.folder / "latest", f"{self.path(step).name}\n", RESUME)
         self._prune()
 
     @property
@@ -171,13 +169,13 @@ class Checkpoints:
     def mark_best(self, step: int) -> None:
         """Names the checkpoint of this step the best one."""
         if self.leads:
-            write_text(self.folder / "best", f"{self.path(step).name}\n")
+            write_text(self.folder / "best", f"{self.path(step).name}\n", RESUME)
             self._prune()
 
     def mark_preempted(self, step: int, reason: str) -> None:
         """Leaves the marker that tells a scheduler to queue the run again."""
         if self.leads:
-            write_text(self.folder / "preempted", f"{reason} after step {step}\n")
+            write_text(self.folder / "preempted", f"{reason} after step {step}\n", RESUME)
 
     def _prune(self) -> None:
         keep = {self.path(step).name for step in self.steps()[-self.keep_last :]}

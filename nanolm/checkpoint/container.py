@@ -12,11 +12,10 @@ byte. Who may write what into the folder is `checkpoints.py`'s business.
 from __future__ import annotations
 
 import contextlib
-import errno
-import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -25,12 +24,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nanolm import files
 from nanolm.checkpoint.lazy_tensors import LazyTensors
 from nanolm.errors import UserError
+from nanolm.files import AGAIN, RESUME, file_sha256, json_text, reason, sync, temporary_name
 
 INDEX = "index.json"
 FORMAT = 1
-TEMPORARY = ".tmp-"
 TOO_DEEP = (OverflowError, RecursionError)
 """What JSON from a stranger can cause beside nonsense: numbers and nesting without end."""
 
@@ -38,35 +38,39 @@ TOO_DEEP = (OverflowError, RecursionError)
 def write_folder(
     folder: pathlib.Path,
     tensors: Mapping[str, Mapping[str, Tensor]],
-    files: Mapping[str, bytes],
+    small: Mapping[str, bytes],
 ) -> None:
-    """Writes `<part>.safetensors` for each part and the given files as one atomic folder.
+    """Writes `<part>.safetensors` for each part and the small files as one atomic folder.
 
     Raises UserError when the disk is full or not writable; nothing of the attempt stays behind and
     an existing folder of that name is only replaced by a complete one.
     """
-    temporary = begin_folder(folder)
+    temporary = begin_folder(folder, AGAIN)
     try:
-        write_parts(temporary, folder, {f"{part}.safetensors": t for part, t in tensors.items()})
-        finish_folder(temporary, folder, files)
+        parts = {f"{part}.safetensors": named for part, named in tensors.items()}
+        write_parts(temporary, folder, parts, AGAIN)
+        finish_folder(temporary, folder, small, AGAIN)
     except UserError:
         discard_folder(temporary)
         raise
 
 
-def begin_folder(folder: pathlib.Path) -> pathlib.Path:
+def begin_folder(folder: pathlib.Path, again: str = RESUME) -> pathlib.Path:
     """A temporary folder for what will be `folder`; raises UserError when it cannot be made."""
-    temporary = folder.parent / f"{TEMPORARY}{folder.name}-{os.getpid()}"
-    with _told(folder):
+    temporary = temporary_name(folder)
+    with _told(folder, again):
         temporary.mkdir(parents=True)
     return temporary
 
 
 def write_parts(
-    temporary: pathlib.Path, folder: pathlib.Path, parts: Mapping[str, Mapping[str, Tensor]]
+    temporary: pathlib.Path,
+    folder: pathlib.Path,
+    parts: Mapping[str, Mapping[str, Tensor]],
+    again: str = RESUME,
 ) -> None:
     """Writes named tensors as the files of these names; on the disk when this returns."""
-    with _told(folder):
+    with _told(folder, again):
         for name, named in parts.items():
             path = temporary / name
             contiguous = {key: tensor.contiguous() for key, tensor in named.items()}
@@ -75,11 +79,14 @@ def write_parts(
 
 
 def finish_folder(
-    temporary: pathlib.Path, folder: pathlib.Path, files: Mapping[str, bytes]
+    temporary: pathlib.Path,
+    folder: pathlib.Path,
+    small: Mapping[str, bytes],
+    again: str = RESUME,
 ) -> None:
     """Adds the small files and the index, and gives the folder its name."""
-    with _told(folder):
-        for name, content in files.items():
+    with _told(folder, again):
+        for name, content in small.items():
             (temporary / name).write_bytes(content)
             sync(temporary / name)
         _write_index(temporary)
@@ -94,31 +101,35 @@ def discard_folder(temporary: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def _told(folder: pathlib.Path) -> Iterator[None]:
+def _told(folder: pathlib.Path, again: str) -> Iterator[None]:
     """Inside, a file that cannot be written is the user's to know."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise UserError(f"checkpoint {folder} not written: {_reason(error)}") from error
+        why = reason(_system_error(error), again)
+        raise UserError(f"checkpoint {folder} not written: {why}") from error
 
 
-def _reason(error: Exception) -> str:
-    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-        return "the disk is full; free some space and run again with --resume auto"
-    return f"{error}; make the folder writable and run again with --resume auto"
+def _system_error(error: OSError | SafetensorError) -> OSError:
+    """The system's error, which safetensors hands on in words."""
+    if isinstance(error, OSError):
+        return error
+    number = re.search(r"os error (\d+)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))
 
 
 def _write_index(folder: pathlib.Path) -> None:
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": checksum(path)}
+    described = {
+        path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         for path in sorted(folder.iterdir())
     }
-    write_json(folder / INDEX, {"format": FORMAT, "files": files})
+    text = json_text({"format": FORMAT, "files": described})
+    (folder / INDEX).write_text(text, encoding="utf-8")
 
 
 def _rename(temporary: pathlib.Path, folder: pathlib.Path) -> None:
     if folder.exists():
-        aside = folder.parent / f"{TEMPORARY}old-{folder.name}-{os.getpid()}"
+        aside = temporary_name(folder.with_name(f"old-{folder.name}"))
         folder.rename(aside)
         temporary.rename(folder)
         shutil.rmtree(aside)
@@ -127,59 +138,9 @@ def _rename(temporary: pathlib.Path, folder: pathlib.Path) -> None:
     sync(folder.parent)
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a small file atomically: readers see the old content or the new, never half."""
-    temporary = path.parent / f"{TEMPORARY}{path.name}-{os.getpid()}"
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        sync(temporary)
-        temporary.replace(path)
-        sync(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} not written: {_reason(error)}") from error
-
-
-def append_line(path: pathlib.Path, line: str) -> None:
-    """Adds a line to a text file, on the disk when this returns; drops a line that a kill tore.
-
-    Raises UserError when the disk is full or not writable.
-    """
-    try:
-        before = path.read_bytes() if path.is_file() else b""
-        whole = before[: before.rfind(b"\n") + 1]
-        write_text(path, whole.decode() + line + "\n")
-    except OSError as error:
-        raise UserError(f"{path} not written: {_reason(error)}") from error
-
-
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes readable JSON."""
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def sync(path: pathlib.Path) -> None:
-    """Forces a file or folder to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def checksum(path: pathlib.Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def remove_leftovers(folder: pathlib.Path) -> list[str]:
-    """Deletes what killed writes left in `folder`; returns the names."""
-    names = sorted(path.name for path in folder.glob(f"{TEMPORARY}*"))
-    for name in names:
-        path = folder / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return names
+    """Writes a JSON file of a run."""
+    files.write_json(path, value, again=RESUME)
 
 
 def verify(folder: pathlib.Path) -> None:
@@ -202,7 +163,7 @@ def verify(folder: pathlib.Path) -> None:
                 f"checkpoint file {path} has {size} bytes instead of {expected['bytes']}; "
                 f"it is truncated or was written to; use another checkpoint"
             )
-        if checksum(path) != expected["sha256"]:
+        if file_sha256(path) != expected["sha256"]:
             raise UserError(
                 f"checkpoint file {path} is damaged (its SHA-256 differs from {INDEX}); "
                 f"use another checkpoint"

@@ -19,11 +19,11 @@ import torch
 
 import nanolm
 from nanolm.checkpoint.checkpoints import Checkpoints, locate, read_trainer
-from nanolm.checkpoint.container import write_text
 from nanolm.checkpoint.nodes import common_checkpoint
 from nanolm.config import strict_yaml
 from nanolm.distributed.world import World
 from nanolm.errors import UserError
+from nanolm.files import RESUME, write_text
 
 HARMLESS = (
     "resume",
@@ -97,7 +97,7 @@ def claim(
             _same_config(run / "config.yaml", config_text)
         _make(run)
         checkpoints.clean()
-        write_text(run / "config.yaml", config_text)
+        write_text(run / "config.yaml", config_text, RESUME)
         return {"checkpoint": checkpoint and str(checkpoint), "saved": saved, "notes": notes}
 
     answer = world.agree(take)[checkpoints.leader]
@@ -220,4 +220,4 @@ def cut_metrics(path: pathlib.Path, step: int) -> None:
         before = record["step"] < step or (record["step"] == step and record["kind"] == "train")
         if before and line.endswith("\n"):
             kept.append(line)
-    write_text(path, "".join(kept))
+    write_text(path, "".join(kept), RESUME)

@@ -18,9 +18,8 @@ from nanolm.config.load import load_config
 from nanolm.config.model import ModelConfig
 from nanolm.config.schema import Config
 from nanolm.errors import require
-from nanolm.tools.bench.step import StandInTokenizer
-from nanolm.tools.estimate import Needs, Sizes, estimate, find_device, parts_of
-from nanolm.tools.largest import Limit, largest
+from nanolm.tools.estimate import Limit, Needs, Sizes, estimate, find_device, largest, parts_of
+from nanolm.tools.stand_in import StandInTokenizer
 from nanolm.training.accelerators import ACCELERATORS
 
 POSITIONAL = ("config_file",)

@@ -3,11 +3,11 @@ file."""
 
 from __future__ import annotations
 
-import json
 import pathlib
 from typing import Any
 
 from nanolm.errors import UserError
+from nanolm.files import json_text
 
 
 def write_json(path: str | None, figures: Any) -> None:
@@ -15,7 +15,7 @@ def write_json(path: str | None, figures: Any) -> None:
     if path is None:
         return
     try:
-        text = json.dumps(figures, indent=2, ensure_ascii=False)
-        pathlib.Path(path).write_text(text + "\n", encoding="utf-8")
+        # In place: PATH may be a pipe or /dev/stdout, which no file may take the place of.
+        pathlib.Path(path).write_text(json_text(figures), encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write --json {path}: {error.strerror}") from None

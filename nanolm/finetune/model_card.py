@@ -8,15 +8,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
-from nanolm.checkpoint.container import write_text
+from nanolm.files import KEPT, write_text
 from nanolm.finetune.config import TaskConfig
 
 CARD = "MODEL.md"
 
 
-def write_card(run: pathlib.Path, config: TaskConfig, summary: dict[str, Any]) -> None:
+def write_card(
+    run: pathlib.Path, config: TaskConfig, summary: Mapping[str, Any], again: str = KEPT
+) -> None:
     """Writes RUN/MODEL.md from the run's config, its summary, and its evaluations so far."""
     reports = sorted((run / "evaluation").glob("*.json"))
     evaluations = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in reports}
@@ -32,10 +35,10 @@ def write_card(run: pathlib.Path, config: TaskConfig, summary: dict[str, Any]) -
         "## Use",
         f"```\nnanolm predict {run} FILE\nnanolm evaluate {run}\n```",
     ]
-    write_text(run / CARD, "\n\n".join(sections) + "\n")
+    write_text(run / CARD, "\n\n".join(sections) + "\n", again)
 
 
-def _model(config: TaskConfig, summary: dict[str, Any]) -> list[str]:
+def _model(config: TaskConfig, summary: Mapping[str, Any]) -> list[str]:
     model = config.model
     return [
         "## Model",
@@ -45,7 +48,7 @@ def _model(config: TaskConfig, summary: dict[str, Any]) -> list[str]:
     ]
 
 
-def _data(config: TaskConfig, summary: dict[str, Any]) -> list[str]:
+def _data(config: TaskConfig, summary: Mapping[str, Any]) -> list[str]:
     data = config.data
     tasks = getattr(config.objective, "tasks", {})  # of a run of several
     parts = [task["data"] for task in tasks.values()] or [dataclasses.asdict(data)]
@@ -62,7 +65,7 @@ def _data(config: TaskConfig, summary: dict[str, Any]) -> list[str]:
     return lines + [f"- {name}: {task['objective']['name']}" for name, task in tasks.items()]
 
 
-def _method(config: TaskConfig, summary: dict[str, Any]) -> list[str]:
+def _method(config: TaskConfig, summary: Mapping[str, Any]) -> list[str]:
     return [
         "## Method",
         f"{summary['steps']:,} steps of {config.train.global_batch} examples, "
@@ -73,7 +76,7 @@ def _method(config: TaskConfig, summary: dict[str, Any]) -> list[str]:
     ]
 
 
-def _metrics(summary: dict[str, Any], evaluations: dict[str, Any]) -> list[str]:
+def _metrics(summary: Mapping[str, Any], evaluations: dict[str, Any]) -> list[str]:
     columns = {"val (last)": summary["val"]}
     columns |= {name: report["figures"] for name, report in evaluations.items()}
     names = list(dict.fromkeys(name for figures in columns.values() for name in figures))

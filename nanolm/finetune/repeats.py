@@ -20,8 +20,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table as Grid
 
-from nanolm.checkpoint.container import read_json, write_json
+from nanolm.checkpoint.container import read_json
 from nanolm.errors import require
+from nanolm.files import RESUME, write_json
 from nanolm.finetune.config import TaskConfig
 
 Run = Callable[[TaskConfig], dict[str, Any]]
@@ -71,7 +72,7 @@ def run_repeats(config: TaskConfig, run: Run) -> dict[str, Any]:
         if not summaries[name]:
             return {}
     summary = spread(list(summaries.values())) | {"runs": list(summaries)}
-    write_json(pathlib.Path(config.run.dir) / "summary.json", summary)
+    write_json(pathlib.Path(config.run.dir) / "summary.json", summary, again=RESUME)
     show(summary)
     return summary
 

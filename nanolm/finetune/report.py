@@ -15,10 +15,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table as Grid
 
-from nanolm.checkpoint.container import read_json, write_text
+from nanolm.checkpoint.container import read_json
 from nanolm.data.tables.files import Table
 from nanolm.distributed.world import World
 from nanolm.errors import UserError, require
+from nanolm.files import write_json, write_text
 from nanolm.finetune.config import TaskConfig
 from nanolm.finetune.evaluation import TaskEvaluator
 from nanolm.finetune.generation import write_answers
@@ -104,7 +105,7 @@ def keep(
     if report is not None and report.confusion is not None:
         content |= {"labels": report.labels, "confusion": report.confusion}
         draw_confusion(report, folder / f"{name}_confusion.png", f"{run.name}: {name}")
-    write_text(folder / f"{name}.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_json(folder / f"{name}.json", content)
     if report is not None and report.text:
         write_text(folder / f"{name}.txt", report.text)
     lines = [json.dumps(p, ensure_ascii=False) + "\n" for p in predictions]

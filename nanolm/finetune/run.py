@@ -16,6 +16,7 @@ from nanolm.checkpoint.checkpoints import locate
 from nanolm.config import strict_yaml
 from nanolm.config.load import load_config, read_files, split_words
 from nanolm.distributed.world import World
+from nanolm.files import RESUME
 from nanolm.finetune.augment import Augmented
 from nanolm.finetune.config import TaskConfig
 from nanolm.finetune.evaluation import TaskEvaluator
@@ -148,7 +149,7 @@ class FineTuning(Plan):
     def finish(self, summary: Mapping[str, Any], note: Note) -> None:
         """The model card, and one last line."""
         run = pathlib.Path(self.config.run.dir)
-        write_card(run, self.config, summary)
+        write_card(run, self.config, summary, RESUME)
         best = summary["best_val"]
         if best is not None:
             note(f"best val {summary['metric']} {best:.4f} at step {summary['best_step']}; {run}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -26,25 +26,30 @@ from nanolm.checkpoint.named_tensors import (
 )
 from nanolm.checkpoint.run_folder import environment
 from nanolm.checkpoint.spread_tensors import SpreadTensors
+from nanolm.config.schema import Config
 from nanolm.errors import UserError
 from nanolm.training.guards.diagnosis import first_bad
-
-if TYPE_CHECKING:
-    from nanolm.training.trainer import Trainer
+from nanolm.training.run_state import RunState
+from nanolm.training.update import Update
 
 
 class Snapshot:
-    """Saves and restores one trainer."""
+    """Saves and restores one trainer: its learner, optimizers and averages, and its state."""
 
     def __init__(
         self,
-        trainer: Trainer,
+        update: Update,
+        state: RunState,
+        config: Config,
         checkpoints: Checkpoints,
+        *,
+        tokens_per_step: int,
         files: Mapping[str, bytes],
         facts: Mapping[str, Any],
     ) -> None:
-        self.trainer = trainer
+        self.update, self.state, self.config = update, state, config
         self.checkpoints = checkpoints
+        self.tokens_per_step = tokens_per_step
         self.files = files
         self.facts = facts
         self.background = Background()
@@ -60,16 +65,16 @@ class Snapshot:
         With run.checkpoint_async the tensors are copied to host memory, after the checkpoint
         before is whole, and written while training goes on.
         """
-        trainer, checkpoints = self.trainer, self.checkpoints
+        update, checkpoints = self.update, self.checkpoints
         tensors = {
-            "model": learner_tensors(trainer.engine.learner),
-            "optimizer": optimizer_tensors(trainer.update.optimizers),
+            "model": learner_tensors(update.engine.learner),
+            "optimizer": optimizer_tensors(update.optimizers),
         }
-        if trainer.update.ema is not None:
-            tensors["ema"] = trainer.update.ema.tensors
+        if update.ema is not None:
+            tensors["ema"] = update.ema.tensors
         parts, content = checkpoints.own_parts(tensors), self._json()
-        if not trainer.config.run.checkpoint_async:
-            return checkpoints.write(trainer.state.done, parts, content, self.files)
+        if not self.config.run.checkpoint_async:
+            return checkpoints.write(self.state.done, parts, content, self.files)
         self.settle()
         self._beside = self._beside or checkpoints.beside()
         copies = {
@@ -78,7 +83,7 @@ class Snapshot:
         }
         write = self._beside.write
         self.background.start(lambda: write(content["step"], copies, content, self.files))
-        return checkpoints.path(trainer.state.done)
+        return checkpoints.path(self.state.done)
 
     def rewind(self) -> pathlib.Path:
         """Fills the trainer from the newest checkpoint that is intact and finite; collective.
@@ -87,23 +92,23 @@ class Snapshot:
         there is no such checkpoint.
         """
         self.settle()
-        skips = self.trainer.state.skips
+        skips = self.state.skips
         step = self._last_good()
         if step is None:
             raise UserError(
                 f"nothing to rewind to in {self.checkpoints.folder}: lower run.checkpoint_every, "
                 f"or set train.nonfinite to skip"
             )
-        for optimizer in self.trainer.update.optimizers:
+        for optimizer in self.update.optimizers:
             optimizer.state.clear()
         folder = self.checkpoints.path(step)
         self.restore(folder, read_trainer(folder))
-        self.trainer.state.skips = skips
+        self.state.skips = skips
         return folder
 
     def _last_good(self) -> int | None:
         """Step of the newest checkpoint that is good for all who lead; collective."""
-        own, world = self.checkpoints, self.trainer.world
+        own, world = self.checkpoints, self.update.world
         steps = set().union(*world.gather(own.steps() if own.leads else []))
         for step in sorted(steps, reverse=True):
             if all(world.gather(not own.leads or is_good(own.path(step)))):
@@ -111,20 +116,20 @@ class Snapshot:
         return None
 
     def _json(self) -> dict[str, Any]:
-        trainer = self.trainer
+        done, config = self.state.done, self.config
         return {
-            **trainer.state.to_json(),
-            "tokens": trainer.state.done * trainer.tokens_per_step,
+            **self.state.to_json(),
+            "tokens": done * self.tokens_per_step,
             "data": {
-                "next_step": trainer.state.done,
-                "global_batch": trainer.config.train.global_batch,
+                "next_step": done,
+                "global_batch": config.train.global_batch,
             },
             "random": {
-                "seed": trainer.config.run.seed,
+                "seed": config.run.seed,
                 "scheme": "torch seeded before each step from (seed, step, rank); rows from "
                 "(seed, epoch, row id)",
             },
-            "environment": environment(trainer.world),
+            "environment": environment(self.update.world),
             "facts": dict(self.facts),
         }
 
@@ -134,23 +139,23 @@ class Snapshot:
         Raises UserError naming the first tensor that does not fit, before anything of the
         optimizers is touched.
         """
-        trainer, what = self.trainer, f"checkpoint {folder}"
-        load_named(learner_tensors(trainer.engine.learner), self._open(folder, "model"), what)
-        load_optimizers(trainer.update.optimizers, self._open(folder, "optimizer"), what)
-        if trainer.update.ema is not None:
-            load_named(trainer.update.ema.tensors, self._open(folder, "ema"), what)
-        if saved["step"] > trainer.config.train.steps:
+        update, what = self.update, f"checkpoint {folder}"
+        load_named(learner_tensors(update.engine.learner), self._open(folder, "model"), what)
+        load_optimizers(update.optimizers, self._open(folder, "optimizer"), what)
+        if update.ema is not None:
+            load_named(update.ema.tensors, self._open(folder, "ema"), what)
+        if saved["step"] > self.config.train.steps:
             raise UserError(
                 f"{what} is at step {saved['step']}, beyond train.steps="
-                f"{trainer.config.train.steps}; raise train.steps"
+                f"{self.config.train.steps}; raise train.steps"
             )
-        trainer.state.restore(saved)
+        self.state.restore(saved)
 
     def _open(self, folder: pathlib.Path, part: str) -> Mapping[str, Tensor]:
         """The tensors of a part: of this folder, or of all nodes' folders together."""
         if self.checkpoints.shared:
             return LazyTensors(folder, part)
-        return SpreadTensors(folder, part, self.trainer.world)
+        return SpreadTensors(folder, part, self.update.world)
 
 
 def is_good(folder: pathlib.Path) -> bool:

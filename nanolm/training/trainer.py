@@ -103,7 +103,15 @@ class Trainer:
         self.patience = Patience(config.eval.patience)
         self.state = RunState(self.patience, self.throughput, self.update.scaler)
         self.policy = NonFinitePolicy(config.train, world, checkpoints.run, self.state)
-        self.snapshot = Snapshot(self, checkpoints, files or {}, facts or {})
+        self.snapshot = Snapshot(
+            self.update,
+            self.state,
+            config,
+            checkpoints,
+            tokens_per_step=self.tokens_per_step,
+            files=files or {},
+            facts=facts or {},
+        )
         self._resumed = False
 
     def restore(self, checkpoint: pathlib.Path, saved: Mapping[str, Any]) -> None:

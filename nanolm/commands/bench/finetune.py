@@ -41,9 +41,9 @@ from nanolm.tools.bench.figures import COMPILE, MEMORY, ON_CUDA, TOKENS, Column,
 from nanolm.tools.bench.finetune import (
     EXAMPLES,
     Examples,
-    StandInTokenizer,
     TuneShape,
     nanolm_config,
+    stand_in,
 )
 from nanolm.tools.devices import DeviceWord, device_type
 
@@ -204,7 +204,7 @@ def why_not(job: dict[str, Any], device: str) -> str | None:
         return missing("transformers")
     shape = TuneShape(**job["shape"])
     config = nanolm_config(shape, job, "nowhere", device)
-    return refusal(config, StandInTokenizer(shape.vocab_size), device)
+    return refusal(config, stand_in(shape), device)
 
 
 def entries(

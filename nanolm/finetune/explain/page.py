@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from nanolm.checkpoint.container import write_text
 from nanolm.errors import UserError
+from nanolm.files import write_text
 from nanolm.finetune.explain.png import png
 
 FOR, AGAINST = (37, 99, 176), (196, 59, 49)

@@ -12,17 +12,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 from nanolm.checkpoint.checkpoints import locate
-from nanolm.checkpoint.container import INDEX, checksum, read_json
+from nanolm.checkpoint.container import INDEX, read_json
 from nanolm.data.tables.splits import find_split
 from nanolm.data.tokenizer import MODEL_FILE
 from nanolm.errors import require
+from nanolm.files import file_sha256, key_of
 from nanolm.finetune.config import TaskConfig
 
 ELSEWHERE = ("resume", "distributed", "run", "data.path", "init_from")
@@ -48,8 +48,7 @@ def identity(config: TaskConfig, defaults: dict[str, Any]) -> str:
     for split in ("train", "val", "test"):
         where = find_split(config.data.path, config.data.files, split)
         said[f"data.{split}"] = where and content(where)
-    text = json.dumps(said, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return key_of(said)
 
 
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field]]:
@@ -81,7 +80,7 @@ def at_default(value: Any, owner: Any, field: dataclasses.Field, defaults: dict[
 def content(where: str) -> str:
     """The hash of a file; a source that is no file stands for itself."""
     path = pathlib.Path(where)
-    return checksum(path) if path.is_file() else where
+    return file_sha256(path) if path.is_file() else where
 
 
 @functools.cache

@@ -12,15 +12,13 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import itertools
-import json
 import pathlib
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
-from nanolm.checkpoint.container import write_text
 from nanolm.errors import UserError
+from nanolm.files import Finished
 from nanolm.finetune.study.cells import Cell, build_cell, drop_weights, end_running, test, train
 from nanolm.finetune.study.config import Overrides, RowConfig, StudyConfig
 from nanolm.finetune.tasks.metrics import LOWER_IS_BETTER
@@ -44,33 +42,12 @@ class Group:
         return list({cell.key: cell for cell in every}.values())
 
 
-class Results:
-    """Finished cells on disk, by key, and the defaults that their keys are told against; safe to
-    use from several threads."""
+class Results(Finished):
+    """Finished cells on disk, by key, and the defaults that their keys are told against."""
 
     def __init__(self, path: pathlib.Path) -> None:
-        self.path, self.lock = path, threading.Lock()
-        self.cells: dict[str, Record] = {}
-        self.defaults: dict[str, Any] = {}
-        if path.is_file():
-            try:
-                found = json.loads(path.read_text(encoding="utf-8"))
-                self.cells, self.defaults = dict(found["cells"]), dict(found["defaults"])
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"{path} is no results file of a study; move it away") from None
-
-    def get(self, cell: Cell) -> Record | None:
-        """The cell's record, when it was run."""
-        return self.cells.get(cell.key)
-
-    def put(self, cell: Cell, record: Record) -> None:
-        """Adds or renews a record; on the disk when this returns."""
-        with self.lock:
-            self.cells[cell.key] = record
-            kept = {"defaults": self.defaults, "cells": self.cells}
-            text = json.dumps(kept, indent=1, ensure_ascii=False)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(self.path, text + "\n")
+        super().__init__(path, "a study", "defaults")
+        self.defaults = self.beside["defaults"]
 
 
 def settings(grid: dict[str, list[Any]]) -> list[Overrides]:
@@ -143,15 +120,15 @@ class Study:
 
     def finished(self, cell: Cell, *, tests: bool = False) -> Record:
         """The cell's record, run now as far as it is missing."""
-        record = self.results.get(cell)
+        record = self.results.cells.get(cell.key)
         if record is not None and not (tests and record["test"] is None):
             return record
         if record is None or not (cell.run / "checkpoints").is_dir():
             record = train(cell)
-            self.results.put(cell, record)
+            self.results.put(cell.key, record)
         if tests:
             record = test(cell, record)
-            self.results.put(cell, record)
+            self.results.put(cell.key, record)
         reached = {"val": record["val"]}
         if record["test"] is not None:
             reached["test"] = record["test"][cell.metric]
@@ -175,8 +152,8 @@ def chosen(group: Group, tried: list[Record]) -> list[Cell]:
 
 def finished_records(group: Group, results: Results) -> list[Record] | None:
     """The records of the chosen setting when the whole group was run, else None."""
-    tried = [results.get(cell) for cell in group.tries]
+    tried = [results.cells.get(cell.key) for cell in group.tries]
     if None in tried:
         return None
-    records = [results.get(cell) for cell in chosen(group, tried)]
+    records = [results.cells.get(cell.key) for cell in chosen(group, tried)]
     return records if all(record and record["test"] for record in records) else None

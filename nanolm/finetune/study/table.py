@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 from rich.table import Table as Grid
 
-from nanolm.checkpoint.container import write_text
 from nanolm.errors import UserError, require
+from nanolm.files import write_text
 from nanolm.finetune.study.config import StudyConfig
 from nanolm.finetune.study.run import Group, Record, Results, finished_records
 

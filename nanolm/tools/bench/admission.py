@@ -14,7 +14,8 @@ from typing import Any
 from nanolm.build import build_learner, build_objective
 from nanolm.errors import UserError, require
 from nanolm.tools.bench.shape import Shape
-from nanolm.tools.bench.step import StandInTokenizer, nanolm_config
+from nanolm.tools.bench.step import nanolm_config
+from nanolm.tools.stand_in import StandInTokenizer
 
 Settings = dict[str, Any]
 Job = dict[str, Any]

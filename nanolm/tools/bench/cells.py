@@ -7,7 +7,6 @@ benchmark goes on where it was.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pathlib
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 
 from nanolm.errors import UserError
+from nanolm.files import Finished, key_of
 from nanolm.processes import python_path
 
 ENVIRONMENT = {
@@ -39,13 +39,8 @@ class Cells:
     """Finished measurements on disk: hash of all that decides one -> what it gave."""
 
     def __init__(self, path: str, fresh: bool = False) -> None:
-        self.path = pathlib.Path(path)
-        self.cells: dict[str, dict] = {}
-        if self.path.is_file() and not fresh:
-            try:
-                self.cells = json.loads(self.path.read_text(encoding="utf-8"))["cells"]
-            except (json.JSONDecodeError, KeyError, TypeError):
-                raise UserError(f"{path} is no results file of a benchmark; move it away") from None
+        self.finished = Finished(path, "a benchmark", "environment", fresh=fresh)
+        self.finished.beside["environment"] = ENVIRONMENT
 
     def get(
         self, what: dict[str, Any], take: Callable[[], dict[str, Any]], device: str = "cpu"
@@ -54,24 +49,14 @@ class Cells:
         machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "torch": torch.__version__}
         if device != "cpu":
             machine["device"] = device_name(device)
-        whole = {**what, "machine": machine, "environment": ENVIRONMENT}
-        key = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
-        if key not in self.cells:
+        key = key_of({**what, "machine": machine, "environment": ENVIRONMENT})
+        if key not in self.finished.cells:
             begin = time.perf_counter()
             result = take()
             result["wall_seconds"] = time.perf_counter() - begin
             result["load_average"] = os.getloadavg()[0]  # above `cores`, others were running
-            self.cells[key] = {**what, "machine": machine, "result": result}
-            self.save()
-        return self.cells[key]["result"]
-
-    def save(self) -> None:
-        """Writes all cells, whole or not at all."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"environment": ENVIRONMENT, "cells": self.cells}, indent=1)
-        temporary = self.path.with_suffix(".part")
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.replace(self.path)
+            self.finished.put(key, {**what, "machine": machine, "result": result})
+        return self.finished.cells[key]["result"]
 
 
 def run_process(job: dict[str, Any], module: str) -> dict[str, Any]:

@@ -22,14 +22,23 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from nanolm.tools.bench.cells import device_name
-from nanolm.tools.bench.shape import PHASES, Step
+from nanolm.tools.bench.shape import PHASES
 from nanolm.tools.devices import device_type
 from nanolm.training.throughput import peak_flops
+
+
+class Step(Protocol):
+    """A contestant: called once a step, it marks the phases on the clock, and returns figures:
+    numbers, or tensors of one number, which are read when the turn is over."""
+
+    n_parameters: int
+
+    def __call__(self, clock: Clock) -> dict[str, Any]: ...
 
 
 class Clock:

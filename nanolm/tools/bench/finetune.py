@@ -30,6 +30,7 @@ from nanolm.tools.bench.contest import serve
 from nanolm.tools.bench.peers import CPU, bert_config
 from nanolm.tools.bench.shape import Shape
 from nanolm.tools.bench.step import chosen_kernels
+from nanolm.tools.stand_in import StandInTokenizer
 from nanolm.training.engine import AUTOCAST
 
 MEGABATCH = 50
@@ -75,21 +76,9 @@ class Examples:
         np.savez(path, tokens=tokens, ends=ends, labels=self.labels)
 
 
-@dataclasses.dataclass(frozen=True)
-class StandInTokenizer:
-    """As much of a tokenizer as collating items asks for."""
-
-    vocab_size: int
-    hash: str = "bench finetune"
-
-    def roles(self) -> dict[str, int]:
-        """Padding alone: sequences come framed."""
-        return {"pad": 0}
-
-    @property
-    def special_mask(self) -> np.ndarray:
-        """bool[V]: padding."""
-        return np.arange(self.vocab_size) < 1
+def stand_in(shape: TuneShape) -> StandInTokenizer:
+    """The sequences' tokenizer: they come framed, so padding alone is special."""
+    return StandInTokenizer(shape.vocab_size, specials=1, hash="bench finetune")
 
 
 def nanolm_config(shape: TuneShape, job: dict[str, Any], folder: str, device: str = "cpu") -> Any:
@@ -151,7 +140,7 @@ class NanolmTuning:
 
         self.folder = tempfile.TemporaryDirectory()
         config = nanolm_config(shape, job, self.folder.name, device.type)
-        objective = build.build_objective(config, StandInTokenizer(shape.vocab_size))
+        objective = build.build_objective(config, stand_in(shape))
         items = [
             Item(n, [Sequence(ids, len(ids))], label)
             for n, (ids, label) in enumerate(zip(examples.sequences, examples.labels))

@@ -22,8 +22,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from nanolm.errors import UserError, require
 from nanolm.tools.bench.admission import why_not
-from nanolm.tools.bench.clock import Clock, clock_on
-from nanolm.tools.bench.shape import Shape, Step, step_flops
+from nanolm.tools.bench.clock import Clock, Step, clock_on
+from nanolm.tools.bench.shape import Shape, step_flops
 from nanolm.tools.bench.step import build_step
 from nanolm.training.throughput import peak_flops
 

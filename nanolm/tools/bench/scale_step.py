@@ -20,12 +20,13 @@ from typing import Any
 import torch
 
 from nanolm import build
-from nanolm.checkpoint.container import write_json
 from nanolm.config.schema import DistributedConfig
 from nanolm.distributed.world import World, close, launch
+from nanolm.files import write_json
 from nanolm.run import Plan, rehearse
 from nanolm.tools.bench.shape import Shape
-from nanolm.tools.bench.step import StandInTokenizer, nanolm_config, write_random_shard
+from nanolm.tools.bench.step import nanolm_config, write_random_shard
+from nanolm.tools.stand_in import StandInTokenizer
 from nanolm.training.phases import PHASES
 from nanolm.training.trainer import Trainer
 

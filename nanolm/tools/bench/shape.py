@@ -1,15 +1,11 @@
-"""What all contestants of a benchmark share: the shape, its FLOPs, and what a step is."""
+"""What all contestants of a benchmark share: the shape and its FLOPs."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, Protocol
 
 from nanolm.config.model import ModelConfig
 from nanolm.training.flops import train_flops_per_token
-
-if TYPE_CHECKING:
-    from nanolm.tools.bench.clock import Clock
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,15 +34,6 @@ class Shape:
     def n_masked(self) -> int:
         """Masked positions of a row in MLM: 15 % of all but <cls> and <sep>."""
         return round(0.15 * (self.row_length - 2))
-
-
-class Step(Protocol):
-    """A contestant: called once a step, it marks the phases on the clock, and returns figures:
-    numbers, or tensors of one number, which are read when the turn is over."""
-
-    n_parameters: int
-
-    def __call__(self, clock: Clock) -> dict[str, Any]: ...
 
 
 PHASES = ("data", "forward", "loss", "backward", "optimizer")

@@ -9,7 +9,6 @@ as it trains: its Loader, its Trainer's `step`.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import pathlib
@@ -20,9 +19,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from nanolm.tools.bench.clock import Clock, clock_on, listed
+from nanolm.tools.bench.clock import Clock, Step, clock_on, listed
 from nanolm.tools.bench.contest import serve
-from nanolm.tools.bench.shape import Shape, Step
+from nanolm.tools.bench.shape import Shape
+from nanolm.tools.stand_in import StandInTokenizer
 from nanolm.training.engine import AUTOCAST
 from nanolm.training.throughput import matmul_flops
 
@@ -37,23 +37,6 @@ class TrainStep(Step, Protocol):
 
     def prepare(self, clock: Clock) -> None:
         """Last thing before the first step: compile, set marks."""
-
-
-@dataclasses.dataclass(frozen=True)
-class StandInTokenizer:
-    """As much of a tokenizer as MLM's collate asks for: four specials, then ordinary tokens."""
-
-    vocab_size: int
-    pad: int = 0
-    mask: int = 1
-    cls: int = 2
-    sep: int = 3
-    hash: str = "random ids"
-
-    @property
-    def special_mask(self) -> np.ndarray:
-        """bool[V]: the specials."""
-        return np.arange(self.vocab_size) < 4
 
 
 def write_random_shard(folder: pathlib.Path, shape: Shape) -> None:

@@ -22,7 +22,8 @@ from typing import Any
 
 from nanolm.config.load import parse
 from nanolm.errors import UserError, require
-from nanolm.tools.first_contact.report import Entry, Report, entry_of, forget
+from nanolm.tools.first_contact.entry import Entry
+from nanolm.tools.first_contact.report import Report, entry_of, forget
 from nanolm.tools.first_contact.runner import run_together
 from nanolm.tools.first_contact.stages import PARTS, Stage, Table
 

@@ -19,6 +19,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from nanolm.errors import UserError
+from nanolm.files import write_json, write_text
+from nanolm.tools.first_contact.entry import Entry
 from nanolm.tools.first_contact.measurement import LEFT_OUT, read_figures
 from nanolm.tools.first_contact.rows import readme_rows
 from nanolm.tools.first_contact.runner import Ended
@@ -31,28 +33,6 @@ WIDEST, LONGEST = 220, 40
 """Characters of a telling line, lines of a stage."""
 LAST = 8
 """Last lines of a log that are shown when something failed."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Entry:
-    """What became of a stage: ok, FAIL, left out or not begun; `device` and `day` say where and
-    when, `lines` what it said, `figures` what it measured."""
-
-    name: str
-    part: int
-    verdict: str
-    words: str = ""
-    seconds: float = 0.0
-    device: str = ""
-    day: str = ""
-    lines: list[str] = dataclasses.field(default_factory=list)
-    figures: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
-
-    def text(self) -> list[str]:
-        """The entry in report.txt."""
-        time = f"{self.seconds:5.0f} s  " if self.seconds else " " * 9
-        head = f"{self.verdict:<9}  {time}{self.name}{f': {self.words}' if self.words else ''}"
-        return [head, *(f"             {line}" for line in self.lines)]
 
 
 def entry_of(stage: Stage, ended: Sequence[Ended], seconds: float, limit: float) -> Entry:
@@ -145,14 +125,8 @@ class Report:
         entries = list(self.entries.values())
         rows = readme_rows(self.entries)
         stages = [dataclasses.asdict(entry) for entry in entries]
-        written = {
-            "report.txt": "\n".join(self.text(rows)) + "\n",
-            "report.json": json.dumps({"stages": stages, "rows": rows}, indent=1) + "\n",
-        }
-        for name, text in written.items():
-            part = self.folder / f"{name}.part"
-            part.write_text(text, encoding="utf-8")
-            part.replace(self.folder / name)
+        write_text(self.folder / "report.txt", "\n".join(self.text(rows)) + "\n")
+        write_json(self.folder / "report.json", {"stages": stages, "rows": rows})
 
     def text(self, rows: list[str]) -> list[str]:
         """The lines of report.txt."""

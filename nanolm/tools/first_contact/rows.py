@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from nanolm.tools.first_contact.entry import Entry
 from nanolm.tools.first_contact.verdict import Verdict
 
-if TYPE_CHECKING:
-    from nanolm.tools.first_contact.report import Entry
-
-Entries = Mapping[str, "Entry"]
+Entries = Mapping[str, Entry]
 
 
 @dataclasses.dataclass(frozen=True)

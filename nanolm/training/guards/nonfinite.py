@@ -21,10 +21,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nanolm.checkpoint.container import append_line
 from nanolm.config.schema import TrainConfig
 from nanolm.distributed.world import World
 from nanolm.errors import UserError
+from nanolm.files import RESUME, append_line
 from nanolm.training.batch import MicroBatch
 from nanolm.training.engine import Engine
 from nanolm.training.guards.diagnosis import KINDS, find_tensor
@@ -81,7 +81,7 @@ class NonFinitePolicy:
         found = self._find(engine, micro_batches, seed, counts)
         record = {"step": step, "policy": self.train.nonfinite, **found, "passed": passed}
         if self.world.is_main:
-            append_line(self.run / NAME, json.dumps(record | {"loss": repr(loss)}))
+            append_line(self.run / NAME, json.dumps(record | {"loss": repr(loss)}), RESUME)
         sentence = self._sentence(record, loss)
         self.passed |= set(passed)
         self.state.skips += 1

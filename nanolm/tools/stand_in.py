@@ -1,0 +1,34 @@
+"""What stands in for a tokenizer where ids are random or come ready made: the benches measure steps
+on them, `nanolm estimate` counts what a run would hold."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import numpy as np
+
+ROLES = {"pad": 0, "mask": 1, "cls": 2, "sep": 3}
+
+
+@dataclasses.dataclass(frozen=True)
+class StandInTokenizer:
+    """As much of a tokenizer as collating rows and records asks for: the first `specials` ids of
+    ROLES, then ordinary tokens."""
+
+    vocab_size: int
+    specials: int = len(ROLES)
+    hash: str = "random ids"
+    pad: ClassVar[int] = ROLES["pad"]
+    mask: ClassVar[int] = ROLES["mask"]
+    cls: ClassVar[int] = ROLES["cls"]
+    sep: ClassVar[int] = ROLES["sep"]
+
+    def roles(self) -> dict[str, int]:
+        """The roles that it has, with their ids."""
+        return {role: index for role, index in ROLES.items() if index < self.specials}
+
+    @property
+    def special_mask(self) -> np.ndarray:
+        """bool[V]: the specials."""
+        return np.arange(self.vocab_size) < self.specials
