@@ -24,7 +24,7 @@ from nanolm.data.tokenizer import Tokenizer
 from nanolm.finetune.tasks import metrics
 from nanolm.finetune.tasks.base import Item, Task, text_problem
 from nanolm.finetune.tasks.classify import HeadOptions, sequence_head
-from nanolm.finetune.tasks.metrics import Report
+from nanolm.finetune.tasks.metrics import Metric, Report, higher
 from nanolm.finetune.tasks.ragged import columns, ragged, within
 from nanolm.model.heads import HeadRequest
 from nanolm.objectives.base import Term, length_of
@@ -53,6 +53,11 @@ class Choose(Task):
     def requests(self, options: ChooseOptions) -> dict[str, HeadRequest]:
         """The heads that score candidates."""
         return {"choose": sequence_head(options, self.trunk, 1)}
+
+    @classmethod
+    def metrics(cls, options: ChooseOptions) -> tuple[Metric, ...]:
+        """The loss, accuracy and the mean reciprocal rank."""
+        return super().metrics(options) + higher("accuracy", "mrr")
 
     def check(self, record: Record, *, with_gold: bool) -> str | None:
         """A question, at least two candidates, and a label that names one of them."""

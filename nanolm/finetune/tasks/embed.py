@@ -28,7 +28,7 @@ from nanolm.errors import require
 from nanolm.finetune.tasks import metrics
 from nanolm.finetune.tasks.base import Item, Task, TaskOptions, text_problem
 from nanolm.finetune.tasks.heads import Pooling, pooling_of
-from nanolm.finetune.tasks.metrics import Report
+from nanolm.finetune.tasks.metrics import Metric, Report, higher
 from nanolm.model.heads import HeadRequest
 from nanolm.objectives.base import Term, length_of
 from nanolm.registry import OBJECTIVES
@@ -75,6 +75,11 @@ class Embed(Task):
     def __init__(self, options: EmbedOptions, config: Config, tokenizer: Tokenizer) -> None:
         super().__init__(options, config, tokenizer)
         self.heads = {"embed": vector_head(options, self.trunk)}
+
+    @classmethod
+    def metrics(cls, options: EmbedOptions) -> tuple[Metric, ...]:
+        """The loss, and how the own positive ranks."""
+        return super().metrics(options) + higher("accuracy") + metrics.RANKING
 
     def check(self, record: Record, *, with_gold: bool) -> str | None:
         """Query, positive and negatives must be texts."""

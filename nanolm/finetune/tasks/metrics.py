@@ -16,15 +16,31 @@ import re
 import string
 import unicodedata
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from nanolm.data.tokenizer import UNSPACED
 from nanolm.errors import UserError
 
-LOWER_IS_BETTER = ("loss", "mse", "mae", "nll", "perplexity")
+
+class Metric(NamedTuple):
+    """A figure's name, and whether more of it is better: what the best checkpoint, the choice of a
+    study and a comparison go by."""
+
+    name: str
+    higher_is_better: bool
+
+
+def higher(*names: str) -> tuple[Metric, ...]:
+    """Figures of which more is better."""
+    return tuple(Metric(name, True) for name in names)
+
+
+def lower(*names: str) -> tuple[Metric, ...]:
+    """Figures of which less is better."""
+    return tuple(Metric(name, False) for name in names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +61,11 @@ def library(name: str) -> Any:
         raise UserError(
             f"metrics of tasks need {name.split('.')[0]}: pip install 'nanolm[finetune]'"
         ) from None
+
+
+PRECISION_RECALL_F1 = ("precision", "recall", "f1")
+AVERAGES = [f"{a}_{n}" for a in ("macro", "micro", "weighted") for n in PRECISION_RECALL_F1]
+CLASSIFICATION = higher("accuracy", *AVERAGES, "mcc", "roc_auc")
 
 
 def classification(
@@ -73,8 +94,8 @@ def _averages(metrics: Any, gold: Any, predicted: Any, labels: list[int]) -> dic
         values = metrics.precision_recall_fscore_support(
             gold, predicted, labels=labels, average=average, zero_division=0
         )
-        names = ("precision", "recall", "f1")
-        figures |= {f"{average}_{name}": float(v) for name, v in zip(names, values)}
+        names = [f"{average}_{name}" for name in PRECISION_RECALL_F1]
+        figures |= {name: float(value) for name, value in zip(names, values)}
     return figures
 
 
@@ -89,6 +110,9 @@ def multi_label(gold_NC: np.ndarray, probabilities_NC: np.ndarray, labels: Seque
         gold_NC, predicted_NC, target_names=list(labels), digits=4, zero_division=0
     )
     return Report(figures, text)
+
+
+REGRESSION = (*lower("mse", "mae"), *higher("pearson", "spearman"))
 
 
 def regression(gold_NC: np.ndarray, predicted_NC: np.ndarray) -> Report:
@@ -111,26 +135,38 @@ def _correlation(function: Callable, x: np.ndarray, y: np.ndarray) -> float:
     return float(function(x, y)[0])
 
 
-def tagging(gold: list[list[str]], predicted: list[list[str]]) -> Report:
+SPAN_PREFIXES = "BIESLUMW"
+"""How the tags of spans begin: Begin, Inside, End or Last, Single or Unit or Whole, Middle."""
+TAGGING = higher(
+    "token_accuracy", *PRECISION_RECALL_F1, *(f"macro_{name}" for name in PRECISION_RECALL_F1)
+)
+
+
+def marks_spans(tags: Iterable[str]) -> bool:
+    """Whether tags mark where entities begin and end: BIO, BIOES and the like."""
+    return all(tag == "O" or (tag[:1] in SPAN_PREFIXES and tag[1:2] == "-") for tag in tags)
+
+
+def tagging(gold: list[list[str]], predicted: list[list[str]], *, spans: bool) -> Report:
     """Entity precision, recall and F1 as seqeval counts them (one entity right = span and type);
-    accuracy of tokens. Tags without BIO prefixes (parts of speech) get scikit-learn's report."""
+    accuracy of tokens. Tags that mark no spans (parts of speech, numbers) have no entities: theirs
+    are scikit-learn's figures, and none of them is called F1 without saying of what."""
     flat_gold = [tag for tags in gold for tag in tags]
     flat_predicted = [tag for tags in predicted for tag in tags]
     right = np.array([g == p for g, p in zip(flat_gold, flat_predicted)], dtype=float)
     figures = {"token_accuracy": float(right.mean()) if len(right) else 0.0}
-    if not all(tag == "O" or tag[1:2] == "-" for tag in flat_gold):
+    if not spans:
         metrics = library("sklearn.metrics")
         values = metrics.precision_recall_fscore_support(
             flat_gold, flat_predicted, average="macro", zero_division=0
         )
-        figures |= {f"macro_{n}": float(v) for n, v in zip(("precision", "recall", "f1"), values)}
-        figures["f1"] = figures["token_accuracy"]
+        figures |= {f"macro_{n}": float(v) for n, v in zip(PRECISION_RECALL_F1, values)}
         text = metrics.classification_report(flat_gold, flat_predicted, digits=4, zero_division=0)
         return Report(figures, text)
     metrics = library("seqeval.metrics")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # seqeval warns where a class has no sample
-        for name in ("precision", "recall", "f1"):
+        for name in PRECISION_RECALL_F1:
             function = getattr(metrics, f"{name}_score")
             figures[name] = float(function(gold, predicted, zero_division=0))
         any_entity = any(tag != "O" for tag in flat_gold + flat_predicted)
@@ -182,6 +218,11 @@ def overlap_f1(gold: list[str], predicted: list[str]) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
+READING = higher(
+    *(f"{of}{name}" for of in ("", "has_answer_", "no_answer_") for name in ("exact_match", "f1"))
+)
+
+
 def reading(golds: list[list[str]], predicted: list[str], *, by_character: bool = False) -> Report:
     """Exact match and F1, each question by its best gold answer; no gold means no answer."""
     exact, f1 = [], []
@@ -200,11 +241,17 @@ def reading(golds: list[list[str]], predicted: list[str], *, by_character: bool 
     return Report(figures)
 
 
+RANKING = higher("mrr", "recall@1", "recall@5", "recall@10")
+
+
 def ranking(ranks: Sequence[int], cutoffs: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
     """Mean reciprocal rank and recall@k of the ranks (from 1) of the right candidates."""
     ranks_N = np.asarray(ranks, dtype=float)
     recalls = {f"recall@{k}": float((ranks_N <= k).mean()) for k in cutoffs}
     return {"mrr": float((1 / ranks_N).mean()), **recalls}
+
+
+GENERATION = higher("exact_match", "bleu", "chrf", "rouge1", "rouge2", "rougeL")
 
 
 def generation(golds: list[str], predicted: list[str]) -> Report:

@@ -26,7 +26,7 @@ from nanolm.data.tokenizer import UNSPACED, Tokenizer
 from nanolm.errors import require
 from nanolm.finetune.tasks import metrics
 from nanolm.finetune.tasks.base import Item, Task, TaskOptions, chosen
-from nanolm.finetune.tasks.metrics import Report
+from nanolm.finetune.tasks.metrics import Metric, Report, higher
 from nanolm.model.heads import HeadRequest
 from nanolm.objectives.base import Term, length_of
 from nanolm.registry import OBJECTIVES
@@ -71,6 +71,23 @@ class Tag(Task):
         """The tag set of the training records."""
         tags = [tag for record in table.records for tag in as_list(record.get("tags"))]
         return dataclasses.replace(options, labels=options.labels or tag_labels(tags, table.path))
+
+    @classmethod
+    def metrics(cls, options: TagOptions) -> tuple[Metric, ...]:
+        """The loss, and what seqeval or scikit-learn counts."""
+        return super().metrics(options) + higher("accuracy") + metrics.TAGGING
+
+    @classmethod
+    def metric_of(cls, options: TagOptions) -> str:
+        """F1 of entities where tags mark spans, else the accuracy of tokens."""
+        spans = metrics.marks_spans(options.labels or [])
+        return cls.metric if spans else "token_accuracy"
+
+    def offered(self, table: Table) -> list[str]:
+        """F1 of entities, or where tags mark no spans its mean over the tags."""
+        spans = metrics.marks_spans(self.labels)
+        absent = {f"{'macro_' if spans else ''}{name}" for name in metrics.PRECISION_RECALL_F1}
+        return [name for name in super().offered(table) if name not in absent]
 
     def check(self, record: Record, *, with_gold: bool) -> str | None:
         """Words must be there, not empty, and have one known tag each."""
@@ -178,7 +195,8 @@ class Tag(Task):
     def report(self, table: Table, predictions: list[dict[str, Any]]) -> Report:
         """As seqeval counts."""
         gold = [[str(tag) for tag in as_list(record["tags"])] for record in table.records]
-        return metrics.tagging(gold, [prediction["tags"] for prediction in predictions])
+        predicted = [prediction["tags"] for prediction in predictions]
+        return metrics.tagging(gold, predicted, spans=metrics.marks_spans(self.labels))
 
 
 def as_list(value: Any) -> list[Any]:

@@ -23,7 +23,7 @@ from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import UserError, require
 from nanolm.finetune.tasks import metrics
 from nanolm.finetune.tasks.base import Item, Sequence, Task, text_problem
-from nanolm.finetune.tasks.metrics import Report
+from nanolm.finetune.tasks.metrics import Metric, Report, higher, lower
 from nanolm.model.heads import HeadRequest
 from nanolm.objectives.base import Term, TokenLossOptions, token_terms
 from nanolm.registry import OBJECTIVES
@@ -78,6 +78,17 @@ class Write(Task):
         """Whether records are dialogues, from the training records."""
         chat = "messages" in table.columns if options.chat is None else options.chat
         return dataclasses.replace(options, chat=chat)
+
+    @classmethod
+    def metrics(cls, options: WriteOptions) -> tuple[Metric, ...]:
+        """The language model's figures, and those of what `nanolm evaluate` has it write."""
+        found = super().metrics(options) + lower("nll", "perplexity") + higher("accuracy")
+        return found + metrics.GENERATION
+
+    def offered(self, table: Table) -> list[str]:
+        """Nothing is written while it is trained."""
+        written = {metric.name for metric in metrics.GENERATION}
+        return [name for name in super().offered(table) if name not in written]
 
     def require_heads(self, fresh: list[str], base: str) -> None:
         """The vocabulary head must come from the base."""
