@@ -118,7 +118,7 @@ REGRESSION = (*lower("mse", "mae"), *higher("pearson", "spearman"))
 def regression(gold_NC: np.ndarray, predicted_NC: np.ndarray) -> Report:
     """Mean squared and absolute error, Pearson and Spearman correlation (means over the columns).
 
-    A correlation with a constant is 0.
+    A correlation with a constant is 0, and so is one with what differs by float32's rounding only.
     """
     stats = library("scipy.stats")
     error = predicted_NC - gold_NC
@@ -130,21 +130,26 @@ def regression(gold_NC: np.ndarray, predicted_NC: np.ndarray) -> Report:
 
 
 def _correlation(function: Callable, x: np.ndarray, y: np.ndarray) -> float:
-    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+    rounding = 4 * np.finfo(np.float32).eps * np.abs(y).max()
+    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) <= rounding:
         return 0.0
     return float(function(x, y)[0])
 
 
-SPAN_PREFIXES = "BIESLUMW"
-"""How the tags of spans begin: Begin, Inside, End or Last, Single or Unit or Whole, Middle."""
 TAGGING = higher(
     "token_accuracy", *PRECISION_RECALL_F1, *(f"macro_{name}" for name in PRECISION_RECALL_F1)
 )
+SPAN_PREFIXES = "BIESLUMW"
+"""How the tags of spans begin: Begin, Inside, End or Last, Single or Unit or Whole, Middle."""
 
 
 def marks_spans(tags: Iterable[str]) -> bool:
     """Whether tags mark where entities begin and end: BIO, BIOES and the like."""
     return all(tag == "O" or (tag[:1] in SPAN_PREFIXES and tag[1:2] == "-") for tag in tags)
+
+
+TO_SEQEVAL = str.maketrans("LUWM", "ESSI")
+"""The schemes BILOU and BMEWO in the letters of BIOES, the only ones that seqeval knows."""
 
 
 def tagging(gold: list[list[str]], predicted: list[list[str]], *, spans: bool) -> Report:
@@ -163,6 +168,7 @@ def tagging(gold: list[list[str]], predicted: list[list[str]], *, spans: bool) -
         figures |= {f"macro_{n}": float(v) for n, v in zip(PRECISION_RECALL_F1, values)}
         text = metrics.classification_report(flat_gold, flat_predicted, digits=4, zero_division=0)
         return Report(figures, text)
+    gold, predicted = ([list(map(as_bioes, tags)) for tags in side] for side in (gold, predicted))
     metrics = library("seqeval.metrics")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # seqeval warns where a class has no sample
@@ -176,6 +182,11 @@ def tagging(gold: list[list[str]], predicted: list[list[str]], *, spans: bool) -
             else None
         )
     return Report(figures, text)
+
+
+def as_bioes(tag: str) -> str:
+    """A tag of any span scheme with the prefix that BIOES has for it."""
+    return tag[:1].translate(TO_SEQEVAL) + tag[1:]
 
 
 # Reading comprehension: SQuAD's evaluation script v1.1 and v2.0 (Rajpurkar et al. 2016, 2018).
@@ -255,27 +266,31 @@ GENERATION = higher("exact_match", "bleu", "chrf", "rouge1", "rouge2", "rougeL")
 
 
 def generation(golds: list[str], predicted: list[str]) -> Report:
-    """Exact match, BLEU and chrF (sacrebleu; characters where the script is unspaced), ROUGE F1."""
+    """Exact match, BLEU and chrF (sacrebleu; characters where the script is unspaced), ROUGE F1.
+
+    BLEU's n-grams are no longer than the longest text, or short texts that are all right had 0.
+    """
     sacrebleu = library("sacrebleu")
     unspaced = sum(len(UNSPACED.findall(text)) for text in golds)
     chinese = unspaced > 0.3 * max(1, sum(map(len, golds)))
-    bleu = sacrebleu.corpus_bleu(predicted, [golds], tokenize="zh" if chinese else "13a")
+    bleu_of = sacrebleu.BLEU(tokenize="zh" if chinese else "13a", effective_order=True)
+    bleu = bleu_of.corpus_score(predicted, [golds])
     figures = {
         "exact_match": float(np.mean([g.strip() == p.strip() for g, p in zip(golds, predicted)])),
         "bleu": float(bleu.score),
         "chrf": float(sacrebleu.corpus_chrf(predicted, [golds]).score),
     }
     scorer = library("rouge_score.rouge_scorer")
-    spaced = _Characters() if chinese else None
-    rouge = scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=spaced)
+    rouge = scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=_Words())
     scores = [rouge.score(g, p) for g, p in zip(golds, predicted)]
     for name in ("rouge1", "rouge2", "rougeL"):
         figures[name] = float(np.mean([score[name].fmeasure for score in scores]))
     return Report(figures)
 
 
-class _Characters:
-    """rouge-score's tokenizer interface: characters of unspaced scripts, words of others."""
+class _Words:
+    """rouge-score's tokenizer interface, for every script: its own drops all but a-z and 0-9. Words
+    are the same where there is nothing else; of unspaced scripts, every character is one."""
 
     def tokenize(self, text: str) -> list[str]:
         """The pieces of a text."""

@@ -218,12 +218,12 @@ def spaced(words: list[str], spaces: str) -> list[str]:
 
 
 def entities(words: list[str], tags: list[str]) -> list[dict[str, Any]]:
-    """The spans that BIO or BIOES tags mark: type, start and stop (in words), words."""
+    """The spans that BIO, BIOES, BILOU or BMEWO tags mark: type, start, stop (in words), words."""
     found: list[dict[str, Any]] = []
     open_ = None
     for i, tag in enumerate(tags):
         prefix, _, kind = tag.partition("-")
-        begins = prefix in ("B", "S", "U") or open_ is None or open_["type"] != kind
+        begins = prefix in ("B", "S", "U", "W") or open_ is None or open_["type"] != kind
         if not kind:
             open_ = None
             continue
@@ -232,6 +232,6 @@ def entities(words: list[str], tags: list[str]) -> list[dict[str, Any]]:
             found.append(open_)
         open_["stop"] = i + 1
         open_["words"] = words[open_["start"] : i + 1]
-        if prefix in ("E", "L", "S", "U"):
+        if prefix in ("E", "L", "S", "U", "W"):
             open_ = None
     return found

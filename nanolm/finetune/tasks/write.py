@@ -116,15 +116,17 @@ class Write(Task):
             return "messages has no turn of the assistant"
         return None
 
-    def prompt(self, record: Record) -> str:
-        """The text before the answer."""
+    def prompt(self, record: Record, *, with_gold: bool = False) -> str:
+        """The text before the answer; with gold, before the one that a dialogue has as its last."""
         if not self.options.chat:
             try:
                 return self.options.template.format(**record)
             except (KeyError, IndexError) as error:
                 raise UserError(f"objective.template names {error}, which is no column") from None
         messages = record["messages"]
-        if messages[-1]["role"] == "assistant":
+        if with_gold:
+            messages = messages[: last_answer(messages)]
+        elif messages[-1]["role"] == "assistant":
             messages = messages[:-1]
         return "".join(map(self.message, messages)) + self.opening()
 
@@ -210,7 +212,14 @@ class Write(Task):
     def report(self, table: Table, predictions: list[dict[str, Any]]) -> Report:
         """Exact match, BLEU, chrF and ROUGE of what was written."""
         golds = [
-            record["messages"][-1]["content"] if self.options.chat else record["response"]
+            record["messages"][last_answer(record["messages"])]["content"]
+            if self.options.chat
+            else record["response"]
             for record in table.records
         ]
         return metrics.generation(golds, [prediction["text"] for prediction in predictions])
+
+
+def last_answer(messages: list[dict[str, str]]) -> int:
+    """Where the assistant's last turn stands in a dialogue that has one."""
+    return max(i for i, message in enumerate(messages) if message["role"] == "assistant")
