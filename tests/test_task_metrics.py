@@ -50,7 +50,7 @@ TAGS = st.sampled_from(["O", "B-A", "I-A", "E-A", "S-A", "B-B", "I-B"])
 def test_entities_are_seqevals(sentences):
     gold = [[g for g, _ in s] for s in sentences]
     guess = [[p for _, p in s] for s in sentences]
-    found = metrics.tagging(gold, guess).figures
+    found = metrics.tagging(gold, guess, spans=True).figures
     for name, function in (
         ("f1", f1_score),
         ("precision", precision_score),
@@ -61,9 +61,10 @@ def test_entities_are_seqevals(sentences):
     assert found["token_accuracy"] == pytest.approx(np.mean(right))
 
 
-def test_plain_tags_need_no_entities():
-    found = metrics.tagging([["NOUN", "VERB"]], [["NOUN", "NOUN"]]).figures
-    assert found["token_accuracy"] == found["f1"] == 0.5
+def test_plain_tags_have_no_entities_and_no_f1():
+    found = metrics.tagging([["NOUN", "VERB"]], [["NOUN", "NOUN"]], spans=False).figures
+    assert found["token_accuracy"] == 0.5 and "f1" not in found
+    assert found["macro_f1"] == pytest.approx((2 / 3 + 0) / 2)
 
 
 # SQuAD v2.0's definition, written from the paper's text in another way than the module's.

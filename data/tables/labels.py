@@ -43,7 +43,7 @@ def tag_labels(values: Iterable[Any], what: str) -> list[str]:
     """Tags with O first; every entity type gets all the prefixes (B, I, …) that the set uses."""
     found = set(infer_labels(values, what))
     prefixes = {tag[0] for tag in found if tag[1:2] == "-"}
-    if prefixes and prefixes <= set("BIESLU") and all(t == "O" or t[1:2] == "-" for t in found):
+    if prefixes and prefixes <= set("BIESLUMW") and all(t == "O" or t[1:2] == "-" for t in found):
         types = {tag[2:] for tag in found if tag != "O"}
         found |= {f"{prefix}-{kind}" for prefix in prefixes for kind in types}
         return sorted(found, key=lambda tag: (tag != "O", tag[2:], tag))

@@ -13,9 +13,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table as Grid
 
+from nanolm.checkpoint.checkpoints import locate
 from nanolm.checkpoint.container import read_json
 from nanolm.errors import require
-from nanolm.finetune.tasks.metrics import LOWER_IS_BETTER
+from nanolm.registry import OBJECTIVES
+from nanolm.saved import read_config
 
 POSITIONAL = ("run", "other")
 
@@ -36,7 +38,8 @@ def run(arguments: Arguments) -> None:
     """Print both runs' figures and the difference."""
     places = (pathlib.Path(arguments.run), pathlib.Path(arguments.other))
     mine, others = (evaluation(place, arguments.split) for place in places)
-    metrics = {read_json(place, "summary.json")["metric"] for place in places}
+    summaries = [read_json(place, "summary.json") for place in places]
+    metrics = {summary["metric"] for summary in summaries}
     require(
         len(metrics) == 1 and mine["rows"] == others["rows"],
         f"{places[0]} and {places[1]} were not evaluated alike: {mine['rows']} and "
@@ -50,7 +53,17 @@ def run(arguments: Arguments) -> None:
         grid.add_row(name, *(f"{v:.4f}" for v in values), f"{values[0] - values[1]:+.4f}")
     console = Console()
     console.print(grid)
-    console.print(verdict(metric, left[metric], right[metric], places), highlight=False)
+    higher = direction(places[0], summaries[0])
+    console.print(verdict(metric, left[metric], right[metric], places, higher), highlight=False)
+
+
+def direction(place: pathlib.Path, summary: dict[str, Any]) -> bool:
+    """Whether more of the figure that chose a run's checkpoint is better: as its summary says, or
+    in a run whose summary is too old to say so, as its task declares."""
+    if "higher_is_better" in summary:
+        return summary["higher_is_better"]
+    options = read_config(locate(place)).objective
+    return dict(OBJECTIVES.get(options.name).build.metrics(options))[summary["metric"]]
 
 
 def evaluation(place: pathlib.Path, split: str) -> dict[str, Any]:
@@ -64,10 +77,14 @@ def evaluation(place: pathlib.Path, split: str) -> dict[str, Any]:
 
 
 def verdict(
-    metric: str, value: float, other: float, places: tuple[pathlib.Path, pathlib.Path]
+    metric: str,
+    value: float,
+    other: float,
+    places: tuple[pathlib.Path, pathlib.Path],
+    higher_is_better: bool,
 ) -> str:
     """One line: which is better, and by how much."""
-    gain = (other - value) if metric in LOWER_IS_BETTER else (value - other)
+    gain = (value - other) if higher_is_better else (other - value)
     word = "better" if gain > 0 else "worse" if gain < 0 else "neither better nor worse"
     amount = f"{abs(gain):.4f} " if gain else ""
     return f"{metric}: {places[0]} reaches {value:.4f}, {places[1]} {other:.4f}: {amount}{word}"

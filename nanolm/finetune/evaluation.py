@@ -6,12 +6,14 @@ are summed as in pretraining. In fine-tuning's loop this takes the place of `eva
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nanolm.data.permutation import Permutation
 from nanolm.data.tables.splits import pick
 from nanolm.data.tables.stream import TaskStream
 from nanolm.distributed.world import World
@@ -33,10 +35,9 @@ class TaskEvaluator:
     def __init__(
         self, split: Split, world: World, *, batch: int, limit: int | None = None, seed: int = 0
     ) -> None:
-        items = split.items[:limit] if limit else split.items
-        self.split, self.world, self.batch = split, world, batch
-        self.stream = TaskStream(items, seed=seed, name=split.table.path)
-        self.table = pick(split.table, list(range(items[-1].record + 1)))
+        self.split = drawn(split, limit) if limit else split
+        self.world, self.batch, self.table = world, batch, self.split.table
+        self.stream = TaskStream(self.split.items, seed=seed, name=split.table.path)
         self.report: Report | None = None
         self.predictions: list[Prediction] = []
 
@@ -65,6 +66,30 @@ class TaskEvaluator:
     def _batches(self, engine: Engine) -> Iterator[MicroBatch]:
         task = engine.learner.objective
         return eval_batches(self.stream, task, self.batch, self.world.rank, self.world.size)
+
+
+def drawn(split: Split, limit: int) -> Split:
+    """A keyed sample of whole records, as many as have at most `limit` items and at least one: a
+    file may be sorted, and figures of half a record mean nothing. The same for every run."""
+    items_of: dict[int, list[Item]] = {}
+    for item in split.items:
+        items_of.setdefault(item.record, []).append(item)
+    order = Permutation(len(split.table), (limit,))
+    chosen: list[int] = []
+    n_items = 0
+    for place in range(len(split.table)):
+        record = int(order([place])[0])
+        n_items += len(items_of[record])
+        if chosen and n_items > limit:
+            break
+        chosen.append(record)
+    chosen.sort()
+    items = [
+        dataclasses.replace(item, record=number)
+        for number, record in enumerate(chosen)
+        for item in items_of[record]
+    ]
+    return dataclasses.replace(split, table=pick(split.table, chosen), items=items)
 
 
 def evaluated(

@@ -21,13 +21,19 @@ class PromptGenerator(Generator):
         return self.saved.learner.objective.prompt_tokens(text).tolist()
 
 
-def write_answers(saved: Saved, table: Table, batch: int) -> list[dict[str, Any]]:
-    """{"text": …} for each record: the most probable continuation, token by token."""
+def write_answers(
+    saved: Saved, table: Table, batch: int, *, with_gold: bool = False
+) -> list[dict[str, Any]]:
+    """{"text": …} for each record: the most probable continuation, token by token; with gold, in
+    the place of the answer that the record has."""
     task = saved.learner.objective
     generator = PromptGenerator(saved)
     found: list[dict[str, Any]] = []
     for start in range(0, len(table), batch):
-        prompts = [task.prompt(record) for record in table.records[start : start + batch]]
+        prompts = [
+            task.prompt(record, with_gold=with_gold)
+            for record in table.records[start : start + batch]
+        ]
         texts = write(
             generator,
             prompts,

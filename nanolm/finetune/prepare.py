@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import hashlib
 import pathlib
-from collections.abc import Mapping
 from typing import Any
 
 from nanolm import build
@@ -23,7 +22,7 @@ from nanolm.data.tables.files import Table
 from nanolm.data.tables.stream import TaskStream
 from nanolm.data.tokenizer import MODEL_FILE, Tokenizer
 from nanolm.distributed.world import World
-from nanolm.errors import UserError, require
+from nanolm.errors import require
 from nanolm.finetune.config import TaskConfig
 from nanolm.finetune.evaluation import TaskEvaluator
 from nanolm.finetune.several import MixedSplit, MultiEvaluator, joined, mixed, resolve_parts
@@ -35,7 +34,6 @@ from nanolm.finetune.splits import (
     training_tables,
 )
 from nanolm.finetune.tasks.base import Task
-from nanolm.finetune.tasks.metrics import LOWER_IS_BETTER
 from nanolm.finetune.tasks.multi import Multi
 from nanolm.learner import Learner
 from nanolm.peft.files import begin_adapter
@@ -86,6 +84,7 @@ def prepare(config: TaskConfig) -> Prepared:
             make(name, table, task, config.data)
             for (name, make), table in zip(makers.items(), tables)
         )
+    check_metric(config.eval.metric, task, val)
     config = count_steps(config, len(train.items))
     facts = {"data_hash": digest(tables), "tokenizer_hash": tokenizer.hash}
     return Prepared(config, base, tokenizer, task, train, val, facts)
@@ -130,9 +129,32 @@ def resolve(config: TaskConfig, task: type[Task], tokenizer: Tokenizer, train: T
     config = build.resolve(config, tokenizer)
     require_fields(train, task.gold_fields(config.objective))
     options = task.resolve(config.objective, train)
-    metric = config.eval.metric or task.metric
+    metric = config.eval.metric or task.metric_of(options)
     return dataclasses.replace(
         config, objective=options, eval=dataclasses.replace(config.eval, metric=metric)
+    )
+
+
+def check_metric(metric: str, task: Task, val: Split) -> None:
+    """Raises UserError for a figure to choose by that evaluating `val` will not give."""
+    known = [name for name, _ in task.metrics(task.options)]
+    require(
+        metric in known,
+        f"eval.metric={metric} is no figure of this task; there are {', '.join(known)}",
+    )
+    if isinstance(val, MixedSplit):
+        names = [
+            f"{name}/{figure}"
+            for name, part in val.parts.items()
+            for figure in task.parts[name].offered(part.table)
+        ]
+        names += [name for name in known if "/" not in name]
+    else:
+        names = task.offered(val.table)
+    require(
+        metric in names,
+        f"eval.metric={metric} cannot be counted on {val.table.path} while it is trained; choose "
+        f"by one of {', '.join(names)}",
     )
 
 
@@ -245,12 +267,3 @@ def build_throughput(config: TaskConfig, train: Split, world: World) -> Throughp
     flops = train_flops_per_token(config.model, length, predicted_share=0.0)
     peak, _ = peak_flops(world.device, config.train.precision)
     return Throughput(tokens, flops * tokens, peak and peak * world.size)
-
-
-def badness(metric: str, figures: Mapping[str, float]) -> float:
-    """What the best checkpoint has least of; raises UserError for a figure that there is not."""
-    if metric not in figures:
-        raise UserError(
-            f"eval.metric={metric} is no figure of this task; there are {', '.join(figures)}"
-        )
-    return figures[metric] if metric in LOWER_IS_BETTER else -figures[metric]

@@ -81,9 +81,10 @@ def spread(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """{metric, best_val, val: {figure: {values, mean, std}}}; std is the sample's, over n - 1."""
     best = [summary["best_val"] for summary in summaries]
     values = {f"best {summaries[0]['metric']}": best} if None not in best else {}
-    values |= {
-        name: [summary["val"][name] for summary in summaries] for name in summaries[0]["val"]
-    }
+    every = [summary["val"] for summary in summaries]
+    # A fold may lack a figure that others have, such as roc_auc where only one class is held out.
+    common = [name for name in every[0] if all(name in figures for figures in every)]
+    values |= {name: [figures[name] for figures in every] for name in common}
     figures = {
         name: {
             "values": each,

@@ -43,7 +43,7 @@ def evaluate_task(
     figures = evaluator(engine) or {}
     report, predictions = evaluator.report, evaluator.predictions
     if task.generates:
-        predictions = write_answers(saved, found.table, rows)
+        predictions = write_answers(saved, found.table, rows, with_gold=True)
         report = task.report(found.table, predictions)
         figures |= report.figures
     if world.is_main:

@@ -22,7 +22,6 @@ from nanolm.finetune.config import TaskConfig
 from nanolm.finetune.evaluation import TaskEvaluator
 from nanolm.finetune.model_card import write_card
 from nanolm.finetune.prepare import (
-    badness,
     build_evaluator,
     build_throughput,
     check_scope,
@@ -129,19 +128,27 @@ class FineTuning(Plan):
         """Counts real tokens."""
         return build_throughput(self.config, self.train, world)
 
+    @property
+    def higher_is_better(self) -> bool:
+        """The direction of eval.metric, as the task declares it."""
+        return dict(self.objective.metrics(self.config.objective))[self.config.eval.metric]
+
     def badness(self, figures: Mapping[str, float]) -> float:
         """eval.metric, turned round where more is better."""
-        return badness(self.config.eval.metric, figures)
+        value = figures[self.config.eval.metric]
+        return -value if self.higher_is_better else value
 
     def summarise(self, trainer: Trainer, figures: Mapping[str, float]) -> dict[str, Any]:
         """What was trained on, and the best and the last of the val split."""
-        best, score = trainer.snapshot.checkpoints.best(), trainer.state.best
+        best, badness = trainer.snapshot.checkpoints.best(), trainer.state.best
+        score = -badness if self.higher_is_better and badness is not None else badness
         return {
             "trained_params": trainable_counts(trainer.engine.learner)[0],
             "train_records": len(self.train.table),
             "val_records": len(self.val.table),
             "metric": self.config.eval.metric,
-            "best_val": None if score is None else abs(score),
+            "higher_is_better": self.higher_is_better,
+            "best_val": score,
             "best_step": best and int(best.name.removeprefix("step-")),
             "val": figures,
         }

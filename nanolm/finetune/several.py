@@ -22,7 +22,7 @@ from nanolm.errors import UserError, require
 from nanolm.finetune.config import TaskConfig
 from nanolm.finetune.evaluation import TaskEvaluator
 from nanolm.finetune.splits import Split
-from nanolm.finetune.tasks.metrics import LOWER_IS_BETTER, Report
+from nanolm.finetune.tasks.metrics import Report
 from nanolm.finetune.tasks.multi import Multi, PartItem, own_heads, part_configs
 from nanolm.learner import Learner
 from nanolm.saved import Saved
@@ -56,7 +56,7 @@ def resolve_parts(
         }
         config = dataclasses.replace(config, model=own.model)
     objective = dataclasses.replace(config.objective, tasks=tasks)
-    metric = config.eval.metric or Multi.metric
+    metric = config.eval.metric or Multi.metric_of(objective)
     evaluation = dataclasses.replace(config.eval, metric=metric)
     return dataclasses.replace(config, objective=objective, eval=evaluation), found
 
@@ -89,7 +89,7 @@ def mixed(task: Multi, split: MixedSplit, seed: int) -> MixedTaskStream:
 
 class MultiEvaluator:
     """Evaluates each task on its own split; figures are called NAME/figure, and `score` is the mean
-    of the tasks' own metrics where each of them is the better the higher it is."""
+    of the tasks' own metrics where it means something (`Multi.metric_of`)."""
 
     def __init__(self, parts: Mapping[str, TaskEvaluator]) -> None:
         self.parts = dict(parts)
@@ -106,11 +106,13 @@ class MultiEvaluator:
             if figures is None:
                 return None
             found |= {f"{name}/{key}": value for key, value in figures.items()}
-        own = {name: part.metric for name, part in multi.parts.items()}
+        own = {name: part.metric_of(part.options) for name, part in multi.parts.items()}
         means = {term: found[term] for term in multi.weights if term in found}
         found = {"loss": total_loss(means, multi.weights)} | found
-        if not any(metric in LOWER_IS_BETTER for metric in own.values()):
-            found["score"] = sum(found[f"{n}/{metric}"] for n, metric in own.items()) / len(own)
+        if multi.metric_of(multi.options) == multi.metric:
+            found[multi.metric] = sum(found[f"{n}/{metric}"] for n, metric in own.items()) / len(
+                own
+            )
         return found
 
 

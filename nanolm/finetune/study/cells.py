@@ -44,6 +44,7 @@ class Cell:
     setting: Overrides
     words: tuple[str, ...]
     metric: str
+    higher_is_better: bool
     key: str
     run: pathlib.Path
 
@@ -79,10 +80,11 @@ def build_cell(
     config = load_task_config(words, shape_of)
     require(config.data.path is not None, f"rows: {row.name} has no data.path")
     key = identity(config, defaults)
-    metric = config.eval.metric or task_metric(config)
+    metric, higher_is_better = chosen_by(config)
     run = pathlib.Path(study.out) / study.name / f"{slug(row.name)}-{slug(variant)}-{key}"
     words.append(f"--run.dir={run}")
-    return Cell(row.name, variant, seed, setting, tuple(words), metric, key, run)
+    words = tuple(words)
+    return Cell(row.name, variant, seed, setting, words, metric, higher_is_better, key, run)
 
 
 def filled(value: Any, study: StudyConfig) -> Any:
@@ -109,11 +111,19 @@ def slug(name: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in name).strip("-").lower() or "all"
 
 
-def task_metric(config: TaskConfig) -> str:
-    """The task's own figure."""
+def chosen_by(config: TaskConfig) -> tuple[str, bool]:
+    """(the figure that chooses, whether more of it is better); raises UserError for one that the
+    task has not."""
     from nanolm.finetune.prepare import task_of  # noqa: PLC0415
 
-    return task_of(config).metric
+    task = task_of(config)
+    known = dict(task.metrics(config.objective))
+    metric = config.eval.metric or task.metric_of(config.objective)
+    require(
+        metric in known,
+        f"eval.metric={metric} is no figure of this task; there are {', '.join(known)}",
+    )
+    return metric, known[metric]
 
 
 def train(cell: Cell) -> dict[str, Any]:
@@ -134,7 +144,7 @@ def train(cell: Cell) -> dict[str, Any]:
         "variant": cell.variant,
         "seed": cell.seed,
         "setting": cell.setting,
-        "metric": cell.metric,
+        "metric": summary["metric"],
         "val": summary["best_val"],
         "best_step": summary["best_step"],
         "steps": summary["steps"],

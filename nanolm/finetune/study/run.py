@@ -21,7 +21,6 @@ from nanolm.errors import UserError
 from nanolm.files import Finished
 from nanolm.finetune.study.cells import Cell, build_cell, drop_weights, end_running, test, train
 from nanolm.finetune.study.config import Overrides, RowConfig, StudyConfig
-from nanolm.finetune.tasks.metrics import LOWER_IS_BETTER
 
 Record = dict[str, Any]
 
@@ -131,11 +130,11 @@ class Study:
             self.results.put(cell.key, record)
         reached = {"val": record["val"]}
         if record["test"] is not None:
-            reached["test"] = record["test"][cell.metric]
+            reached["test"] = record["test"][record["metric"]]
         figures = ", ".join(f"{split} {value:.4f}" for split, value in reached.items())
         minutes = (time.perf_counter() - self.started) / 60
         self.note(
-            f"{minutes:5.1f} min  {cell.label}: {cell.metric} {figures}, "
+            f"{minutes:5.1f} min  {cell.label}: {record['metric']} {figures}, "
             f"{record['seconds']:.0f} s, {record['peak_mib']:.0f} MiB"
         )
         return record
@@ -145,7 +144,7 @@ def chosen(group: Group, tried: list[Record]) -> list[Cell]:
     """The cells of the setting that was best on val; the first of equals."""
     if not tried:
         return group.finals[0]
-    sign = 1 if group.tries[0].metric in LOWER_IS_BETTER else -1
+    sign = -1 if group.tries[0].higher_is_better else 1
     best = min(range(len(tried)), key=lambda i: sign * tried[i]["val"])
     return group.finals[best]
 

@@ -57,7 +57,7 @@ def beside(
     lines = []
     for row in dict.fromkeys(group.row.name for group, _ in found):
         config = next(r for r in study.rows if r.name == row)
-        metric = next(g.finals[0][0].metric for g, _ in found if g.row.name == row)
+        metric = next(metric_of(g, records) for g, records in found if g.row.name == row)
         bars = ["" if bar is None else f"{bar:.3f}" for bar in (config.yardstick, config.goal)]
         cells = [by_place.get((row, variant)) for variant in variants]
         lines.append([row, metric, *bars, *(on_test(records) for records in cells)])
@@ -73,7 +73,7 @@ def costs(
     lines = []
     for group, records in found:
         line = [group.row.name, *([group.variant] if len(study.variants) > 1 else [])]
-        line.append(group.finals[0][0].metric)
+        line.append(metric_of(group, records))
         if records is None:
             lines.append(line + [""] * (len(head) - len(line)))
             continue
@@ -82,6 +82,11 @@ def costs(
         line += [f"{records[0]['trained_params']:,}", f"{mean['seconds']:.0f}"]
         lines.append([*line, f"{mean['peak_mib']:.0f}"])
     return head, lines
+
+
+def metric_of(group: Group, records: list[Record] | None) -> str:
+    """The figure that chose: as the runs resolved it, or before there are any as configured."""
+    return records[0]["metric"] if records else group.finals[0][0].metric
 
 
 def on_test(records: list[Record] | None) -> str:

@@ -27,7 +27,7 @@ from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import UserError, require
 from nanolm.finetune.config import TaskConfig
 from nanolm.finetune.tasks.heads import Layout
-from nanolm.finetune.tasks.metrics import Report
+from nanolm.finetune.tasks.metrics import Metric, Report, lower
 from nanolm.model.heads import HeadRequest
 from nanolm.model.trunk import Inputs
 from nanolm.objectives.base import Draw, Term
@@ -94,7 +94,7 @@ class Task:
     gold: ClassVar[tuple[str, ...]] = ("label",)
     """Fields that it must have to be trained on or evaluated."""
     metric = "accuracy"
-    """The figure by which the best checkpoint is chosen."""
+    """The figure by which the best checkpoint is chosen; see `metric_of`."""
     generates = False
     """Whether predictions are written (`finetune/generation.py`) instead of read from answers."""
     term = "task"
@@ -140,6 +140,20 @@ class Task:
     def gold_fields(cls, options: TaskOptions) -> tuple[str, ...]:
         """The columns that training needs besides `fields`, as far as options say."""
         return cls.gold
+
+    @classmethod
+    def metrics(cls, options: TaskOptions) -> tuple[Metric, ...]:
+        """Every figure that evaluating it may give, each with its direction."""
+        return lower("loss", cls.term)
+
+    @classmethod
+    def metric_of(cls, options: TaskOptions) -> str:
+        """The figure by which the best checkpoint is chosen unless the user names another."""
+        return cls.metric
+
+    def offered(self, table: Table) -> list[str]:
+        """Names of the figures that evaluating these records gives while it is trained."""
+        return [metric.name for metric in self.metrics(self.options)]
 
     def check(self, record: Record, *, with_gold: bool) -> str | None:
         """Why a record cannot be used, in words, or None."""

@@ -24,11 +24,14 @@ from nanolm.data.tokenizer import Tokenizer
 from nanolm.finetune.tasks import metrics
 from nanolm.finetune.tasks.base import Item, Task, text_problem
 from nanolm.finetune.tasks.classify import HeadOptions, sequence_head
-from nanolm.finetune.tasks.metrics import Report
+from nanolm.finetune.tasks.metrics import Metric, Report, higher
 from nanolm.finetune.tasks.ragged import columns, ragged, within
 from nanolm.model.heads import HeadRequest
 from nanolm.objectives.base import Term, length_of
 from nanolm.registry import OBJECTIVES
+
+TIE = 1e-6
+"""Probabilities that are no further apart are equal, but for float32's rounding."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +56,11 @@ class Choose(Task):
     def requests(self, options: ChooseOptions) -> dict[str, HeadRequest]:
         """The heads that score candidates."""
         return {"choose": sequence_head(options, self.trunk, 1)}
+
+    @classmethod
+    def metrics(cls, options: ChooseOptions) -> tuple[Metric, ...]:
+        """The loss, accuracy and the mean reciprocal rank."""
+        return super().metrics(options) + higher("accuracy", "mrr")
 
     def check(self, record: Record, *, with_gold: bool) -> str | None:
         """A question, at least two candidates, and a label that names one of them."""
@@ -161,12 +169,13 @@ class Choose(Task):
         return found
 
     def report(self, table: Table, predictions: list[dict[str, Any]]) -> Report:
-        """Accuracy, and the mean reciprocal rank of the right candidate."""
+        """Accuracy, and the mean reciprocal rank of the right candidate; another one that is as
+        probable stands before it, so that a model that tells nothing apart is never right."""
         ranks = []
         for record, prediction in zip(table.records, predictions, strict=True):
-            values = prediction["probabilities"]
-            mine = values[self.right(record)]
-            ranks.append(1 + sum(value > mine for value in values))
-        right = [p["label"] == self.right(r) for r, p in zip(table.records, predictions)]
-        figures = {"accuracy": float(np.mean(right))}
+            values, choices = prediction["probabilities"], record["choices"]
+            right = self.right(record)
+            others = [v for v, text in zip(values, choices) if text != choices[right]]
+            ranks.append(1 + sum(value >= values[right] - TIE for value in others))
+        figures = {"accuracy": float(np.mean([rank == 1 for rank in ranks]))}
         return Report(figures | {"mrr": metrics.ranking(ranks)["mrr"]})

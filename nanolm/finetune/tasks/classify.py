@@ -24,7 +24,7 @@ from nanolm.errors import require
 from nanolm.finetune.tasks import metrics
 from nanolm.finetune.tasks.base import Item, PairOptions, Task, chosen, text_problem
 from nanolm.finetune.tasks.heads import Pooling, pooling_of
-from nanolm.finetune.tasks.metrics import Report
+from nanolm.finetune.tasks.metrics import Metric, Report
 from nanolm.model.heads import HeadRequest
 from nanolm.objectives.base import Term, length_of
 from nanolm.registry import OBJECTIVES
@@ -159,6 +159,21 @@ class Classify(Pooled):
         if weights == "balanced":
             weights = class_weights([v for v in values if label_text(v) in labels], labels)
         return dataclasses.replace(options, labels=labels, class_weights=weights)
+
+    @classmethod
+    def metrics(cls, options: ClassifyOptions) -> tuple[Metric, ...]:
+        """The loss, and what scikit-learn counts."""
+        return super().metrics(options) + metrics.CLASSIFICATION
+
+    def offered(self, table: Table) -> list[str]:
+        """Without roc_auc where there are not exactly two classes, both of them in the table; of
+        several labels a row without mcc too."""
+        names = super().offered(table)
+        if self.options.multi_label:
+            return [name for name in names if name not in ("mcc", "roc_auc")]
+        classes = {label_text(record["label"]) for record in table.records}
+        two = len(self.labels) == len(classes) == 2
+        return [name for name in names if two or name != "roc_auc"]
 
     def check_gold(self, record: Record) -> str | None:
         """Labels must be in the set."""

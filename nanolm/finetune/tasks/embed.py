@@ -28,10 +28,13 @@ from nanolm.errors import require
 from nanolm.finetune.tasks import metrics
 from nanolm.finetune.tasks.base import Item, Task, TaskOptions, text_problem
 from nanolm.finetune.tasks.heads import Pooling, pooling_of
-from nanolm.finetune.tasks.metrics import Report
+from nanolm.finetune.tasks.metrics import Metric, Report, higher
 from nanolm.model.heads import HeadRequest
 from nanolm.objectives.base import Term, length_of
 from nanolm.registry import OBJECTIVES
+
+TIE = 1e-6
+"""Cosines that are no further apart are equal: float32 gives one text that much in two batches."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +78,11 @@ class Embed(Task):
     def __init__(self, options: EmbedOptions, config: Config, tokenizer: Tokenizer) -> None:
         super().__init__(options, config, tokenizer)
         self.heads = {"embed": vector_head(options, self.trunk)}
+
+    @classmethod
+    def metrics(cls, options: EmbedOptions) -> tuple[Metric, ...]:
+        """The loss, and how the own positive ranks."""
+        return super().metrics(options) + higher("accuracy") + metrics.RANKING
 
     def check(self, record: Record, *, with_gold: bool) -> str | None:
         """Query, positive and negatives must be texts."""
@@ -154,7 +162,9 @@ class Embed(Task):
         documents_AD = vectors[np.sort(list(kept.values())), 1]
         similarity_NA = vectors[:, 0] @ documents_AD.T
         mine_N = similarity_NA[np.arange(len(texts)), own_N]
-        ranks_N = 1 + (similarity_NA > mine_N[:, None]).sum(axis=1)
+        # Its own document is among those that are as near. One more that is as near is a tie, and a
+        # tie is no hit: a model that tells nothing apart finds nothing.
+        ranks_N = (similarity_NA >= mine_N[:, None] - TIE).sum(axis=1)
         logits_NA = similarity_NA.astype(np.float64) / self.options.temperature
         top_N = logits_NA.max(axis=1)
         total_N = top_N + np.log(np.exp(logits_NA - top_N[:, None]).sum(axis=1))

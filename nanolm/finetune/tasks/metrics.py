@@ -16,15 +16,31 @@ import re
 import string
 import unicodedata
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from nanolm.data.tokenizer import UNSPACED
 from nanolm.errors import UserError
 
-LOWER_IS_BETTER = ("loss", "mse", "mae", "nll", "perplexity")
+
+class Metric(NamedTuple):
+    """A figure's name, and whether more of it is better: what the best checkpoint, the choice of a
+    study and a comparison go by."""
+
+    name: str
+    higher_is_better: bool
+
+
+def higher(*names: str) -> tuple[Metric, ...]:
+    """Figures of which more is better."""
+    return tuple(Metric(name, True) for name in names)
+
+
+def lower(*names: str) -> tuple[Metric, ...]:
+    """Figures of which less is better."""
+    return tuple(Metric(name, False) for name in names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +61,11 @@ def library(name: str) -> Any:
         raise UserError(
             f"metrics of tasks need {name.split('.')[0]}: pip install 'nanolm[finetune]'"
         ) from None
+
+
+PRECISION_RECALL_F1 = ("precision", "recall", "f1")
+AVERAGES = [f"{a}_{n}" for a in ("macro", "micro", "weighted") for n in PRECISION_RECALL_F1]
+CLASSIFICATION = higher("accuracy", *AVERAGES, "mcc", "roc_auc")
 
 
 def classification(
@@ -73,8 +94,8 @@ def _averages(metrics: Any, gold: Any, predicted: Any, labels: list[int]) -> dic
         values = metrics.precision_recall_fscore_support(
             gold, predicted, labels=labels, average=average, zero_division=0
         )
-        names = ("precision", "recall", "f1")
-        figures |= {f"{average}_{name}": float(v) for name, v in zip(names, values)}
+        names = [f"{average}_{name}" for name in PRECISION_RECALL_F1]
+        figures |= {name: float(value) for name, value in zip(names, values)}
     return figures
 
 
@@ -91,10 +112,13 @@ def multi_label(gold_NC: np.ndarray, probabilities_NC: np.ndarray, labels: Seque
     return Report(figures, text)
 
 
+REGRESSION = (*lower("mse", "mae"), *higher("pearson", "spearman"))
+
+
 def regression(gold_NC: np.ndarray, predicted_NC: np.ndarray) -> Report:
     """Mean squared and absolute error, Pearson and Spearman correlation (means over the columns).
 
-    A correlation with a constant is 0.
+    A correlation with a constant is 0, and so is one with what differs by float32's rounding only.
     """
     stats = library("scipy.stats")
     error = predicted_NC - gold_NC
@@ -106,31 +130,49 @@ def regression(gold_NC: np.ndarray, predicted_NC: np.ndarray) -> Report:
 
 
 def _correlation(function: Callable, x: np.ndarray, y: np.ndarray) -> float:
-    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+    rounding = 4 * np.finfo(np.float32).eps * np.abs(y).max()
+    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) <= rounding:
         return 0.0
     return float(function(x, y)[0])
 
 
-def tagging(gold: list[list[str]], predicted: list[list[str]]) -> Report:
+TAGGING = higher(
+    "token_accuracy", *PRECISION_RECALL_F1, *(f"macro_{name}" for name in PRECISION_RECALL_F1)
+)
+SPAN_PREFIXES = "BIESLUMW"
+"""How the tags of spans begin: Begin, Inside, End or Last, Single or Unit or Whole, Middle."""
+
+
+def marks_spans(tags: Iterable[str]) -> bool:
+    """Whether tags mark where entities begin and end: BIO, BIOES and the like."""
+    return all(tag == "O" or (tag[:1] in SPAN_PREFIXES and tag[1:2] == "-") for tag in tags)
+
+
+TO_SEQEVAL = str.maketrans("LUWM", "ESSI")
+"""The schemes BILOU and BMEWO in the letters of BIOES, the only ones that seqeval knows."""
+
+
+def tagging(gold: list[list[str]], predicted: list[list[str]], *, spans: bool) -> Report:
     """Entity precision, recall and F1 as seqeval counts them (one entity right = span and type);
-    accuracy of tokens. Tags without BIO prefixes (parts of speech) get scikit-learn's report."""
+    accuracy of tokens. Tags that mark no spans (parts of speech, numbers) have no entities: theirs
+    are scikit-learn's figures, and none of them is called F1 without saying of what."""
     flat_gold = [tag for tags in gold for tag in tags]
     flat_predicted = [tag for tags in predicted for tag in tags]
     right = np.array([g == p for g, p in zip(flat_gold, flat_predicted)], dtype=float)
     figures = {"token_accuracy": float(right.mean()) if len(right) else 0.0}
-    if not all(tag == "O" or tag[1:2] == "-" for tag in flat_gold):
+    if not spans:
         metrics = library("sklearn.metrics")
         values = metrics.precision_recall_fscore_support(
             flat_gold, flat_predicted, average="macro", zero_division=0
         )
-        figures |= {f"macro_{n}": float(v) for n, v in zip(("precision", "recall", "f1"), values)}
-        figures["f1"] = figures["token_accuracy"]
+        figures |= {f"macro_{n}": float(v) for n, v in zip(PRECISION_RECALL_F1, values)}
         text = metrics.classification_report(flat_gold, flat_predicted, digits=4, zero_division=0)
         return Report(figures, text)
+    gold, predicted = ([list(map(as_bioes, tags)) for tags in side] for side in (gold, predicted))
     metrics = library("seqeval.metrics")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # seqeval warns where a class has no sample
-        for name in ("precision", "recall", "f1"):
+        for name in PRECISION_RECALL_F1:
             function = getattr(metrics, f"{name}_score")
             figures[name] = float(function(gold, predicted, zero_division=0))
         any_entity = any(tag != "O" for tag in flat_gold + flat_predicted)
@@ -140,6 +182,11 @@ def tagging(gold: list[list[str]], predicted: list[list[str]]) -> Report:
             else None
         )
     return Report(figures, text)
+
+
+def as_bioes(tag: str) -> str:
+    """A tag of any span scheme with the prefix that BIOES has for it."""
+    return tag[:1].translate(TO_SEQEVAL) + tag[1:]
 
 
 # Reading comprehension: SQuAD's evaluation script v1.1 and v2.0 (Rajpurkar et al. 2016, 2018).
@@ -182,6 +229,11 @@ def overlap_f1(gold: list[str], predicted: list[str]) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
+READING = higher(
+    *(f"{of}{name}" for of in ("", "has_answer_", "no_answer_") for name in ("exact_match", "f1"))
+)
+
+
 def reading(golds: list[list[str]], predicted: list[str], *, by_character: bool = False) -> Report:
     """Exact match and F1, each question by its best gold answer; no gold means no answer."""
     exact, f1 = [], []
@@ -200,6 +252,9 @@ def reading(golds: list[list[str]], predicted: list[str], *, by_character: bool 
     return Report(figures)
 
 
+RANKING = higher("mrr", "recall@1", "recall@5", "recall@10")
+
+
 def ranking(ranks: Sequence[int], cutoffs: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
     """Mean reciprocal rank and recall@k of the ranks (from 1) of the right candidates."""
     ranks_N = np.asarray(ranks, dtype=float)
@@ -207,28 +262,35 @@ def ranking(ranks: Sequence[int], cutoffs: Sequence[int] = (1, 5, 10)) -> dict[s
     return {"mrr": float((1 / ranks_N).mean()), **recalls}
 
 
+GENERATION = higher("exact_match", "bleu", "chrf", "rouge1", "rouge2", "rougeL")
+
+
 def generation(golds: list[str], predicted: list[str]) -> Report:
-    """Exact match, BLEU and chrF (sacrebleu; characters where the script is unspaced), ROUGE F1."""
+    """Exact match, BLEU and chrF (sacrebleu; characters where the script is unspaced), ROUGE F1.
+
+    BLEU's n-grams are no longer than the longest text, or short texts that are all right had 0.
+    """
     sacrebleu = library("sacrebleu")
     unspaced = sum(len(UNSPACED.findall(text)) for text in golds)
     chinese = unspaced > 0.3 * max(1, sum(map(len, golds)))
-    bleu = sacrebleu.corpus_bleu(predicted, [golds], tokenize="zh" if chinese else "13a")
+    bleu_of = sacrebleu.BLEU(tokenize="zh" if chinese else "13a", effective_order=True)
+    bleu = bleu_of.corpus_score(predicted, [golds])
     figures = {
         "exact_match": float(np.mean([g.strip() == p.strip() for g, p in zip(golds, predicted)])),
         "bleu": float(bleu.score),
         "chrf": float(sacrebleu.corpus_chrf(predicted, [golds]).score),
     }
     scorer = library("rouge_score.rouge_scorer")
-    spaced = _Characters() if chinese else None
-    rouge = scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=spaced)
+    rouge = scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=_Words())
     scores = [rouge.score(g, p) for g, p in zip(golds, predicted)]
     for name in ("rouge1", "rouge2", "rougeL"):
         figures[name] = float(np.mean([score[name].fmeasure for score in scores]))
     return Report(figures)
 
 
-class _Characters:
-    """rouge-score's tokenizer interface: characters of unspaced scripts, words of others."""
+class _Words:
+    """rouge-score's tokenizer interface, for every script: its own drops all but a-z and 0-9. Words
+    are the same where there is nothing else; of unspaced scripts, every character is one."""
 
     def tokenize(self, text: str) -> list[str]:
         """The pieces of a text."""

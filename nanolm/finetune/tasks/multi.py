@@ -25,10 +25,12 @@ from torch import Tensor, nn
 
 from nanolm.config.load import load_config
 from nanolm.config.schema import Config
+from nanolm.config.typed import instance
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import UserError, require
 from nanolm.finetune.config import TaskConfig
 from nanolm.finetune.tasks.base import Item, Task, TaskOptions
+from nanolm.finetune.tasks.metrics import Metric, higher, lower
 from nanolm.model.heads import HeadRequest
 from nanolm.objectives.base import Term
 from nanolm.registry import OBJECTIVES
@@ -68,6 +70,23 @@ class MultiOptions(TaskOptions):
             all(given) or not any(given),
             "objective.tasks: give every task a share, or none of them",
         )
+
+
+def parts_of(options: MultiOptions) -> dict[str, tuple[type[Task], TaskOptions]]:
+    """{task: its class and its options, as far as they are known}."""
+    found = {}
+    for name, mapping in options.tasks.items():
+        given = mapping["objective"]
+        given = {"name": given} if isinstance(given, str) else given
+        entry = OBJECTIVES.get(given["name"])
+        found[name] = (entry.build, instance(entry.options, given, f"objective.tasks.{name}"))
+    return found
+
+
+def _all_higher(options: MultiOptions) -> bool:
+    return all(
+        dict(part.metrics(own))[part.metric_of(own)] for part, own in parts_of(options).values()
+    )
 
 
 def part_configs(config: TaskConfig) -> dict[str, TaskConfig]:
@@ -124,6 +143,22 @@ class Multi(Task):
         for name, own in self.configs.items():
             part = OBJECTIVES.get(own.objective.name).build(own.objective, own, tokenizer)
             self._add(name, part, options.tasks[name].get("weight") or 1.0)
+
+    @classmethod
+    def metrics(cls, options: MultiOptions) -> tuple[Metric, ...]:
+        """The loss, every task's figures as NAME/figure, and `score`, their own metrics' mean."""
+        parts = [
+            Metric(f"{name}/{figure}", is_higher)
+            for name, (part, own) in parts_of(options).items()
+            for figure, is_higher in part.metrics(own)
+        ]
+        return (*lower("loss"), *parts, *(higher(cls.metric) if _all_higher(options) else ()))
+
+    @classmethod
+    def metric_of(cls, options: MultiOptions) -> str:
+        """`score`; the loss where a task's own metric is the better the lower it is, since a mean
+        of such figures says nothing."""
+        return cls.metric if _all_higher(options) else "loss"
 
     def _add(self, name: str, part: Task, weight: float) -> None:
         where = f"objective.tasks.{name}"

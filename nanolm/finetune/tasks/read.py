@@ -30,7 +30,7 @@ from nanolm.data.tokenizer import UNSPACED, Tokenizer
 from nanolm.errors import require
 from nanolm.finetune.tasks import metrics
 from nanolm.finetune.tasks.base import Item, PairOptions, Sequence, Task, text_problem
-from nanolm.finetune.tasks.metrics import Report
+from nanolm.finetune.tasks.metrics import Metric, Report, higher
 from nanolm.finetune.tasks.ragged import columns, ragged, within
 from nanolm.finetune.tasks.spans import Answer, answers_of, cut_out, find_nearest, token_span
 from nanolm.model.heads import HeadRequest
@@ -118,6 +118,18 @@ class Read(Task):
             no_answer=none if options.no_answer is None else options.no_answer,
             by_character=unspaced if options.by_character is None else options.by_character,
         )
+
+    @classmethod
+    def metrics(cls, options: ReadOptions) -> tuple[Metric, ...]:
+        """The loss, the accuracy of windows, and SQuAD's figures."""
+        return super().metrics(options) + higher("accuracy") + metrics.READING
+
+    def offered(self, table: Table) -> list[str]:
+        """The figures of each kind of question only where both kinds are there."""
+        n_answered = sum(bool(answers_of(record)) for record in table.records)
+        both = 0 < n_answered < len(table)
+        names = super().offered(table)
+        return [name for name in names if both or "_answer_" not in name]
 
     def check(self, record: Record, *, with_gold: bool) -> str | None:
         """Texts must be there, and answers stand where they say."""

@@ -24,7 +24,7 @@ from nanolm.errors import UserError, require
 from nanolm.finetune.tasks import metrics
 from nanolm.finetune.tasks.base import Item
 from nanolm.finetune.tasks.classify import Pooled, PooledOptions, sequence_head
-from nanolm.finetune.tasks.metrics import Report
+from nanolm.finetune.tasks.metrics import Metric, Report
 from nanolm.objectives.base import Term, length_of
 from nanolm.registry import OBJECTIVES
 
@@ -75,6 +75,11 @@ class Regress(Pooled):
             mean=options.mean or [round(float(m), 6) for m in mean],
             std=options.std or [round(float(s), 6) or 1.0 for s in std],
         )
+
+    @classmethod
+    def metrics(cls, options: RegressOptions) -> tuple[Metric, ...]:
+        """The loss, errors and correlations."""
+        return super().metrics(options) + metrics.REGRESSION
 
     def check_gold(self, record: Record) -> str | None:
         """Scores must be numbers."""

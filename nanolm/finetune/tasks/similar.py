@@ -24,7 +24,7 @@ from nanolm.errors import UserError, require
 from nanolm.finetune.tasks import metrics
 from nanolm.finetune.tasks.base import Item, Task, text_problem
 from nanolm.finetune.tasks.embed import VectorOptions, vector_head
-from nanolm.finetune.tasks.metrics import Report
+from nanolm.finetune.tasks.metrics import Metric, Report, higher
 from nanolm.finetune.tasks.regress import number
 from nanolm.objectives.base import Term, length_of
 from nanolm.registry import OBJECTIVES
@@ -74,6 +74,11 @@ class Similar(Task):
         low = min(scores) if options.low is None else options.low
         high = max(scores) if options.high is None else options.high
         return dataclasses.replace(options, low=low, high=high)
+
+    @classmethod
+    def metrics(cls, options: SimilarOptions) -> tuple[Metric, ...]:
+        """The loss and the correlations."""
+        return super().metrics(options) + higher("pearson", "spearman")
 
     def check(self, record: Record, *, with_gold: bool) -> str | None:
         """Two texts, and a number."""

@@ -26,7 +26,7 @@ from nanolm.data.tokenizer import UNSPACED, Tokenizer
 from nanolm.errors import require
 from nanolm.finetune.tasks import metrics
 from nanolm.finetune.tasks.base import Item, Task, TaskOptions, chosen
-from nanolm.finetune.tasks.metrics import Report
+from nanolm.finetune.tasks.metrics import Metric, Report, higher
 from nanolm.model.heads import HeadRequest
 from nanolm.objectives.base import Term, length_of
 from nanolm.registry import OBJECTIVES
@@ -71,6 +71,23 @@ class Tag(Task):
         """The tag set of the training records."""
         tags = [tag for record in table.records for tag in as_list(record.get("tags"))]
         return dataclasses.replace(options, labels=options.labels or tag_labels(tags, table.path))
+
+    @classmethod
+    def metrics(cls, options: TagOptions) -> tuple[Metric, ...]:
+        """The loss, and what seqeval or scikit-learn counts."""
+        return super().metrics(options) + higher("accuracy") + metrics.TAGGING
+
+    @classmethod
+    def metric_of(cls, options: TagOptions) -> str:
+        """F1 of entities where tags mark spans, else the accuracy of tokens."""
+        spans = metrics.marks_spans(options.labels or [])
+        return cls.metric if spans else "token_accuracy"
+
+    def offered(self, table: Table) -> list[str]:
+        """F1 of entities, or where tags mark no spans its mean over the tags."""
+        spans = metrics.marks_spans(self.labels)
+        absent = {f"{'macro_' if spans else ''}{name}" for name in metrics.PRECISION_RECALL_F1}
+        return [name for name in super().offered(table) if name not in absent]
 
     def check(self, record: Record, *, with_gold: bool) -> str | None:
         """Words must be there, not empty, and have one known tag each."""
@@ -178,7 +195,8 @@ class Tag(Task):
     def report(self, table: Table, predictions: list[dict[str, Any]]) -> Report:
         """As seqeval counts."""
         gold = [[str(tag) for tag in as_list(record["tags"])] for record in table.records]
-        return metrics.tagging(gold, [prediction["tags"] for prediction in predictions])
+        predicted = [prediction["tags"] for prediction in predictions]
+        return metrics.tagging(gold, predicted, spans=metrics.marks_spans(self.labels))
 
 
 def as_list(value: Any) -> list[Any]:
@@ -200,12 +218,12 @@ def spaced(words: list[str], spaces: str) -> list[str]:
 
 
 def entities(words: list[str], tags: list[str]) -> list[dict[str, Any]]:
-    """The spans that BIO or BIOES tags mark: type, start and stop (in words), words."""
+    """The spans that BIO, BIOES, BILOU or BMEWO tags mark: type, start, stop (in words), words."""
     found: list[dict[str, Any]] = []
     open_ = None
     for i, tag in enumerate(tags):
         prefix, _, kind = tag.partition("-")
-        begins = prefix in ("B", "S", "U") or open_ is None or open_["type"] != kind
+        begins = prefix in ("B", "S", "U", "W") or open_ is None or open_["type"] != kind
         if not kind:
             open_ = None
             continue
@@ -214,6 +232,6 @@ def entities(words: list[str], tags: list[str]) -> list[dict[str, Any]]:
             found.append(open_)
         open_["stop"] = i + 1
         open_["words"] = words[open_["start"] : i + 1]
-        if prefix in ("E", "L", "S", "U"):
+        if prefix in ("E", "L", "S", "U", "W"):
             open_ = None
     return found

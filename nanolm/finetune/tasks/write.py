@@ -23,7 +23,7 @@ from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import UserError, require
 from nanolm.finetune.tasks import metrics
 from nanolm.finetune.tasks.base import Item, Sequence, Task, text_problem
-from nanolm.finetune.tasks.metrics import Report
+from nanolm.finetune.tasks.metrics import Metric, Report, higher, lower
 from nanolm.model.heads import HeadRequest
 from nanolm.objectives.base import Term, TokenLossOptions, token_terms
 from nanolm.registry import OBJECTIVES
@@ -79,6 +79,17 @@ class Write(Task):
         chat = "messages" in table.columns if options.chat is None else options.chat
         return dataclasses.replace(options, chat=chat)
 
+    @classmethod
+    def metrics(cls, options: WriteOptions) -> tuple[Metric, ...]:
+        """The language model's figures, and those of what `nanolm evaluate` has it write."""
+        found = super().metrics(options) + lower("nll", "perplexity") + higher("accuracy")
+        return found + metrics.GENERATION
+
+    def offered(self, table: Table) -> list[str]:
+        """Nothing is written while it is trained."""
+        written = {metric.name for metric in metrics.GENERATION}
+        return [name for name in super().offered(table) if name not in written]
+
     def require_heads(self, fresh: list[str], base: str) -> None:
         """The vocabulary head must come from the base."""
         require("lm" not in fresh, f"{base} has no language-model head to write with")
@@ -105,15 +116,17 @@ class Write(Task):
             return "messages has no turn of the assistant"
         return None
 
-    def prompt(self, record: Record) -> str:
-        """The text before the answer."""
+    def prompt(self, record: Record, *, with_gold: bool = False) -> str:
+        """The text before the answer; with gold, before the one that a dialogue has as its last."""
         if not self.options.chat:
             try:
                 return self.options.template.format(**record)
             except (KeyError, IndexError) as error:
                 raise UserError(f"objective.template names {error}, which is no column") from None
         messages = record["messages"]
-        if messages[-1]["role"] == "assistant":
+        if with_gold:
+            messages = messages[: last_answer(messages)]
+        elif messages[-1]["role"] == "assistant":
             messages = messages[:-1]
         return "".join(map(self.message, messages)) + self.opening()
 
@@ -199,7 +212,14 @@ class Write(Task):
     def report(self, table: Table, predictions: list[dict[str, Any]]) -> Report:
         """Exact match, BLEU, chrF and ROUGE of what was written."""
         golds = [
-            record["messages"][-1]["content"] if self.options.chat else record["response"]
+            record["messages"][last_answer(record["messages"])]["content"]
+            if self.options.chat
+            else record["response"]
             for record in table.records
         ]
         return metrics.generation(golds, [prediction["text"] for prediction in predictions])
+
+
+def last_answer(messages: list[dict[str, str]]) -> int:
+    """Where the assistant's last turn stands in a dialogue that has one."""
+    return max(i for i, message in enumerate(messages) if message["role"] == "assistant")
