@@ -200,3 +200,24 @@ def test_the_remedies_for_other_data_work(prepared, bases, tmp_path):
     cli.run(["evaluate", str(bases / "run"), f"--data={tmp_path / 'again'}"])
     with pytest.raises(UserError, match="is one of 2 steps"):
         cli.run(["doctor", str(bases / "run"), "100000"])
+
+
+def test_times_of_the_summary_are_those_of_all_starts(prepared, tmp_path):
+    run, summaries, clocks = tmp_path / "run", [], []
+    for steps in (40, 40, 80, 80):  # one of two resumes finds nothing to do
+        more = (f"--train.steps={steps}", "--resume=auto", "--eval.batches=1")
+        began = time.perf_counter()
+        train(prepared, run, *more)
+        clocks.append(time.perf_counter() - began)
+        summaries.append(json.loads((run / "summary.json").read_text()))
+        newest = sorted(run.glob("checkpoints/step-*/trainer.json"))[-1]
+        spent = json.loads(newest.read_text())["seconds"]
+        summary = summaries[-1]
+        assert summary["tokens"] == steps * 5 * 48
+        assert summary["tokens"] / summary["tokens_per_second"] == pytest.approx(spent, rel=0.1)
+        assert spent < summary["seconds"] < sum(clocks)
+    seconds = [summary["seconds"] for summary in summaries]
+    assert seconds == sorted(seconds) and seconds[2] > seconds[0] + 0.5 * clocks[2]
+    assert summaries[1]["tokens_per_second"] == pytest.approx(
+        summaries[0]["tokens_per_second"], rel=0.02
+    )
