@@ -9,7 +9,7 @@ from typing import Any, Literal
 from nanolm.data.prepare.clean import CleaningOptions
 from nanolm.data.text_files import check_encoding
 from nanolm.data.tokenizer import Tokenizer
-from nanolm.errors import UserError
+from nanolm.errors import UserError, require_whole_path
 
 SAMPLE_BYTES_PER_PIECE = 300
 YOUNGER = ("encoding",)
@@ -74,6 +74,7 @@ class PrepareConfig:
     def check(self) -> None:
         """Raise UserError naming the first key that cannot be right."""
         check_encoding(self.encoding)
+        require_whole_path("out", self.out)
         for wrong, sentence in (
             (not self.sources, "sources is empty; name at least one file, folder or `stdlib`"),
             (self.shard_tokens < 1, "shard_tokens must be positive"),
