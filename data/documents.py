@@ -11,12 +11,6 @@ from collections.abc import Iterator
 from typing import IO
 
 DOCUMENT_BYTES = 1 << 20
-BINARY_PROBE_BYTES = 1 << 13
-
-
-def looks_binary(head: bytes) -> bool:
-    """Whether the first bytes of a file are no text: text holds no NUL."""
-    return b"\0" in head[:BINARY_PROBE_BYTES]
 
 
 def cut_point(block: bytes) -> int:
@@ -33,13 +27,8 @@ def cut_point(block: bytes) -> int:
 def blocks(file: IO[bytes], counts: Counter, limit: int = DOCUMENT_BYTES) -> Iterator[bytes]:
     """A stream as one document, cut into several when it is longer than the limit."""
     rest = b""
-    first = True
     while block := file.read(limit + 1 - len(rest)):
         rest += block
-        if first and looks_binary(rest):
-            counts["dropped/binary file"] += 1
-            return
-        first = False
         if len(rest) > limit:
             cut = cut_point(rest[:limit])
             yield rest[:cut]
@@ -68,9 +57,6 @@ def lines(
     A line beyond the limit is cut into several.
     """
     position = seek_line(file, begin)
-    if begin == 0 and looks_binary(peek(file)):
-        counts["dropped/binary file"] += 1
-        return
     rest = b""
     while position < end or rest:
         block = file.readline(limit + 1 - len(rest))
@@ -91,9 +77,6 @@ def lines(
 def paragraphs(file: IO[bytes], begin: int, end: int, counts: Counter) -> Iterator[bytes]:
     """Runs of lines between blank lines; a range ends at the first blank line at or after `end`."""
     position = seek_line(file, begin)
-    if begin == 0 and looks_binary(peek(file)):
-        counts["dropped/binary file"] += 1
-        return
     skipping = begin > 0
     held: list[bytes] = []
     size = 0
@@ -130,8 +113,3 @@ def seek_line(file: IO[bytes], begin: int) -> int:
         if block.endswith(b"\n"):
             break
     return position
-
-
-def peek(file: IO[bytes]) -> bytes:
-    """The next bytes of a stream without moving on."""
-    return file.peek(BINARY_PROBE_BYTES)[:BINARY_PROBE_BYTES]

@@ -25,3 +25,15 @@ def require_at_least(group: str, config: Any, **least: float) -> None:
     for key, bound in least.items():
         value = getattr(config, key)
         require(value is None or value >= bound, f"{group}.{key}={value} must be at least {bound}")
+
+
+def require_whole_path(key: str, path: str) -> None:
+    """Raises UserError for a folder to write whose name begins with a tilde.
+
+    No shell expands the one in `--run.dir=~/x` or in a YAML file: a folder called ~ would be made.
+    """
+    require(
+        not (path == "~" or path.startswith("~/")),
+        f"{key}={path} begins with ~, which nothing expands here; write the whole path, or "
+        f"./{path} for a folder of that name",
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -11,10 +10,11 @@ from torch import nn
 
 from nanolm import build
 from nanolm.checkpoint.checkpoints import load_trunk, locate
+from nanolm.checkpoint.facts import facts_of, require_same_facts
 from nanolm.config.schema import Config
 from nanolm.data.shards.directory import unigram_counts
 from nanolm.data.stream import RowStream
-from nanolm.data.tokenizer import Tokenizer
+from nanolm.data.tokenizer import MODEL_FILE, Tokenizer
 from nanolm.distributed.world import World
 from nanolm.errors import require
 from nanolm.learner import Learner
@@ -46,9 +46,12 @@ def plan(config: Config, tokenizer: Tokenizer) -> Pretraining:
     config = build.resolve(config, tokenizer)
     objective = build.build_objective(config, tokenizer)
     stream = build.build_stream(config, objective, "train")
-    facts = {"data_hash": data_hash(stream), "tokenizer_hash": tokenizer.hash}
     return Pretraining(
-        config=config, objective=objective, stream=stream, tokenizer=tokenizer, facts=facts
+        config=config,
+        objective=objective,
+        stream=stream,
+        tokenizer=tokenizer,
+        facts=facts_of(stream),
     )
 
 
@@ -57,7 +60,7 @@ class Pretraining(Plan):
 
     def start_weights(self, learner: Learner, checkpoint: pathlib.Path | None) -> list[str]:
         """Trunk and matching heads from config.init_from, and the adapter of config.peft."""
-        return start_from(self.config, learner, checkpoint)
+        return start_from(self.config, learner, checkpoint, self.facts["tokenizer_hash"])
 
     def evaluator(self, world: World) -> Evaluator:
         """That of the val split."""
@@ -76,19 +79,8 @@ class Pretraining(Plan):
         }
 
 
-def data_hash(stream: RowStream) -> str:
-    """One hash of all corpora with their weights."""
-    parts = [
-        f"{manifest.data_hash} {weight!r}"
-        for manifest, (_, weight) in zip(stream.manifests, stream.corpora, strict=True)
-    ]
-    if len(parts) == 1:
-        return stream.manifests[0].data_hash
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
 def start_from(
-    config: Config, learner: nn.Module, checkpoint: pathlib.Path | None = None
+    config: Config, learner: nn.Module, checkpoint: pathlib.Path | None, tokenizer_hash: str
 ) -> list[str]:
     """Fills the trunk and matching heads from config.init_from, and puts the adapter of config.peft
     on them; returns what to tell the user.
@@ -103,6 +95,12 @@ def start_from(
     if config.init_from is None or (checkpoint is not None and not adapted):
         return []
     base = locate(config.init_from)
+    require_same_facts(
+        base,
+        {"tokenizer_hash": tokenizer_hash},
+        f"its weights mean other tokens: prepare the data with --tokenizer {base}/{MODEL_FILE}, or "
+        f"leave out init_from",
+    )
     fresh = load_trunk(base, learner)
     heads = f"; fresh heads: {', '.join(fresh)}" if fresh else ""
     notes = [f"weights from {config.init_from}{heads}"]
@@ -116,6 +114,13 @@ def build_evaluator(
 ) -> Evaluator:
     """The evaluator of a split, with bytes and unigram costs of every token."""
     stream = build.build_stream(config, objective, split)
+    return evaluator_of(stream, config, objective, tokenizer, world)
+
+
+def evaluator_of(
+    stream: RowStream, config: Config, objective: Objective, tokenizer: Tokenizer, world: World
+) -> Evaluator:
+    """The evaluator of the rows of a stream."""
     counts = sum(
         unigram_counts(folder, manifest)
         for (folder, _), manifest in zip(stream.corpora, stream.manifests, strict=True)

@@ -124,13 +124,14 @@ def carry_out(plan: Plan) -> dict[str, Any]:
             sinks=sinks,
             throughput=plan.throughput(world, note),
         )
+        trainer.state.began = started
         if start.checkpoint:
             trainer.restore(start.checkpoint, start.saved)
             note(f"resumed from {start.checkpoint} at step {trainer.state.done}")
         figures = trainer.fit()
         summary: dict[str, Any] = {}
         if not trainer.preempted:
-            summary = summarise(plan, trainer, figures, started)
+            summary = summarise(plan, trainer, figures)
             if world.is_main:
                 write_json(run / "summary.json", summary)
                 plan.finish(summary, note)
@@ -178,10 +179,8 @@ def rehearse(
     return assemble(plan, learner, world, Checkpoints(scratch, world), note)
 
 
-def summarise(
-    plan: Plan, trainer: Trainer, figures: Mapping[str, float], started: float
-) -> dict[str, Any]:
-    """The run in a dozen figures; `started` is when it began, by time.perf_counter."""
+def summarise(plan: Plan, trainer: Trainer, figures: Mapping[str, float]) -> dict[str, Any]:
+    """The run in a dozen figures; times are those of all its starts."""
     trained = trainer.state.done
     return {
         "steps": trained,
@@ -189,6 +188,6 @@ def summarise(
         "params": trainable_counts(trainer.engine.learner)[1],
         **plan.summarise(trainer, figures),
         "tokens_per_second": trainer.throughput.overall if trained else None,
-        "seconds": time.perf_counter() - started,
+        "seconds": trainer.state.elapsed,
         **plan.facts,
     }

@@ -8,6 +8,7 @@ from nanolm.build import resolve
 from nanolm.config.load import load_config
 from nanolm.config.model import ModelConfig
 from nanolm.config.schema import Config, DataConfig
+from nanolm.data.prepare.config import PrepareConfig
 from nanolm.errors import UserError
 from nanolm.objectives.mlm import MlmOptions
 
@@ -115,3 +116,12 @@ def test_resolve_fills_in_the_vocabulary_and_can_be_repeated(tokenizer):
     config = resolve(load_config([]), tokenizer)
     assert config.model.vocab_size == 512  # a multiple of 64 already
     assert resolve(config, tokenizer) == config
+
+
+def test_a_folder_named_tilde_is_no_accident():
+    for words in (["--run.dir=~/x"], ["--run.dir", "~"]):
+        with pytest.raises(UserError, match=r"begins with ~"):
+            load_config(words)
+    assert load_config(["--run.dir=./~/x"]).run.dir == "./~/x"
+    with pytest.raises(UserError, match="out=~/x begins with ~"):
+        PrepareConfig(out="~/x", sources=["a"]).check()

@@ -27,6 +27,19 @@ from nanolm.errors import UserError
         ("true", True),
         ("'3e-4'", "3e-4"),
         ("2024-01-01x", "2024-01-01x"),
+        ("2024-01-01", "2024-01-01"),
+        ("010", 10),
+        ("-007", -7),
+        ("0o10", 8),
+        ("-0x1F", -31),
+        ("1_000", "1_000"),
+        ("1:30", "1:30"),
+        ("0b1", "0b1"),
+        ("yes", "yes"),
+        ("off", "off"),
+        ("FALSE", False),
+        ("~", None),
+        ("٣", "٣"),
     ],
 )
 def test_scalars(text, value):
@@ -74,17 +87,37 @@ def test_files(tmp_path):
         strict_yaml.read_mapping(tmp_path / "none.yaml")
 
 
+ODD = [*"~.+-0189eExo_:<=>[]{}!&*?|#%@`,'\"\\ \t\n\r", "\x85", "\u2028", "\ufeff", "\x1b", "\x0c"]
+NUMBERS = "1e3 1E5 010 0o17 0x1F 0b11 1_000 1:30 190:20:30 .5 1. +1 -0 .inf -.Inf .nan 2024-01-01"
+NAMES = "yes No on OFF true False null NULL ~ << = - -- --- ... ? y n [] {} [a {b !!int !x &a *a #c"
+MARKS = "@x %Y `c |2 >- 'q \"d ' \" '' \"\" 2001-12-14t21:59:43.10-05:00"
+LONG = ["", " ", "a: b", "a #b", "- a", "? a", ": a", "a:", "[" * 101, "{" * 300, "\ud800", "\0"]
+WORDS = [*f"{NUMBERS} {NAMES} {MARKS}".split(), *LONG]
+texts = (
+    st.sampled_from(WORDS)
+    | st.text(st.sampled_from(ODD), max_size=8)
+    | st.text(st.characters(), max_size=12)
+    | st.text(st.characters(categories=["Cs", "Cc", "Zs", "Zl", "Zp", "Nd"]), max_size=5)
+    | st.text("ab ", min_size=70, max_size=200)
+)
 values = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(10**12), 10**12)
-    | st.floats(allow_nan=False)
-    | st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), max_size=12),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text("abcxyz_", min_size=1), inner)
-    ),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
     max_leaves=8,
 )
+
+
+@given(texts)
+@settings(deadline=None, derandomize=True, max_examples=1500)
+def test_every_text_is_written_so_that_it_is_read_again(text):
+    for value in (text, [text], {text: text}, {"a": {"b": [text, [text]]}}):
+        written = strict_yaml.dump(value).encode()
+        assert strict_yaml.parse(written.decode(), "round trip") == value
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_every_word_that_could_be_something_else(word):
+    assert strict_yaml.parse(strict_yaml.dump({word: word}), "round trip") == {word: word}
 
 
 @given(values)

@@ -4,6 +4,8 @@ import contextlib
 import io
 import json
 import pathlib
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -134,3 +136,88 @@ def test_init_from_starts_a_fresh_run_from_a_trunk(prepared, tmp_path):
     assert "weights from" in train(prepared, tmp_path / "b", *more)
     before, after = metrics(tmp_path / "a"), metrics(tmp_path / "b")
     assert after[0]["loss"] < before[0]["loss"] and after[0]["step"] == 1
+
+
+@pytest.fixture(scope="module")
+def bases(prepared, tmp_path_factory):
+    """A run, and corpora that its data could be taken for: another tokenizer of as many pieces,
+    and other documents in the same tokens."""
+    folder = tmp_path_factory.mktemp("bases")
+    shutil.copytree(prepared, folder / "data")
+    train(folder / "data", folder / "run", "--train.steps=2", "--schedule.warmup=0")
+    library = pathlib.Path(sysconfig.get_paths()["stdlib"])
+    sources = [str(path) for path in sorted(library.glob("[d-h]*.py"))]
+    for name, tokens in (
+        ("foreign", ["--vocab_size=512"]),
+        ("other", [f"--tokenizer={prepared}"]),
+    ):
+        cli.run(["prepare", *sources, f"--out={folder / name}", "--val_fraction=0.2", *tokens])
+    return folder
+
+
+STEPS = ("--train.steps=2", "--schedule.warmup=0")
+
+
+@pytest.mark.parametrize(
+    "meeting", ["evaluate", "evaluate --data", "doctor", "init_from", "replay"]
+)
+@pytest.mark.parametrize("which", ["same", "other", "foreign"])
+def test_data_meets_a_checkpoint(prepared, bases, tmp_path, meeting, which):
+    """Same hashes or a sentence, unless the user asked for other data in the same tokens."""
+    run = bases / "run"
+    data = prepared if which == "same" else bases / which
+    if meeting in ("evaluate", "doctor", "replay"):  # data.path was prepared anew in place
+        shutil.rmtree(bases / "data")
+        shutil.copytree(data, bases / "data")
+    words = {
+        "evaluate": ["evaluate", str(run), "--batches=1"],
+        "evaluate --data": ["evaluate", str(run), "--batches=1", f"--data={data}"],
+        "doctor": ["doctor", str(run), "2"],
+    }.get(meeting)
+    asked = meeting in ("evaluate --data", "init_from")
+    fits = which == "same" or (which == "other" and asked)
+    key = "tokenizer_hash" if which == "foreign" and asked else "_hash"
+    refused = (
+        contextlib.nullcontext() if fits else pytest.raises(UserError, match=f"another .*{key}")
+    )
+    with refused:
+        if words:
+            cli.run(words)
+        elif meeting == "init_from":
+            train(data, tmp_path / "b", *STEPS, f"--init_from={run}")
+        else:
+            rule = ("--train.rule.name=replay", f"--train.rule.base={run}", "--train.rule.rows=2")
+            train(prepared, tmp_path / "b", *STEPS, *rule)
+
+
+def test_the_remedies_for_other_data_work(prepared, bases, tmp_path):
+    with pytest.raises(UserError, match="--tokenizer") as caught:
+        cli.run(["evaluate", str(bases / "run"), f"--data={bases / 'foreign'}"])
+    model = re.search(r"--tokenizer (\S+)$", str(caught.value))[1]
+    source = sysconfig.get_paths()["stdlib"] + "/h*.py"
+    out = ["--out", str(tmp_path / "again"), "--val_fraction=0.2"]
+    cli.run(["prepare", source, f"--tokenizer={model}", *out])
+    cli.run(["evaluate", str(bases / "run"), f"--data={tmp_path / 'again'}"])
+    with pytest.raises(UserError, match="is one of 2 steps"):
+        cli.run(["doctor", str(bases / "run"), "100000"])
+
+
+def test_times_of_the_summary_are_those_of_all_starts(prepared, tmp_path):
+    run, summaries, clocks = tmp_path / "run", [], []
+    for steps in (40, 40, 80, 80):  # one of two resumes finds nothing to do
+        more = (f"--train.steps={steps}", "--resume=auto", "--eval.batches=1")
+        began = time.perf_counter()
+        train(prepared, run, *more)
+        clocks.append(time.perf_counter() - began)
+        summaries.append(json.loads((run / "summary.json").read_text()))
+        newest = sorted(run.glob("checkpoints/step-*/trainer.json"))[-1]
+        spent = json.loads(newest.read_text())["seconds"]
+        summary = summaries[-1]
+        assert summary["tokens"] == steps * 5 * 48
+        assert summary["tokens"] / summary["tokens_per_second"] == pytest.approx(spent, rel=0.1)
+        assert spent < summary["seconds"] < sum(clocks)
+    seconds = [summary["seconds"] for summary in summaries]
+    assert seconds == sorted(seconds) and seconds[2] > seconds[0] + 0.5 * clocks[2]
+    assert summaries[1]["tokens_per_second"] == pytest.approx(
+        summaries[0]["tokens_per_second"], rel=0.02
+    )

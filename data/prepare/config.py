@@ -7,10 +7,13 @@ import os
 from typing import Any, Literal
 
 from nanolm.data.prepare.clean import CleaningOptions
+from nanolm.data.text_files import check_encoding
 from nanolm.data.tokenizer import Tokenizer
-from nanolm.errors import UserError
+from nanolm.errors import UserError, require_whole_path
 
 SAMPLE_BYTES_PER_PIECE = 300
+YOUNGER = ("encoding",)
+"""Keys that the first manifests do not have: at their default they are left out of later ones."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,8 +35,12 @@ class PrepareConfig:
     """Unicode normal form to bring text to; none keeps every code point."""
     control_characters: Literal["remove", "keep"] = "remove"
     """Remove control characters and byte-order marks, and make all line ends LF; or keep them."""
+    encoding: str = "auto"
+    """Encoding of text files without a byte-order mark, by Python's name: cp1251, gb18030,
+    utf-16-le, …; auto is UTF-8. A byte-order mark (UTF-8, UTF-16, UTF-32) decides by itself."""
     undecodable: Literal["drop", "replace", "refuse"] = "drop"
-    """Documents that are not UTF-8: drop and count them, replace the bytes by U+FFFD, or stop."""
+    """Documents that are not in their encoding: drop and count them, replace the bytes by U+FFFD,
+    or stop."""
     min_characters: int = 1
     """Drop shorter documents."""
     max_characters: int | None = None
@@ -66,6 +73,8 @@ class PrepareConfig:
 
     def check(self) -> None:
         """Raise UserError naming the first key that cannot be right."""
+        check_encoding(self.encoding)
+        require_whole_path("out", self.out)
         for wrong, sentence in (
             (not self.sources, "sources is empty; name at least one file, folder or `stdlib`"),
             (self.shard_tokens < 1, "shard_tokens must be positive"),
@@ -104,6 +113,9 @@ class PrepareConfig:
         keys = dataclasses.asdict(self)
         for key in ("out", "workers"):
             del keys[key]
+        for key in YOUNGER:  # so that folders of earlier versions are known again
+            if keys[key] == getattr(PrepareConfig, key, []):
+                del keys[key]
         if self.tokenizer is not None:
             keys["tokenizer"] = Tokenizer.load(self.tokenizer).hash
             for key in ("tokenizer_type", "vocab_size", "character_coverage", "sample_bytes"):

@@ -94,7 +94,8 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> Summary:
 
 def list_pieces(config: PrepareConfig) -> tuple[list[Piece], list[dict]]:
     """All pieces of all sources in order, and what the manifest says of each source."""
-    common = {"text_field": config.text_field, "txt_documents": config.txt_documents}
+    names = ("text_field", "txt_documents", "encoding")
+    common = {name: getattr(config, name) for name in names}
     pieces: list[Piece] = []
     inputs = []
     for spec in config.sources:

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 from nanolm.data.readers import FilePiece, file_pieces, format_of
+from nanolm.data.text_files import AUTO
 from nanolm.errors import UserError
 from nanolm.registry import Options, Registry
 
@@ -61,6 +62,8 @@ class SourceOptions(Options):
     """Field or column that holds the text (.jsonl, .parquet, Hugging Face data sets)."""
     txt_documents: str = "auto"
     """What a document is in a .txt file: auto, file, line or paragraph."""
+    encoding: str = AUTO
+    """Encoding of text files without a byte-order mark; auto is UTF-8."""
 
 
 class Source(Protocol):
@@ -92,6 +95,7 @@ class Files:
                 path,
                 text_field=self.options.text_field,
                 txt_documents=self.options.txt_documents,
+                encoding=self.options.encoding,
             )
 
     def paths(self) -> list[str]:

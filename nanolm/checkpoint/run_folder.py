@@ -19,6 +19,7 @@ import torch
 
 import nanolm
 from nanolm.checkpoint.checkpoints import Checkpoints, locate, read_trainer
+from nanolm.checkpoint.facts import require_same_facts
 from nanolm.checkpoint.nodes import common_checkpoint
 from nanolm.config import strict_yaml
 from nanolm.distributed.world import World
@@ -47,6 +48,7 @@ HARMLESS = (
 )
 """Keys (or prefixes) that a continued run may change; data.path because the data's hash decides."""
 
+THE_SAME = "give it the data and tokenizer it had, or start a new run in another run.dir"
 SHAPING = ("run.seed",)
 """Keys under a harmless prefix that may not change after all."""
 
@@ -91,7 +93,7 @@ def claim(
         if checkpoint is not None:
             saved = read_trainer(checkpoint)
             _same_config(checkpoint / "config.yaml", config_text)
-            _same_facts(checkpoint, saved["facts"], facts)
+            require_same_facts(checkpoint, facts, THE_SAME, saved["facts"])
             notes += differences(saved["environment"], world)
         elif resume == "auto" and (run / "config.yaml").is_file():
             _same_config(run / "config.yaml", config_text)
@@ -124,17 +126,6 @@ def _find(run: pathlib.Path, resume: str) -> tuple[pathlib.Path | None, list[str
             f"starts a new one"
         )
     return (None if resume == "never" else locate(resume)), []
-
-
-def _same_facts(
-    checkpoint: pathlib.Path, saved: Mapping[str, Any], facts: Mapping[str, Any]
-) -> None:
-    for key, value in facts.items():
-        if saved.get(key, value) != value:
-            raise UserError(
-                f"checkpoint {checkpoint} was trained with another {key} ({saved[key]}) than this "
-                f"run has ({value}); give it the data and tokenizer it had, or start a new run"
-            )
 
 
 def _same_config(saved: pathlib.Path, config_text: str) -> None:

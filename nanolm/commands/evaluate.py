@@ -13,8 +13,11 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
+from nanolm.build import build_stream
+from nanolm.checkpoint.facts import facts_of, require_same_facts
 from nanolm.commands.figures import write_json
 from nanolm.config.schema import Config
+from nanolm.data.tokenizer import MODEL_FILE
 from nanolm.distributed.world import World, close, launch
 from nanolm.errors import require
 from nanolm.finetune.config import TaskConfig
@@ -22,7 +25,7 @@ from nanolm.finetune.ensemble import open_together
 from nanolm.finetune.report import evaluate_task
 from nanolm.finetune.several import part_of
 from nanolm.finetune.tasks.multi import Multi
-from nanolm.pretrain import build_evaluator
+from nanolm.pretrain import evaluator_of
 from nanolm.saved import Saved
 from nanolm.training.engine import Engine
 
@@ -107,7 +110,18 @@ def evaluate_pretrained(saved: Saved, world: World, arguments: Arguments) -> dic
     """The split and its figures, printed."""
     config, split = with_evaluation(saved.config, arguments), arguments.split or "val"
     objective = saved.learner.objective
-    evaluate = build_evaluator(config, objective, saved.tokenizer, world, split)
+    stream = build_stream(config, objective, split)
+    facts = facts_of(stream)
+    if arguments.data is not None:  # other data is what the user wants, in the same tokens
+        del facts["data_hash"]
+    places = ", ".join(place for place, _ in config.data.mixture)
+    require_same_facts(
+        saved.folder,
+        facts,
+        f"{places} was prepared otherwise; say with --data which folder you mean, prepared with "
+        f"--tokenizer {saved.folder}/{MODEL_FILE}",
+    )
+    evaluate = evaluator_of(stream, config, objective, saved.tokenizer, world)
     figures = evaluate(Engine(saved.learner.to(world.device), world, config)) or {}
     if world.is_main:
         table = Table("figure", f"{split} split")

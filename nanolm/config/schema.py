@@ -12,7 +12,7 @@ import dataclasses
 from typing import ClassVar, Literal
 
 from nanolm.config.model import ModelConfig
-from nanolm.errors import require, require_at_least
+from nanolm.errors import require, require_at_least, require_whole_path
 from nanolm.registry import Options
 
 
@@ -283,6 +283,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         require_at_least("run", self, seed=0, threads=1, log_every=1)
         require_at_least("run", self, checkpoint_every=0, keep_last=1)
+        require_whole_path("run.dir", self.dir)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

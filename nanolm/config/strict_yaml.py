@@ -1,6 +1,9 @@
 """YAML as people expect it: 3e-4 is a number, a key stands once, nothing in a file can run code.
 
-PyYAML follows YAML 1.1, which reads 3e-4 as a string and silently keeps the last of two equal keys.
+PyYAML follows YAML 1.1, which reads 3e-4, yes, 010, 1:30 and 2024-01-01 as text, true, 8, 90 and a
+date, and silently keeps the last of two equal keys. Plain words are read here by the core schema of
+YAML 1.2 (section 10.3.2), and written by the same rules: a text that would be read as something
+else is quoted, so that what `dump` writes is what `parse` reads.
 """
 
 from __future__ import annotations
@@ -15,7 +18,9 @@ from nanolm.errors import UserError
 
 
 class StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses duplicate keys and reads every float that Python reads."""
+    """SafeLoader of YAML 1.2's core schema that refuses duplicate keys."""
+
+    yaml_implicit_resolvers: dict = {}
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         """The mapping of a node; raises ConstructorError for a key that stands twice."""
@@ -35,12 +40,39 @@ class StrictLoader(yaml.SafeLoader):
             seen.add(key)
         return super().construct_mapping(node, deep)
 
+    def construct_integer(self, node: yaml.ScalarNode) -> int:
+        """Decimal, however many zeros it begins with; 0x and 0o tell other bases."""
+        text = self.construct_scalar(node)
+        base = {"0x": 16, "0o": 8}.get(text.lstrip("+-")[:2], 10)
+        return int(text, base)
 
-StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"),
-    list("-+0123456789."),
-)
+
+class StrictDumper(yaml.SafeDumper):
+    """SafeDumper that quotes what `StrictLoader` would read as anything but text."""
+
+    yaml_implicit_resolvers = StrictLoader.yaml_implicit_resolvers
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        """Line ends of all kinds and what no eye sees as escapes: PyYAML folds and loses them."""
+        style = None if text.isprintable() else '"'
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+for kind, pattern, first in (
+    ("null", "~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", "true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?([0-9]+|0x[0-9a-fA-F]+|0o[0-7]+)", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        list("-+0123456789."),
+    ),
+    ("merge", "<<", ["<"]),
+):
+    whole = re.compile(rf"(?:{pattern})\Z", re.ASCII)
+    StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", whole, first)
+StrictLoader.add_constructor("tag:yaml.org,2002:int", StrictLoader.construct_integer)
+StrictDumper.add_representer(str, StrictDumper.represent_text)
 
 
 MOST_NESTING = 100
@@ -49,7 +81,7 @@ MOST_NESTING = 100
 
 def parse(text: str, origin: str) -> Any:
     """The value of a YAML text; raises UserError that names `origin` and the line."""
-    if _nesting(text) > MOST_NESTING:
+    if _brackets(text) > MOST_NESTING and _nests_too_deeply(text):
         raise UserError(f"{origin} is not valid YAML: more than {MOST_NESTING} brackets are open")
     try:
         return yaml.load(text, Loader=StrictLoader)
@@ -60,8 +92,22 @@ def parse(text: str, origin: str) -> Any:
         raise UserError(f"{origin}{where} is not valid YAML: {problem}") from None
 
 
-def _nesting(text: str) -> int:
-    """Most brackets that are open at once."""
+def _nests_too_deeply(text: str) -> bool:
+    """Whether more brackets are open at once than may be, those in quoted texts not counted."""
+    depth = 0
+    try:
+        for token in yaml.scan(text, Loader=StrictLoader):
+            depth += isinstance(token, yaml.FlowSequenceStartToken | yaml.FlowMappingStartToken)
+            depth -= isinstance(token, yaml.FlowSequenceEndToken | yaml.FlowMappingEndToken)
+            if depth > MOST_NESTING:
+                return True
+    except yaml.YAMLError:  # which parsing tells better
+        return False
+    return False
+
+
+def _brackets(text: str) -> int:
+    """Most brackets that are open at once, wherever they stand."""
     depth = most = 0
     for bracket in re.findall(r"[\[{}\]]", text):
         depth = depth + 1 if bracket in "[{" else max(depth - 1, 0)
@@ -85,4 +131,4 @@ def read_mapping(path: str | pathlib.Path) -> dict:
 
 def dump(value: Any) -> str:
     """YAML text that `parse` reads back as the same value."""
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
+    return yaml.dump(value, Dumper=StrictDumper, sort_keys=False, allow_unicode=True)

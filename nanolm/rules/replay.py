@@ -15,7 +15,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from nanolm.checkpoint.facts import facts_of, require_same_facts
 from nanolm.data.stream import RowStream
+from nanolm.data.tokenizer import MODEL_FILE
 from nanolm.errors import require
 from nanolm.objectives.base import Objective, Term
 from nanolm.registry import RULES
@@ -82,6 +84,21 @@ class Source:
             data = dataclasses.replace(config.data, path=options.data, corpora=[])
             config = dataclasses.replace(config, data=data)
         self.stream: RowStream = build_stream(config, saved.learner.objective, "train")
+        tokenizer = getattr(engine.learner.objective, "tokenizer", saved.tokenizer)
+        require(
+            tokenizer.hash == saved.tokenizer.hash,
+            f"train.rule.base={options.base} has another tokenizer than this run; replay the run "
+            f"that init_from names",
+        )
+        facts = facts_of(self.stream)
+        if options.data is not None:  # another corpus is what the user wants, in the same tokens
+            del facts["data_hash"]
+        require_same_facts(
+            saved.folder,
+            facts,
+            f"name in train.rule.data a corpus that was prepared with --tokenizer "
+            f"{saved.folder}/{MODEL_FILE}",
+        )
         self.objective = Replayed(saved.learner.objective, borrowed_heads(saved.learner, engine))
         self.options, self.world = options, world
         self.next_step, self.batches = -1, iter(())

@@ -13,11 +13,12 @@ from typing import Any
 from nanolm import pretrain
 from nanolm.checkpoint.checkpoints import Checkpoints, read_trainer
 from nanolm.checkpoint.container import verify
+from nanolm.checkpoint.facts import require_same_facts
 from nanolm.checkpoint.run_folder import differences
 from nanolm.config.schema import Config
 from nanolm.data.tokenizer import MODEL_FILE, Tokenizer
 from nanolm.distributed.world import World
-from nanolm.errors import UserError
+from nanolm.errors import UserError, require
 from nanolm.run import rehearse
 from nanolm.training.batch import MicroBatch
 from nanolm.training.gradient import total_loss
@@ -34,6 +35,10 @@ def trainer_before(
 
     Raises UserError when there is no checkpoint to read a tokenizer from, or it is damaged.
     """
+    require(
+        step <= config.train.steps,
+        f"step {step}: run {folder} is one of {config.train.steps} steps; choose one of them",
+    )
     start = checkpoint_before(folder, step)
     notes = [f"from {start}" if start else "from the initial weights"]
     # A bad step on the way is skipped as the run skipped it, and never ends the replay.
@@ -43,6 +48,10 @@ def trainer_before(
     if source is None:
         raise UserError(f"run {folder} holds no checkpoint, so no tokenizer to read its rows with")
     plan = pretrain.plan(config, Tokenizer.load(source / MODEL_FILE))
+    places = ", ".join(place for place, _ in config.data.mixture)
+    require_same_facts(
+        source, plan.facts, f"put into {places} what the run was trained on, to see its rows again"
+    )
     trainer = rehearse(plan, world, scratch, notes.append, start)
     trainer.policy.passed = {bad for bad in read_passed(folder) if bad < step}
     if start:

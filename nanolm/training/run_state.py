@@ -7,6 +7,7 @@ of steps, so that number is the position in the data too, and no generator's sta
 from __future__ import annotations
 
 import collections
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,7 +34,16 @@ class RunState:
         """Bad steps since the last good one."""
         self.losses: collections.deque[float] = collections.deque(maxlen=RECENT)
         """Losses of the newest good steps."""
+        self.began = time.perf_counter()
+        """When this start of the run began; who launched it may know an earlier moment."""
+        self.earlier = 0.0
+        """Seconds that earlier starts took up to the checkpoint that this one goes on from."""
         self.patience, self.throughput, self.scaler = patience, throughput, scaler
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of the whole run, with evaluations and checkpoints, over all its starts."""
+        return self.earlier + time.perf_counter() - self.began
 
     def to_json(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
@@ -44,6 +54,7 @@ class RunState:
             "skips": self.skips,
             "losses": list(self.losses),
             "seconds": self.throughput.seconds,
+            "elapsed": self.elapsed,
             "scaler": self.scaler.state_dict(),
         }
 

@@ -118,6 +118,8 @@ class Trainer:
         """Continues from a verified checkpoint's folder and its trainer.json: weights, optimizers,
         averages, counters."""
         self.snapshot.restore(checkpoint, saved)
+        # Checkpoints of early versions know the seconds of their steps only.
+        self.state.earlier = saved.get("elapsed", saved["seconds"])
         self._resumed = True
 
     def fit(self) -> dict[str, float]:
