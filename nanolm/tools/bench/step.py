@@ -41,19 +41,26 @@ class TrainStep(Step, Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class StandInTokenizer:
-    """As much of a tokenizer as MLM's collate asks for: four specials, then ordinary tokens."""
+    """As much of a tokenizer as objectives ask for: four specials, then ordinary tokens, of which
+    the last 100 may stand for spans."""
 
     vocab_size: int
     pad: int = 0
     mask: int = 1
     cls: int = 2
     sep: int = 3
+    eos: int = 3
     hash: str = "random ids"
 
     @property
     def special_mask(self) -> np.ndarray:
         """bool[V]: the specials."""
         return np.arange(self.vocab_size) < 4
+
+    @property
+    def extra_ids(self) -> tuple[int, ...]:
+        """The sentinels of spans."""
+        return tuple(range(max(4, self.vocab_size - 100), self.vocab_size))
 
 
 def write_random_shard(folder: pathlib.Path, shape: Shape) -> None:
