@@ -126,11 +126,13 @@ def build_learner(
         learner = Learner(trunk, heads, objective)
         torch.manual_seed(config.run.seed)
         init_weights(learner, config.model)
-    trunk.stack.recompute = config.train.activation_checkpointing
+    for stack in trunk.stacks:
+        stack.recompute = config.train.activation_checkpointing
     if meta:  # buffers follow from the config and are small: positions again, for real
         entry = POSITIONS.get(config.model.positions.name)
         real = entry.build(config.model.positions, config.model, kernels)
         for name, buffer in real.named_buffers():
-            trunk.positions.register_buffer(name, buffer, persistent=False)
+            for positions in trunk.position_encodings:
+                positions.register_buffer(name, buffer, persistent=False)
         return learner
     return learner.to(device)

@@ -24,6 +24,7 @@ import nanolm.objectives.clm
 import nanolm.objectives.mlm
 import nanolm.objectives.pair
 import nanolm.objectives.prefix
+import nanolm.objectives.span
 import nanolm.peft.adalora
 import nanolm.peft.bitfit
 import nanolm.peft.bottleneck

@@ -16,6 +16,8 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     ModernBertConfig,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from nanolm.build import build_learner, build_objective, resolve
@@ -31,12 +33,35 @@ SMOL = LlamaConfig(
     vocab_size=49152,
     tie_word_embeddings=True,
 )
+T5_SMALL = T5Config()  # the defaults are the published model's
+T5_BASE = T5Config(d_model=768, d_ff=3072, num_layers=12, num_heads=12)
+T5_V1_1_SMALL = T5Config(d_ff=1024, num_layers=8, num_heads=6, feed_forward_proj="gated-gelu")
+T5_V1_1_BASE = T5Config(
+    d_model=768, d_ff=2048, num_layers=12, num_heads=12, feed_forward_proj="gated-gelu"
+)
+
+
+class T5:
+    """The published T5s: `transformers` ties every one that it builds, whatever its config says."""
+
+    @staticmethod
+    def from_config(config):
+        model = T5ForConditionalGeneration(config)
+        if config.is_gated_act:  # v1.1, whose head is its own
+            model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
+        return model
+
+
 # preset: (the class of transformers that is compared, its config, the published count or None)
 PEERS = {
     "gpt2_124m": (AutoModelForCausalLM, GPT2Config(), 124_439_808),
     "bert_base": (AutoModelForPreTraining, BertConfig(), None),
     "llama_135m": (AutoModelForCausalLM, SMOL, 134_515_008),
     "modernbert_base": (AutoModelForMaskedLM, ModernBertConfig(), None),
+    "t5_small": (T5, T5_SMALL, 60_506_624),
+    "t5_base": (T5, T5_BASE, 222_903_552),
+    "t5_v1_1_small": (T5, T5_V1_1_SMALL, 76_961_152),
+    "t5_v1_1_base": (T5, T5_V1_1_BASE, 247_577_856),
 }
 
 

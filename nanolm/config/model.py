@@ -17,11 +17,12 @@ class ModelConfig:
     """What is trained: the Transformer's shape."""
 
     trunk: str = "decoder"
-    """Which trunk: decoder (causal) or encoder (bidirectional)."""
+    """Which trunk: decoder (causal), encoder (bidirectional), or encoder_decoder (a decoder that
+    reads what an encoder made of a source)."""
     d_model: int = 384
     """Width of the residual stream."""
     n_layers: int = 6
-    """Number of blocks."""
+    """Number of blocks; an encoder_decoder has as many in each of its two stacks."""
     n_heads: int = 6
     """Query heads per attention."""
     n_kv_heads: int | None = None
@@ -31,8 +32,11 @@ class ModelConfig:
     d_ff: int | None = None
     """Hidden width of the feed-forward; null means 4 d_model (8/3 d_model, rounded up to a
     multiple of 64, when it is gated)."""
-    feed_forward: Literal["gelu", "gelu_tanh", "relu2", "swiglu", "geglu"] = "gelu"
-    """Feed-forward kind: GELU (exact or tanh), ReLU squared, or the gated SwiGLU and GeGLU."""
+    feed_forward: Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu", "geglu", "geglu_tanh"] = (
+        "gelu"
+    )
+    """Feed-forward kind: GELU (exact or tanh), ReLU, ReLU squared, or the gated SwiGLU and GeGLU
+    (exact or tanh)."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """Normalisation of the residual stream."""
     norm_position: Literal["pre", "post"] = "pre"
@@ -50,6 +54,8 @@ class ModelConfig:
     """Longest sequence that the model is built for, in tokens."""
     bias: bool = True
     """Whether the linear layers of the blocks have biases."""
+    attention_scale: float | None = None
+    """What attention scores are multiplied by; null means 1 / sqrt(width of a head). T5 has 1."""
     qk_norm: bool = False
     """RMS-normalise queries and keys per head before the product."""
     window: list[int | None] = dataclasses.field(default_factory=lambda: [None])
@@ -59,8 +65,15 @@ class ModelConfig:
     """Number of segment (token type) embeddings; 0 for none."""
     embedding_scale: bool = False
     """Multiply token embeddings by sqrt(d_model), as in Vaswani et al. (2017)."""
+    logit_scale: bool = False
+    """Divide hidden states by sqrt(d_model) before the vocabulary, as T5 does where its head is
+    tied to embeddings of standard deviation 1."""
     dropout: float = 0.0
     """Dropout after embeddings and each sub-layer."""
+    feed_forward_dropout: float = 0.0
+    """Dropout between the activation and the last product of each feed-forward."""
+    final_dropout: float = 0.0
+    """Dropout after a stack's final norm."""
     attention_dropout: float = 0.0
     """Dropout on attention weights."""
     attention_softcap: float | None = None
@@ -74,6 +87,9 @@ class ModelConfig:
     64."""
     init_std: float = 0.02
     """Standard deviation of the initial weights."""
+    weight_init: Literal["normal", "t5"] = "normal"
+    """normal: every matrix has init_std; t5: embeddings have 1, a matrix 1 / sqrt(its inputs), and
+    queries are smaller by the 1 / sqrt(width of a head) that their scores are not divided by."""
     attention_init: Literal["normal", "mimetic"] = "normal"
     """normal: queries and keys start as other weights do; mimetic: a head's start as the same
     projection, so that tokens attend to their like."""
@@ -91,12 +107,22 @@ class ModelConfig:
             self.n_heads % self.kv_heads == 0,
             f"model.n_kv_heads={self.n_kv_heads} does not divide model.n_heads={self.n_heads}",
         )
-        for key in ("dropout", "attention_dropout"):
+        for key in ("dropout", "attention_dropout", "feed_forward_dropout", "final_dropout"):
             value = getattr(self, key)
             require(0 <= value < 1, f"model.{key}={value} must lie in [0, 1)")
-        for key in ("attention_softcap", "logit_softcap"):
+        for key in ("attention_softcap", "logit_softcap", "attention_scale"):
             value = getattr(self, key)
             require(value is None or value > 0, f"model.{key}={value} must be positive or null")
+        require(
+            self.weight_init == "normal" or self.attention_init == "normal",
+            f"model.attention_init={self.attention_init} says otherwise than model.weight_init="
+            f"{self.weight_init} how attention starts; set one of them to normal",
+        )
+        require(
+            self.norm_position == "pre" or self.final_dropout == 0,
+            f"model.final_dropout={self.final_dropout} needs a final norm, which "
+            f"model.norm_position=post has not; set model.final_dropout to 0",
+        )
         require(len(self.window) > 0, "model.window is empty; use [null] for global attention")
         for width in self.window:
             require(width is None or width > 0, f"model.window has {width}; widths are positive")
@@ -114,7 +140,7 @@ class ModelConfig:
     @property
     def gated(self) -> bool:
         """Whether the feed-forward has a gate."""
-        return self.feed_forward in ("swiglu", "geglu")
+        return self.feed_forward in ("swiglu", "geglu", "geglu_tanh")
 
     @property
     def ff_width(self) -> int:

@@ -152,7 +152,7 @@ class Block(nn.Module):
         def attend_to_source(x: Tensor) -> Tensor:
             c = context
             return self.cross_attention(
-                x, c.source_mask, c.positions, None, None, source_BSD=c.source_BSD
+                x, c.source_mask, c.positions, None, None, c.cache, source_BSD=c.source_BSD
             )
 
         x_BTD = self.sublayer(x_BTD, self.attention_norm, attend)
@@ -180,6 +180,8 @@ class Stack(nn.Module):
             Block(model, layer, spec, kernels, bias_kind) for layer in range(model.n_layers)
         )
         self.final_norm = Norm(model, kernels) if model.norm_position == "pre" else nn.Identity()
+        rate = model.final_dropout
+        self.final_dropout = nn.Dropout(rate) if rate else nn.Identity()
         self.recompute = "none"
 
     @property
@@ -199,4 +201,4 @@ class Stack(nn.Module):
         for layer, block in enumerate(self.blocks):
             prepared = context.positions.of_layer(context.prepared, layer)
             x_BTD = block(x_BTD, dataclasses.replace(context, prepared=prepared))
-        return self.final_norm(x_BTD)
+        return self.final_dropout(self.final_norm(x_BTD))

@@ -1,12 +1,15 @@
 """The key/value cache of incremental decoding: what earlier tokens left for later ones to see.
 
 Each block's keys and values are kept in one preallocated buffer, so that a step copies only the new
-token. Bytes: 2 x layers x B x capacity x G x K x element size.
+token. Bytes: 2 x layers x B x capacity x G x K x element size. A decoder that reads a source also
+keeps, block by block, the source's keys and values, which no token that it writes changes.
 
 Shapes: B batch, T new tokens, S tokens so far, G key/value heads, K head width.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -29,6 +32,7 @@ class KeyValueCache:
         shape = (n_layers, 2, batch, capacity, n_kv_heads, head_dim)
         self.buffer = torch.empty(shape, dtype=dtype, device=device)
         self.lengths = [0] * n_layers
+        self.sources: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property
     def length(self) -> int:
@@ -45,6 +49,14 @@ class KeyValueCache:
         shape = list(self.buffer.shape)
         shape[3] += count
         self.buffer = self.buffer.new_empty(shape)
+
+    def of_source(
+        self, layer: int, project: Callable[[], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """The source's keys and values in block `layer`, projected when first asked for."""
+        if layer not in self.sources:
+            self.sources[layer] = project()
+        return self.sources[layer]
 
     def extend(self, layer: int, k_BTGK: Tensor, v_BTGK: Tensor) -> tuple[Tensor, Tensor]:
         """Append T tokens to block `layer`; all its keys and values so far, [B, S, G, K].

@@ -44,7 +44,8 @@ class Transform(nn.Module):
 
 @HEADS.register("token_logits")
 class TokenLogits(nn.Module):
-    """softcap(W h + b) with W tied to the token embedding or not (Press & Wolf 2017)."""
+    """softcap(W h + b) with W tied to the token embedding or not (Press & Wolf 2017); h is divided
+    by sqrt(D) first if model.logit_scale says so."""
 
     def __init__(
         self,
@@ -62,6 +63,7 @@ class TokenLogits(nn.Module):
         shape = trunk.embedding.weight.shape
         self.weight = trunk.embedding.weight if model.tied else nn.Parameter(torch.empty(shape))
         self.bias = nn.Parameter(torch.zeros(shape[0])) if bias else None
+        self.scale = model.d_model**-0.5 if model.logit_scale else None
         self.softcap = model.logit_softcap
         self.kernel = kernels.choose(
             "linear_cross_entropy",
@@ -76,15 +78,20 @@ class TokenLogits(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Logits [..., V]: for generation and inspection; training uses `cross_entropy`."""
-        logits = F.linear(self.transform(hidden), self.weight, self.bias)
+        logits = F.linear(self.features(hidden), self.weight, self.bias)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def features(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> [..., D]: hidden states as the vocabulary's rows are compared with them."""
+        hidden = self.transform(hidden)
+        return hidden if self.scale is None else hidden * self.scale
 
     def cross_entropy(
         self, hidden_ND: Tensor, targets_N: Tensor, *, label_smoothing: float, z_loss: float
     ) -> CrossEntropyOutput:
         """Loss summed over the targets that are not -100, without ever holding [N, V]."""
         return self.kernel.run(
-            self.transform(hidden_ND),
+            self.features(hidden_ND),
             self.weight,
             self.bias,
             targets_N,

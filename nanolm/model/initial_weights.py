@@ -3,6 +3,7 @@
     matrices    Normal(0, init_std); those that write into a pre-norm residual stream divided by
                 sqrt(2 n_layers), so that their sum does not grow with depth
     biases 0, gains of norms 1
+    t5          embeddings Normal(0, 1), a matrix Normal(0, 1 / inputs) (`model.weight_init`)
     mimetic     queries and keys of a head start as the same projection (`model.attention_init`)
 
 Stands before a batch's journey: `build_learner` (build.py) calls it once.
@@ -30,13 +31,35 @@ def init_parameter(name: str, parameter: Tensor, model: ModelConfig) -> None:
     if name.endswith("bias"):
         nn.init.zeros_(parameter)
     elif parameter.ndim >= 2:
-        writes = name.endswith(("attention.out.weight", "feed_forward.down.weight"))
-        shrink = math.sqrt(2 * model.n_layers) if model.norm_position == "pre" else 1.0
-        nn.init.normal_(parameter, std=model.init_std / (shrink if writes else 1.0))
-        if name.endswith(".attention.qkv.weight"):
-            ATTENTION_INITS[model.attention_init](parameter, model)
+        WEIGHT_INITS[model.weight_init](name, parameter, model)
     else:
         nn.init.ones_(parameter)
+
+
+def init_normal(name: str, parameter: Tensor, model: ModelConfig) -> None:
+    """Normal(0, init_std), smaller where a block writes into a pre-norm residual stream."""
+    writes = name.endswith(("attention.out.weight", "feed_forward.down.weight"))
+    shrink = math.sqrt(2 * model.n_layers) if model.norm_position == "pre" else 1.0
+    nn.init.normal_(parameter, std=model.init_std / (shrink if writes else 1.0))
+    if name.endswith(".attention.qkv.weight"):
+        ATTENTION_INITS[model.attention_init](parameter, model)
+
+
+def init_t5(name: str, parameter: Tensor, model: ModelConfig) -> None:
+    """What T5 starts from (Raffel et al. 2020, in their code): a product of a normed token starts
+    with variance 1, and so do embeddings and logits. An untied head starts like any matrix; with
+    the 1 that `transformers` gives it, logits would start sqrt(D) times as large."""
+    std = parameter.shape[-1] ** -0.5
+    if name.endswith("embedding.weight"):
+        std = 1.0
+    elif name.endswith("positions.table.weight"):  # [buckets, heads]: no product has these inputs
+        std = model.d_model**-0.5
+    nn.init.normal_(parameter, std=std)
+    if name.endswith("attention.qkv.weight"):
+        parameter.data[: model.n_heads * model.head_width] *= model.head_width**-0.5
+
+
+WEIGHT_INITS = {"normal": init_normal, "t5": init_t5}
 
 
 def keep_normal(qkv: Tensor, model: ModelConfig) -> None:

@@ -82,7 +82,8 @@ class MultiHeadAttention(nn.Module):
     """softmax(q k^T / sqrt(K)) v per head, concatenated and projected; self or cross.
 
     One weight holds the rows of queries, keys and values, in this order. With `source` the queries
-    come from x and the keys and values from source (cross-attention: no causality, no rotation).
+    come from x and the keys and values from source (cross-attention: no causality, no rotation); a
+    cache keeps a source's keys and values, which are the same for every token that is written.
     """
 
     def __init__(
@@ -121,7 +122,12 @@ class MultiHeadAttention(nn.Module):
             dropout=model.attention_dropout,
             cross=cross,
         )
-        constants = {"scale": self.head_dim**-0.5, "softcap": model.attention_softcap}
+        # T5 does not divide scores by sqrt(K): its queries start smaller by that factor, which is
+        # the same function at first, and under Adafactor, whose steps are relative to a weight's
+        # size, the same training (Raffel et al. 2020, in their code). Its published weights hold
+        # the factor, so a scale of 1 reads and writes them as they are.
+        scale = model.attention_scale or self.head_dim**-0.5
+        constants = {"scale": scale, "softcap": model.attention_softcap}
         self.attend = functools.partial(choose().run, **constants)
         # A model built to generate also has a kernel for one query against a cache.
         decode = choose(phase="decode").run if kernels.phase == "prefill" else None
@@ -139,39 +145,57 @@ class MultiHeadAttention(nn.Module):
         source_BSD: Tensor | None = None,
     ) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        q_BTHK, k_BSGK, v_BSGK = self.project(x_BTD, source_BSD)
-        q_BTHK, k_BSGK = self.q_norm(q_BTHK), self.k_norm(k_BSGK)
         if source_BSD is None:
+            q_BTHK, k_BSGK, v_BSGK = self.project(x_BTD)
+            q_BTHK, k_BSGK = self.q_norm(q_BTHK), self.k_norm(k_BSGK)
             q_BTHK, k_BSGK = positions.rotate(q_BTHK, k_BSGK, prepared, self.layer)
-        if cache is not None:
-            k_BSGK, v_BSGK = cache.extend(self.layer, k_BSGK, v_BSGK)
+            if cache is not None:
+                k_BSGK, v_BSGK = cache.extend(self.layer, k_BSGK, v_BSGK)
+        else:
+            q_BTHK = self.q_norm(self.project_queries(x_BTD))
+            if cache is None:
+                k_BSGK, v_BSGK = self.project_source(source_BSD)
+            else:
+                project = functools.partial(self.project_source, source_BSD)
+                k_BSGK, v_BSGK = cache.of_source(self.layer, project)
         mask = mask.at(causal=self.causal, window=self.window)
         dropout = self.dropout if self.training else 0.0
         attend = self.attend_to_cache if q_BTHK.shape[1] == 1 else self.attend
         out_BTHK = attend(q_BTHK, k_BSGK, v_BSGK, mask, bias=bias, dropout=dropout)
         return self.out(out_BTHK.flatten(2))
 
-    def project(self, x_BTD: Tensor, source_BSD: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [B, T, H, K], keys and values [B, S, G, K]."""
+    def project(self, x_BTD: Tensor) -> tuple[Tensor, ...]:
+        """Queries [B, T, H, K], keys and values [B, T, G, K]."""
         n_query, n_kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
-        if source_BSD is None:
-            q, k, v = self.qkv(x_BTD).split([n_query, n_kv, n_kv], dim=-1)
-        else:
-            w_q, w_kv = self.qkv.weight.split([n_query, 2 * n_kv])
-            b_q, b_kv = (
-                (None, None) if self.qkv.bias is None else self.qkv.bias.split([n_query, 2 * n_kv])
-            )
-            q = self.qkv.kernel.run(x_BTD, w_q, b_q)
-            k, v = self.qkv.kernel.run(source_BSD, w_kv, b_kv).chunk(2, dim=-1)
-        return tuple(x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
+        return tuple(map(self.by_head, self.qkv(x_BTD).split([n_query, n_kv, n_kv], dim=-1)))
+
+    def project_queries(self, x_BTD: Tensor) -> Tensor:
+        """Queries [B, T, H, K], alone."""
+        n_query = self.n_heads * self.head_dim
+        bias = None if self.qkv.bias is None else self.qkv.bias[:n_query]
+        return self.by_head(self.qkv.kernel.run(x_BTD, self.qkv.weight[:n_query], bias))
+
+    def project_source(self, source_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, S, G, K] of a source, the keys normed."""
+        n_query = self.n_heads * self.head_dim
+        bias = None if self.qkv.bias is None else self.qkv.bias[n_query:]
+        both = self.qkv.kernel.run(source_BSD, self.qkv.weight[n_query:], bias)
+        k_BSGK, v_BSGK = map(self.by_head, both.chunk(2, dim=-1))
+        return self.k_norm(k_BSGK), v_BSGK
+
+    def by_head(self, x: Tensor) -> Tensor:
+        """[..., heads x K] -> [..., heads, K]."""
+        return x.unflatten(-1, (-1, self.head_dim))
 
 
 class FeedForward(nn.Module):
-    """W2 act(W1 x) (Vaswani et al. 2017, section 3.3), act = GELU or ReLU^2 (So et al. 2021)."""
+    """W2 act(W1 x) (Vaswani et al. 2017, section 3.3), act = GELU, ReLU or ReLU^2 (So et al.
+    2021)."""
 
     ACTIVATIONS = {
         "gelu": F.gelu,
         "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+        "relu": F.relu,
         "relu2": lambda x: F.relu(x).square(),
     }
 
@@ -181,24 +205,45 @@ class FeedForward(nn.Module):
         self.activation = self.ACTIVATIONS[model.feed_forward]
         self.keeps_input = True  # of the activation, not its output, for the backward pass
         self.down = Linear(model.ff_width, model.d_model, kernels, bias=model.bias)
+        rate = model.feed_forward_dropout
+        self.dropout = nn.Dropout(rate) if rate else nn.Identity()
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
         if self.keeps_input:
-            return keeping_input(self.down, self.activation, self.up(x_BTD))
-        return self.down(self.activation(self.up(x_BTD)))
+            return keeping_input(self.write, self.activation, self.up(x_BTD))
+        return self.write(self.activation(self.up(x_BTD)))
+
+    def write(self, inner_BTF: Tensor) -> Tensor:
+        """[B, T, F] -> [B, T, D]: what the activation has left, dropped at times, projected."""
+        return self.down(self.dropout(inner_BTF))
+
+
+def geglu_tanh(gate_up: Tensor) -> Tensor:
+    """gelu_tanh(gate) * up, [..., 2F] -> [..., F]: T5 v1.1's, which differs from exact GELU by up
+    to 5e-4 a gate. No kernel fuses it."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh") * up
 
 
 class GatedFeedForward(nn.Module):
     """W2 (act(Wg x) * Wu x): SwiGLU and GeGLU (Shazeer 2020). Wg stands above Wu in one weight."""
 
+    UNFUSED = {"geglu_tanh": geglu_tanh}
+
     def __init__(self, model: ModelConfig, kernels: Kernels) -> None:
         super().__init__()
         self.gate_up = Linear(model.d_model, 2 * model.ff_width, kernels, bias=model.bias)
         self.down = Linear(model.ff_width, model.d_model, kernels, bias=model.bias)
+        self.glu = self.UNFUSED.get(model.feed_forward) or self.fused(model, kernels)
+        rate = model.feed_forward_dropout
+        self.dropout = nn.Dropout(rate) if rate else nn.Identity()
+
+    def fused(self, model: ModelConfig, kernels: Kernels) -> Any:
+        """The kernel of this kind."""
         kernel = kernels.choose("glu", GluSpec, kind=model.feed_forward, width=model.ff_width)
-        self.glu = functools.partial(kernel.run, kind=model.feed_forward)
+        return functools.partial(kernel.run, kind=model.feed_forward)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        return self.down(self.glu(self.gate_up(x_BTD)))
+        return self.down(self.dropout(self.glu(self.gate_up(x_BTD))))

@@ -212,7 +212,8 @@ class T5BiasOptions(Options):
 
 @POSITIONS.register("t5", options=T5BiasOptions)
 class T5Bias(Positions):
-    """score + b_h[bucket(distance)], one table for all blocks."""
+    """score + b_h[bucket(distance)], one table for all blocks of a stack; an encoder's buckets tell
+    before from after."""
 
     bias_kind = "bucket"
 

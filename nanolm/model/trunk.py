@@ -1,6 +1,10 @@
-"""The trunks: Decoder and Encoder, from the same blocks. They return hidden states only.
+"""The trunks: decoder, encoder and encoder-decoder, from the same blocks. They return hidden states
+only.
 
     tokens -> embedding (+ segments, + positions) -> Stack -> hidden states [B, T, D]
+
+    source -> the same embedding -> Stack -----------+                  (encoder-decoder)
+    tokens -> embedding -> Stack that also reads the source's hidden states -> [B, T, D]
 
 The vocabulary projection, and every other way to read the hidden states, is a head (`heads.py`).
 
@@ -19,6 +23,7 @@ from nanolm.config.model import ModelConfig
 from nanolm.model.blocks import Context, Stack, StackSpec
 from nanolm.model.cache import KeyValueCache
 from nanolm.model.layers import Norm
+from nanolm.model.positions import Positions
 from nanolm.ops.contract import Kernels
 from nanolm.ops.masks import Mask
 from nanolm.registry import POSITIONS, TRUNKS
@@ -33,6 +38,7 @@ class Inputs:
     positions_BT: Tensor | None = None  # None: 0..T-1, continued from the cache
     segments_BT: Tensor | None = None
     mask: Mask = dataclasses.field(default_factory=Mask)
+    source_tokens_BS: Tensor | None = None  # an encoder-decoder's source, or its hidden states:
     source_BSD: Tensor | None = None
     source_mask: Mask = dataclasses.field(default_factory=Mask)
     cache: KeyValueCache | None = None
@@ -61,8 +67,20 @@ class Trunk(nn.Module):
         """The blocks, first to last."""
         return self.stack.blocks
 
-    def embed(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """(x [B, T, D] before the first block, positions [B, T])."""
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """The stacks, in the order in which a batch goes through them."""
+        return (self.stack,)
+
+    @property
+    def position_encodings(self) -> tuple[Positions, ...]:
+        """The position encoding of each stack."""
+        return (self.positions,)
+
+    def embed(self, inputs: Inputs, positions: Positions | None = None) -> tuple[Tensor, Tensor]:
+        """(x [B, T, D] before the first block, positions [B, T]); with another position encoding
+        than the trunk's own if one is given."""
+        positions = positions or self.positions
         x_BTD = inputs.embeddings_BTD
         if x_BTD is None:
             x_BTD = self.embedding(inputs.tokens_BT) * self.scale
@@ -75,7 +93,7 @@ class Trunk(nn.Module):
             segments_BT = inputs.segments_BT  # one-segment inputs are all segment 0, as in BERT
             segments_BT = torch.zeros_like(positions_BT) if segments_BT is None else segments_BT
             x_BTD = x_BTD + self.segments(segments_BT)
-        x_BTD = self.positions.embed(x_BTD, positions_BT)
+        x_BTD = positions.embed(x_BTD, positions_BT)
         return self.dropout(self.embedding_norm(x_BTD)), positions_BT
 
     def forward(self, inputs: Inputs) -> Tensor:
@@ -93,6 +111,57 @@ class Trunk(nn.Module):
         return self.stack(x_BTD, context)
 
 
+class EncoderDecoder(Trunk):
+    """A decoder whose blocks read what an encoder made of the source (Vaswani et al. 2017).
+
+    Both embed with one table. Each stack has a position encoding of its own: T5's is two-sided in
+    the encoder and one-sided in the decoder, and cross-attention has none (Raffel et al. 2020,
+    section 2.1). The masks that batches may bring are the source's; targets stand left-aligned, so
+    causality keeps what fills them up from being seen.
+    """
+
+    def __init__(self, model: ModelConfig, masks: frozenset[str], kernels: Kernels) -> None:
+        super().__init__(model, StackSpec(causal=True, masks=frozenset(), cross=True), kernels)
+        entry = POSITIONS.get(model.positions.name)
+        as_encoder = dataclasses.replace(model, trunk="encoder")
+        self.encoder_positions = entry.build(model.positions, as_encoder, kernels)
+        spec = StackSpec(causal=False, masks=masks)
+        self.encoder_stack = Stack(model, spec, kernels, self.encoder_positions.bias_kind)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The encoder's blocks, then the decoder's."""
+        return nn.ModuleList([*self.encoder_stack.blocks, *self.stack.blocks])
+
+    @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """The encoder's, then the decoder's."""
+        return (self.encoder_stack, self.stack)
+
+    @property
+    def position_encodings(self) -> tuple[Positions, ...]:
+        """The encoder's, then the decoder's."""
+        return (self.encoder_positions, self.positions)
+
+    def encode(self, inputs: Inputs) -> Tensor:
+        """Hidden states [B, S, D] of the source's tokens."""
+        source = Inputs(tokens_BT=inputs.source_tokens_BS, mask=inputs.source_mask)
+        x_BSD, positions_BS = self.embed(source, self.encoder_positions)
+        context = Context(
+            mask=source.mask,
+            positions=self.encoder_positions,
+            prepared=self.encoder_positions.prepare(positions_BS),
+            bias=self.encoder_positions.bias(),
+        )
+        return self.encoder_stack(x_BSD, context)
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        """Hidden states [B, T, D] of the decoder; a source that is encoded already stays so."""
+        if inputs.source_BSD is None:
+            inputs = dataclasses.replace(inputs, source_BSD=self.encode(inputs))
+        return super().forward(inputs)
+
+
 @TRUNKS.register("decoder")
 def decoder(model: ModelConfig, kernels: Kernels, masks: frozenset[str] = frozenset()) -> Trunk:
     """A causal trunk: token t sees tokens up to t (Radford et al. 2019)."""
@@ -103,3 +172,11 @@ def decoder(model: ModelConfig, kernels: Kernels, masks: frozenset[str] = frozen
 def encoder(model: ModelConfig, kernels: Kernels, masks: frozenset[str] = frozenset()) -> Trunk:
     """A bidirectional trunk: every token sees every token (Devlin et al. 2019)."""
     return Trunk(model, StackSpec(causal=False, masks=masks), kernels)
+
+
+@TRUNKS.register("encoder_decoder")
+def encoder_decoder(
+    model: ModelConfig, kernels: Kernels, masks: frozenset[str] = frozenset()
+) -> EncoderDecoder:
+    """A decoder that reads an encoder's source (Vaswani et al. 2017; Raffel et al. 2020)."""
+    return EncoderDecoder(model, masks, kernels)

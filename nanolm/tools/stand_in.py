@@ -23,6 +23,7 @@ class StandInTokenizer:
     mask: ClassVar[int] = ROLES["mask"]
     cls: ClassVar[int] = ROLES["cls"]
     sep: ClassVar[int] = ROLES["sep"]
+    eos: ClassVar[int] = ROLES["sep"]
 
     def roles(self) -> dict[str, int]:
         """The roles that it has, with their ids."""
@@ -32,3 +33,8 @@ class StandInTokenizer:
     def special_mask(self) -> np.ndarray:
         """bool[V]: the specials."""
         return np.arange(self.vocab_size) < self.specials
+
+    @property
+    def extra_ids(self) -> tuple[int, ...]:
+        """The last hundred ids, which may stand for spans."""
+        return tuple(range(max(self.specials, self.vocab_size - 100), self.vocab_size))

@@ -1,0 +1,112 @@
+"""T5, both versions, against `transformers`: the same weights give the same numbers to 1e-5."""
+
+import pytest
+import torch
+from transformers import T5Config, T5ForConditionalGeneration
+
+from nanolm.config.load import load_config
+from nanolm.inference.t5_names import from_transformers, to_transformers
+from nanolm.model.trunk import Inputs
+from nanolm.ops.masks import Mask
+
+B, S, T, V = 3, 40, 23, 512
+LENGTHS = torch.tensor([40, 17, 5])
+PADDED = (torch.arange(S) < LENGTHS[:, None]).long()
+SHAPE = {
+    "trunk": "encoder_decoder",
+    "n_layers": 3,
+    "d_model": 64,
+    "n_heads": 4,
+    "head_dim": 24,
+    "d_ff": 96,
+    "norm": "rmsnorm",
+    "norm_eps": 1e-6,
+    "bias": False,
+    "positions": {"name": "t5"},
+    "attention_scale": 1.0,
+    "weight_init": "t5",
+    "vocab_size": V,
+}
+VERSIONS = {
+    "v1_0": ({"feed_forward": "relu", "tied": True, "logit_scale": True}, "relu"),
+    "v1_1": ({"feed_forward": "geglu_tanh", "tied": False}, "gated-gelu"),
+}
+
+
+def peer(version, **keys):
+    """T5ForConditionalGeneration of SHAPE with random weights; v1.1's head is its own."""
+    config = T5Config(
+        vocab_size=V,
+        d_model=64,
+        d_kv=24,
+        d_ff=96,
+        num_layers=3,
+        num_heads=4,
+        feed_forward_proj=VERSIONS[version][1],
+        tie_word_embeddings=version == "v1_0",
+        decoder_start_token_id=0,
+        **keys,
+    )
+    model = T5ForConditionalGeneration(config)
+    generator = torch.Generator().manual_seed(1)
+    if version == "v1_1":  # `transformers` ties a model that it builds, whatever its config says
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data = parameter.data * 0.5 + 0.08 * noise + 0.3 * (parameter.data == 1)
+    return model.eval()
+
+
+def model_config(version):
+    return load_config([], base={"model": SHAPE | VERSIONS[version][0]}).model
+
+
+@pytest.fixture(params=VERSIONS)
+def pair(request, make_learner):
+    """(the version, ours, theirs) with the same weights."""
+    theirs = peer(request.param)
+    ours = make_learner({**SHAPE, **VERSIONS[request.param][0]}, {"name": "span"}, row_length=40)
+    ours.load_state_dict(from_transformers(model_config(request.param), theirs.state_dict()))
+    return request.param, ours, theirs
+
+
+def some_tokens(length, seed=2):
+    return torch.randint(1, V, (B, length), generator=torch.Generator().manual_seed(seed))
+
+
+def source_inputs(**keys):
+    return Inputs(source_tokens_BS=some_tokens(S), source_mask=Mask(key_lengths=LENGTHS), **keys)
+
+
+def test_hidden_states_and_logits_with_padding(pair):
+    _, ours, theirs = pair
+    written = some_tokens(T, seed=3)
+    with torch.no_grad():
+        out = theirs(
+            input_ids=some_tokens(S),
+            attention_mask=PADDED,
+            decoder_input_ids=written,
+            output_hidden_states=True,
+        )
+        encoded = ours.trunk.encode(source_inputs())
+        hidden = ours.trunk(source_inputs(tokens_BT=written))
+        logits = ours.heads["lm"](hidden)
+    kept = PADDED.bool()
+    expected = out.encoder_last_hidden_state
+    torch.testing.assert_close(encoded[kept], expected[kept], atol=1e-5, rtol=1e-5)
+    expected = out.decoder_hidden_states[-1]
+    torch.testing.assert_close(hidden, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits, out.logits, atol=1e-5, rtol=1e-5)
+
+
+def test_names_map_there_and_back(pair):
+    version, ours, theirs = pair
+    model = model_config(version)
+    named = to_transformers(model, ours.state_dict())
+    assert set(named) == {name for name, _ in theirs.named_parameters()}
+    for name, parameter in theirs.named_parameters():
+        assert torch.equal(named[name], parameter), name
+    back = from_transformers(model, named)
+    assert set(back) == set(ours.state_dict())
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(back[name], tensor), name
