@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -102,6 +103,38 @@ def test_the_result_is_whole_and_holds_every_document_once(corpus, reference):
     assert sorted(found) == sorted(set(wanted))
     dropped = sum(n for key, n in manifest.cleaning.items() if key.startswith("dropped/"))
     assert len(found) + dropped == len(wanted) + 1
+
+
+@pytest.mark.parametrize("place", ["inside", "beside"])
+def test_what_nanolm_wrote_is_never_input(tmp_path, place):
+    """The same command three times, and once from a half-done folder: the same bytes."""
+    words = tmp_path / "words"
+    words.mkdir()
+    for number in range(60):
+        (words / f"{number}.txt").write_text(
+            f"document {number} of some words and more words\n" * 9
+        )
+    (words / "notes.doc").write_text("no text")
+    run = words / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text("a: 1\n")
+    (run / "README.md").write_text("what a run says of itself")
+    out = (words if place == "inside" else tmp_path) / "out"
+    settings = config(words, out, vocab_size=324)
+    first = prepare(settings, Silent())
+    assert first.manifest.cleaning["passed over/.doc"] == 1
+    assert first.manifest.cleaning["passed over/folder that nanolm wrote"] == 1
+    assert report.figures(first)["passed over"] == {".doc": 1, "folder that nanolm wrote": 1}
+    assert sum(totals["documents"] for totals in first.manifest.totals.values()) == 60
+    assert prepare(settings, Silent()).reused
+    whole = contents(out)
+    (out / "manifest.json").unlink()
+    (out / WORK).mkdir()
+    (out / WORK / "lock").write_text("")
+    prepare(settings, Silent())
+    assert contents(out) == whole
+    other = prepare(config(words, tmp_path / "other", vocab_size=324), Silent())
+    assert other.manifest.data_hash == first.manifest.data_hash
 
 
 def test_documents_keep_their_order_and_the_first_of_equals_stays(tmp_path):
@@ -257,6 +290,20 @@ def test_an_interrupted_directory_is_never_mixed(tmp_path):
         prepare(dataclasses.replace(settings, out=str(tmp_path / "mine")), Silent())
 
 
+def test_a_vocabulary_that_does_not_fit_is_mended_in_place(tmp_path):
+    """The remedy of the refusal, followed."""
+    (tmp_path / "x.txt").write_text("some words and others " * 50)
+    options = {"sources": [str(tmp_path / "x.txt")], "workers": 1, "val_fraction": 0.0}
+    for out, vocab_size in (("large", 5000), ("small", 298)):
+        settings = PrepareConfig(out=str(tmp_path / out), vocab_size=vocab_size, **options)
+        with pytest.raises(UserError, match=r"at most (\d+)|the (\d+) characters") as caught:
+            prepare(settings, Silent())
+        (size,) = re.findall(r"at most (\d+)|the (\d+) characters", str(caught.value))
+        mended = dataclasses.replace(settings, vocab_size=int("".join(size)))
+        prepare(mended, Silent())
+        assert verify(tmp_path / out).vocab_size == int("".join(size))
+
+
 def test_corpora_without_documents_are_refused(tmp_path):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "binary.txt").write_bytes(b"\0\1\2" * 100)
@@ -283,10 +330,20 @@ def test_corpora_without_documents_are_refused(tmp_path):
 
 
 def test_an_existing_tokenizer_is_used_as_it_is(corpus, reference, tmp_path):
-    settings = config(corpus, tmp_path / "data", tokenizer=str(reference), vocab_size=999)
+    training = {"vocab_size": 8192, "sample_bytes": None}
+    settings = config(corpus, tmp_path / "data", tokenizer=str(reference), **training)
     manifest = prepare(settings, Silent()).manifest
     assert manifest.tokenizer_hash == verify(reference).tokenizer_hash
     assert manifest.data_hash == verify(reference).data_hash
+    for key, value in (
+        ("vocab_size", 999),
+        ("sample_bytes", 5),
+        ("tokenizer_type", "bpe"),
+        ("character_coverage", 1.0),
+    ):
+        wrong = dataclasses.replace(settings, **{key: value})
+        with pytest.raises(UserError, match=f"^{key} says how to train .* leave out one"):
+            prepare(wrong, Silent())
 
 
 def test_a_full_disk_is_told_and_the_work_goes_on_afterwards(
@@ -344,7 +401,7 @@ def test_reports_and_progress_lines(corpus, reference, tmp_path, capsys):
         out=str(tmp_path / "data"),
         sources=[str(tmp_path / "x.txt")],
         txt_documents="line",
-        vocab_size=320,
+        vocab_size=324,
         workers=1,
     )
     with open(tmp_path / "log", "w") as stream:

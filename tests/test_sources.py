@@ -1,9 +1,11 @@
 """Sources and readers: the same documents however a file is cut, packed or found."""
 
+import bz2
 import gzip
 import io
 import itertools
 import json
+import lzma
 import pathlib
 from collections import Counter
 
@@ -79,7 +81,68 @@ def test_folders_and_globs_are_walked_in_order(tmp_path):
         path.write_text(name)
     assert read(tmp_path) == [b"a.md", b"b.txt", b"sub/c.py"]
     assert read(tmp_path / "**/*.py") == [b"sub/c.py"]
-    assert read(tmp_path / "*") == [b"a.md", b"b.txt"]
+    assert read(tmp_path / "*") == [b"a.md", b"b.txt", b"sub/c.py"]
+    assert read(tmp_path / "**") == [b"a.md", b"b.txt", b"sub/c.py"]
+    assert read(tmp_path / "s*") == [b"sub/c.py"]
+
+
+def walked(spec, **common):
+    """({name: text}, what was passed over) of a folder."""
+    source = build_source(str(spec), {**COMMON, **common}, {})
+    pieces = list(source.pieces())
+    found = {p.path.removeprefix(f"{spec}/"): list(p.documents(Counter())) for p in pieces}
+    return found, dict(source.passed_over)
+
+
+def test_every_file_of_a_folder_is_read_once_or_counted(tmp_path):
+    """A tree with each kind of entry that a folder can hold."""
+    tree = tmp_path / "tree"
+    texts = ["a.txt", "sub/b.md", "sub/deep/c.txt.gz", "d.txt.xz", "e.txt.bz2", "old/f.txt"]
+    others = ["x.csv", "y.tar.gz", "sub/z.CSV", "LICENSE", "g.pdf"]
+    hidden = [".git/h.txt", "sub/.i.txt", "__pycache__/j.py"]
+    packers = {".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress}
+    for name in [*texts, *others, *hidden]:
+        path = tree / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(packers.get(path.suffix, bytes)(name.encode()))
+    (tree / "n.ndjson").write_text('{"text": "n"}\n')
+    (tree / "package.json").write_text('{"name": "demo"}')
+    (tree / "list.json").write_text('[{"text": "one"}, {"text": "two"}]')
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "k.txt").write_text("k")
+    for link, target in (
+        ("link", tmp_path / "elsewhere"),
+        ("again", tmp_path / "elsewhere"),
+        ("round", tree),
+        ("sub/twin.md", tree / "sub" / "b.md"),
+        ("gone.txt", tree / "nothing"),
+    ):
+        (tree / link).symlink_to(target)
+    found, passed = walked(tree)
+    assert found == {
+        **{name: [name.encode()] for name in texts},
+        "n.ndjson": ["n"],
+        "list.json": ["one", "two"],
+        "again/k.txt": [b"k"],
+    }
+    assert passed == {
+        **{".csv": 2, ".tar.gz": 1, "no extension": 1, ".pdf": 1, "hidden": 3, "broken link": 1},
+        ".json without 'text'": 1,
+    }
+    fewer, passed = walked(tree, exclude=("*.json", "old", "sub/deep/*"))
+    left_out = {"list.json", "old/f.txt", "sub/deep/c.txt.gz"}
+    assert fewer == {name: texts for name, texts in found.items() if name not in left_out}
+    assert passed["excluded"] == 4
+    (tree / "bad.jsonl").write_text('{"body": "n"}\n')
+    with pytest.raises(UserError, match=r"no field 'text'.*--exclude bad\.jsonl"):
+        walked(tree)
+    assert walked(tree, exclude=("bad.jsonl",))[0] == found
+    with pytest.raises(UserError, match="no field 'text'; choose --text_field from name"):
+        walked(tree / "package.json")
+    with pytest.raises(UserError, match=r"write table:\S+x.csv:COLUMN"):
+        walked(tree / "x.csv")
+    with pytest.raises(UserError, match=r"holds nothing to read \(passed over: 1 excluded"):
+        walked(tmp_path / "elsewhere", exclude=("*.txt",))
 
 
 def test_what_a_document_is_in_a_text_file(tmp_path):

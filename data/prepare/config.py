@@ -12,7 +12,9 @@ from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import UserError, require_whole_path
 
 SAMPLE_BYTES_PER_PIECE = 300
-YOUNGER = ("encoding",)
+TRAINING = ("tokenizer_type", "vocab_size", "character_coverage", "sample_bytes")
+"""Keys that say how a tokenizer is trained."""
+YOUNGER = {"encoding": "auto", "exclude": []}
 """Keys that the first manifests do not have: at their default they are left out of later ones."""
 
 
@@ -24,6 +26,9 @@ class PrepareConfig:
     """Directory to write; an interrupted preparation in it is continued."""
     sources: list[str]
     """Files, globs, folders, `stdlib`, `hf:NAME[:SPLIT[:CONFIG]]`, or a plug-in source by name."""
+    exclude: list[str] = dataclasses.field(default_factory=list)
+    """Patterns (`*.json`, `drafts`, `old/*`) of names or paths that are left out of folders and
+    globs."""
     source_options: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     """Keys of a plug-in source's own options, by its name."""
     text_field: str = "text"
@@ -75,7 +80,13 @@ class PrepareConfig:
         """Raise UserError naming the first key that cannot be right."""
         check_encoding(self.encoding)
         require_whole_path("out", self.out)
+        given = [key for key in TRAINING if getattr(self, key) != getattr(PrepareConfig, key)]
         for wrong, sentence in (
+            (
+                self.tokenizer is not None and given,
+                f"{', '.join(given)} says how to train a tokenizer, and tokenizer={self.tokenizer} "
+                f"is used as it is; leave out one of them",
+            ),
             (not self.sources, "sources is empty; name at least one file, folder or `stdlib`"),
             (self.shard_tokens < 1, "shard_tokens must be positive"),
             (self.shard_tokens >= 1 << 31, "shard_tokens must stay below 2^31"),
@@ -113,11 +124,11 @@ class PrepareConfig:
         keys = dataclasses.asdict(self)
         for key in ("out", "workers"):
             del keys[key]
-        for key in YOUNGER:  # so that folders of earlier versions are known again
-            if keys[key] == getattr(PrepareConfig, key, []):
+        for key, default in YOUNGER.items():  # so that folders of earlier versions are known again
+            if keys[key] == default:
                 del keys[key]
         if self.tokenizer is not None:
             keys["tokenizer"] = Tokenizer.load(self.tokenizer).hash
-            for key in ("tokenizer_type", "vocab_size", "character_coverage", "sample_bytes"):
+            for key in TRAINING:
                 del keys[key]
         return keys

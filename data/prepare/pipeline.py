@@ -33,6 +33,7 @@ from nanolm.data.prepare.spool import Unit, ingest, read_unit_info
 from nanolm.data.prepare.tokenizer_training import sentences, train_tokenizer
 from nanolm.data.prepare.workspace import Workspace
 from nanolm.data.shards.directory import (
+    PASSED_OVER,
     SPLITS,
     UNIGRAM_FILE,
     Manifest,
@@ -70,7 +71,7 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> Summary:
     """
     config.check()
     fingerprint = config.fingerprint()
-    pieces, inputs = list_pieces(config)
+    pieces, inputs, passed_over = list_pieces(config)
     with Workspace(config.out) as workspace, Jobs(config.processes()) as jobs:
         if manifest := workspace.finished(fingerprint):
             if manifest.inputs != inputs:
@@ -81,7 +82,7 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> Summary:
             return Summary(config.out, manifest, config.processes(), {}, 0, reused=True)
         units = workspace.adopt_plan(fingerprint, pieces)
         run = Preparation(config, workspace, jobs, units, progress or default_progress())
-        manifest = run.run(fingerprint, inputs)
+        manifest = run.run(fingerprint, inputs, passed_over)
         return Summary(
             config.out,
             manifest,
@@ -92,18 +93,22 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> Summary:
         )
 
 
-def list_pieces(config: PrepareConfig) -> tuple[list[Piece], list[dict]]:
-    """All pieces of all sources in order, and what the manifest says of each source."""
-    names = ("text_field", "txt_documents", "encoding")
-    common = {name: getattr(config, name) for name in names}
+def list_pieces(config: PrepareConfig) -> tuple[list[Piece], list[dict], Counter]:
+    """All pieces of all sources in order, what the manifest says of each source, and how many
+    files were passed over, by kind."""
+    names = ("text_field", "txt_documents", "encoding", "out")
+    common = {name: getattr(config, name) for name in names} | {"exclude": tuple(config.exclude)}
+    passed_over: Counter = Counter()
     pieces: list[Piece] = []
     inputs = []
     for spec in config.sources:
-        found = list(build_source(spec, common, config.source_options).pieces())
+        source = build_source(spec, common, config.source_options)
+        found = list(source.pieces())
+        passed_over += getattr(source, "passed_over", Counter())
         size = sum(piece.size for piece in found)
         inputs.append({"source": spec, "pieces": len(found), "bytes": size})
         pieces += found
-    return pieces, inputs
+    return pieces, inputs, passed_over
 
 
 class Preparation:
@@ -125,7 +130,9 @@ class Preparation:
         self.seconds: dict[str, float] = {}
         self.encoded_bytes = 0
 
-    def run(self, fingerprint: dict[str, Any], inputs: list[dict]) -> Manifest:
+    def run(
+        self, fingerprint: dict[str, Any], inputs: list[dict], passed_over: Counter
+    ) -> Manifest:
         """All phases in order; returns the manifest, written last."""
         infos = self.read()
         counts = sum((Counter(info["counts"]) for info in infos), Counter())
@@ -141,6 +148,7 @@ class Preparation:
             self.config.test_fraction,
             self.config.seed,
         )
+        counts.update({f"{PASSED_OVER}/{what}": count for what, count in passed_over.items()})
         tokenizer = self.tokenizer(documents, duplicates, split, text_bytes)
         self.encode(documents, duplicates, split, [info["bytes"] for info in infos], tokenizer)
         splits, unigram = self.assemble(tokenizer)

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from nanolm.data.prepare.pipeline import Summary
 from nanolm.data.shards.directory import (
+    PASSED_OVER,
     SPLITS,
     Manifest,
     open_split,
@@ -29,8 +30,9 @@ def bytes_per_token(totals: dict[str, int]) -> float | None:
 
 
 def cleaning_counts(manifest: Manifest) -> dict[str, dict[str, int]]:
-    """The counts of cleaning as two tables: `dropped` documents by reason, and `changed`."""
-    tables: dict[str, dict[str, int]] = {"dropped": {}, "changed": {}}
+    """The counts of cleaning as tables: `dropped` documents by reason, what was `changed`, and
+    files `passed over` by kind."""
+    tables: dict[str, dict[str, int]] = {"dropped": {}, "changed": {}, PASSED_OVER: {}}
     for key, count in manifest.cleaning.items():
         table, _, name = key.partition("/")
         tables.setdefault(table, {})[name] = count

@@ -17,7 +17,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
-from nanolm.data.readers import FilePiece, file_pieces, format_of
+from nanolm.data.prepare.folders import Walk
+from nanolm.data.readers import FilePiece, NoFieldError, file_pieces, format_of, suffixes
 from nanolm.data.text_files import AUTO
 from nanolm.errors import UserError
 from nanolm.registry import Options, Registry
@@ -64,10 +65,18 @@ class SourceOptions(Options):
     """What a document is in a .txt file: auto, file, line or paragraph."""
     encoding: str = AUTO
     """Encoding of text files without a byte-order mark; auto is UTF-8."""
+    exclude: tuple[str, ...] = ()
+    """Patterns of names or paths in folders that are passed over."""
+    out: str = ""
+    """The folder that is being written, which is never input."""
 
 
 class Source(Protocol):
-    """Built from its options dataclass."""
+    """Built from its options dataclass.
+
+    One that leaves files out counts them by kind in a Counter `passed_over`, whole when all its
+    pieces have been taken.
+    """
 
     def pieces(self) -> Iterable[Piece]:
         """All pieces, in an order that depends on nothing but the source."""
@@ -83,58 +92,77 @@ class FilesOptions(SourceOptions):
 
 @SOURCES.register("files", options=FilesOptions)
 class Files:
-    """A file, a glob pattern or a folder (walked in sorted order, hidden names skipped)."""
+    """A file, a glob pattern or a folder (walked in sorted order, see `folders.py`)."""
 
     def __init__(self, options: SourceOptions) -> None:
         self.options = options
+        self.passed_over: Counter = Counter()
 
     def pieces(self) -> Iterator[FilePiece]:
         """Pieces of every file found; raises UserError when there is none."""
-        for path in self.paths():
-            yield from file_pieces(
-                path,
-                text_field=self.options.text_field,
-                txt_documents=self.options.txt_documents,
-                encoding=self.options.encoding,
-            )
+        paths = self.paths()
+        # One stray file of a folder does not stop the others; a file that was named does.
+        named = paths == [self.options.argument]
+        strays: list[NoFieldError] = []
+        for path in paths:
+            try:
+                yield from self.pieces_of(path)
+            except NoFieldError as error:
+                if named:
+                    raise
+                if suffixes(path)[0] != ".json":  # a file of records, and no chance find
+                    name = os.path.basename(path)
+                    raise NoFieldError(f"{error}, or leave it out with --exclude {name}") from None
+                strays.append(error)
+        if strays:
+            self.passed_over[f".json without {self.options.text_field!r}"] += len(strays)
+        if len(strays) == len(paths):
+            raise strays[0]
+
+    def pieces_of(self, path: str) -> Iterator[FilePiece]:
+        """Pieces of one file."""
+        return file_pieces(
+            path,
+            text_field=self.options.text_field,
+            txt_documents=self.options.txt_documents,
+            encoding=self.options.encoding,
+        )
 
     def paths(self) -> list[str]:
         """The files, sorted; raises UserError when nothing readable is there."""
         argument = self.options.argument
         if os.path.isfile(argument):
             if format_of(argument) is None:
-                raise UserError(f"{argument} is of no format that nanolm reads; {FORMATS_SENTENCE}")
+                raise UserError(f"{argument} is of no format that nanolm reads; {advice(argument)}")
             return [argument]
+        walk = Walk(self.options.exclude, self.options.out, self.passed_over)
         if os.path.isdir(argument):
-            found = list(_walk(argument))
+            found = list(walk.folder(argument))
         elif glob.has_magic(argument):
-            found = [path for path in sorted(glob.glob(argument, recursive=True))]
-            found = [path for path in found if os.path.isfile(path) and format_of(path)]
+            found = list(walk.matches(sorted(glob.glob(argument, recursive=True))))
         else:
             raise UserError(
                 f"there is no file, folder or source {argument!r}; check the path, or choose a "
                 f"source from {', '.join(name for name in SOURCES.names() if name != 'files')}"
             )
         if not found:
-            raise UserError(f"{argument} holds nothing to read; {FORMATS_SENTENCE}")
+            over = ", ".join(f"{count} {what}" for what, count in self.passed_over.items())
+            told = f" (passed over: {over})" if over else ""
+            raise UserError(f"{argument} holds nothing to read{told}; {FORMATS_SENTENCE}")
         return found
 
 
-FORMATS_SENTENCE = "use .txt, .md, .py, .jsonl or .json lines (also .gz or .zst), or .parquet files"
+FORMATS_SENTENCE = (
+    "use .txt, .md, .py, .jsonl, .ndjson or .json (also .gz, .zst, .xz or .bz2), or .parquet files"
+)
+TABLES = (".csv", ".tsv", ".conll", ".bio", ".iob")
 
 
-def _walk(folder: str) -> Iterator[str]:
-    for root, directories, names in os.walk(folder, onerror=_raise_unreadable):
-        directories[:] = sorted(
-            name for name in directories if not name.startswith(".") and name != "__pycache__"
-        )
-        for name in sorted(names):
-            if not name.startswith(".") and format_of(name):
-                yield os.path.join(root, name)
-
-
-def _raise_unreadable(error: OSError) -> None:
-    raise UserError(f"cannot read the folder {error.filename}: {error.strerror}")
+def advice(path: str) -> str:
+    """What to do about a file of another format."""
+    if suffixes(path)[0] in TABLES:
+        return f"for the texts of one of its columns, write table:{path}:COLUMN"
+    return FORMATS_SENTENCE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

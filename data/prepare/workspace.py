@@ -18,12 +18,25 @@ from nanolm.data.prepare.sources import Piece
 from nanolm.data.prepare.spool import Unit
 from nanolm.data.readers import work_bytes
 from nanolm.data.shards.directory import MANIFEST_FILE, Manifest
+from nanolm.data.tokenizer import MODEL_FILE
 from nanolm.errors import UserError
 from nanolm.files import full_disk_is_told, remove_leftovers, write_json
 
 WORK = ".work"
 PLAN_FILE = "plan.json"
 LOCK_FILE = "lock"
+LATER = (
+    "deduplicate",
+    "val_fraction",
+    "test_fraction",
+    "tokenizer",
+    "tokenizer_type",
+    "vocab_size",
+    "character_coverage",
+    "sample_bytes",
+    "shard_tokens",
+)
+"""Keys that matter after the text was read and cleaned."""
 
 
 class Workspace:
@@ -77,20 +90,22 @@ class Workspace:
     def adopt_plan(self, config: dict[str, Any], pieces: list[Piece]) -> list[Unit]:
         """Record the plan, or check it against the recorded one; returns the units of work.
 
-        A plan under which nothing was finished yet is simply replaced.
+        A plan under which nothing was finished yet is simply replaced. Until a tokenizer was
+        written, keys may change that the cleaned text does not depend on (`LATER`): a vocabulary
+        that did not fit is mended without reading all again.
         """
         plan = {"config": config, "inputs": [piece.identity() for piece in pieces]}
         path = self.work / PLAN_FILE
         if path.exists() and any(self.work.glob("unit-*.json")):
             held = json.loads(path.read_bytes())
-            self._refuse_other(held["config"], config)
+            free = () if (self.out / MODEL_FILE).exists() else LATER
+            self._refuse_other(held["config"], config, free)
             if held["inputs"] != json.loads(json.dumps(plan["inputs"])):
                 raise UserError(
                     f"the input files changed since the preparation of {self.out} was interrupted; "
                     f"delete {self.out} and start again"
                 )
-        else:
-            write_json(path, plan)
+        write_json(path, plan)
         return self._units(pieces)
 
     def _units(self, pieces: list[Piece]) -> list[Unit]:
@@ -106,9 +121,11 @@ class Workspace:
                 held = []
         return units
 
-    def _refuse_other(self, held: dict[str, Any], wanted: dict[str, Any]) -> None:
+    def _refuse_other(
+        self, held: dict[str, Any], wanted: dict[str, Any], free: tuple[str, ...] = ()
+    ) -> None:
         wanted = json.loads(json.dumps(wanted))
-        for key in sorted({*held, *wanted}):
+        for key in sorted({*held, *wanted} - {*free}):
             if held.get(key) != wanted.get(key):
                 raise UserError(
                     f"{os.fspath(self.out)} was prepared with {key} {held.get(key)!r}, not "

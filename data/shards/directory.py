@@ -46,6 +46,7 @@ __all__ = [
 
 MANIFEST_FILE = "manifest.json"
 UNIGRAM_FILE = "unigram.npy"
+PASSED_OVER = "passed over"
 SPLITS = ("train", "val", "test")
 COUNTED = ("tokens", "documents", "bytes")
 FIELD_KINDS = {"int": int, "str": str, "dict": dict, "list": list}
@@ -56,9 +57,10 @@ class Manifest:
     """What a prepared directory holds.
 
     splits: split -> list of {file, sha256, size, tokens, documents, bytes}; totals: split ->
-    {tokens, documents, bytes}; special_ids: role -> id; cleaning: `dropped/REASON` or
-    `changed/WHAT` -> count; unigram: the file with int64 counts per token id over the train split
-    (eos included); inputs: {source, pieces, bytes} of each source; config: what `prepare` was told.
+    {tokens, documents, bytes}; special_ids: role -> id; cleaning: `dropped/REASON`,
+    `changed/WHAT` or `passed over/KIND OF FILE` -> count; unigram: the file with int64 counts per
+    token id over the train split (eos included); inputs: {source, pieces, bytes} of each source;
+    config: what `prepare` was told.
     """
 
     format_version: int = FORMAT_VERSION
