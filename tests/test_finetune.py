@@ -74,8 +74,9 @@ def test_finetune_evaluate_predict(objective, data, tmp_path, monkeypatch):
         timeout=60,
     )
     assert job.returncode == 0, job.stderr
-    labels = [json.loads(line)["label"] for line in job.stdout.splitlines()]
-    assert labels == ["file", "error", "list"]
+    answers = [json.loads(line) for line in job.stdout.splitlines()]
+    assert [a.get("label") for a in answers] == ["file", None, "error", "list"]
+    assert answers[1] == {"error": "the line is empty"}
 
 
 def torchrun(ranks, words):

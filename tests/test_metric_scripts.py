@@ -4,6 +4,7 @@ Right answers have the best value, a model that tells nothing apart has chance, 
 known size costs what it must.
 """
 
+import dataclasses
 import json
 
 import numpy as np
@@ -265,7 +266,8 @@ TURNS = [
 def test_a_dialogue_is_scored_against_its_last_answer(n_turns, tmp_path):
     dialogue = {"messages": TURNS[:n_turns]}
     assert last_answer(dialogue["messages"]) == 2
-    writer = build("write", "decoder", chat=True)[0].objective
+    writer = build("write", "decoder")[0].objective
+    writer.options = dataclasses.replace(writer.options, chat=True)
     before = writer.prompt({"messages": TURNS[:3]})
     assert writer.prompt(dialogue, with_gold=True) == before
     assert before.endswith("say set\nassistant: ")

@@ -61,6 +61,11 @@ class Arguments:
     json: str | None = None
     """Also write the figures to this file."""
 
+    def __post_init__(self) -> None:
+        for name in ("batch", "batches"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"--{name} {value} must be at least 1")
+
 
 def with_evaluation(config: Config, arguments: Arguments) -> Config:
     """The run's config with the data and the batches that the user asked for."""
