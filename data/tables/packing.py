@@ -5,7 +5,8 @@
     padded    one sequence a row
 
 Packed, the rectangle is as wide as the longest sequence and sequences share rows: longest first,
-each into the fullest row that still has room (best fit, Johnson 1973; at most 11/9 of the optimum).
+each into the fullest row that still has room (best fit decreasing, Johnson 1973: at most 11/9 of
+the fewest rows possible, and 4).
 Within a row the document mask keeps them apart and positions restart, so the model computes for
 each sequence what it would compute for it alone, and hardly anything is spent on padding.
 

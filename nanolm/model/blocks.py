@@ -43,10 +43,12 @@ DEAR = frozenset(
     }
 )
 """Operators whose results selective activation checkpointing keeps: matrix products and attention,
-which are dear to compute again. What is large but cheap is computed again (Korthikanti et al. 2022,
-section 5): norms, rotations and activations read and write memory and multiply little, those of
-kernels/ too. Names, since a model is built before the kernels are imported, and no version of torch
-knows all of them. FlexAttention is computed again: what it has compiled is no operator."""
+which are dear to compute again. What is large but cheap is computed again: norms, rotations and
+activations read and write memory and multiply little, those of kernels/ too. The principle is that
+of Korthikanti et al. 2022, section 5, but not the choice: they recompute attention, whose stored
+scores and weights were large; attention here is one operator that stores neither, so its result is
+kept. Names, since a model is built before the kernels are imported, and no version of torch knows
+all of them. FlexAttention is computed again: what it has compiled is no operator."""
 
 
 def kept_or_not(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

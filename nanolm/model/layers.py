@@ -64,7 +64,10 @@ class Norm(nn.Module):
 
 
 class HeadNorm(nn.Module):
-    """RMSNorm of every query or key head, against logits that grow (Dehghani et al. 2023)."""
+    """RMSNorm of every query or key head, against logits that grow.
+
+    Dehghani et al. 2023, section 2, normalise queries and keys too, with LayerNorm.
+    """
 
     def __init__(self, model: ModelConfig, kernels: Kernels) -> None:
         super().__init__()

@@ -3,9 +3,10 @@
 BERT's recipe (Devlin et al. 2019, section 3.1) with exact counts: of a row's n maskable tokens (no
 specials, no padding) exactly max(1, round(p n)) are selected; of these 80 % become <mask>, 10 % a
 random token, 10 % stay. Selection is by token, by whole word, or by spans of words whose lengths
-are geometric (Joshi et al. 2020, section 3.1); words are never split, so the last two select at
-most that many tokens. A row whose every word is longer than that (one long number, a short title)
-has its tokens selected singly: no row goes untrained.
+are geometric (Joshi et al. 2020, section 3.1, who draw one of the three fates for a whole span;
+here every token draws its own); words are never split, so the last two select at most that many
+tokens. A row whose every word is longer than that (one long number, a short title) has its tokens
+selected singly: no row goes untrained.
 
 Shapes: T tokens of one row, n maskable tokens, V vocabulary.
 """

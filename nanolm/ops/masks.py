@@ -10,6 +10,9 @@ a cache of S - T keys see what they should):
     documents   documents[b, t] == key_documents[b, s]   (packed rows)
     order       key_order[b, s] <= order[b, t], or <     (permutation LM: Yang et al. 2019)
 
+A window counts one side: without causal a query sees up to 2 window - 1 keys, with itself in the
+middle; with causal it sees the last `window`, itself among them. (Beltagy et al. count both sides.)
+
 `dense` is the definition: every kernel is tested against it. Kernels read the fields.
 
 Shapes: B batch, T queries, S keys.

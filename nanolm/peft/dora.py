@@ -2,8 +2,9 @@
 
     V = W + (alpha / r) B A        W' = m V / ||V||        row by row; m starts as ||W||
 
-The norm counts as a constant in the backward pass (section 4.3), which saves memory and changes the
-result little.
+W is [n_out, n_in], so there is one magnitude for each output feature, as in the authors' code; the
+paper writes the norm over columns (section 4.1). The norm counts as a constant in the backward pass
+(section 4.3), which saves memory and changes the result little.
 """
 
 from __future__ import annotations

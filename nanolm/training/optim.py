@@ -259,8 +259,10 @@ def orthogonalise(
     """Nearest semi-orthogonal matrix, roughly: the singular values of the input become about 1.
 
     Newton-Schulz iteration X <- a X + (b A + c A^2) X with A = X X^T, in `dtype`, with the
-    coefficients of Jordan et al. (2024), which push small singular values up as fast as possible
-    and leave all of them within about [0.7, 1.2].
+    coefficients of Jordan et al. (2024), which push small singular values up as fast as possible.
+    In exact arithmetic, five steps take every singular value above 0.0015 of the Frobenius norm
+    into [0.68, 1.21]. Smaller ones are multiplied by at most a^5 = 485 and stay below: 0.001 ends
+    at 0.47, 0.0001 at 0.05, and 0 stays 0.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrix_MN.shape[0] > matrix_MN.shape[1]

@@ -98,7 +98,7 @@ def scale_by_depth(
 ) -> None:
     """Splits every parameter group by depth; its peak learning rate falls by `decay` a level.
 
-    (Clark et al. 2020, appendix A; Howard & Ruder 2018, section 3.2, divide by 2.6.) The top comes
+    (Clark et al. 2020, appendix B; Howard & Ruder 2018, section 3.2, divide by 2.6.) The top comes
     first, so the learning rate that the log shows is the undiminished one.
     """
     depth = depths(name for name, _ in learner.named_parameters())

@@ -2,7 +2,7 @@
 
     loss = - sum_n log softmax_c(score(question_n, candidate_nc))[right]
 
-(Radford et al. 2018, section 4.2.) With a query and its candidates it is also a cross-encoder that
+(Radford et al. 2018, section 3.3.) With a query and its candidates it is also a cross-encoder that
 ranks (Nogueira & Cho 2019): every candidate is read together with the query.
 
 Shapes: B rows, T tokens, S sequences (one per candidate), N items, C candidates, D model width.
