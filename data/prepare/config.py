@@ -7,7 +7,7 @@ import os
 from typing import Any, Literal
 
 from nanolm.data.prepare.clean import CleaningOptions
-from nanolm.data.tokenizer import Tokenizer
+from nanolm.data.tokenizer import EXTRA_TOKENS, Tokenizer
 from nanolm.errors import UserError
 
 SAMPLE_BYTES_PER_PIECE = 300
@@ -53,6 +53,9 @@ class PrepareConfig:
     time, so below about 40 MB of text it is done sooner, and needs 1 or 2 % fewer tokens."""
     vocab_size: int = 8192
     """Size of the vocabulary to train, special pieces and 256 bytes included."""
+    extra_tokens: int = EXTRA_TOKENS
+    """Special pieces without a role in the vocabulary to train. objective=span marks with them what
+    it cuts out: 28 for rows of 512 tokens, 57 for 1,024; T5's vocabulary has 100."""
     character_coverage: float = 0.9995
     """Share of the sample's characters that get a piece; the others are written as bytes."""
     sample_bytes: int | None = None
@@ -77,6 +80,12 @@ class PrepareConfig:
                 or self.val_fraction + self.test_fraction >= 1,
                 "val_fraction and test_fraction must be at least 0 and together below 1",
             ),
+            (self.extra_tokens < 0, "extra_tokens must not be negative"),
+            (
+                self.tokenizer is not None and self.extra_tokens != EXTRA_TOKENS,
+                f"extra_tokens={self.extra_tokens} is for a tokenizer that is trained here; leave "
+                f"out tokenizer or extra_tokens",
+            ),
             (not 0.98 <= self.character_coverage <= 1, "character_coverage must be in 0.98…1"),
             (
                 self.max_characters is not None and self.max_characters < self.min_characters,
@@ -100,10 +109,15 @@ class PrepareConfig:
         return CleaningOptions(**{name: getattr(self, name) for name in names})
 
     def fingerprint(self) -> dict[str, Any]:
-        """Everything that the result depends on: a foreign tokenizer by its hash, no `out`."""
+        """Everything that the result depends on: a foreign tokenizer by its hash, no `out`.
+
+        The usual number of extra tokens is left out, as in folders from before it was a choice.
+        """
         keys = dataclasses.asdict(self)
         for key in ("out", "workers"):
             del keys[key]
+        if self.extra_tokens == EXTRA_TOKENS:
+            del keys["extra_tokens"]
         if self.tokenizer is not None:
             keys["tokenizer"] = Tokenizer.load(self.tokenizer).hash
             for key in ("tokenizer_type", "vocab_size", "character_coverage", "sample_bytes"):
