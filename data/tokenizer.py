@@ -13,6 +13,7 @@ text. A model trained elsewhere is taken as it is; its roles are found by the na
 from __future__ import annotations
 
 import hashlib
+import itertools
 import pathlib
 import re
 import unicodedata
@@ -29,7 +30,10 @@ STAND_IN, ESCAPE = "\uf4a1", "\uf4a2"
 
 ROLES = ("pad", "unk", "bos", "eos", "cls", "sep", "mask")
 ROLE_PIECES = {role: f"<{role}>" for role in ROLES}
-EXTRA_PIECES = tuple(f"<extra_{index}>" for index in range(32))
+EXTRA_TOKENS = 32
+"""Extra pieces of a tokenizer that is trained here, unless told otherwise."""
+EXTRA_PIECES = ("<extra_{}>", "<extra_id_{}>")
+"""What they are called here and by T5's tokenizers."""
 # What other people's models call the same roles.
 FOREIGN_PIECES = {
     "pad": ("<pad>", "[PAD]"),
@@ -227,11 +231,11 @@ class Tokenizer:
         return next((index for index in found if index is not None), None)
 
     def _find_extra_ids(self) -> tuple[int, ...]:
-        count = len(EXTRA_PIECES)
-        for names in (EXTRA_PIECES, [f"<extra_id_{index}>" for index in range(count)]):
-            found = [index for name in names if (index := self._lookup(name)) is not None]
+        for pattern in EXTRA_PIECES:
+            ids = (self._lookup(pattern.format(index)) for index in itertools.count())
+            found = tuple(itertools.takewhile(lambda index: index is not None, ids))
             if found:
-                return tuple(found)
+                return found
         return ()
 
     def _describe_pieces(self) -> None:

@@ -125,6 +125,8 @@ def evaluator_of(
         unigram_counts(folder, manifest)
         for (folder, _), manifest in zip(stream.corpora, stream.manifests, strict=True)
     )
+    if hasattr(objective, "target_counts"):
+        counts = objective.target_counts(counts)
     rows = config.eval.batch or config.train.global_batch
     limit = config.eval.batches and config.eval.batches * rows
     # The rank's share in pieces no larger than a training micro-batch: memory that is known to do.

@@ -23,6 +23,7 @@ from nanolm.data.prepare.pipeline import PrepareConfig, prepare
 from nanolm.data.prepare.progress import Lines, Silent
 from nanolm.data.prepare.workspace import WORK, Workspace
 from nanolm.data.shards.directory import open_split, open_tokenizer, verify
+from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -422,3 +423,29 @@ def test_reports_and_progress_lines(corpus, reference, tmp_path, capsys):
     assert 0 < inspection.unigram_bits_per_byte < 8
     counts = np.array([totals["documents"] for totals in inspection.manifest.totals.values()])
     assert counts.min() > 0
+
+
+def test_extra_tokens_are_a_choice_that_older_folders_did_not_have(tmp_path):
+    usual = PrepareConfig(out="x", sources=["y"]).fingerprint()
+    assert "extra_tokens" not in usual
+    assert PrepareConfig(out="x", sources=["y"], extra_tokens=57).fingerprint() != usual
+    for keys, words in (
+        ({"extra_tokens": -1}, "must not be negative"),
+        ({"extra_tokens": 57, "tokenizer": "other.model"}, "leave out tokenizer or extra_tokens"),
+    ):
+        with pytest.raises(UserError, match=words):
+            PrepareConfig(out="x", sources=["y"], **keys).check()
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"Line {n} of a text about {n * n} things." for n in range(900)))
+    out = tmp_path / "out"
+    prepare(
+        PrepareConfig(
+            out=str(out),
+            sources=[str(text)],
+            txt_documents="paragraph",
+            extra_tokens=57,
+            vocab_size=360,
+            workers=1,
+        )
+    )
+    assert len(Tokenizer.load(out).extra_ids) == 57

@@ -190,6 +190,17 @@ def test_a_row_depends_on_its_key_alone(tokenizer, corpus):
     assert text == row.tokens.tolist()
 
 
+def test_the_unigram_model_knows_how_often_each_token_is_a_target():
+    objective, rows = objective_of(64), 3000
+    tokens = np.random.default_rng(1).integers(4, 12, (rows, objective.span))
+    made = [corrupt(objective, row, seed)["targets"] for seed, row in enumerate(tokens)]
+    seen = np.bincount(np.concatenate(made), minlength=200)
+    expected = objective.target_counts(np.bincount(tokens.ravel(), minlength=200))
+    assert expected.sum() == pytest.approx(seen.sum())
+    assert np.allclose(expected[12:], seen[12:]) and expected[3] == seen[3] == rows
+    assert np.allclose(expected[4:12], seen[4:12], rtol=0.05)
+
+
 @pytest.mark.parametrize(
     "keys, words",
     [

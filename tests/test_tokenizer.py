@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanolm.data.prepare.tokenizer_training import sentences, train_tokenizer
-from nanolm.data.tokenizer import EXTRA_PIECES, ROLES, Tokenizer, escape, unescape
+from nanolm.data.tokenizer import EXTRA_TOKENS, ROLES, Tokenizer, escape, unescape
 from nanolm.errors import UserError
 
 CODE = "def add(a, b):\n\treturn a + b  # 加法\n\n\nclass Größe:\n    pass\n"
@@ -57,13 +57,23 @@ def test_batch_equals_one_by_one(tokenizer: Tokenizer):
 
 def test_roles_have_fixed_ids_and_show_only_when_asked(tokenizer: Tokenizer):
     assert [getattr(tokenizer, role) for role in ROLES] == list(range(7))
-    assert tokenizer.extra_ids == tuple(range(7, 7 + len(EXTRA_PIECES)))
-    assert tokenizer.special_mask.sum() == 7 + len(EXTRA_PIECES)
+    assert tokenizer.extra_ids == tuple(range(7, 7 + EXTRA_TOKENS))
+    assert tokenizer.special_mask.sum() == 7 + EXTRA_TOKENS
     ids = [tokenizer.bos, *tokenizer.encode("the <mask> fox").tolist(), tokenizer.mask, 3]
     assert tokenizer.decode(ids) == "the <mask> fox"
     assert tokenizer.decode(ids, specials=True) == "<bos>the <mask> fox<mask><eos>"
     with pytest.raises(ValueError, match="ids run"):
         tokenizer.decode([tokenizer.vocab_size])
+
+
+@pytest.mark.parametrize("count", [0, 1, 100])
+def test_the_number_of_extra_pieces_is_a_choice(count):
+    model = train_tokenizer(corpus(), vocab_size=350 + count, kind="bpe", extra_tokens=count)
+    chosen = Tokenizer(model)
+    assert chosen.extra_ids == tuple(range(7, 7 + count))
+    assert chosen.special_mask.sum() == 7 + count and chosen.vocab_size == 350 + count
+    ids = chosen.encode("<extra_0>")
+    assert not chosen.special_mask[ids].any() and chosen.decode(ids) == "<extra_0>"
 
 
 def words(tokenizer: Tokenizer, text: str) -> list[str]:
@@ -117,10 +127,10 @@ def test_foreign_models_are_mapped_by_their_pieces(tmp_path):
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(corpus()),
         model_prefix=str(tmp_path / "foreign"),
-        vocab_size=140,
+        vocab_size=180,
         character_coverage=0.98,
         hard_vocab_limit=False,
-        user_defined_symbols=["[MASK]", "[CLS]"],
+        user_defined_symbols=["[MASK]", "[CLS]", *(f"<extra_id_{i}>" for i in range(40))],
         minloglevel=2,
     )
     foreign = Tokenizer.load(tmp_path / "foreign.model")
@@ -129,7 +139,7 @@ def test_foreign_models_are_mapped_by_their_pieces(tmp_path):
     assert foreign.special_mask[[0, 1, 2, foreign.mask, foreign.cls]].all()
     with pytest.raises(UserError, match="has no pad piece"):
         _ = foreign.pad
-    assert foreign.extra_ids == ()
+    assert len(foreign.extra_ids) == 40 and foreign.special_mask[list(foreign.extra_ids)].all()
 
 
 def test_loading(tokenizer: Tokenizer, tmp_path):

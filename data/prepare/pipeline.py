@@ -314,6 +314,7 @@ def train_on(samples: list[str], config: PrepareConfig) -> bytes:
         vocab_size=config.vocab_size,
         kind=config.tokenizer_type,
         character_coverage=config.character_coverage,
+        extra_tokens=config.extra_tokens,
     )
 
 

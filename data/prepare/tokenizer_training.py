@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 
 import sentencepiece
 
-from nanolm.data.tokenizer import EXTRA_PIECES, ROLE_PIECES, escape
+from nanolm.data.tokenizer import EXTRA_PIECES, EXTRA_TOKENS, ROLE_PIECES, escape
 from nanolm.errors import UserError
 
 TRAINING_THREADS = 2
@@ -31,7 +31,6 @@ BYTE_PIECES = 256
 # SentencePiece skips a whole training line that holds its unknown-character mark, or is cut by NUL.
 RESERVED_CHARACTERS = re.compile("[\u2585\0]")
 SENTENCE_END = re.compile(r"(?<=[.!?])(?= )|(?<=[。！？\n])")
-SMALLEST_VOCAB = len(ROLE_PIECES) + len(EXTRA_PIECES) + BYTE_PIECES + 2
 
 
 def sentences(text: str) -> Iterator[str]:
@@ -51,17 +50,26 @@ def sentences(text: str) -> Iterator[str]:
 
 
 def train_tokenizer(
-    samples: Iterable[str], *, vocab_size: int, kind: str, character_coverage: float = 0.9995
+    samples: Iterable[str],
+    *,
+    vocab_size: int,
+    kind: str,
+    character_coverage: float = 0.9995,
+    extra_tokens: int = EXTRA_TOKENS,
 ) -> bytes:
     """Train on sentences (see `sentences`) and return the bytes of a `.model` file.
 
-    kind: "unigram" or "bpe". Raises UserError when the vocabulary does not fit the sample.
+    kind: "unigram" or "bpe"; extra_tokens: number of further control pieces, which mark spans and
+    whatever a task needs. Raises UserError when the vocabulary does not fit the sample.
     """
-    if vocab_size < SMALLEST_VOCAB:
+    reserved = len(ROLE_PIECES) + extra_tokens + BYTE_PIECES
+    if vocab_size < reserved + 2:
         raise UserError(
             f"vocab_size {vocab_size} is too small: special pieces and bytes alone take "
-            f"{SMALLEST_VOCAB - 2}; use at least {SMALLEST_VOCAB}, better 1000"
+            f"{reserved}; use at least {reserved + 2}, better {max(1000, 2 * reserved)}"
         )
+    roles = [ROLE_PIECES[role] for role in ("cls", "sep", "mask")]
+    extras = [EXTRA_PIECES[0].format(index) for index in range(extra_tokens)]
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -75,6 +83,7 @@ def train_tokenizer(
             num_threads=TRAINING_THREADS,
             seed_sentencepiece_size=max(50_000, min(1_000_000, SEEDS_PER_PIECE * vocab_size)),
             max_sentence_length=MAX_SENTENCE_BYTES,
+            control_symbols=[*roles, *extras],
             **LOSSLESS,
             **PIECES,
         )
@@ -95,7 +104,6 @@ LOSSLESS = {
 PIECES = {
     **{f"{role}_id": index for index, role in enumerate(("pad", "unk", "bos", "eos"))},
     **{f"{role}_piece": ROLE_PIECES[role] for role in ("pad", "unk", "bos", "eos")},
-    "control_symbols": [*(ROLE_PIECES[role] for role in ("cls", "sep", "mask")), *EXTRA_PIECES],
 }
 
 

@@ -177,6 +177,16 @@ class Span:
             source_mask=Mask(key_lengths=batch.get("lengths")),
         )
 
+    def target_counts(self, counts_V: np.ndarray) -> np.ndarray:
+        """How often each token is a target in an epoch, as expected: the share of it that is cut
+        out, and in each row every sentinel and the end once more."""
+        noise, spans = self.options.counts(self.span)
+        rows = counts_V.sum() / self.span
+        found_V = counts_V * (noise / self.span)
+        found_V[self.sentinels[:spans]] += rows
+        found_V[self.eos] += rows
+        return found_V
+
     def targets(self, batch: dict[str, Tensor]) -> Tensor:
         """Sentinels, what they stand for, and ends, [N]."""
         return batch["targets"][batch["targets"] != IGNORED]
