@@ -21,7 +21,7 @@ FLOORS = (
     {"learner"},
     {"training"},
     {"build", "peft"},
-    {"run", "saved"},
+    {"run", "saved", "hub"},
     {"pretrain", "inference", "rules"},
     {"finetune"},
     {"tools", "built_in"},
