@@ -306,6 +306,7 @@ def test_a_vocabulary_that_does_not_fit_is_mended_in_place(tmp_path):
 
 
 def test_corpora_without_documents_are_refused(tmp_path):
+    no_model = {"tokenizer": str(tmp_path / "no.model"), "vocab_size": PrepareConfig.vocab_size}
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "binary.txt").write_bytes(b"\0\1\2" * 100)
     (tmp_path / "blank.txt").write_text(" \n\n ")
@@ -319,7 +320,7 @@ def test_corpora_without_documents_are_refused(tmp_path):
         ("latin", {"undecodable": "refuse"}, r"latin\.txt: undecodable bytes after b'Gr'"),
         ("one", {}, "no document of .* is left to train on after val_fraction"),
         ("one", {"val_fraction": 1.0}, "val_fraction and test_fraction must be"),
-        ("one", {"tokenizer": str(tmp_path / "no.model")}, "cannot read the tokenizer"),
+        ("one", no_model, "cannot read the tokenizer"),
     ):
         settings = PrepareConfig(
             out=str(tmp_path / f"out-{name}-{len(options)}-{sentence[:5]}"),
@@ -431,7 +432,7 @@ def test_extra_tokens_are_a_choice_that_older_folders_did_not_have(tmp_path):
     assert PrepareConfig(out="x", sources=["y"], extra_tokens=57).fingerprint() != usual
     for keys, words in (
         ({"extra_tokens": -1}, "must not be negative"),
-        ({"extra_tokens": 57, "tokenizer": "other.model"}, "leave out tokenizer or extra_tokens"),
+        ({"extra_tokens": 57, "tokenizer": "other.model"}, "extra_tokens says how to train a tokenizer"),
     ):
         with pytest.raises(UserError, match=words):
             PrepareConfig(out="x", sources=["y"], **keys).check()
