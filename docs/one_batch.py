@@ -1,4 +1,4 @@
-"""One batch on its way through nanolm, with the shapes that the README's table gives.
+"""One batch on its way through nanolm, with the shapes of the table in docs/one_batch.md.
 
 python docs/one_batch.py runs/demo-data        (a folder that `nanolm prepare` wrote)
 """

@@ -269,10 +269,11 @@ def entry(name, verdict="ok", figures=(), **more):
     return Entry(name=name, part=1, verdict=verdict, day=day, device=device, figures=found, **more)
 
 
-def test_the_lines_for_the_readme_name_its_rows():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_lines_for_the_tables_of_evidence_name_their_rows():
+    pages = [ROOT / "docs" / name for name in ("evidence.md", "benchmarks.md")]
+    tables = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     for row in rows.ROWS:
-        assert f"\n| {row.name}" in readme, f"the README's table has no row {row.name!r}"
+        assert tables.count(f"\n| {row.name}") == 1, f"no table of evidence has a row {row.name!r}"
     names = {each.name for each in Table("cuda", 2, pathlib.Path("logs")).stages()}
     assert {name for row in rows.ROWS for name in row.stages} <= names
 
@@ -287,15 +288,15 @@ def test_a_line_for_the_readme_needs_all_of_its_stages():
     for name in rows.STEPS:
         if "transformers" in name:
             found[name] = entry(name, "left out")
-    (line,) = rows.readme_rows(found)
+    (line,) = rows.evidence_lines(found)
     assert line.startswith("| step time beside | `make gpu ONLY='clm clm-compiled clm-plain ")
     assert "| passed, NVIDIA H100, 2026-01-31: GPT-2 124M bf16: 30.0 ms, 300,000 tokens/s" in line
     assert "MFU 40.0%, 1.50x the fastest other (plain-gpt, compiled), memory 0.50x" in line
     found["mlm"] = entry("mlm", "FAIL")
-    assert "| FAILED, " in rows.readme_rows(found)[0]
+    assert "| FAILED, " in rows.evidence_lines(found)[0]
     found["mlm"] = entry("mlm", "not begun")
-    assert rows.readme_rows(found) == []
-    assert rows.readme_rows({}) == []
+    assert rows.evidence_lines(found) == []
+    assert rows.evidence_lines({}) == []
 
 
 def test_the_line_of_the_kernels_says_what_is_wrong():
@@ -305,7 +306,7 @@ def test_the_line_of_the_kernels_says_what_is_wrong():
     raising = {"op": "glu", "check": "b", "kernel": "triton", "dtype": "torch.float16"}
     raising |= {"ok": False, "words": "it raises"}
     stages = {"numerics": entry("numerics", "FAIL", [good, bad, raising])}
-    line = next(line for line in rows.readme_rows(stages) if line.startswith("| Triton"))
+    line = next(line for line in rows.evidence_lines(stages) if line.startswith("| Triton"))
     assert "3 checks at real sizes against float64, 2 wrong; bfloat16 at most 7.0e-01" in line
     assert "the same bits twice in 1 of 2; glu triton: b; norm triton: wide rows" in line
 

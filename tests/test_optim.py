@@ -1,5 +1,7 @@
 """Optimizers: who decays, Muon against torch's own, state that survives by name."""
 
+import math
+
 import pytest
 import torch
 
@@ -69,6 +71,16 @@ def test_newton_schulz_brings_singular_values_near_one(shape, dtype):
     assert found.dtype == dtype
     values = torch.linalg.svdvals(found.float())
     assert values.min() > 0.6 and values.max() < 1.3
+
+
+def test_small_singular_values_end_where_the_docstring_says():
+    def ends(value):
+        matrix = torch.tensor([value, math.sqrt(1 - value**2)], dtype=torch.float64).diag()
+        return optim.orthogonalise(matrix, 5, lambda x: x @ x.mT, torch.float64)[0, 0].item()
+
+    found = [ends(i / 2000) for i in range(3, 2000)]
+    assert min(found) > 0.675 and max(found) < 1.21
+    assert round(ends(0.001), 2) == 0.47 and round(ends(0.0001), 2) == 0.05 and ends(0.0) == 0
 
 
 @pytest.mark.parametrize("native", [True, False])

@@ -1,4 +1,5 @@
-"""Every command that README.md and docs/ name exists, with the options they name."""
+"""What the pages say is so: their commands exist with their options, their links lead somewhere,
+the README's Python runs, and docs/index.md knows every page."""
 
 import importlib
 import pathlib
@@ -8,14 +9,16 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from nanolm.cli import COMMANDS
 from nanolm.config.load import leaf_kinds, load_config
 from tests.doors import doors
-from tests.prepared import prepared_corpus
+from tests.prepared import prepared_corpus, trained_run
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TOP = ("README.md", "README.zh.md", "CONTRIBUTING.md")
+PAGES = [*(ROOT / name for name in TOP), *sorted((ROOT / "docs").glob("*.md"))]
 TRAIN = re.compile(r"^(torchrun .*?|python )train\.py ")
 FINETUNE = re.compile(r"^torchrun .*?-m nanolm\.finetune ")
 
@@ -65,6 +68,74 @@ def test_the_walk_of_one_batch_prints_the_shapes_of_the_table():
         assert shape in printed
 
 
+def readme():
+    return (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_readme_is_short():
+    assert len(readme().split()) <= 900
+
+
+def test_the_python_of_the_readme_runs(capsys):
+    use, _ = re.findall(r"^```python\n(.*?)^```", readme(), flags=re.M | re.S)
+    assert use.count('"runs/demo"') == 1
+    names = {}
+    exec(use.replace('"runs/demo"', repr(str(trained_run()))), names)
+    length = names["tokens"].shape[1]
+    assert names["hidden"].shape == (1, length, 32)
+    assert names["logits"].shape == (1, length, names["saved"].config.model.vocab_size)
+    assert torch.isfinite(names["logits"]).all() and names["texts"][0]
+
+
+def test_the_plug_in_of_the_readme_has_options_of_its_own(tmp_path):
+    _, plug_in = re.findall(r"^```python\n(.*?)^```", readme(), flags=re.M | re.S)
+    (tmp_path / "my_pkg").mkdir()
+    (tmp_path / "my_pkg" / "temperature.py").write_text(plug_in, encoding="utf-8")
+    settings = "plugins: [my_pkg.temperature]", "objective: {name: my_clm, temperature: 2.0}"
+    for line in settings:
+        assert plug_in.count(f"#   {line}\n") == 1
+    (tmp_path / "config.yaml").write_text("\n".join(settings))
+    words = [sys.executable, str(ROOT / "train.py"), "--config=config.yaml", "--print_config"]
+    paths = f"{tmp_path}:{ROOT}"
+    done = subprocess.run(
+        words, cwd=tmp_path, env={"PYTHONPATH": paths}, capture_output=True, text=True, check=True
+    )
+    assert re.search(r"temperature: 2\.0", done.stdout)
+
+
+def linked(page):
+    """The targets of a page's links and pictures outside of code, as the page writes them, but for
+    addresses."""
+    text = re.sub(r"```.*?```|`[^`\n]+`", "", page.read_text(encoding="utf-8"), flags=re.S)
+    found = re.findall(r"\]\(([^)\s]+)\)", text)
+    return [target for target in found if "://" not in target]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in linked(page):
+        name, _, heading = target.partition("#")
+        assert (page.parent / name).exists(), f"{page.name} links {target}"
+        if heading:
+            text = (page.parent / name).read_text(encoding="utf-8")
+            titles = re.findall(r"^#+ (.+)$", text, flags=re.M)
+            assert heading in {title.lower().replace(" ", "-") for title in titles}
+
+
+def test_the_index_has_every_page_of_docs_with_a_sentence():
+    index = ROOT / "docs" / "index.md"
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    lines = re.findall(
+        r"^- \[[^\]]+\]\(([^)]+)\): \S.*\.$", index.read_text(encoding="utf-8"), flags=re.M
+    )
+    assert sorted(lines) == sorted(pages)
+
+
+def test_no_page_names_a_folder_outside_of_the_repository():
+    for page in [*PAGES, *ROOT.glob("configs/**/*.yaml"), *ROOT.glob("*/README.md")]:
+        assert ".." + "/shared" not in page.read_text(encoding="utf-8"), page
+
+
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for page in PAGES:
@@ -82,11 +153,10 @@ def reading_order():
 def test_the_evenings_reading_is_short_enough_for_one():
     files, headings = reading_order()
     lines = [len((ROOT / path).read_text(encoding="utf-8").splitlines()) for path in files]
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [heading.split(",")[0] for heading in headings] == ["Ideas", "Machinery"]
     assert next(iter(files)) == "nanolm/ops/masks.py"
-    assert f"the {len(files)} files of `docs/reading_order.txt`" in readme
-    assert f"counts {round(sum(lines), -2):,} lines" in readme and max(lines) < 345
+    assert f"the {len(files)} files of `docs/reading_order.txt`" in readme()
+    assert f"counts {round(sum(lines), -2):,} lines" in readme() and max(lines) < 345
 
 
 def test_a_step_of_the_demo_opens_few_doors_and_all_are_in_the_reading_order():

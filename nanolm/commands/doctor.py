@@ -39,7 +39,7 @@ class Arguments:
     """The step to look into, as the metrics and messages count: the first is 1."""
     gpu: bool = False
     """Check this machine's GPU instead: kernels, 20 losses against the CPU, one of two ranks
-    killed; prints the lines for the README's column *on a GPU*."""
+    killed; prints the lines for the column *on a GPU* of docs/evidence.md."""
     device: str = "auto"
     """auto, cpu or cuda; with `gpu`, cpu stands in for one."""
     plugins: list[str] = dataclasses.field(default_factory=list)
@@ -87,7 +87,7 @@ def check_gpu(arguments: Arguments, device: str = "cuda") -> None:
     )
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU as stand-in"
     verdicts = check_device(device)
-    print(f"\nfor the README's column *on a GPU* ({name}, torch {torch.__version__}):")
+    print(f"\nfor docs/evidence.md, column *on a GPU* ({name}, torch {torch.__version__}):")
     for verdict in verdicts:
         print(verdict.line(name))
     write_json(arguments.json, [dataclasses.asdict(verdict) for verdict in verdicts])

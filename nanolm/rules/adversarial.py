@@ -3,7 +3,7 @@
 A perturbation d is added to the output of the token embedding, one per example (row, or document of
 a packed row), and moves against the model:
 
-    FGM     L(0) + w L(d),  d = e g / |g|                                  (Miyato et al. 2017, 3.1)
+    FGM     L(0) + w L(d),  d = e g / |g|                                    (Miyato et al. 2017, 3)
     PGD     L(0) + w L(d_K), d_k = P(d_{k-1} + a g / |g|), |d| <= e        (Madry et al. 2018, 2.1)
     FreeLB  1/K sum_k L(d_k), d_0 random, d_k as in PGD                    (Zhu et al. 2020, alg. 1)
 

@@ -80,7 +80,7 @@ class PairOptions(TaskOptions):
 
     mark_shared: bool = False
     """Marks the tokens of the second text that stand in the first too, by the first one's segment
-    embedding: the exact match feature of Chen et al. (2017, section 3.2.1)."""
+    embedding: the exact match feature of Chen et al. (2017, section 3.2)."""
 
 
 class Task:

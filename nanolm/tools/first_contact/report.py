@@ -1,7 +1,7 @@
 """The report of all calls so far: three files in one folder, which are enough to send home.
 
 report.txt    what a person reads: every stage with its verdict and its telling lines, and at
-              the end the lines for the README's column *on a GPU*
+              the end the lines for the column *on a GPU* of docs/evidence.md
 report.json   the same with all figures; a later call finds there what is done
 logs.tar.gz   everything that was printed, and the traces, as far as they fit into `MOST`
 """
@@ -22,7 +22,7 @@ from nanolm.errors import UserError
 from nanolm.files import write_json, write_text
 from nanolm.tools.first_contact.entry import Entry
 from nanolm.tools.first_contact.measurement import LEFT_OUT, read_figures
-from nanolm.tools.first_contact.rows import readme_rows
+from nanolm.tools.first_contact.rows import evidence_lines
 from nanolm.tools.first_contact.runner import Ended
 from nanolm.tools.first_contact.stages import Stage
 from nanolm.tools.first_contact.verdict import today
@@ -123,7 +123,7 @@ class Report:
     def write(self) -> None:
         """Writes report.txt and report.json, each whole or not at all."""
         entries = list(self.entries.values())
-        rows = readme_rows(self.entries)
+        rows = evidence_lines(self.entries)
         stages = [dataclasses.asdict(entry) for entry in entries]
         write_text(self.folder / "report.txt", "\n".join(self.text(rows)) + "\n")
         write_json(self.folder / "report.json", {"stages": stages, "rows": rows})
@@ -136,7 +136,7 @@ class Report:
             for entry in self.entries.values():
                 lines += entry.text() if entry.part == part else []
         if rows:
-            lines += ["", "for the README's column *on a GPU*:", *rows]
+            lines += ["", "for the column *on a GPU* of docs/evidence.md and benchmarks.md:", *rows]
         return lines
 
     def pack(self) -> str:

@@ -1,6 +1,7 @@
-"""The lines for the README's column *on a GPU*, from what the stages have measured.
+"""The lines for the column *on a GPU* in docs/evidence.md and docs/benchmarks.md, from what the
+stages have measured.
 
-A line stands for the row of the README's table that begins with its words, and is made once all its
+A line stands for the row of their tables that begins with its words, and is made once all its
 stages have ended. What the report does not touch stays as it is there.
 """
 
@@ -18,15 +19,15 @@ Entries = Mapping[str, Entry]
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A row of the README by its first words, the stages that stand for it, and what they say."""
+    """A row of a table by its first words, the stages that stand for it, and what they say."""
 
     name: str
     stages: tuple[str, ...]
     words: Callable[[Entries], str]
 
 
-def readme_rows(entries: Entries) -> list[str]:
-    """A line for each row whose stages have all been begun or left out, in the README's order."""
+def evidence_lines(entries: Entries) -> list[str]:
+    """A line for each row whose stages have all been begun or left out, in the order of ROWS."""
     lines = []
     for row in ROWS:
         found = [entries.get(name) for name in row.stages]
@@ -157,4 +158,4 @@ ROWS = (
     Row("memory of the projected loss", ("loss-memory",), memory_words),
     Row("step time beside", STEPS, step_words),
 )
-"""In the order of the README's table."""
+"""What the report makes lines of."""

@@ -1,4 +1,4 @@
-"""A verdict on one row of the README's table, and its line there."""
+"""A verdict on one row of the tables of evidence, and its line there."""
 
 from __future__ import annotations
 
@@ -22,6 +22,6 @@ class Verdict:
     day: str = dataclasses.field(default_factory=today)
 
     def line(self, device: str) -> str:
-        """The line for the README's column *on a GPU*."""
+        """The line for the column *on a GPU*."""
         mark = "passed" if self.passed else "FAILED"
         return f"| {self.name} | `{self.command}` | {mark}, {device}, {self.day}: {self.words} |"
