@@ -92,6 +92,11 @@ def coarse_splits(manifest: Manifest) -> list[str]:
     where documents are few: they are never divided."""
     whole = sum(totals["bytes"] for totals in manifest.totals.values())
     told = []
+    if not manifest.splits["val"]:
+        told.append(
+            "note: there is no val split, and training needs one to evaluate on; prepare into "
+            "another --out with --val_fraction above 0"
+        )
     for split in ("val", "test"):
         asked = manifest.config.get(f"{split}_fraction") or 0.0
         totals = manifest.totals[split]
