@@ -95,7 +95,7 @@ def test_a_printed_config_loads_back_equal(words, tmp_path, capsys):
         (["--optim.betas", "0.9"], "optim.betas: expected a list of 2"),
         (["--optim.lr", "3", "4"], "'4' belongs to no option"),
         (["--optim.lr", "[1"], "--optim.lr line 1 is not valid YAML"),
-        (["train.yaml"], "'train.yaml' belongs to no option"),
+        (["train.yaml"], "'train.yaml' belongs to no option; a config file is named by"),
         (["--config"], "config: expected a YAML file, got nothing"),
         (["--config", "/none.yaml"], "cannot read the config /none.yaml"),
         (["--plugins", "no_such_module_x"], "plugins: cannot import no_such_module_x"),
@@ -208,3 +208,10 @@ def test_every_choice_is_a_field_of_the_schema():
         for part in key.split("."):
             value = getattr(value, part)
         assert value.name in registry.names()
+
+
+@pytest.mark.parametrize("word", ["true", "True", "TRUE", "false", "False", "FALSE"])
+@pytest.mark.parametrize("equals", [True, False])
+def test_truth_values_as_yaml_and_as_python_write_them(word, equals):
+    words = [f"--train.compile={word}"] if equals else ["--train.compile", word]
+    assert load_config(words).train.compile is (word.lower() == "true")

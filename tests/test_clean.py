@@ -21,7 +21,21 @@ def test_controls_and_line_ends():
     text, counts = cleaned("\ufeffa\r\nb\rc\x00\x0b\x7f\x85\td\n")
     assert text == "a\nb\nc\td\n"
     assert counts == {"changed/control characters removed": 5}
+    assert cleaned("a\x00\x0b\x7fb\n\x0c\nc") == (
+        "a\nb\n\nc",
+        {"changed/control characters made line ends": 1, "changed/control characters removed": 1},
+    )
     assert cleaned("a\r\n\x00", control_characters="keep")[0] == "a\r\n\x00"
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.text(st.sampled_from("ab \n\t\r\x0b\x0c\x85\x1c\x1d\x1e\x1f\x00\x7f\ufeff")))
+def test_cleaning_joins_no_words(text):
+    """The words are those that Python finds once what is invisible and parts nothing has gone."""
+    found, _ = cleaned(text, min_characters=0)
+    words = "".join(character for character in text if character not in "\x00\x7f\ufeff").split()
+    assert (found or "").split() == words
+    assert not set(found or "") - set("ab \n\t")
 
 
 def test_unicode_normalisation():

@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from nanolm.cli import main
 from nanolm.errors import UserError
 from nanolm.inference import sampling
-from nanolm.inference.generate import Generator, cut_at, write
+from nanolm.inference.generate import (
+    Generator,
+    beginning_with,
+    cut_at,
+    hold_spaces,
+    settled,
+    write,
+)
 from nanolm.inference.sampling import Sampling
 from nanolm.saved import open_saved
 from tests.prepared import trained_run
@@ -76,6 +83,31 @@ def test_text_grows_and_its_last_form_is_what_is_returned(saved):
     )
     assert seen[-1] == texts[0]
     assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(seen))
+
+
+@given(st.text("ab", max_size=9), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
+def test_what_is_shown_never_turns_out_to_be_a_stop_string(text, stop):
+    final = cut_at(text, stop)[0]
+    for end in range(len(text) + 1):
+        shown, stopped = cut_at(text[:end], stop)
+        if not stopped:
+            shown = settled(shown, stop)
+        assert final.startswith(shown)
+    assert settled("ab\ufffd", []) == "ab"
+
+
+@pytest.mark.parametrize("prompt", ["def ", "x =  ", "", " ", "if a:\n    ", "word"])
+def test_spaces_at_the_end_of_a_prompt_are_held_back(saved, prompt):
+    tokenizer = saved.tokenizer
+    stem, spaces = hold_spaces(tokenizer, prompt)
+    assert stem + spaces == prompt and not (spaces and stem.endswith(" "))
+    words = {"max_tokens": 8, "sampling": GREEDY}
+    (text,) = write(Generator(saved), [stem], begins=[spaces], **words)
+    (free,) = write(Generator(saved), [stem], **words)
+    if spaces in ("", " ") and free.startswith(spaces):
+        assert spaces + text == free
+    assert not spaces or beginning_with(tokenizer, spaces)
+    assert hold_spaces(tokenizer, "a" + " " * 300) == ("a" + " " * 300, "")
 
 
 def test_specials_are_never_written(saved):
@@ -148,5 +180,6 @@ def test_command_writes_texts_and_json(tmp_path, capsys):
     assert [text["prompt"] for text in texts] == ["def ", "def "]
     main(["generate", run, "--prompt=def ", "--max_tokens=8", "--temperature=0"])
     streamed = capsys.readouterr().out
-    greedy = write(Generator(open_saved(run)), ["def "], max_tokens=8, sampling=GREEDY)[0]
+    words = {"max_tokens": 8, "sampling": GREEDY, "begins": [" "]}
+    greedy = write(Generator(open_saved(run)), ["def"], **words)[0]
     assert streamed == f"def {greedy}\n"

@@ -55,10 +55,24 @@ def test_refusals(runs, tmp_path, capsys):
         main_or_raise(["runs", str(tmp_path / "nothing")])
     with pytest.raises(UserError, match=r"metrics\.jsonl"):
         read_run(tmp_path)
-    with (runs / "a" / "metrics.jsonl").open("a") as file:
-        file.write("{half a li")
-    with pytest.raises(UserError, match="line 4"):
-        read_run(runs / "a")
+
+
+@pytest.mark.parametrize(
+    "torn", ["{half a li", "[1]", "\udcff", "\0\0\0", "nul", "9" * 5000, "[" * 9999]
+)
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_a_torn_line_is_told_and_stops_no_other_run(runs, tmp_path, capsys, torn, place):
+    """The table has all runs, and the torn one without that line."""
+    path = runs / "a" / "metrics.jsonl"
+    lines = path.read_bytes().splitlines()
+    lines.insert(place, torn.encode("utf-8", "surrogateescape"))
+    path.write_bytes(b"\n".join(lines))
+    out = tmp_path / "table.json"
+    main(["runs", str(runs), f"--json={out}"])
+    assert [row["train_loss"] for row in json.loads(out.read_text())] == [2.0, 3.5]
+    told = f"metrics.jsonl line {place + 1} is not JSON and was left out"
+    assert told in capsys.readouterr().out
+    assert len(read_run(runs / "a").lines) == 3
 
 
 def main_or_raise(argv):

@@ -221,3 +221,45 @@ def test_times_of_the_summary_are_those_of_all_starts(prepared, tmp_path):
     assert summaries[1]["tokens_per_second"] == pytest.approx(
         summaries[0]["tokens_per_second"], rel=0.02
     )
+
+
+def test_a_schedule_that_is_drawn_anew_is_told(prepared, tmp_path):
+    run, short = tmp_path / "run", ("--train.steps=12",)
+    cosine = ("--schedule.name=cosine", "--resume=auto")
+    train(prepared, run, *short, *cosine)
+    again = train(prepared, run, *short, *cosine)
+    longer = train(prepared, run, "--train.steps=24", *cosine)
+    assert "drawn anew" not in again
+    assert "train.steps was 12 and is 24" in longer and "at step 13" in longer
+    rates = [line["lr"] for line in metrics(run) if line["kind"] == "train"]
+    before, now = re.search(r"goes from (\S+) to (\S+) of its peak", longer).groups()
+    assert rates[11:13] == pytest.approx([5e-3 * float(before), 5e-3 * float(now)], rel=0.01)
+
+
+@pytest.mark.parametrize("resume", ["never", "auto"])
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        (["--schedule.warmup=100"], "warmup"),
+        (["--data.path=NO_VAL"], "no val split"),
+        (["--init_from=nowhere"], "nowhere"),
+    ],
+)
+def test_a_start_that_fails_owns_no_folder(
+    prepared, tmp_path, monkeypatch, resume, wrong, sentence
+):
+    """The mended command, in the same folder, is not refused."""
+    run, data = tmp_path / "run", prepared
+    if wrong == ["--data.path=NO_VAL"]:
+        data = shutil.copytree(prepared, tmp_path / "data")
+        manifest = json.loads((prepared / "manifest.json").read_text())
+        manifest["splits"]["val"] = []
+        (data / "manifest.json").write_text(json.dumps(manifest))
+        wrong = []
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=sentence):
+        train(data, run, *STEPS, "--run.log_every=100", f"--resume={resume}", *wrong)
+    train(prepared, run, *STEPS, f"--resume={resume}")
+    assert [line["step"] for line in metrics(run)] == [1, 2, 2]
+    with pytest.raises(UserError, match="already holds a run"):
+        train(prepared, run, *STEPS)

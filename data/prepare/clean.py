@@ -19,6 +19,12 @@ from nanolm.errors import UserError
 # mark a wrong byte order. A lone carriage return ends a line.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff\ufffe\uffff]")
 
+# Of these, the ones that end a line or part words (Unicode's UAX 14: BK and NL; UAX 9: B and S).
+SEPARATORS = "\x0b\x0c\x85\x1c-\x1f"
+JOINT = re.compile(
+    rf"(?<=\S)[{CONTROL.pattern[1:-1]}]*[{SEPARATORS}][{CONTROL.pattern[1:-1]}]*(?=\S)"
+)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CleaningOptions:
@@ -51,12 +57,15 @@ def decode(raw: bytes, policy: str, counts: Counter) -> str | None:
 
 
 def remove_controls(text: str, counts: Counter) -> str:
-    """CRLF and CR become LF; other control characters and byte-order marks go."""
+    """CRLF and CR become LF, and so do characters that part two words, as form feeds do; other
+    control characters and byte-order marks go."""
     if not CONTROL.search(text):
         return text
     text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text, parted = JOINT.subn("\n", text)
     text, removed = CONTROL.subn("", text)
     counts["changed/control characters removed"] += removed
+    counts["changed/control characters made line ends"] += parted
     return text
 
 

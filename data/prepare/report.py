@@ -22,6 +22,8 @@ from nanolm.data.shards.directory import (
 )
 
 SAMPLE_TOKENS = 120
+COARSE = 2.0
+"""A split that is so many times larger or smaller than was asked for is told."""
 
 
 def bytes_per_token(totals: dict[str, int]) -> float | None:
@@ -77,7 +79,35 @@ def render(summary: Summary) -> Group:
             f"{summary.seconds['encoding']:.1f} s at {speed:.1f} MB/s in {summary.workers} "
             f"process{'es' if summary.workers > 1 else ''}"
         )
-    return Group(_split_table(manifest, summary.directory), *_cleaning_table(manifest), Text(line))
+    return Group(
+        _split_table(manifest, summary.directory),
+        *_cleaning_table(manifest),
+        *map(Text, coarse_splits(manifest)),
+        Text(line),
+    )
+
+
+def coarse_splits(manifest: Manifest) -> list[str]:
+    """A sentence for each split that is far from the share of text that was asked for, as happens
+    where documents are few: they are never divided."""
+    whole = sum(totals["bytes"] for totals in manifest.totals.values())
+    told = []
+    if not manifest.splits["val"]:
+        told.append(
+            "note: there is no val split, and training needs one to evaluate on; prepare into "
+            "another --out with --val_fraction above 0"
+        )
+    for split in ("val", "test"):
+        asked = manifest.config.get(f"{split}_fraction") or 0.0
+        totals = manifest.totals[split]
+        share = totals["bytes"] / whole
+        if asked and not asked / COARSE <= share <= asked * COARSE:
+            told.append(
+                f"note: {split} is {share:.1%} of the text and not {asked:.1%}: it is chosen by "
+                f"whole documents, and there are {totals['documents']} in it; for a finer choice "
+                f"prepare shorter documents (--txt_documents line or paragraph)"
+            )
+    return told
 
 
 def _split_table(manifest: Manifest, directory: str) -> Table:

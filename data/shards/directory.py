@@ -231,7 +231,7 @@ def open_split(
         held = ", ".join(name for name, shards in manifest.splits.items() if shards)
         raise UserError(
             f"{directory} has no {split} split (it has {held}); "
-            f"prepare it with a larger {split}_fraction"
+            f"prepare it into another folder with --{split}_fraction above 0"
         )
     entries = manifest.splits[split]
     return manifest, [open_shard(directory, manifest, entry, cache) for entry in entries]

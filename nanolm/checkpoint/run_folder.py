@@ -95,7 +95,7 @@ def claim(
             _same_config(checkpoint / "config.yaml", config_text)
             require_same_facts(checkpoint, facts, THE_SAME, saved["facts"])
             notes += differences(saved["environment"], world)
-        elif resume == "auto" and (run / "config.yaml").is_file():
+        elif resume == "auto" and (run / "config.yaml").is_file() and holds_a_run(run):
             _same_config(run / "config.yaml", config_text)
         _make(run)
         checkpoints.clean()
@@ -119,13 +119,20 @@ def _find(run: pathlib.Path, resume: str) -> tuple[pathlib.Path | None, list[str
         checkpoint, problems = Checkpoints(run, World()).newest()
         return checkpoint, [f"{problem}: went back to {checkpoint}" for problem in problems]
     inside = resume != "never" and pathlib.Path(resume).resolve().is_relative_to(run.resolve())
-    taken = (run / "metrics.jsonl").exists() or (run / "checkpoints").exists()
-    if taken and not inside:
+    if holds_a_run(run) and not inside:
         raise UserError(
             f"run.dir {run} already holds a run; --resume auto continues it, another run.dir "
             f"starts a new one"
         )
     return (None if resume == "never" else locate(resume)), []
+
+
+def holds_a_run(run: pathlib.Path) -> bool:
+    """Whether there is anything in the folder that a start left: a line of metrics, or a
+    checkpoint. A start that failed before its first step leaves neither, and owns nothing."""
+    metrics = run / "metrics.jsonl"
+    lines = metrics.is_file() and metrics.stat().st_size > 0
+    return lines or any(Checkpoints(run, World()).steps())
 
 
 def _same_config(saved: pathlib.Path, config_text: str) -> None:

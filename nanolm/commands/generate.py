@@ -7,7 +7,7 @@ import dataclasses
 from rich.console import Console
 
 from nanolm.commands.figures import write_json
-from nanolm.inference.generate import Generator, write
+from nanolm.inference.generate import Generator, hold_spaces, write
 from nanolm.inference.sampling import Sampling
 from nanolm.saved import open_saved
 
@@ -58,9 +58,11 @@ def run(arguments: Arguments) -> None:
             print(text[shown:], end="", flush=True)
             shown = len(text)
 
+    held = [hold_spaces(saved.tokenizer, prompt) for prompt in prompts]
     texts = write(
         Generator(saved, use_cache=arguments.cache),
-        prompts,
+        [stem for stem, _ in held],
+        begins=[spaces for _, spaces in held],
         max_tokens=arguments.max_tokens,
         sampling=arguments,
         seed=arguments.seed,

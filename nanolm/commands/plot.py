@@ -54,6 +54,8 @@ def draw(runs: list[Run], out: pathlib.Path) -> None:
 def run(arguments: Arguments) -> None:
     """Read the runs and draw."""
     runs = [read_run(folder) for folder in arguments.runs]
+    for problem in [problem for each in runs for problem in each.problems]:
+        print(f"note: {problem}")
     out = pathlib.Path(arguments.out) if arguments.out else runs[0].folder / "plot.png"
     draw(runs, out)
     print(f"wrote {out}")

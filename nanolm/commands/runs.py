@@ -46,7 +46,10 @@ def run(arguments: Arguments) -> None:
     found = sorted(path.parent for path in pathlib.Path(arguments.folder).rglob("metrics.jsonl"))
     if not found:
         raise UserError(f"no runs below {arguments.folder}; name their folder with --folder")
-    rows = [row(read_run(folder)) for folder in found]
+    runs = [read_run(folder) for folder in found]
+    for problem in [problem for each in runs for problem in each.problems]:
+        print(f"note: {problem}")
+    rows = [row(each) for each in runs]
     table = Table(*(Column(name, overflow="fold") for name in rows[0]))
     for figures in rows:
         table.add_row(*(cell(value) for value in figures.values()))

@@ -92,7 +92,10 @@ def read_words(schema: type, words: Words, positional: tuple[str, ...]) -> dict[
             count = n_words(leaves[key], loose)
             words[key], loose = loose[:count], loose[count:]
     if loose:
-        raise UserError(f"{loose[0]!r} belongs to no option; options are written --key value")
+        written = "options are written --key value"
+        if loose[0].lower().endswith((".yaml", ".yml")):
+            written = f"a config file is named by --config {loose[0]}"
+        raise UserError(f"{loose[0]!r} belongs to no option; {written}")
     return {key: from_words(leaves[key], values, key) for key, values in words.items()}
 
 

@@ -151,6 +151,8 @@ def from_words(kind: Any, words: list[str], key: str) -> Any:
         return True
     if words == ["null"] and type(None) in parts:
         return None
+    if bool in parts and len(words) == 1 and words[0].lower() in ("true", "false"):
+        return words[0].lower() == "true"
     if len(words) == 1 and words[0] in named_values(parts):
         return words[0]
     if listed is not None and not (len(words) == 1 and words[0].startswith("[")):
@@ -174,5 +176,5 @@ def n_words(kind: Any, words: list[str]) -> int:
     if any(typing.get_origin(part) in (list, tuple) for part in parts):
         return len(words)
     if bool in parts:
-        return int(words[:1] in (["true"], ["false"]))
+        return int(bool(words) and words[0].lower() in ("true", "false"))
     return min(1, len(words))

@@ -11,11 +11,12 @@ Shapes: B sequences, T tokens, S tokens in the cache, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import require
 from nanolm.inference.sampling import Sampling, draw
 from nanolm.model.cache import KeyValueCache
@@ -42,6 +43,14 @@ class Generator:
         self.forbidden_V = torch.ones(self.model.vocab_size, dtype=torch.bool, device=self.device)
         self.forbidden_V[: len(special)] = special
         self.forbidden_V[saved.tokenizer.eos] = False
+
+    def forbidden_at_first(self, begin: str) -> Tensor:
+        """Tokens that a continuation does not begin with, bool [V], when it begins like this."""
+        if not begin:
+            return self.forbidden_V
+        others_V = torch.ones_like(self.forbidden_V)
+        others_V[beginning_with(self.saved.tokenizer, begin)] = False
+        return self.forbidden_V | others_V
 
     def prompt_ids(self, text: str) -> list[int]:
         """Token ids of a prompt as a document begins in training: behind an end-of-document."""
@@ -128,10 +137,13 @@ def write(
     seed: int = 0,
     stop: list[str] | None = None,
     on_text: Callable[[int, str], None] = lambda index, text: None,
+    begins: Sequence[str] = (),
 ) -> list[str]:
     """The continuation of each prompt, up to eos, a stop string (left out) or max_tokens.
 
-    `on_text(index, text)` is called with the whole continuation so far whenever it grew.
+    `on_text(index, text)` is called with the whole continuation so far whenever it may have grown;
+    what could become a stop string is not in it yet. `begins` are texts that the continuations
+    begin with, and that are left out of them (see `hold_spaces`).
     """
     tokenizer = generator.saved.tokenizer
     ids = [generator.prompt_ids(prompt) for prompt in prompts]
@@ -144,12 +156,15 @@ def write(
     )
     for row, prompt in enumerate(ids):
         seen_BV[row, prompt] = True
+    begins = begins or [""] * len(prompts)
+    forbidden_BV = torch.stack([generator.forbidden_at_first(begin) for begin in begins])
     written: list[list[int]] = [[] for _ in prompts]
     texts, done = [""] * len(prompts), [False] * len(prompts)
     steps = generator.logits(ids, max_tokens)
     logits_BV = next(steps)
     for count in range(1, max_tokens + 1):
-        logits_BV = logits_BV.masked_fill(generator.forbidden_V, -torch.inf)
+        logits_BV = logits_BV.masked_fill(forbidden_BV, -torch.inf)
+        forbidden_BV = generator.forbidden_V
         tokens_B = draw(logits_BV, seen_BV, sampling, generators)
         seen_BV.scatter_(1, tokens_B[:, None], True)
         for row, token in enumerate(tokens_B.tolist()):
@@ -158,11 +173,11 @@ def write(
             done[row] = token == tokenizer.eos
             if not done[row]:
                 written[row].append(token)
-            text, stopped = cut_at(tokenizer.decode(written[row]), stop or [])
+            text = tokenizer.decode(written[row])[len(begins[row]) :]
+            text, stopped = cut_at(text, stop or [])
             done[row] |= stopped
-            # Half a character, which later bytes may complete, is not shown yet.
             final = done[row] or count == max_tokens
-            texts[row] = text if final else text.rstrip("\ufffd")
+            texts[row] = text if final else settled(text, stop or [])
             on_text(row, texts[row])
         if all(done) or count == max_tokens:
             break
@@ -174,3 +189,34 @@ def cut_at(text: str, stop: list[str]) -> tuple[str, bool]:
     """(text up to the first stop string, whether there was one)."""
     ends = [text.find(word) for word in stop if word and word in text]
     return (text[: min(ends)], True) if ends else (text, False)
+
+
+def settled(text: str, stop: list[str]) -> str:
+    """The part of a text that what follows cannot change: without half a character, which later
+    bytes may complete, and without the beginning of a stop string at its end."""
+    text = text.rstrip("\ufffd")
+    begun = (
+        len(word[:size])
+        for word in stop
+        for size in range(min(len(word) - 1, len(text)), 0, -1)
+        if text.endswith(word[:size])
+    )
+    return text[: len(text) - max(begun, default=0)]
+
+
+def hold_spaces(tokenizer: Tokenizer, prompt: str) -> tuple[str, str]:
+    """(the prompt without the spaces at its end, those spaces).
+
+    Pieces begin with their space, so a model never saw a text that is cut behind one: the spaces
+    are held back, and the next token is drawn among those that begin with them. Spaces that no
+    piece begins with stay in the prompt.
+    """
+    stem = prompt.rstrip(" ")
+    spaces = prompt[len(stem) :]
+    return (stem, spaces) if spaces and beginning_with(tokenizer, spaces) else (prompt, "")
+
+
+def beginning_with(tokenizer: Tokenizer, begin: str) -> list[int]:
+    """The tokens whose text begins like this."""
+    ids = range(tokenizer.vocab_size)
+    return [index for index in ids if tokenizer.decode([index]).startswith(begin)]

@@ -21,6 +21,8 @@ class Run:
     config: dict[str, Any]
     lines: list[dict[str, Any]]
     summary: dict[str, Any]
+    problems: list[str] = dataclasses.field(default_factory=list)
+    """What of it could not be read, a sentence each."""
 
     def curve(self, kind: str, key: str) -> tuple[list[int], list[float]]:
         """(steps, values) of one figure over the run, where it was recorded."""
@@ -38,23 +40,29 @@ class Run:
 
 
 def read_run(folder: str | pathlib.Path) -> Run:
-    """The run in `folder`; raises UserError when it holds none or its metrics are damaged."""
+    """The run in `folder`; raises UserError when it holds none. A line of its metrics that
+    is torn is left out and told in `problems`."""
     from nanolm.config import strict_yaml  # noqa: PLC0415  (keeps `nanolm runs` quick)
 
     folder = pathlib.Path(folder)
     metrics = folder / "metrics.jsonl"
     if not metrics.is_file():
         raise UserError(f"{folder} holds no run: there is no metrics.jsonl in it")
-    lines = []
-    for number, text in enumerate(metrics.read_text(encoding="utf-8").splitlines(), start=1):
+    lines, problems = [], []
+    for number, raw in enumerate(metrics.read_bytes().split(b"\n"), start=1):
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            raise UserError(f"{metrics} line {number} is not JSON; remove that line") from None
+            line = json.loads(raw) if raw.strip() else {}
+        except (ValueError, RecursionError):
+            line = None
+        if not isinstance(line, dict):  # torn by a kill, or by another hand
+            problems.append(f"{metrics} line {number} is not JSON and was left out")
+        elif line:
+            lines.append(line)
     config, summary = folder / "config.yaml", folder / "summary.json"
     return Run(
         folder,
         strict_yaml.read_mapping(config) if config.is_file() else {},
         lines,
         json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {},
+        problems,
     )
