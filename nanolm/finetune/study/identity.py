@@ -20,7 +20,7 @@ from typing import Any
 
 from nanolm.checkpoint.checkpoints import locate
 from nanolm.checkpoint.container import INDEX, checksum, read_json
-from nanolm.data.tables.splits import find_split
+from nanolm.data.tables.splits import find_split, shards_of
 from nanolm.data.tokenizer import MODEL_FILE
 from nanolm.errors import require
 from nanolm.finetune.config import TaskConfig
@@ -80,8 +80,10 @@ def at_default(value: Any, owner: Any, field: dataclasses.Field, defaults: dict[
 @functools.cache
 def content(where: str) -> str:
     """The hash of a file; a source that is no file stands for itself."""
-    path = pathlib.Path(where)
-    return checksum(path) if path.is_file() else where
+    paths = [pathlib.Path(path) for path in shards_of(where)]
+    if not all(path.is_file() for path in paths):
+        return where
+    return "+".join(checksum(path) for path in paths)
 
 
 @functools.cache

@@ -163,6 +163,11 @@ class Task:
         """The record made ready, token ids and all; one item, or one for each window."""
         raise NotImplementedError
 
+    def label_counts(self, table: Table) -> dict[str, int]:
+        """How often each label occurs, for the user to see whether they are labels at all; nothing
+        of a task without a set of labels."""
+        return {}
+
     def trained(self, items: list[Item]) -> list[Item]:
         """The items of the train split that are trained on; evaluation always reads all."""
         return items

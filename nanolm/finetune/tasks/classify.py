@@ -8,6 +8,7 @@ Shapes: B rows, T tokens, S sequences (one per item), C classes, D model width.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from nanolm.config.schema import Config
 from nanolm.data.tables.files import Record, Table
-from nanolm.data.tables.labels import class_weights, infer_labels, label_text
+from nanolm.data.tables.labels import class_weights, infer_labels, label_problem, label_text
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import require
 from nanolm.finetune.tasks import metrics
@@ -154,6 +155,7 @@ class Classify(Pooled):
         """Label set and balanced weights from the training records."""
         options = super().resolve(options, table)
         values = [v for r in table.records for v in listed(r.get("label"), options.multi_label)]
+        values = [value for value in values if label_problem(value) is None]
         labels = options.labels or infer_labels(values, table.path)
         weights = options.class_weights
         if weights == "balanced":
@@ -180,9 +182,10 @@ class Classify(Pooled):
         value = record.get("label")
         if self.options.multi_label and not isinstance(value, (list, tuple)):
             return f"label is {value!r}, and objective.multi_label needs a list"
-        if value is None:
-            return "label is missing"
-        for label in listed(value, self.options.multi_label):
+        for label in value if self.options.multi_label else [value]:
+            problem = label_problem(label)
+            if problem:
+                return f"label {problem}"
             if label_text(label) not in self.number:
                 return f"label {label!r} is not in the label set {', '.join(self.labels)}"
         return None
@@ -194,6 +197,13 @@ class Classify(Pooled):
         target_C = np.zeros(len(self.labels), dtype=np.float32)
         target_C[[self.number[label_text(label)] for label in record["label"]]] = 1
         return target_C
+
+    def label_counts(self, table: Table) -> dict[str, int]:
+        """Of every label."""
+        several = self.options.multi_label
+        values = (label_text(v) for r in table.records for v in listed(r["label"], several))
+        found = collections.Counter(values)
+        return {label: found[label] for label in self.labels}
 
     def turned(self, item: Item) -> np.int64 | None:
         """The other one of two classes."""
