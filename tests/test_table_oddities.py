@@ -182,7 +182,7 @@ def test_shards_are_one_split(tmp_path):
     assert [r["text"] for r in found.records] == ["0 0", "0 1", "1 0", "1 1", "2 0", "2 1"]
     assert found.numbers == list(range(1, 7))
     (tmp_path / "train-00001-of-00003.parquet").unlink()
-    with pytest.raises(UserError, match="2 files of 00003"):
+    with pytest.raises(UserError, match="2 files of 3"):
         read_split(find_split(str(tmp_path), {}, "train"), "train")
 
 

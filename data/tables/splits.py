@@ -4,8 +4,8 @@
 val), a single file, `stdlib:NAME` (a task made from the Python standard library) or `hf:NAME` (a
 dataset of the Hugging Face hub); `data.train`, `data.val` and `data.test` name single files
 instead.
-Where there is no val split it is carved out of train by the hash of each record's content, so it is
-the same rows on every machine, and no text stands on both sides.
+Where there is no val split it is carved out of train by the hash of what the task reads of each
+record, so it is the same rows on every machine, and no text stands on both sides.
 """
 
 from __future__ import annotations

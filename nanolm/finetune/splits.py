@@ -56,10 +56,11 @@ def training_tables(config: TaskConfig, task: type[Task]) -> tuple[Table, Table,
     if train is None:
         raise UserError("no data: set data.path to a folder with train files, or data.train")
     whole, val = train, open_table(data, "val")
+    by = task.split_columns(config.objective)
     if data.folds is not None:
-        train, val = fold_out(train, data.folds, data.fold or 0, task.split_by)
+        train, val = fold_out(train, data.folds, data.fold or 0, by)
     elif val is None:
-        train, val = carve(train, data.val_fraction, task.split_by)
+        train, val = carve(train, data.val_fraction, by)
     if data.shots:
         column = task.gold[0]
         train = sample_per_label(train, data.shots, column, config.run.seed)

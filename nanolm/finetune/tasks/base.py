@@ -106,7 +106,8 @@ class Task:
     turns = False
     """Whether there may be exactly two answers, so that a text's opposite has the other one."""
     split_by: ClassVar[tuple[str, ...]] = ()
-    """Columns whose content decides on which side of a carved split a record falls."""
+    """Columns whose content decides on which side of a carved split a record falls; see
+    `split_columns`."""
 
     def __init__(self, options: TaskOptions, config: Config, tokenizer: Tokenizer) -> None:
         require(
@@ -145,6 +146,12 @@ class Task:
     def metrics(cls, options: TaskOptions) -> tuple[Metric, ...]:
         """Every figure that evaluating it may give, each with its direction."""
         return lower("loss", cls.term)
+
+    @classmethod
+    def split_columns(cls, options: TaskOptions) -> tuple[str, ...]:
+        """The columns by which val and folds are carved: what the task reads and nothing else, so
+        that records which differ in an id or a label alone stay together."""
+        return cls.split_by or cls.fields
 
     @classmethod
     def metric_of(cls, options: TaskOptions) -> str:

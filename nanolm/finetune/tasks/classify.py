@@ -90,9 +90,11 @@ def sequence_head(options: HeadOptions, trunk: str, n_classes: int) -> HeadReque
 class Pooled(Task):
     """Base of tasks with one framed text, or pair, per record and a head on its pooled state."""
 
+    split_by = ("text", "text_pair")
+
     def __init__(self, options: PooledOptions, config: Config, tokenizer: Tokenizer) -> None:
         super().__init__(options, config, tokenizer)
-        self.fields = ("text", "text_pair") if options.pair else ("text",)
+        self.fields = self.split_by if options.pair else ("text",)
         require(
             options.pair or not options.mark_shared,
             "objective.mark_shared compares two texts, and these records have one: leave it out, "

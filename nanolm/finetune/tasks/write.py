@@ -24,7 +24,7 @@ from nanolm.errors import UserError, require
 from nanolm.finetune.tasks import metrics
 from nanolm.finetune.tasks.base import Item, Sequence, Task, text_problem
 from nanolm.finetune.tasks.metrics import Metric, Report, higher, lower
-from nanolm.finetune.tasks.template import filled
+from nanolm.finetune.tasks.template import FIELD, filled
 from nanolm.model.heads import HeadRequest
 from nanolm.objectives.base import Term, TokenLossOptions, token_terms
 from nanolm.registry import OBJECTIVES
@@ -90,6 +90,11 @@ class Write(Task):
         """Nothing is written while it is trained."""
         written = {metric.name for metric in metrics.GENERATION}
         return [name for name in super().offered(table) if name not in written]
+
+    @classmethod
+    def split_columns(cls, options: WriteOptions) -> tuple[str, ...]:
+        """The dialogue, or what stands in the template."""
+        return ("messages", *(name for name in FIELD.findall(options.template) if name))
 
     def require_heads(self, fresh: list[str], base: str) -> None:
         """The vocabulary head must come from the base."""
