@@ -403,7 +403,7 @@ def test_reports_and_progress_lines(corpus, reference, tmp_path, capsys):
         out=str(tmp_path / "data"),
         sources=[str(tmp_path / "x.txt")],
         txt_documents="line",
-        vocab_size=324,
+        vocab_size=320,
         workers=1,
     )
     with open(tmp_path / "log", "w") as stream:

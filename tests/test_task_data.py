@@ -37,8 +37,20 @@ def test_column_files_and_squad(tmp_path):
     conll = "-DOCSTART- -X- O\n\n# id = 3\nU.N. NNP B-ORG\nmet VB O\n\n\nEU NNP B-ORG\n"
     (tmp_path / "a.conll").write_text(conll)
     assert read_table(str(tmp_path / "a.conll")).records == [
-        {"tokens": ["U.N.", "met"], "tags": ["B-ORG", "O"]},
-        {"tokens": ["EU"], "tags": ["B-ORG"]},
+        {
+            "tokens": ["U.N.", "met"],
+            "tags": ["B-ORG", "O"],
+            "column_1": ["U.N.", "met"],
+            "column_2": ["NNP", "VB"],
+            "column_3": ["B-ORG", "O"],
+        },
+        {
+            "tokens": ["EU"],
+            "tags": ["B-ORG"],
+            "column_1": ["EU"],
+            "column_2": ["NNP"],
+            "column_3": ["B-ORG"],
+        },
     ]
     question = {"id": 7, "question": "q?", "answers": [{"text": "c", "answer_start": 0}]}
     none = {"id": "8", "question": "r?", "answers": [], "is_impossible": True}

@@ -2,9 +2,15 @@
 
     .jsonl            one JSON object a line               .json   a list of objects, or SQuAD
     .csv .tsv         a header line, then rows             .parquet
-    .conll .bio .iob  one word a line, its tag in the last column, an empty line after a sentence
+    .conll .bio .iob  one word a line, its tag in the last column, an empty line after a sentence;
+                      .txt is read as such a file
 
-all but Parquet also .gz or .zst. SQuAD files (v1.1 and v2) become one record per question with
+JSON may be laid out either way in both suffixes. A CSV whose header has ; and no comma is separated
+by ;. A TSV has no quoting where each of its lines has the header's number of columns, except for
+cells that are quoted as a whole. The columns of a column file are split at spaces and tabs only;
+its record has `tokens` and `tags` and, of three columns or more, each as column_1, column_2, ….
+
+All but Parquet also .gz or .zst. SQuAD files (v1.1 and v2) become one record per question with
 `id`, `context`, `question` and `answers`; column files one record per sentence with `tokens` and
 `tags`. This is where a fine-tuning batch begins: file -> records -> items
 (`nanolm.finetune.splits`) -> rows.
@@ -16,8 +22,10 @@ import csv
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import os
+import re
 from typing import Any
 
 import pyarrow.parquet
@@ -26,7 +34,10 @@ from nanolm.data.readers import COMPRESSIONS, open_text, unreadable_is_told
 from nanolm.errors import UserError
 
 Record = dict[str, Any]
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".conll", ".bio", ".iob")
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".conll", ".bio", ".iob", ".txt")
+BLANKS = " \t\r"
+"""What separates the columns of a column file: a no-break space is part of a word."""
+LONGEST_CELL = (1 << 31) - 1
 
 
 @dataclasses.dataclass
@@ -43,8 +54,9 @@ class Table:
 
     @property
     def columns(self) -> list[str]:
-        """The columns of the first record."""
-        return list(self.records[0]) if self.records else []
+        """The columns of all records, in the order in which they turn up: the first record may lack
+        what others have."""
+        return list(dict.fromkeys(itertools.chain.from_iterable(self.records)))
 
     def where(self, index: int) -> str:
         """How an error names one record."""
@@ -89,6 +101,8 @@ def _decoded(content: bytes, path: str) -> str:
 
 
 def _json_lines(text: str, path: str) -> tuple[list[Record], list[int]]:
+    if text.lstrip().startswith("["):
+        return _json(text, path)
     records, numbers = [], []
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
@@ -98,6 +112,8 @@ def _json_lines(text: str, path: str) -> tuple[list[Record], list[int]]:
 
 
 def _json(text: str, path: str) -> tuple[list[Record], list[int]]:
+    if _has_lines(text):
+        return _json_lines(text, path)
     value = _parsed(text, path)
     if isinstance(value, dict) and isinstance(value.get("data"), list):
         value = value["data"]
@@ -107,6 +123,18 @@ def _json(text: str, path: str) -> tuple[list[Record], list[int]]:
         raise UserError(f"{path} must hold a list of objects, or SQuAD's `data`")
     records = [_object(item, f"{path} row {n}") for n, item in enumerate(value, start=1)]
     return records, list(range(1, len(records) + 1))
+
+
+def _has_lines(text: str) -> bool:
+    """Whether the first line is a whole object and not the last one."""
+    first, _, rest = text.strip().partition("\n")
+    if not (first.startswith("{") and rest):
+        return False
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _questions(articles: list, path: str) -> list[Record]:
@@ -145,11 +173,10 @@ def _object(value: Any, where: str) -> Record:
 
 def _separated(delimiter: str) -> Any:
     def parse(text: str, path: str) -> tuple[list[Record], list[int]]:
-        rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-        try:
-            header, *body = list(rows) or [[]]
-        except csv.Error as error:
-            raise UserError(f"{path} line {rows.line_num} is not valid CSV: {error}") from None
+        header, *body = _cells(text, path, delimiter) or [[]]
+        twice = next((name for name in header if header.count(name) > 1), None)
+        if twice is not None:
+            raise UserError(f"{path} has two columns called {twice!r}; rename one of them")
         records, numbers = [], []
         for number, row in enumerate(body, start=1):
             if row and len(row) != len(header):
@@ -165,24 +192,58 @@ def _separated(delimiter: str) -> Any:
     return parse
 
 
+def _cells(text: str, path: str, delimiter: str) -> list[list[str]]:
+    """The rows of a separated file, an empty list for an empty line."""
+    first = text.partition("\n")[0]
+    if delimiter == "\t":
+        lines = text.removesuffix("\n").split("\n")
+        literal = [[_unquoted(cell) for cell in line.rstrip("\r").split("\t")] for line in lines]
+        rows = [[] if row == [""] else row for row in literal]
+        if all(len(row) in (0, len(rows[0])) for row in rows):
+            return rows
+    elif ";" in first and "," not in first:
+        delimiter = ";"
+    csv.field_size_limit(LONGEST_CELL)
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        return list(rows)
+    except csv.Error as error:
+        raise UserError(f"{path} line {rows.line_num} is not valid CSV: {error}") from None
+
+
+def _unquoted(cell: str) -> str:
+    """The content of a cell that is quoted as a whole; any other as it stands."""
+    inner = cell[1:-1]
+    whole = len(cell) >= 2 and cell[0] == cell[-1] == '"' and '"' not in inner.replace('""', "")
+    return inner.replace('""', '"') if whole else cell
+
+
 def _columns(text: str, path: str) -> tuple[list[Record], list[int]]:
     """CoNLL columns: the first is the word, the last its tag (Tjong Kim Sang & De Meulder 2003)."""
     records: list[Record] = []
-    tokens: list[str] = []
-    tags: list[str] = []
+    rows: list[list[str]] = []
     for number, line in enumerate([*text.split("\n"), ""], start=1):
-        fields = line.split("\t") if "\t" in line else line.split()
+        line = line.strip(BLANKS)
+        fields = re.split("\t" if "\t" in line else " +", line) if line else []
         document = fields[:1] == ["-DOCSTART-"]
-        comment = not tokens and line.startswith("# ") and "=" in line
-        if fields and line.strip() and not document and not comment:
+        comment = not rows and line.startswith("# ") and "=" in line
+        if fields and not document and not comment:
             if len(fields) < 2:
                 raise UserError(f"{path} line {number} has one column; a word and a tag are needed")
-            tokens.append(fields[0])
-            tags.append(fields[-1].strip())
-        elif tokens:
-            records.append({"tokens": tokens, "tags": tags})
-            tokens, tags = [], []
+            rows.append([field.strip(BLANKS) for field in fields])
+        elif rows:
+            records.append(_sentence(rows))
+            rows = []
     return records, list(range(1, len(records) + 1))
+
+
+def _sentence(rows: list[list[str]]) -> Record:
+    """The record of a sentence's rows."""
+    record: Record = {"tokens": [row[0] for row in rows], "tags": [row[-1] for row in rows]}
+    width = len(rows[0])
+    if width > 2 and all(len(row) == width for row in rows):
+        record |= {f"column_{n}": list(column) for n, column in enumerate(zip(*rows), start=1)}
+    return record
 
 
 _PARSERS = {
@@ -193,4 +254,5 @@ _PARSERS = {
     ".conll": _columns,
     ".bio": _columns,
     ".iob": _columns,
+    ".txt": _columns,
 }

@@ -6,6 +6,7 @@ the file nor on the machine. It is written into the run's config and thereby sto
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,6 +20,17 @@ def label_text(value: Any) -> str:
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return str(value)
+
+
+def label_problem(value: Any) -> str | None:
+    """Why a value is no label, or None: nothing, an empty cell, no number, or several values."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "is missing"
+    if isinstance(value, str) and not value.strip():
+        return "is empty"
+    if isinstance(value, (list, tuple, dict)):
+        return f"is {value!r}, not a single value"
+    return None
 
 
 def infer_labels(values: Iterable[Any], what: str) -> list[str]:

@@ -4,8 +4,8 @@
 val), a single file, `stdlib:NAME` (a task made from the Python standard library) or `hf:NAME` (a
 dataset of the Hugging Face hub); `data.train`, `data.val` and `data.test` name single files
 instead.
-Where there is no val split it is carved out of train by the hash of each record's content, so it is
-the same rows on every machine, and no text stands on both sides.
+Where there is no val split it is carved out of train by the hash of what the task reads of each
+record, so it is the same rows on every machine, and no text stands on both sides.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from __future__ import annotations
 import hashlib
 import json
 import pathlib
+import re
 from typing import Any
 
 from nanolm.data.permutation import Permutation
 from nanolm.data.tables.files import SUFFIXES, Table, read_table
 from nanolm.errors import UserError
 
+SHARD = r"-\d+(-of-\d+)"
+"""How the files of one split are numbered: train-00000-of-00002.parquet."""
 NAMES = {"train": ("train",), "val": ("val", "dev", "valid", "validation"), "test": ("test",)}
 
 
@@ -35,17 +38,48 @@ def find_split(path: str | None, files: dict[str, str | None], split: str) -> st
         return path if split == "train" else None
     if not folder.is_dir():
         raise UserError(f"data.path {path} is neither a folder nor a file")
-    found = sorted(
-        str(entry)
-        for entry in folder.iterdir()
-        if entry.name.split(".")[0] in NAMES[split]
-        and f".{entry.name.partition('.')[2]}".startswith(SUFFIXES)
-    )
+    named = re.compile(rf"({'|'.join(NAMES[split])})({SHARD})?\.", re.IGNORECASE)
+    entries = sorted(entry for entry in folder.iterdir() if named.match(entry.name))
+    entries = [entry for entry in entries if is_table(entry.name)]
+    # Columns in a .txt are found where no file says by its name that it is a table.
+    certain = [entry for entry in entries if not is_text(entry.name)]
+    found = list(dict.fromkeys(whole(entry) for entry in certain or entries))
     if len(found) > 1:
         raise UserError(
             f"data.path has several {split} files ({', '.join(found)}): set data.{split}"
         )
     return found[0] if found else None
+
+
+def whole(entry: pathlib.Path) -> str:
+    """A file's path; of a shard the pattern of all of them."""
+    name = re.sub(SHARD, lambda found: f"-*{found.group(1)}", entry.name, flags=re.IGNORECASE)
+    return str(entry.with_name(name))
+
+
+def is_table(name: str) -> bool:
+    """Whether a file is called as tables are, compressed or not."""
+    return f".{name.lower().partition('.')[2]}".startswith(SUFFIXES)
+
+
+def is_text(name: str) -> bool:
+    """Whether a file's name leaves open what it holds."""
+    return name.lower().partition(".")[2].startswith("txt")
+
+
+def shards_of(where: str) -> list[str]:
+    """The files of a pattern that `find_split` gave, in order; any other path alone. Raises
+    UserError when a shard is missing."""
+    path = pathlib.Path(where)
+    count = re.search(r"-\*-of-(\d+)\.", path.name)
+    if count is None:
+        return [where]
+    found = sorted(map(str, path.parent.glob(path.name)))
+    if len(found) != int(count.group(1)):
+        raise UserError(
+            f"{where} are {len(found)} files of {int(count.group(1))}; some are missing"
+        )
+    return found
 
 
 def read_split(where: str, split: str) -> Table:
@@ -56,7 +90,11 @@ def read_split(where: str, split: str) -> Table:
         return stdlib_table(where.removeprefix("stdlib:"), split)
     if where.startswith("hf:"):
         return _hub_table(where.removeprefix("hf:"), split)
-    return read_table(where)
+    tables = [read_table(path) for path in shards_of(where)]
+    if len(tables) == 1:
+        return tables[0]
+    records = [record for table in tables for record in table.records]
+    return Table(where, records, list(range(1, len(records) + 1)))
 
 
 def _hub_table(name: str, split: str) -> Table:

@@ -53,8 +53,9 @@ class Arguments:
     """JSONL file to write; null: standard output."""
     task: str | None = None
     """Which task of a run of several."""
-    columns: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Which column holds a field, where it has another name: {text: question}."""
+    columns: dict[str, str | None] = dataclasses.field(default_factory=dict)
+    """Which column holds a field, where it has another name: {text: question}; those of the run's
+    own data.columns that the file has are taken unless they are named here."""
     batch: int = 64
     """Rows at a time."""
     device: str = "auto"
@@ -156,7 +157,10 @@ def run(arguments: Arguments) -> None:
     predictor = Predictor(saved, world, arguments.batch)
     interactive = arguments.file is None and sys.stdin.isatty()
     if arguments.file is not None:
-        table = renamed(read_table(arguments.file), arguments.columns)
+        table = read_table(arguments.file)
+        own = saved.config.data.columns
+        own = {field: column for field, column in own.items() if column in table.columns}
+        table = renamed(table, own | arguments.columns)
         tables: Iterable[Table] = [table]
     else:
         size = 1 if interactive else arguments.batch

@@ -27,9 +27,10 @@ class TaskDataConfig:
     """File to choose by; null: the folder's, or else carved out of train."""
     test: str | None = None
     """File that is only looked at by `nanolm evaluate`."""
-    columns: dict[str, str] = dataclasses.field(default_factory=dict)
+    columns: dict[str, str | None] = dataclasses.field(default_factory=dict)
     """Which column of the file holds a field of the task, where it has another name:
-    {text: question}."""
+    {text: question}; null takes an entry of a config file back. Column n of a CoNLL file is called
+    column_n."""
     row_length: int = 128
     """Longest sequence in tokens; longer texts are cut, which is counted and told."""
     pack: bool = True

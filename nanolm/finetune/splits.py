@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from collections.abc import Mapping
 
 from nanolm.data.tables.files import Table
 from nanolm.data.tables.splits import (
@@ -23,6 +24,9 @@ from nanolm.data.tables.splits import (
 from nanolm.errors import UserError
 from nanolm.finetune.config import TaskConfig, TaskDataConfig
 from nanolm.finetune.tasks.base import Item, Task
+
+MOST_LABELS = 20
+"""Labels that are told with their counts; a set with more is no set of labels, or a long one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +56,11 @@ def training_tables(config: TaskConfig, task: type[Task]) -> tuple[Table, Table,
     if train is None:
         raise UserError("no data: set data.path to a folder with train files, or data.train")
     whole, val = train, open_table(data, "val")
+    by = task.split_columns(config.objective)
     if data.folds is not None:
-        train, val = fold_out(train, data.folds, data.fold or 0, task.split_by)
+        train, val = fold_out(train, data.folds, data.fold or 0, by)
     elif val is None:
-        train, val = carve(train, data.val_fraction, task.split_by)
+        train, val = carve(train, data.val_fraction, by)
     if data.shots:
         column = task.gold[0]
         train = sample_per_label(train, data.shots, column, config.run.seed)
@@ -70,8 +75,10 @@ def open_table(data: TaskDataConfig, split: str) -> Table | None:
     return None if where is None else renamed(read_split(where, split), data.columns)
 
 
-def renamed(table: Table, columns: dict[str, str]) -> Table:
-    """The table with the fields of the task filled from the columns that the config names."""
+def renamed(table: Table, columns: Mapping[str, str | None]) -> Table:
+    """The table with the fields of the task filled from the columns that the config names; null
+    leaves a field as it is in the file."""
+    columns = {field: column for field, column in columns.items() if column is not None}
     for field, column in columns.items():
         if column not in table.columns:
             raise UserError(
@@ -136,7 +143,20 @@ def training_split(name: str, table: Table, task: Task, data: TaskDataConfig) ->
     items = task.trained(split.items)
     left_out = len(split.items) - len(items)
     notes = [f"{name}: {left_out:,} of {len(split.items):,} rows are not trained on"]
-    return dataclasses.replace(split, items=items, notes=split.notes + notes * bool(left_out))
+    counts = count_notes(name, task.label_counts(split.table))
+    notes = split.notes + counts + notes * bool(left_out)
+    return dataclasses.replace(split, items=items, notes=notes)
+
+
+def count_notes(name: str, counts: dict[str, int]) -> list[str]:
+    """The label set with how often each occurs in the split; of a long one the most frequent."""
+    if not counts:
+        return []
+    most = sorted(counts, key=lambda label: -counts[label])[:MOST_LABELS]
+    shown = ", ".join(f"{label} {counts[label]:,}" for label in counts if label in most)
+    rest = len(counts) - len(most)
+    more = f", and {rest:,} rarer ones" if rest else ""
+    return [f"{name}: {len(counts):,} labels: {shown}{more}"]
 
 
 def notes_of(

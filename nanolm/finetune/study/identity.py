@@ -19,7 +19,7 @@ from typing import Any
 
 from nanolm.checkpoint.checkpoints import locate
 from nanolm.checkpoint.container import INDEX, read_json
-from nanolm.data.tables.splits import find_split
+from nanolm.data.tables.splits import find_split, shards_of
 from nanolm.data.tokenizer import MODEL_FILE
 from nanolm.errors import require
 from nanolm.files import file_sha256, key_of
@@ -79,8 +79,10 @@ def at_default(value: Any, owner: Any, field: dataclasses.Field, defaults: dict[
 @functools.cache
 def content(where: str) -> str:
     """The hash of a file; a source that is no file stands for itself."""
-    path = pathlib.Path(where)
-    return file_sha256(path) if path.is_file() else where
+    paths = [pathlib.Path(path) for path in shards_of(where)]
+    if not all(path.is_file() for path in paths):
+        return where
+    return "+".join(file_sha256(path) for path in paths)
 
 
 @functools.cache

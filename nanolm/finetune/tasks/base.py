@@ -106,7 +106,8 @@ class Task:
     turns = False
     """Whether there may be exactly two answers, so that a text's opposite has the other one."""
     split_by: ClassVar[tuple[str, ...]] = ()
-    """Columns whose content decides on which side of a carved split a record falls."""
+    """Columns whose content decides on which side of a carved split a record falls; see
+    `split_columns`."""
 
     def __init__(self, options: TaskOptions, config: Config, tokenizer: Tokenizer) -> None:
         require(
@@ -147,6 +148,12 @@ class Task:
         return lower("loss", cls.term)
 
     @classmethod
+    def split_columns(cls, options: TaskOptions) -> tuple[str, ...]:
+        """The columns by which val and folds are carved: what the task reads and nothing else, so
+        that records which differ in an id or a label alone stay together."""
+        return cls.split_by or cls.fields
+
+    @classmethod
     def metric_of(cls, options: TaskOptions) -> str:
         """The figure by which the best checkpoint is chosen unless the user names another."""
         return cls.metric
@@ -162,6 +169,11 @@ class Task:
     def items(self, record: Record, index: int, *, with_gold: bool) -> list[Item]:
         """The record made ready, token ids and all; one item, or one for each window."""
         raise NotImplementedError
+
+    def label_counts(self, table: Table) -> dict[str, int]:
+        """How often each label occurs, for the user to see whether they are labels at all; nothing
+        of a task without a set of labels."""
+        return {}
 
     def trained(self, items: list[Item]) -> list[Item]:
         """The items of the train split that are trained on; evaluation always reads all."""

@@ -8,6 +8,7 @@ Shapes: B rows, T tokens, S sequences (one per item), C classes, D model width.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from nanolm.config.schema import Config
 from nanolm.data.tables.files import Record, Table
-from nanolm.data.tables.labels import class_weights, infer_labels, label_text
+from nanolm.data.tables.labels import class_weights, infer_labels, label_problem, label_text
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import require
 from nanolm.finetune.tasks import metrics
@@ -89,9 +90,11 @@ def sequence_head(options: HeadOptions, trunk: str, n_classes: int) -> HeadReque
 class Pooled(Task):
     """Base of tasks with one framed text, or pair, per record and a head on its pooled state."""
 
+    split_by = ("text", "text_pair")
+
     def __init__(self, options: PooledOptions, config: Config, tokenizer: Tokenizer) -> None:
         super().__init__(options, config, tokenizer)
-        self.fields = ("text", "text_pair") if options.pair else ("text",)
+        self.fields = self.split_by if options.pair else ("text",)
         require(
             options.pair or not options.mark_shared,
             "objective.mark_shared compares two texts, and these records have one: leave it out, "
@@ -154,6 +157,7 @@ class Classify(Pooled):
         """Label set and balanced weights from the training records."""
         options = super().resolve(options, table)
         values = [v for r in table.records for v in listed(r.get("label"), options.multi_label)]
+        values = [value for value in values if label_problem(value) is None]
         labels = options.labels or infer_labels(values, table.path)
         weights = options.class_weights
         if weights == "balanced":
@@ -180,9 +184,10 @@ class Classify(Pooled):
         value = record.get("label")
         if self.options.multi_label and not isinstance(value, (list, tuple)):
             return f"label is {value!r}, and objective.multi_label needs a list"
-        if value is None:
-            return "label is missing"
-        for label in listed(value, self.options.multi_label):
+        for label in value if self.options.multi_label else [value]:
+            problem = label_problem(label)
+            if problem:
+                return f"label {problem}"
             if label_text(label) not in self.number:
                 return f"label {label!r} is not in the label set {', '.join(self.labels)}"
         return None
@@ -194,6 +199,13 @@ class Classify(Pooled):
         target_C = np.zeros(len(self.labels), dtype=np.float32)
         target_C[[self.number[label_text(label)] for label in record["label"]]] = 1
         return target_C
+
+    def label_counts(self, table: Table) -> dict[str, int]:
+        """Of every label."""
+        several = self.options.multi_label
+        values = (label_text(v) for r in table.records for v in listed(r["label"], several))
+        found = collections.Counter(values)
+        return {label: found[label] for label in self.labels}
 
     def turned(self, item: Item) -> np.int64 | None:
         """The other one of two classes."""

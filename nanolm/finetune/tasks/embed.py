@@ -13,6 +13,7 @@ Shapes: B rows, T tokens, S sequences, N queries, A documents of all ranks, D mo
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -108,13 +109,17 @@ class Embed(Task):
         self, examples: list[Item], batch: dict[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
         """query int64[N] and labels int64[N]: the sequences that are queries, and those that are
-        their positives; document int64: all that are no queries."""
+        their positives; document int64: all that are no queries, with content int64 [., 1], equal
+        where they are read alike."""
         sizes = [len(item.sequences) for item in examples]
         query = np.cumsum([0, *sizes[:-1]])
         if examples[0].target is None:
             return {"query": query}
         others = np.setdiff1d(np.arange(sum(sizes)), query)
-        return {"query": query, "document": others, "labels": np.searchsorted(others, query + 1)}
+        sequences = [sequence for item in examples for sequence in item.sequences]
+        content = np.array([[content_of(sequences[i].tokens)] for i in others], dtype=np.int64)
+        labels = np.searchsorted(others, query + 1)
+        return {"query": query, "document": others, "content": content, "labels": labels}
 
     def counts(self, batch: dict[str, np.ndarray]) -> dict[str, int]:
         """Queries."""
@@ -123,7 +128,8 @@ class Embed(Task):
     def loss(
         self, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: dict[str, Tensor]
     ) -> dict[str, Term]:
-        """InfoNCE over the documents of all ranks; accuracy: the own positive is nearest.
+        """InfoNCE over the documents of all ranks; accuracy: the own positive is nearest. Another
+        document that is the own positive again is no negative.
 
         Without gradients (evaluation) only this batch's documents compete: `report` gives the loss
         over the whole split.
@@ -133,6 +139,9 @@ class Embed(Task):
         documents_AD, first = competing(mine, stand_in="stand_in" in batch)
         logits_NA = queries_ND @ documents_AD.T / self.options.temperature
         labels_N = batch["labels"] + first
+        content_A1, _ = competing(batch["content"], stand_in="stand_in" in batch)
+        twin_NA = content_A1[labels_N] == content_A1.T
+        logits_NA = logits_NA.masked_fill(twin_NA.scatter(1, labels_N[:, None], False), -torch.inf)
         count = length_of(labels_N)
         right = (logits_NA.argmax(dim=-1) == labels_N).float().sum()
         loss = F.cross_entropy(logits_NA, labels_N, reduction="sum")
@@ -179,6 +188,12 @@ class Embed(Task):
         right = float(np.mean([rank == 1 for rank in ranks]))
         figures = {"loss": loss, "embed": loss, "accuracy": right}
         return Report(figures | metrics.ranking(ranks))
+
+
+def content_of(tokens: np.ndarray) -> int:
+    """A number that sequences share when their tokens are the same."""
+    digest = hashlib.blake2b(tokens.tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)
 
 
 def competing(mine_ND: Tensor, *, stand_in: bool) -> tuple[Tensor, int]:

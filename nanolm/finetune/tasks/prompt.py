@@ -22,10 +22,12 @@ from nanolm.data.tokenizer import SPACE, Tokenizer
 from nanolm.errors import UserError, require
 from nanolm.finetune.tasks.base import Item, Sequence
 from nanolm.finetune.tasks.classify import Classify, ClassifyOptions
+from nanolm.finetune.tasks.template import filled
 from nanolm.model.heads import HeadRequest
 from nanolm.registry import OBJECTIVES
 
 MASK = "<mask>"
+KEY = "objective.template"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,13 +115,14 @@ class Prompt(Classify):
         """One item: the filled template; texts are cut so that the cloze itself fits."""
         t = self.tokenizer
         ends = 2 if self.trunk == "encoder" else 1
-        fixed = len(self.encode(self.options.template.format(text="", text_pair=""))) + ends + 2
+        empty = dict.fromkeys(self.fields, "")
+        fixed = len(self.encode(filled(self.options.template, empty, KEY))) + ends + 2
         texts = {name: self.encode(record[name]) for name in self.fields}
         room = max(1, self.length - fixed) // len(texts)
         cut = sum(max(0, len(ids) - room) for ids in texts.values())
         short = {name: t.decode(ids[:room]) for name, ids in texts.items()}
-        before = self.before.format(**short)
-        after = self.encode(self.after.format(**short))
+        before = filled(self.before, short, KEY)
+        after = self.encode(filled(self.after, short, KEY))
         head = [t.cls] if self.trunk == "encoder" else [t.eos]
         tail = [t.mask, *after, t.sep] if self.trunk == "encoder" else []
         tokens = np.array([*head, *self.encode(before), *tail], dtype=np.int64)

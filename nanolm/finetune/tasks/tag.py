@@ -11,6 +11,7 @@ Shapes: B rows, T tokens, W words of the batch, C tags, D model width.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from nanolm.config.schema import Config
 from nanolm.data.tables.files import Record, Table
-from nanolm.data.tables.labels import tag_labels
+from nanolm.data.tables.labels import label_problem, tag_labels
 from nanolm.data.tokenizer import UNSPACED, Tokenizer
 from nanolm.errors import require
 from nanolm.finetune.tasks import metrics
@@ -70,6 +71,7 @@ class Tag(Task):
     def resolve(cls, options: TagOptions, table: Table) -> TagOptions:
         """The tag set of the training records."""
         tags = [tag for record in table.records for tag in as_list(record.get("tags"))]
+        tags = [tag for tag in tags if label_problem(tag) is None]
         return dataclasses.replace(options, labels=options.labels or tag_labels(tags, table.path))
 
     @classmethod
@@ -101,10 +103,18 @@ class Tag(Task):
         tags = as_list(record.get("tags"))
         if len(tags) != len(words):
             return f"{len(words)} tokens have {len(tags)} tags"
+        problem = next(filter(None, map(label_problem, tags)), None)
+        if problem:
+            return f"a tag {problem}"
         unknown = next((tag for tag in tags if str(tag) not in self.number), None)
         if unknown is not None:
             return f"tag {unknown!r} is not in the tag set {', '.join(self.labels)}"
         return None
+
+    def label_counts(self, table: Table) -> dict[str, int]:
+        """Of every tag."""
+        found = collections.Counter(str(t) for r in table.records for t in as_list(r["tags"]))
+        return {label: found[label] for label in self.labels}
 
     def record_of(self, line: str) -> Record:
         """The words of a line: what spaces separate, or the characters of an unspaced script."""

@@ -24,6 +24,7 @@ from nanolm.errors import UserError, require
 from nanolm.finetune.tasks import metrics
 from nanolm.finetune.tasks.base import Item, Sequence, Task, text_problem
 from nanolm.finetune.tasks.metrics import Metric, Report, higher, lower
+from nanolm.finetune.tasks.template import FIELD, filled
 from nanolm.model.heads import HeadRequest
 from nanolm.objectives.base import Term, TokenLossOptions, token_terms
 from nanolm.registry import OBJECTIVES
@@ -90,6 +91,11 @@ class Write(Task):
         written = {metric.name for metric in metrics.GENERATION}
         return [name for name in super().offered(table) if name not in written]
 
+    @classmethod
+    def split_columns(cls, options: WriteOptions) -> tuple[str, ...]:
+        """The dialogue, or what stands in the template."""
+        return ("messages", *(name for name in FIELD.findall(options.template) if name))
+
     def require_heads(self, fresh: list[str], base: str) -> None:
         """The vocabulary head must come from the base."""
         require("lm" not in fresh, f"{base} has no language-model head to write with")
@@ -119,10 +125,7 @@ class Write(Task):
     def prompt(self, record: Record, *, with_gold: bool = False) -> str:
         """The text before the answer; with gold, before the one that a dialogue has as its last."""
         if not self.options.chat:
-            try:
-                return self.options.template.format(**record)
-            except (KeyError, IndexError) as error:
-                raise UserError(f"objective.template names {error}, which is no column") from None
+            return filled(self.options.template, record, "objective.template")
         messages = record["messages"]
         if with_gold:
             messages = messages[: last_answer(messages)]
@@ -132,18 +135,20 @@ class Write(Task):
 
     def message(self, message: dict[str, str]) -> str:
         """One message as text."""
-        return self.options.turn.format(role=message["role"], content=message["content"])
+        return filled(self.options.turn, message, "objective.turn")
 
     def opening(self) -> str:
         """What stands before the assistant's content."""
-        return self.options.turn.partition("{content}")[0].format(role="assistant")
+        before = self.options.turn.partition("{content}")[0]
+        return filled(before, {"role": "assistant"}, "objective.turn")
 
     def pieces(self, record: Record) -> list[tuple[str, bool]]:
         """The record as texts, each with whether it is learned."""
         if not self.options.chat:
             return [(self.prompt(record), False), (record["response"], True)]
         found: list[tuple[str, bool]] = []
-        closing = self.options.turn.partition("{content}")[2]
+        behind = self.options.turn.partition("{content}")[2]
+        closing = filled(behind, {"role": "assistant"}, "objective.turn")
         for message in record["messages"]:
             if message["role"] == "assistant":
                 found += [(self.opening(), False), (message["content"] + closing, True)]
