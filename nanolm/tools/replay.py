@@ -15,7 +15,7 @@ from nanolm.checkpoint.checkpoints import Checkpoints, read_trainer
 from nanolm.checkpoint.container import verify
 from nanolm.checkpoint.run_folder import differences
 from nanolm.config.schema import Config
-from nanolm.data.tokenizer import MODEL_FILE, Tokenizer
+from nanolm.data.tokenizer import Tokenizer
 from nanolm.distributed.world import World
 from nanolm.errors import UserError
 from nanolm.run import rehearse
@@ -42,7 +42,7 @@ def trainer_before(
     source = start or next(iter(sorted(folder.glob("checkpoints/step-*"))), None)
     if source is None:
         raise UserError(f"run {folder} holds no checkpoint, so no tokenizer to read its rows with")
-    plan = pretrain.plan(config, Tokenizer.load(source / MODEL_FILE))
+    plan = pretrain.plan(config, Tokenizer.load(source))
     trainer = rehearse(plan, world, scratch, notes.append, start)
     trainer.policy.passed = {bad for bad in read_passed(folder) if bad < step}
     if start:
