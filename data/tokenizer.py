@@ -1,4 +1,5 @@
-"""Tokenizer: text to token ids and back, byte for byte, on a SentencePiece model.
+"""Tokenizer: text to token ids and back, byte for byte, on a SentencePiece model; or on a
+tokenizer.json, which came with a published model.
 
 A batch's journey begins here: `prepare` encodes every document once, training reads only ids, and
 generation decodes them. SentencePiece keeps a space as U+2581 (▁) inside its pieces, so a ▁ that
@@ -21,6 +22,7 @@ import unicodedata
 import numpy as np
 import sentencepiece
 
+from nanolm.data.json_pieces import JSON_FILE, JsonPieces, is_json
 from nanolm.data.object_store import ObjectStore, is_remote
 from nanolm.errors import UserError
 
@@ -89,7 +91,7 @@ def byte_joins_word(byte: int) -> bool:
 
 
 class Tokenizer:
-    """A SentencePiece model, its roles, and what each piece is worth in text.
+    """A SentencePiece model or tokenizer.json, its roles, and what each piece is worth in text.
 
     special_mask, joins_left, joins_right: bool[V]; byte_length: int32[V], the UTF-8 bytes of text
     that a piece stands for (a literal U+F4A1 or U+F4A2 counts double). Token i continues the word
@@ -101,18 +103,15 @@ class Tokenizer:
         self.model_bytes = model_bytes
         self.path = path
         self.hash = hashlib.sha256(model_bytes).hexdigest()
-        self._processor = sentencepiece.SentencePieceProcessor()
-        try:
-            self._processor.LoadFromSerializedProto(model_bytes)
-        except RuntimeError as error:
-            raise UserError(
-                f"{path or 'the tokenizer'} is no SentencePiece model; "
-                f"give the .model file of a trained tokenizer"
-            ) from error
+        self._json = JsonPieces(model_bytes, path) if is_json(model_bytes) else None
+        self.file_name = MODEL_FILE if self._json is None else JSON_FILE
+        self._processor = self._json or opened_model(model_bytes, path)
         self.vocab_size = self._processor.get_piece_size()
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
         self.lossless = self._processor.decode(self._processor.encode(PROBE)) == PROBE
         self._roles = {role: self._find_role(role) for role in ROLES}
+        if self._json is not None and self._roles["eos"] is None:
+            self._roles["eos"] = self._roles["sep"]  # what ends BERT's texts
         self.extra_ids = self._find_extra_ids()
         self._describe_pieces()
 
@@ -120,13 +119,16 @@ class Tokenizer:
     def load(cls, path: str | pathlib.Path) -> Tokenizer:
         """Open a `.model` file, or the tokenizer of a prepared directory (a folder or s3://…).
 
-        Raises UserError when there is none or it is no SentencePiece model.
+        In a folder a tokenizer.model comes before a tokenizer.json. Raises UserError when there is
+        none or it cannot be read as one.
         """
         if is_remote(path):
             return cls(ObjectStore(str(path)).read_all(MODEL_FILE), f"{path}/{MODEL_FILE}")
         file = pathlib.Path(path)
         if file.is_dir():
+            other = file / JSON_FILE
             file = file / MODEL_FILE
+            file = other if other.is_file() and not file.is_file() else file
         try:
             return cls(file.read_bytes(), str(file))
         except OSError as error:
@@ -207,8 +209,16 @@ class Tokenizer:
     sep = property(lambda self: self.role("sep"), doc="Ends a segment of a BERT row.")
     mask = property(lambda self: self.role("mask"), doc="Stands where a token is hidden.")
 
+    @property
+    def opening(self) -> list[int]:
+        """What stands before a text that a decoder continues: an end of a document, as in training
+        by nanolm; of a tokenizer.json what it says itself, or its bos or eos if that is nothing."""
+        if self._json is None:
+            return [self.eos]
+        return self._json.opening() or [self._roles["bos"] or self.eos]
+
     def _encode_int32(self, texts: list[str]) -> list[np.ndarray]:
-        if self.lossless:
+        if self.lossless and self._json is None:
             whole = "".join(texts)
             if any(mark in whole for mark in (SPACE, STAND_IN, ESCAPE)):
                 texts = [escape(text) for text in texts]
@@ -216,14 +226,16 @@ class Tokenizer:
 
     def _decode_text(self, ids: np.ndarray) -> str:
         text = self._processor.decode(ids.tolist()) if ids.size else ""
-        return unescape(text) if self.lossless else text
+        return unescape(text) if self.lossless and self._json is None else text
 
     def _lookup(self, piece: str) -> int | None:
         index = self._processor.piece_to_id(piece)
-        return index if self._processor.id_to_piece(index) == piece else None
+        return index if index >= 0 and self._processor.id_to_piece(index) == piece else None
 
     def _find_role(self, role: str) -> int | None:
-        if role in ("pad", "unk", "bos", "eos"):
+        if self._json is not None and role in self._json.roles:
+            return self._lookup(self._json.roles[role])
+        if self._json is None and role in ("pad", "unk", "bos", "eos"):
             index = getattr(self._processor, f"{role}_id")()
             if index >= 0:
                 return index
@@ -245,6 +257,9 @@ class Tokenizer:
         self.joins_left = np.zeros(size, bool)
         self.joins_right = np.zeros(size, bool)
         reserved = {*self.roles().values(), *self.extra_ids}
+        if self._json is not None:
+            self._describe_json_pieces(self._json, reserved)
+            return
         for index in range(size):
             if (
                 index in reserved
@@ -262,3 +277,33 @@ class Tokenizer:
                 self.byte_length[index] = len(text.encode())
                 self.joins_left[index] = joins_word(text[0])
                 self.joins_right[index] = joins_word(text[-1])
+
+    def _describe_json_pieces(self, pieces: JsonPieces, reserved: set[int]) -> None:
+        for index in range(self.vocab_size):
+            if index in reserved or pieces.is_special(index):
+                self.special_mask[index] = True
+            elif content := pieces.text_of(index):
+                self.byte_length[index] = len(content)
+                text = content.decode(errors="replace")
+                first, last = text[0] != "\ufffd", text[-1] != "\ufffd"
+                if pieces.word_pieces:
+                    self.joins_left[index] = pieces.continues_word(index)
+                    self.joins_right[index] = True
+                else:
+                    self.joins_left[index] = (
+                        joins_word(text[0]) if first else byte_joins_word(content[0])
+                    )
+                    self.joins_right[index] = joins_word(text[-1]) if last else True
+
+
+def opened_model(model_bytes: bytes, path: str) -> sentencepiece.SentencePieceProcessor:
+    """A SentencePiece model; raises UserError when the bytes are none."""
+    processor = sentencepiece.SentencePieceProcessor()
+    try:
+        processor.LoadFromSerializedProto(model_bytes)
+    except RuntimeError as error:
+        raise UserError(
+            f"{path or 'the tokenizer'} is no SentencePiece model; "
+            f"give the .model file of a trained tokenizer"
+        ) from error
+    return processor

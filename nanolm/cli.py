@@ -24,6 +24,7 @@ COMMANDS = {
     "explain": ("nanolm.commands.explain", "which tokens made a model say what it says"),
     "merge": ("nanolm.commands.merge", "fold an adapter into its base's weights"),
     "export": ("nanolm.commands.export", "a model as one folder, also for transformers"),
+    "import": ("nanolm.commands.import_", "a published checkpoint as a nanolm folder"),
     "evaluate": ("nanolm.commands.evaluate", "figures of a checkpoint on a split"),
     "compare": ("nanolm.commands.compare", "two evaluated runs side by side"),
     "generate": ("nanolm.commands.generate", "write text with a decoder"),

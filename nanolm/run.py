@@ -26,7 +26,7 @@ from nanolm.checkpoint.run_folder import claim
 from nanolm.config.load import dump
 from nanolm.config.schema import Config
 from nanolm.data.stream import RowStream
-from nanolm.data.tokenizer import MODEL_FILE, Tokenizer
+from nanolm.data.tokenizer import Tokenizer
 from nanolm.distributed.world import World, close, launch, undivided
 from nanolm.learner import Learner
 from nanolm.objectives.base import Objective
@@ -144,7 +144,8 @@ def assemble(
 ) -> Trainer:
     """The trainer of a plan: the one place where a Trainer is put together."""
     config = plan.config
-    model = {} if plan.tokenizer is None else {MODEL_FILE: plan.tokenizer.model_bytes}
+    tokenizer = plan.tokenizer
+    model = {} if tokenizer is None else {tokenizer.file_name: tokenizer.model_bytes}
     return Trainer(
         config,
         learner,

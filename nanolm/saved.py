@@ -74,7 +74,7 @@ def open_saved(
     config = read_config(folder, plugins)
     if config.opens_best:
         folder = locate(path, best=True)
-    tokenizer = Tokenizer.load(folder / "tokenizer.model")
+    tokenizer = Tokenizer.load(folder)
     objective = build.build_objective(config, tokenizer)
     learner = build.build_learner(config, objective, torch.device(device), phase)
     if config.peft.name == "none":

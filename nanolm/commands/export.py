@@ -22,6 +22,8 @@ from nanolm.checkpoint.container import INDEX, read_tensors, write_folder
 from nanolm.checkpoint.lazy_tensors import part_files
 from nanolm.checkpoint.named_tensors import learner_tensors
 from nanolm.commands.figures import write_json
+from nanolm.data.json_pieces import is_json, published
+from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import require
 from nanolm.inference.export_transformers import transformers_folder
 from nanolm.saved import open_saved, read_config
@@ -64,7 +66,7 @@ def run(arguments: Arguments) -> None:
     if arguments.format == "transformers":
         saved = open_saved(folder, plugins=arguments.plugins, ema=arguments.ema)
         tensors, more = transformers_folder(config, saved.tokenizer, learner_tensors(saved.learner))
-        files = more | {"tokenizer.model": files["tokenizer.model"]}
+        files = more | published_tokenizer(saved.tokenizer)
     write_folder(out, {"model": tensors}, files)
     numbers = sum(tensor.numel() for tensor in tensors.values())
     print(f"{folder}: {len(tensors)} tensors, {numbers:,} numbers, written to {out}")
@@ -78,6 +80,12 @@ def whole_tensors(folder: pathlib.Path, ema: bool) -> dict[str, Tensor]:
     if ema and part_files(folder, "ema"):
         tensors |= read_tensors(folder, "ema")
     return tensors
+
+
+def published_tokenizer(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """The tokenizer's file as other programs read it."""
+    content = tokenizer.model_bytes
+    return {tokenizer.file_name: published(content) if is_json(content) else content}
 
 
 def small_files(folder: pathlib.Path) -> dict[str, bytes]:

@@ -20,7 +20,7 @@ from nanolm.checkpoint.checkpoints import load_trunk, locate
 from nanolm.checkpoint.container import read_tensors
 from nanolm.data.tables.files import Table
 from nanolm.data.tables.stream import TaskStream
-from nanolm.data.tokenizer import MODEL_FILE, Tokenizer
+from nanolm.data.tokenizer import Tokenizer
 from nanolm.distributed.world import World
 from nanolm.errors import require
 from nanolm.finetune.config import TaskConfig
@@ -61,7 +61,7 @@ class Prepared:
 def prepare(config: TaskConfig) -> Prepared:
     """Reads and checks everything that a run needs; raises UserError for what the user can mend."""
     base = base_folder(config)
-    tokenizer = Tokenizer.load(base / MODEL_FILE)
+    tokenizer = Tokenizer.load(base)
     makers = {"train": training_split, "val": make_split}
     if issubclass(task_of(config), Multi):
         config, found = resolve_parts(config, functools.partial(read_tables, tokenizer=tokenizer))

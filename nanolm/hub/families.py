@@ -111,12 +111,22 @@ BERT = Table(
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Classes:
+    """What `transformers` calls the family's config and its model, without and with a pooler."""
+
+    config: str
+    plain: str
+    pooled: str | None = None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
     """One family: its keys, its config.json, and what its old files call them."""
 
     name: str
     table: Table
+    classes: Classes
     fits: Mapping[str, Any]
     """Keys of our model that the family fixes: a value, or a tuple of those that it knows."""
     own_width: bool = False
@@ -159,6 +169,7 @@ FAMILIES: dict[str, Family] = {
     "gpt2": Family(
         name="gpt2",
         table=GPT2,
+        classes=Classes("GPT2Config", "GPT2LMHeadModel"),
         fits={
             "trunk": "decoder",
             "norm": "layernorm",
@@ -182,6 +193,7 @@ FAMILIES: dict[str, Family] = {
     "llama": Family(
         name="llama",
         table=LLAMA,
+        classes=Classes("LlamaConfig", "LlamaForCausalLM"),
         fits={
             "trunk": "decoder",
             "norm": "rmsnorm",
@@ -205,6 +217,7 @@ FAMILIES: dict[str, Family] = {
     "bert": Family(
         name="bert",
         table=BERT,
+        classes=Classes("BertConfig", "BertForMaskedLM", "BertForPreTraining"),
         fits={
             "trunk": "encoder",
             "norm": "layernorm",

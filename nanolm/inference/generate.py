@@ -53,10 +53,11 @@ class Generator:
         return self.forbidden_V | others_V
 
     def prompt_ids(self, text: str) -> list[int]:
-        """Token ids of a prompt as a document begins in training: behind an end-of-document."""
+        """Token ids of a prompt as a document begins in training: behind an end-of-document (or,
+        for a published model, behind what its tokenizer puts first)."""
         ids = self.saved.tokenizer.encode(text).tolist()
         alone = self.saved.config.data.document_mask and ids
-        return ids if alone else [self.saved.tokenizer.eos, *ids]
+        return ids if alone else [*self.saved.tokenizer.opening, *ids]
 
     @torch.no_grad()
     def logits(self, prompts: list[list[int]], max_tokens: int) -> Iterator[Tensor]:

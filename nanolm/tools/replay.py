@@ -16,7 +16,7 @@ from nanolm.checkpoint.container import verify
 from nanolm.checkpoint.facts import require_same_facts
 from nanolm.checkpoint.run_folder import differences
 from nanolm.config.schema import Config
-from nanolm.data.tokenizer import MODEL_FILE, Tokenizer
+from nanolm.data.tokenizer import Tokenizer
 from nanolm.distributed.world import World
 from nanolm.errors import UserError, require
 from nanolm.run import rehearse
@@ -47,7 +47,7 @@ def trainer_before(
     source = start or next(iter(sorted(folder.glob("checkpoints/step-*"))), None)
     if source is None:
         raise UserError(f"run {folder} holds no checkpoint, so no tokenizer to read its rows with")
-    plan = pretrain.plan(config, Tokenizer.load(source / MODEL_FILE))
+    plan = pretrain.plan(config, Tokenizer.load(source))
     places = ", ".join(place for place, _ in config.data.mixture)
     require_same_facts(
         source, plan.facts, f"put into {places} what the run was trained on, to see its rows again"

@@ -19,6 +19,7 @@ from typing import Any
 
 from nanolm.checkpoint.checkpoints import locate
 from nanolm.checkpoint.container import INDEX, read_json
+from nanolm.data.json_pieces import JSON_FILE
 from nanolm.data.tables.splits import find_split, shards_of
 from nanolm.data.tokenizer import MODEL_FILE
 from nanolm.errors import require
@@ -91,5 +92,6 @@ def origin(path: str | None, weights: str) -> dict[str, str]:
     require(path is not None, "a cell has no init_from: name the checkpoint to fine-tune")
     files = read_json(locate(path, best=True), INDEX)["files"]
     model = [name for name in files if name.startswith(("model", "ema"))]
-    wanted = [MODEL_FILE, *(model if weights == "saved" else [])]
+    tokenizer = [name for name in files if name in (MODEL_FILE, JSON_FILE)]
+    wanted = [*tokenizer, *(model if weights == "saved" else [])]
     return {name: files[name]["sha256"] for name in sorted(wanted)}

@@ -1,0 +1,106 @@
+"""From a published folder to a checkpoint folder: read, prove, write; and `init_from: hf:PATH`."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pathlib
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+from nanolm.checkpoint.container import write_folder
+from nanolm.checkpoint.named_tensors import learner_tensors
+from nanolm.config.load import dump
+from nanolm.errors import UserError, require
+from nanolm.hub.proof import LIMIT, can_prove, largest_difference
+from nanolm.hub.published import Imported, read_published
+
+PREFIX = "hf:"
+CACHE = "~/.cache/nanolm/imported"
+Note = Callable[[str], None]
+
+
+def import_folder(
+    folder: pathlib.Path,
+    out: pathlib.Path,
+    *,
+    family: str | None = None,
+    pickled: bool = False,
+    note: Note,
+) -> dict[str, Any]:
+    """Writes the published model in `folder` as the checkpoint folder `out`; returns the figures.
+
+    Raises UserError, with nothing written, for a fault in the folder or when transformers computes
+    something else.
+    """
+    imported = read_published(folder, family=family, pickled=pickled)
+    for key in imported.fresh:
+        note(f"fresh: {folder} has no {key}, which starts from random weights")
+    difference = prove(imported, folder, note)
+    tensors = learner_tensors(imported.learner)
+    files = {
+        "config.yaml": dump(imported.config).encode(),
+        imported.tokenizer.file_name: imported.tokenizer.model_bytes,
+    }
+    write_folder(out, {"model": tensors}, files)
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    note(
+        f"{folder}: {imported.family.name}, {len(tensors)} tensors, {numbers:,} numbers, "
+        f"written to {out}"
+    )
+    return {
+        "family": imported.family.name,
+        "tensors": len(tensors),
+        "numbers": numbers,
+        "fresh": list(imported.fresh),
+        "largest_difference": difference,
+    }
+
+
+def prove(imported: Imported, folder: pathlib.Path, note: Note) -> float | None:
+    """The largest difference from transformers, told; None where it is not installed.
+
+    Raises UserError above LIMIT.
+    """
+    if not can_prove():
+        note("the proof was left out: transformers is not installed")
+        return None
+    difference = largest_difference(imported)
+    require(
+        difference <= LIMIT,
+        f"transformers computes something else of {folder}: the largest difference is "
+        f"{difference:.1e}, above {LIMIT:.0e}; nothing is written",
+    )
+    note(f"proof: largest difference from transformers {difference:.1e} (float32)")
+    return difference
+
+
+def base_of(init_from: str | None, note: Note = print) -> str | None:
+    """The checkpoint that init_from means: of hf:PATH the folder in the cache that PATH was, or is
+    now, imported to; anything else is returned as it is.
+
+    Raises UserError for a fault in PATH, as `nanolm import` does.
+    """
+    if init_from is None or not init_from.startswith(PREFIX):
+        return init_from
+    source = pathlib.Path(init_from.removeprefix(PREFIX)).expanduser()
+    require(source.is_dir(), f"init_from={init_from}: there is no folder {source}")
+    out = pathlib.Path(CACHE).expanduser() / fingerprint(source)
+    if not out.is_dir():
+        own = out.with_name(f"{out.name}.{os.getpid()}")
+        import_folder(source, own, note=note)
+        try:
+            own.rename(out)
+        except OSError as error:
+            shutil.rmtree(own)
+            if not out.is_dir():  # or another rank was faster
+                raise UserError(f"{out} not written: {error.strerror}") from error
+    return str(out)
+
+
+def fingerprint(source: pathlib.Path) -> str:
+    """A name for what a folder holds now: its files with their sizes and times."""
+    files = sorted(path for path in source.resolve().iterdir() if path.is_file())
+    told = [f"{path} {(stat := path.stat()).st_size} {stat.st_mtime_ns}" for path in files]
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:32]

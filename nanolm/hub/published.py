@@ -1,0 +1,195 @@
+"""A published model as one of ours: config, tokenizer and tensors under our names.
+
+Strict: a key that is unknown, missing, extra or of another shape is refused by name, and a head
+that the file lacks is announced. What old files do is understood (`known_keys`): norms called gamma
+and beta, a prefix that is left out or doubled, buffers stored beside weights, a tied weight twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from nanolm import build
+from nanolm.checkpoint.named_tensors import learner_tensors
+from nanolm.config.load import load_config
+from nanolm.config.schema import Config
+from nanolm.data.tokenizer import Tokenizer
+from nanolm.errors import UserError, require
+from nanolm.hub.configs import Published
+from nanolm.hub.families import FAMILIES, Family
+from nanolm.hub.folder import read_object, read_tokenizer, read_weights
+from nanolm.hub.keys import Tensors
+from nanolm.learner import Learner
+
+OLD_NAMES = (("gamma", "weight"), ("beta", "bias"))
+WRAPPERS = ("module.", "model.", "bert.", "transformer.")
+ROW_LENGTH = 512
+"""Tokens per row that evaluation uses unless told otherwise; shorter where the model is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Imported:
+    """A published model under our names."""
+
+    family: Family
+    config: Config
+    tokenizer: Tokenizer
+    learner: Learner
+    theirs: Tensors
+    """The file's own tensors, in float32, under the family's keys, each once."""
+    published: Published
+    fresh: tuple[str, ...]
+    """Heads' weights that the file lacks, which hold initial values."""
+
+
+def read_published(
+    folder: pathlib.Path, *, family: str | None = None, pickled: bool = False
+) -> Imported:
+    """Reads and checks a published folder; raises UserError in one sentence that names the fault.
+
+    `family` is for a config.json without model_type.
+    """
+    path = folder / "config.json"
+    values = read_object(path)
+    chosen = family_of(path, values.get("model_type"), family)
+    published = Published(str(path), values, chosen.name)
+    keys = chosen.to_model(published) | {
+        "vocab_size": published.size("vocab_size"),
+        "tied": bool(published.get("tie_word_embeddings", chosen.tied)),
+    }
+    tokenizer = read_tokenizer(folder)
+    require(
+        tokenizer.vocab_size <= keys["vocab_size"],
+        f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size} pieces and {path} gives "
+        f"vocab_size {keys['vocab_size']}; fetch the tokenizer of this model",
+    )
+    stored = read_weights(folder, pickled=pickled)
+    names = frozenset(short for key in stored for short in spellings(key, chosen.prefix))
+    config = as_config(chosen, keys, names, tokenizer)
+    require(
+        config.objective.name != "mlm_pair" or config.model.n_segments > 1,
+        f"{folder} has a pooler and type_vocab_size {config.model.n_segments} in {path}; nanolm "
+        f"reads pairs only with 2 or more",
+    )
+    learner = build.build_learner(config, build.build_objective(config, tokenizer), phase="prefill")
+    live = learner_tensors(learner)
+    wanted = chosen.table.to_theirs(live, config.model)
+    theirs = known_keys(chosen, stored, wanted, str(folder), tied=config.model.tied)
+    fresh = fresh_heads(chosen, wanted, theirs, str(folder))
+    ours = chosen.table.to_ours(theirs, config.model)
+    with torch.no_grad():
+        for name, tensor in ours.items():
+            live[name].copy_(tensor)
+    return Imported(chosen, config, tokenizer, learner.eval(), theirs, published, fresh)
+
+
+def family_of(path: pathlib.Path, found: object, named: str | None) -> Family:
+    """The family that config.json or the user names; raises UserError for another one."""
+    known = ", ".join(FAMILIES)
+    require(
+        found is not None or named is not None,
+        f"{path} has no model_type; say what it is with --family ({known})",
+    )
+    require(
+        found is None or named is None or found == named,
+        f"{path} says model_type {found!r} and --family says {named!r}; leave --family out",
+    )
+    name = named if found is None else found
+    if name not in FAMILIES:
+        raise UserError(f"{path} is of the family {name!r}; nanolm imports {known}")
+    return FAMILIES[str(name)]
+
+
+def as_config(family: Family, keys: dict, names: frozenset[str], tokenizer: Tokenizer) -> Config:
+    """The run's config that a checkpoint of this model has."""
+    base = {
+        "model": keys,
+        "objective": family.objective(names),
+        "data": {"row_length": min(ROW_LENGTH, keys["max_length"])},
+    }
+    return build.resolve(load_config([], base=base), tokenizer)
+
+
+def spellings(key: str, prefix: str) -> list[str]:
+    """The keys that a stored key may stand for, the likeliest first."""
+    for old, new in OLD_NAMES:
+        if key.endswith(f".{old}"):
+            key = key.removesuffix(old) + new
+    found = [key, prefix + key]
+    while wrapper := next((w for w in WRAPPERS if key.startswith(w)), None):
+        key = key.removeprefix(wrapper)
+        found += [key, prefix + key]
+    return found
+
+
+def known_keys(
+    family: Family, stored: Mapping[str, Tensor], wanted: Tensors, what: str, *, tied: bool
+) -> Tensors:
+    """The stored tensors under the family's keys, each once, in float32.
+
+    Raises UserError for an unknown key, a tensor of another shape, and two that should be one.
+    """
+    twins = dict(family.duplicates)
+    if tied:
+        twins[family.projection] = family.embedding
+    found: Tensors = {}
+    origin: dict[str, str] = {}
+    for key, tensor in stored.items():
+        names = spellings(key, family.prefix)
+        name = next((name for name in names if name in wanted or name in twins), None)
+        if name is None:
+            if any(re.fullmatch(family.buffers, other) for other in names):
+                continue
+            raise UserError(
+                f"{what} holds {key} ({shape(tensor)}), which a {family.name} of its config.json "
+                f"does not have; choose a checkpoint without it"
+            )
+        name = twins.get(name, name)
+        if name not in wanted:  # the twin of a head's weight that this model does without
+            continue
+        require(
+            tensor.shape == wanted[name].shape,
+            f"{what} holds {key} as {shape(tensor)}, and by its config.json it is "
+            f"{shape(wanted[name])}; fetch the config.json of these weights",
+        )
+        require(
+            tensor.is_floating_point(),
+            f"{what} holds {key} as {tensor.dtype}; nanolm reads weights that are not quantised",
+        )
+        tensor = tensor.float()
+        if name in found:
+            require(
+                torch.equal(found[name], tensor),
+                f"{what} holds {origin[name]} and {key}, which are one weight by its config.json, "
+                f"with different values; if both count, set tie_word_embeddings to false there",
+            )
+            continue
+        found[name], origin[name] = tensor, key
+    return found
+
+
+def fresh_heads(family: Family, wanted: Tensors, found: Tensors, what: str) -> tuple[str, ...]:
+    """Keys of heads that the file lacks as a whole; raises UserError for any other missing key."""
+    missing = [key for key in wanted if key not in found]
+    fresh = []
+    for key in missing:
+        head = next((head for head in family.heads if key.startswith(head)), None)
+        if head is None or any(other.startswith(head) for other in found):
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise UserError(
+                f"{what} lacks {key} ({shape(wanted[key])}){more}, which a {family.name} of its "
+                f"config.json has; fetch the whole checkpoint"
+            )
+        fresh.append(key)
+    return tuple(fresh)
+
+
+def shape(tensor: Tensor) -> str:
+    """A shape in words."""
+    return " x ".join(str(size) for size in tensor.shape) or "a scalar"

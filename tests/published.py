@@ -1,0 +1,101 @@
+"""Small published folders, as `transformers` and `tokenizers` write them, with random weights."""
+
+import json
+import pathlib
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+LINES = ["the quick brown fox jumps over the lazy dog", "héllo wörld 中文 def f(x): return x\n"] * 8
+VOCAB, LENGTH = 320, 48
+SHAPES = {
+    "gpt2": ("GPT2LMHeadModel", {"n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": LENGTH}),
+    "llama": (
+        "LlamaForCausalLM",
+        {
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "max_position_embeddings": LENGTH,
+        },
+    ),
+    "llama-tied": (
+        "LlamaForCausalLM",
+        {
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "max_position_embeddings": LENGTH,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+        },
+    ),
+    "bert": (
+        "BertForPreTraining",
+        {
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "max_position_embeddings": LENGTH,
+        },
+    ),
+}
+SHAPES["bert-mlm"] = ("BertForMaskedLM", SHAPES["bert"][1])
+SHAPES["bert-trunk"] = ("BertModel", SHAPES["bert"][1])
+
+
+def byte_bpe() -> Tokenizer:
+    """Byte-level BPE as GPT-2's."""
+    found = Tokenizer(models.BPE())
+    found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    found.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    found.train_from_iterator(
+        LINES,
+        trainers.BpeTrainer(
+            vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet
+        ),
+    )
+    return found
+
+
+def word_piece() -> Tokenizer:
+    """WordPiece as BERT's."""
+    found = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    found.normalizer = normalizers.BertNormalizer()
+    found.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    found.decoder = decoders.WordPiece()
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    found.train_from_iterator(
+        LINES, trainers.WordPieceTrainer(vocab_size=200, special_tokens=specials)
+    )
+    return found
+
+
+def write_published(folder: pathlib.Path, shape: str, **options) -> transformers.PreTrainedModel:
+    """A folder as a model's authors publish it; returns the model, in evaluation mode."""
+    name, keys = SHAPES[shape]
+    model_class = getattr(transformers, name)
+    config = model_class.config_class(vocab_size=VOCAB, **keys)
+    config._attn_implementation = "eager"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = model_class(config)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data = parameter.data * 0.5 + 0.08 * noise + 0.3 * (parameter.data == 1)
+    model.save_pretrained(folder, **options)
+    tokenizer = word_piece() if shape.startswith("bert") else byte_bpe()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    if not shape.startswith("bert"):
+        names = {"bos_token": "<|endoftext|>", "eos_token": {"content": "<|endoftext|>"}}
+        (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    return model.eval()
