@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nanolm.model.trunk import Trunk
-from nanolm.objectives.base import Objective, Term
+from nanolm.objectives.base import ForwardObjective, Objective
 from nanolm.registry import Options
 
 Watch = Callable[[Sequence[torch.optim.Optimizer], int], None]
@@ -67,10 +67,9 @@ class Learner(nn.Module):
         self.trunk, self.heads, self.objective = trunk, heads, objective
         self.adapter: Adapter | None = None  # what a PEFT pass put in (nanolm/peft)
 
-    def forward(
-        self, batch: dict[str, Tensor], objective: Objective | None = None
-    ) -> dict[str, Term]:
-        """The objective's terms for one micro-batch; gradient rules may ask under another one."""
-        objective = objective or self.objective
-        hidden_BTD = self.trunk(objective.inputs(batch))
-        return objective.loss(hidden_BTD, self.heads, batch)
+    def forward(self, batch: dict[str, Tensor], objective: ForwardObjective | None = None) -> Any:
+        """The objective's terms for one micro-batch; gradient rules and evaluations may ask under
+        another one, and get what its `loss` returns."""
+        asked: ForwardObjective = objective or self.objective
+        hidden_BTD = self.trunk(asked.inputs(batch))
+        return asked.loss(hidden_BTD, self.heads, batch)

@@ -13,11 +13,13 @@ from nanolm.distributed.world import World
 from nanolm.errors import UserError
 from nanolm.objectives.clm import Clm
 from nanolm.peft.base import attach
+from nanolm.rules.base import Muted, Wrapped
 from nanolm.saved import open_saved
 from nanolm.training.batch import MicroBatch
-from nanolm.training.engine import Engine
+from nanolm.training.engine import Engine, RuleEngine
 from nanolm.training.gradient import Backward, build_rule
 from nanolm.training.loader import Loader
+from tests.test_imports import MODULES
 from tests.tiny_run import bounds, in_ranks
 
 ROWS, T, V = 5, 8, 64
@@ -218,6 +220,40 @@ def two_of_the_rules(teacher):
         {"name": "distill", "teacher": teacher, "weight": 0.3, "inner": {"name": "rdrop"}},
         {"name": "replay", "base": teacher, "rows": 3, "weight": 0.7, "inner": {"name": "fgm"}},
     ]
+
+
+def test_replay_inside_a_rule_that_compares_probabilities_is_refused(teacher):
+    """In a sentence that names the order in which they go together, which then works."""
+    inner = {"name": "replay", "base": teacher, "rows": 3}
+    for outer in ({"name": "rdrop"}, {"name": "distill", "teacher": teacher}):
+        with pytest.raises(UserError, match=r"let it wrap that rule: train.rule.name=replay"):
+            gradient(World(), outer | {"inner": inner}, 2, model=WIDE)
+        gradient(World(), inner | {"inner": outer}, 2, model=WIDE)
+
+
+def test_an_engine_of_a_rule_has_all_that_a_rule_may_ask_of_one():
+    config = config_of({"name": "plain"})
+    engine = Engine(learner_of(config), World(), config)
+    asked = [name for name in vars(RuleEngine) if not name.startswith("_")]
+    assert {"learner", "world", "progress", "local", "move", "precision"} <= set(asked)
+    for shown in (Wrapped(engine), Muted(Wrapped(engine))):
+        for name in asked:
+            assert callable(getattr(engine, name)) == callable(getattr(shown, name))
+            if not callable(getattr(engine, name)):
+                assert getattr(shown, name) is getattr(engine, name)
+        moved, plain = shown.move(batch_of([0, 1])), engine.move(batch_of([0, 1]))
+        assert all(torch.equal(moved[name], plain[name]) for name in plain)
+        for ask in ("__call__", "local"):
+            own, others = (getattr(e, ask)(batch_of([0, 1]))["clm"] for e in (engine, shown))
+            assert torch.equal(own.sum, others.sum)
+        with pytest.raises(AttributeError):
+            _ = shown.settle
+
+
+def test_nothing_stands_in_for_what_it_does_not_name():
+    """A proxy that hands every name on is typed as what it is not; each is a class or Protocol."""
+    for name, path in MODULES.items():
+        assert "def __getattr__" not in path.read_text(encoding="utf-8"), name
 
 
 def test_distillation_is_the_weighed_loss_and_divergence(teacher):

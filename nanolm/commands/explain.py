@@ -13,12 +13,12 @@ import pathlib
 from typing import Any, Literal
 
 from nanolm.commands.figures import write_json
-from nanolm.commands.predict import Predictor, record_of_line
 from nanolm.data.tables.files import Table
 from nanolm.distributed.world import World
 from nanolm.errors import UserError, require_at_least
 from nanolm.finetune.explain.explainer import Baseline, Explainer, best_window
 from nanolm.finetune.explain.page import Explanation, draw, write_page
+from nanolm.finetune.predict import Predictor, record_of_line
 from nanolm.finetune.several import part_of
 from nanolm.finetune.splits import make_split
 from nanolm.saved import Saved, open_saved

@@ -19,20 +19,22 @@ Shapes: T tokens of a segment.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 
+from nanolm.data.tables.stream import TaskRow
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import require
 from nanolm.finetune.config import AugmentConfig
+from nanolm.finetune.tasks.base import Item, Sequence, Task
 from nanolm.finetune.word_table import WordTable
+from nanolm.objectives.base import Draw
 
 
 class Augmented:
-    """A task whose examples are augmented; everything else is the task's own."""
+    """What a task gives the loader, its examples augmented (`RowObjective`)."""
 
-    def __init__(self, task: Any, config: AugmentConfig, tokenizer: Tokenizer) -> None:
+    def __init__(self, task: Task, config: AugmentConfig, tokenizer: Tokenizer) -> None:
         name = task.options.name
         require(
             not task.generates,
@@ -59,12 +61,15 @@ class Augmented:
         if config.opposites:
             self.opposites = WordTable.opposites(config.opposites, tokenizer)
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "task":  # asked for by copies in worker processes, before there is one
-            raise AttributeError(name)
-        return getattr(self.task, name)
+    def collate(self, examples: list[Item]) -> dict[str, np.ndarray]:
+        """The task's own."""
+        return self.task.collate(examples)
 
-    def example(self, row: Any, rng: np.random.Generator, draw: Any) -> Any:
+    def counts(self, batch: dict[str, np.ndarray]) -> dict[str, int]:
+        """The task's own."""
+        return self.task.counts(batch)
+
+    def example(self, row: TaskRow, rng: np.random.Generator, draw: Draw) -> Item:
         """The task's item, perhaps turned, with noise in its sequences."""
         item = self.task.example(row, rng, draw)
         if self.opposites and rng.random() < self.config.opposite_rate:
@@ -73,7 +78,7 @@ class Augmented:
             item, sequences=[self.sequence(sequence, rng) for sequence in item.sequences]
         )
 
-    def sequence(self, sequence: Any, rng: np.random.Generator) -> Any:
+    def sequence(self, sequence: Sequence, rng: np.random.Generator) -> Sequence:
         """A framed sequence with noise in each of its two segments."""
         room = self.task.length - len(sequence.tokens)
         halves = np.split(sequence.tokens, [sequence.second])
@@ -119,7 +124,7 @@ class Augmented:
             done = end
         return np.array(out + ids[done:], dtype=tokens_T.dtype)
 
-    def turned(self, item: Any, rng: np.random.Generator) -> Any:
+    def turned(self, item: Item, rng: np.random.Generator) -> Item:
         """The item with one word of its first text replaced by an opposite, and the other answer;
         as it is where no word has one or the result would be too long. The first text stands in the
         first sequence and in all that hold two."""
@@ -148,7 +153,7 @@ class Augmented:
         return dataclasses.replace(item, sequences=sequences, target=target)
 
 
-def begin_with(first: np.ndarray, sequence: Any) -> Any:
+def begin_with(first: np.ndarray, sequence: Sequence) -> Sequence:
     """The sequence with another first segment."""
     tokens = np.concatenate([first, sequence.tokens[sequence.second :]])
     return dataclasses.replace(sequence, tokens=tokens, second=len(first))

@@ -20,10 +20,11 @@ from nanolm.distributed.world import World
 from nanolm.finetune.splits import Split
 from nanolm.finetune.tasks.base import Item, Task
 from nanolm.finetune.tasks.metrics import Report
+from nanolm.model.trunk import Inputs
 from nanolm.training.batch import MicroBatch
 from nanolm.training.engine import Engine
+from nanolm.training.evaluation import Sums, in_step
 from nanolm.training.evaluation import figures as means_of
-from nanolm.training.evaluation import in_step
 from nanolm.training.loader import eval_batches
 
 Prediction = dict[str, Any]
@@ -49,11 +50,10 @@ class TaskEvaluator:
         parts = self.world.gather(mine)
         if any(part["stopped"] for part in parts):
             return None
-        sums: dict[str, tuple[float, float]] = {}
+        sums = Sums()
         for part in parts:
             for name, (value, count) in part["sums"].items():
-                before = sums.get(name, (0.0, 0.0))
-                sums[name] = (before[0] + value, before[1] + count)
+                sums.add(name, value, count)
         task = engine.learner.objective
         found = means_of(sums, task.weights)
         if task.generates:
@@ -98,7 +98,7 @@ def evaluated(
     """{answers, sums, stopped} of this rank's batches, in order; without gold there are no sums."""
     learner, task = engine.learner, engine.learner.objective
     answers: list[Any] = []
-    sums: dict[str, tuple[float, float]] = {}
+    sums = Sums()
     was_training = learner.training
     learner.eval()
     try:
@@ -110,9 +110,7 @@ def evaluated(
                 if not len(batch.row_ids):
                     continue
                 answers += found
-                for name, term in terms.items():
-                    before = sums.get(name, (0.0, 0.0))
-                    sums[name] = (before[0] + float(term.sum), before[1] + float(term.count))
+                sums.add_terms(terms)
     finally:
         learner.train(was_training)
     return {"answers": answers, "sums": sums, "stopped": False}
@@ -122,7 +120,11 @@ class Answering:
     """A task whose loss brings the answers along, both from one forward pass of the learner."""
 
     def __init__(self, task: Task) -> None:
-        self.task, self.inputs = task, task.inputs
+        self.task = task
+
+    def inputs(self, batch: dict[str, Tensor]) -> Inputs:
+        """What the trunk reads."""
+        return self.task.inputs(batch)
 
     def loss(
         self, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: dict[str, Tensor]

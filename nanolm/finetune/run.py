@@ -8,6 +8,7 @@ task's fresh head) and how a validation figure chooses the best checkpoint: `fin
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -99,7 +100,7 @@ class FineTuning(Plan):
     train: Split
     val: Split
 
-    @property
+    @functools.cached_property
     def examples(self) -> RowObjective:
         """The task, with noise where the config asks for some."""
         if not self.config.augment.used:
@@ -112,8 +113,10 @@ class FineTuning(Plan):
         return tokens_per_step(self.config, self.train)
 
     def check(self, world: World) -> None:
-        """A loss that compares rows needs them together on each rank."""
+        """A loss that compares rows needs them together on each rank; augmentation must leave the
+        task's targets where they are, which making it finds out."""
         check_scope(self.config, self.objective, world)
+        _ = self.examples
 
     def start_weights(self, learner: Learner, checkpoint: pathlib.Path | None) -> list[str]:
         """Trunk and matching heads from the base, and the adapter of config.peft."""

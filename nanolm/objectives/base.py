@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -60,7 +60,18 @@ class TokenLossOptions(Options):
         return {"label_smoothing": self.label_smoothing > 0, "z_loss": self.z_loss > 0}
 
 
-class Objective(Protocol):
+class ForwardObjective(Protocol):
+    """What a forward pass of the Learner asks. Every objective answers; so does what a gradient
+    rule or an evaluation puts in its place for a pass, whose `loss` may bring more than terms."""
+
+    def inputs(self, batch: dict[str, Tensor]) -> Inputs:
+        """What the trunk reads."""
+
+    def loss(self, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: dict[str, Tensor]) -> Any:
+        """What the pass returns."""
+
+
+class Objective(ForwardObjective, Protocol):
     """The contract. Built as `build(options, config, tokenizer)`."""
 
     trunks: tuple[str, ...]
@@ -88,9 +99,6 @@ class Objective(Protocol):
 
     def counts(self, batch: dict[str, np.ndarray]) -> dict[str, int]:
         """Number of targets of each term in `weights`."""
-
-    def inputs(self, batch: dict[str, Tensor]) -> Inputs:
-        """What the trunk reads."""
 
     def targets(self, batch: dict[str, Tensor]) -> Tensor:
         """The token ids [N] that the main term predicts, for bits per byte and unigram models."""

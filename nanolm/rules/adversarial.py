@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from nanolm.errors import require
 from nanolm.registry import RULES
 from nanolm.rules.base import Muted, WrapperOptions, one_by_one
-from nanolm.training.engine import Engine
+from nanolm.training.batch import MicroBatch
+from nanolm.training.engine import RuleEngine
 from nanolm.training.gradient import Backward, GradientRule, build_rule
 
 
@@ -177,7 +178,7 @@ def attack(options: FgmOptions, ascents: int, step_size: float) -> GradientRule:
     """Clean and adversarial loss; the first ascent uses the clean pass' gradient."""
     inner = build_rule(options.inner)
 
-    def rule(learner: Engine, micro_batches: Sequence[Any], backward: Backward) -> None:
+    def rule(learner: RuleEngine, micro_batches: Sequence[MicroBatch], backward: Backward) -> None:
         embedding = learner.learner.trunk.embedding
         for engine, batch in one_by_one(learner, micro_batches):
             with Perturbation(batch).on(embedding) as perturbation:
@@ -196,7 +197,7 @@ def freelb(options: FreeLbOptions) -> GradientRule:
     """K passes, each with 1/K of the loss, all with the same dropout (section 3.3)."""
     inner = build_rule(options.inner)
 
-    def rule(learner: Engine, micro_batches: Sequence[Any], backward: Backward) -> None:
+    def rule(learner: RuleEngine, micro_batches: Sequence[MicroBatch], backward: Backward) -> None:
         embedding = learner.learner.trunk.embedding
         share = backward.weighed(1 / options.ascents, logged=True)
         devices = [learner.world.device] if learner.world.device.type == "cuda" else []

@@ -13,15 +13,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from nanolm.errors import UserError
-from nanolm.objectives.base import Objective, Term
+from nanolm.model.trunk import Inputs
+from nanolm.objectives.base import ForwardObjective, Term
 from nanolm.registry import Options
-from nanolm.training.engine import Engine
+from nanolm.training.batch import MicroBatch
+from nanolm.training.engine import RuleEngine
 from nanolm.training.gradient import PlainOptions
 
 
@@ -34,21 +36,36 @@ class WrapperOptions(Options):
 
 
 class Wrapped:
-    """An engine with something changed; all else is the engine's."""
+    """A `RuleEngine` that hands everything on to another one; a rule changes what it needs to."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: RuleEngine) -> None:
         self.engine = engine
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.engine, name)
+    learner = property(lambda self: self.engine.learner, doc="What is trained.")
+    world = property(lambda self: self.engine.world, doc="The ranks that train it.")
+    sharded = property(lambda self: self.engine.sharded, doc="Whether ranks hold parts of it.")
+    dtype = property(lambda self: self.engine.dtype, doc="Type of autocast products.")
+    progress = property(lambda self: self.engine.progress, doc="What the rank is doing.")
 
-    def __call__(self, batch: Any, objective: Objective | None = None) -> Mapping[str, Any]:
+    def __call__(self, batch: MicroBatch, objective: ForwardObjective | None = None) -> Any:
         """Terms of one micro-batch."""
         return self.engine(batch, objective)
 
+    def local(self, batch: MicroBatch, objective: ForwardObjective | None = None) -> Any:
+        """Terms of one micro-batch on this rank alone."""
+        return self.engine.local(batch, objective)
+
+    def move(self, batch: MicroBatch) -> dict[str, Tensor]:
+        """The batch's tensors on the device."""
+        return self.engine.move(batch)
+
     def synchronised(self, when: bool) -> contextlib.AbstractContextManager[None]:
-        """The engine's own."""
+        """Gradients cross ranks only in passes inside with `when` true."""
         return self.engine.synchronised(when)
+
+    def precision(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, products are computed in the run's precision."""
+        return self.engine.precision()
 
 
 class Muted(Wrapped):
@@ -59,27 +76,45 @@ class Muted(Wrapped):
         return self.engine.synchronised(when=False)
 
 
-def one_by_one(engine: Engine, micro_batches: Sequence[Any]) -> Iterator[tuple[Engine, Any]]:
+def one_by_one(
+    engine: RuleEngine, micro_batches: Sequence[MicroBatch]
+) -> Iterator[tuple[RuleEngine, MicroBatch]]:
     """(engine, micro-batch) pairs; only the last engine exchanges gradients."""
     last = len(micro_batches) - 1
     for number, batch in enumerate(micro_batches):
         yield (engine if number == last else Muted(engine)), batch
 
 
+class ChoiceObjective(ForwardObjective, Protocol):
+    """An objective, or what stands in for one, some of whose terms are choices among classes."""
+
+    def logits(
+        self, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """See `Objective.logits`."""
+
+
 class WithLogits:
     """An objective whose loss also returns the logits [N, C] of each term that is a choice among
     classes, as `logits/<term>`; N is the term's count of targets."""
 
-    def __init__(self, objective: Objective) -> None:
+    def __init__(self, objective: Any) -> None:
         if not hasattr(objective, "logits"):
             raise UserError(
                 f"train.rule compares class probabilities, and objective="
                 f"{objective.options.name} has none; use another train.rule"
             )
-        self.objective = objective
+        self.objective: ChoiceObjective = objective
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.objective, name)
+    def inputs(self, batch: dict[str, Tensor]) -> Inputs:
+        """What the trunk reads."""
+        return self.objective.inputs(batch)
+
+    def logits(
+        self, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The objective's own."""
+        return self.objective.logits(hidden_BTD, heads, batch)
 
     def loss(
         self, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: dict[str, Tensor]

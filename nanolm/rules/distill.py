@@ -8,7 +8,7 @@ The teacher is a checkpoint with the same tokenizer and heads, of any size; it r
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,10 +17,11 @@ from torch import Tensor
 
 from nanolm.errors import require
 from nanolm.learner import Learner
-from nanolm.objectives.base import Objective, Term
+from nanolm.objectives.base import ForwardObjective, Objective, Term
 from nanolm.registry import RULES
 from nanolm.rules.base import WithLogits, Wrapped, WrapperOptions, logits_in, only_terms
-from nanolm.training.engine import Engine
+from nanolm.training.batch import MicroBatch
+from nanolm.training.engine import RuleEngine
 from nanolm.training.gradient import Backward, GradientRule, build_rule
 
 
@@ -44,11 +45,11 @@ class DistillOptions(WrapperOptions):
 class Taught(Wrapped):
     """An engine that puts `<term>_distill` beside each term that has logits."""
 
-    def __init__(self, engine: Engine, teacher: Learner, temperature: float) -> None:
+    def __init__(self, engine: RuleEngine, teacher: Learner, temperature: float) -> None:
         super().__init__(engine)
         self.teacher, self.temperature = teacher, temperature
 
-    def __call__(self, batch: Any, objective: Objective | None = None) -> Mapping[str, Any]:
+    def __call__(self, batch: MicroBatch, objective: ForwardObjective | None = None) -> Any:
         """Terms of one micro-batch, and if asked for the student's logits."""
         asked = objective or self.engine.learner.objective
         terms = dict(self.engine(batch, WithLogits(asked)))
@@ -79,7 +80,7 @@ def divergence_from(taught_NC: Tensor, logits_NC: Tensor, temperature: float) ->
     return F.kl_div(q, p, reduction="sum", log_target=True) * temperature**2
 
 
-def open_teacher(path: str, engine: Engine) -> Learner:
+def open_teacher(path: str, engine: RuleEngine) -> Learner:
     """The checkpoint in evaluation mode; raises UserError when it cannot teach this learner."""
     from nanolm.saved import open_saved  # noqa: PLC0415  (it imports what registers this rule)
 
@@ -110,7 +111,7 @@ def distill(options: DistillOptions) -> GradientRule:
     inner = build_rule(options.inner)
     teachers: list[Learner] = []
 
-    def rule(learner: Engine, micro_batches: Sequence[Any], backward: Backward) -> None:
+    def rule(learner: RuleEngine, micro_batches: Sequence[MicroBatch], backward: Backward) -> None:
         if not teachers:
             teachers.append(open_teacher(options.teacher, learner))
         names = list(backward.weights)

@@ -9,17 +9,18 @@ meaning.) Without dropout both passes are equal and the second term is zero.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from nanolm.errors import require
-from nanolm.objectives.base import Objective, Term
+from nanolm.objectives.base import ForwardObjective, Term
 from nanolm.registry import RULES
 from nanolm.rules.base import WithLogits, Wrapped, WrapperOptions, logits_in, only_terms
-from nanolm.training.engine import Engine
+from nanolm.training.batch import MicroBatch
+from nanolm.training.engine import RuleEngine
 from nanolm.training.gradient import Backward, GradientRule, build_rule
 
 
@@ -38,7 +39,7 @@ class RDropOptions(WrapperOptions):
 class Twice(Wrapped):
     """An engine that runs each micro-batch twice: mean terms, and `<term>_rdrop` beside them."""
 
-    def __call__(self, batch: Any, objective: Objective | None = None) -> Mapping[str, Any]:
+    def __call__(self, batch: MicroBatch, objective: ForwardObjective | None = None) -> Any:
         """Terms of one micro-batch; if asked for, the logits of the first pass."""
         asked = objective or self.engine.learner.objective
         first = self.engine(batch, WithLogits(asked))
@@ -69,7 +70,7 @@ def rdrop(options: RDropOptions) -> GradientRule:
     """The inner rule, on an engine that runs everything twice."""
     inner = build_rule(options.inner)
 
-    def rule(learner: Engine, micro_batches: Sequence[Any], backward: Backward) -> None:
+    def rule(learner: RuleEngine, micro_batches: Sequence[MicroBatch], backward: Backward) -> None:
         names = [f"{name}_rdrop" for name in backward.weights]
         weights = [options.alpha * weight for weight in backward.weights.values()]
         counts = [backward.counts.get(name, 0) for name in backward.weights]

@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
 from nanolm.checkpoint.facts import facts_of, require_same_facts
 from nanolm.data.stream import RowStream
 from nanolm.data.tokenizer import MODEL_FILE
-from nanolm.errors import require
+from nanolm.errors import UserError, require
+from nanolm.model.trunk import Inputs
 from nanolm.objectives.base import Objective, Term
 from nanolm.registry import RULES
 from nanolm.rules.base import Muted, WrapperOptions
 from nanolm.training.batch import MicroBatch
-from nanolm.training.engine import Engine
+from nanolm.training.engine import RuleEngine
 from nanolm.training.gradient import Backward, GradientRule, build_rule
 from nanolm.training.loader import Loader
 
@@ -54,9 +54,19 @@ class Replayed:
         self.objective, self.heads = objective, heads
         self.weights = {f"replay_{name}": weight for name, weight in objective.weights.items()}
 
-    def inputs(self, batch: dict[str, Tensor]) -> Any:
+    def inputs(self, batch: dict[str, Tensor]) -> Inputs:
         """What the trunk reads."""
         return self.objective.inputs(batch)
+
+    def logits(
+        self, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Refused: a rule that compares class probabilities would compare those of the replayed
+        rows, too."""
+        raise UserError(
+            "train.rule=replay stands inside a rule that compares class probabilities; let it wrap "
+            "that rule: train.rule.name=replay, and the other one as its inner rule"
+        )
 
     def loss(
         self, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: dict[str, Tensor]
@@ -69,7 +79,7 @@ class Replayed:
 class Source:
     """The corpus, the objective and the head of a pretraining checkpoint."""
 
-    def __init__(self, options: ReplayOptions, engine: Engine) -> None:
+    def __init__(self, options: ReplayOptions, engine: RuleEngine) -> None:
         from nanolm.build import build_stream  # noqa: PLC0415  (it imports this module)
         from nanolm.saved import open_saved  # noqa: PLC0415
 
@@ -128,7 +138,7 @@ class Source:
         )
 
 
-def borrowed_heads(base: nn.Module, engine: Engine) -> nn.ModuleDict:
+def borrowed_heads(base: nn.Module, engine: RuleEngine) -> nn.ModuleDict:
     """The base's heads, frozen; where one is tied to the base's embedding, tied to the learner's.
 
     Raises UserError when the two trunks are of different widths or vocabularies.
@@ -157,7 +167,7 @@ def replay(options: ReplayOptions) -> GradientRule:
     inner = build_rule(options.inner)
     sources: list[Source] = []
 
-    def rule(learner: Engine, micro_batches: Sequence[Any], backward: Backward) -> None:
+    def rule(learner: RuleEngine, micro_batches: Sequence[MicroBatch], backward: Backward) -> None:
         if not sources:
             sources.append(Source(options, learner))
         source = sources[0]

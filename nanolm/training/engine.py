@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from nanolm.config.schema import Config
 from nanolm.distributed.sharding import shard, sharded_modules
 from nanolm.distributed.world import World, synchronised, wrap
+from nanolm.learner import Learner
+from nanolm.objectives.base import ForwardObjective
 from nanolm.training.batch import MicroBatch
 from nanolm.training.phases import Progress
 
@@ -25,6 +27,46 @@ Initialise = Callable[[str, Tensor], None]
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 GRAPHS = 64
 """Graphs that torch may compile of one piece of code before it gives up and runs it as it is."""
+
+
+class RuleEngine(Protocol):
+    """An engine as a gradient rule sees it: `Engine`, or one in which an outer rule has changed
+    something (`Wrapped` in rules/base.py)."""
+
+    @property
+    def learner(self) -> Learner:
+        """What is trained."""
+
+    @property
+    def world(self) -> World:
+        """The ranks that train it."""
+
+    @property
+    def sharded(self) -> bool:
+        """Whether ranks hold parts of the weights."""
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Type of autocast products, None in fp32."""
+
+    @property
+    def progress(self) -> Progress:
+        """What the rank is doing, for the log and the watchdog."""
+
+    def __call__(self, batch: MicroBatch, objective: ForwardObjective | None = None) -> Any:
+        """See `Engine`."""
+
+    def local(self, batch: MicroBatch, objective: ForwardObjective | None = None) -> Any:
+        """See `Engine`."""
+
+    def move(self, batch: MicroBatch) -> dict[str, Tensor]:
+        """See `Engine`."""
+
+    def synchronised(self, when: bool) -> contextlib.AbstractContextManager[None]:
+        """See `Engine`."""
+
+    def precision(self) -> contextlib.AbstractContextManager[None]:
+        """See `Engine`."""
 
 
 class Engine:
@@ -58,10 +100,10 @@ class Engine:
         elif trains:
             self.module = wrap(self.learner, world, config.distributed, self._last_bucket)
 
-    def __call__(self, batch: MicroBatch, objective: Any = None) -> Mapping[str, Any]:
+    def __call__(self, batch: MicroBatch, objective: ForwardObjective | None = None) -> Any:
         """Terms of one micro-batch, through the distributed wrapper.
 
-        With an objective, its terms instead of those of the learner's own.
+        With an objective, what its `loss` returns instead of the terms of the learner's own.
         """
         other = () if objective is None else (objective,)
         self.progress.enter("forward")
@@ -71,7 +113,7 @@ class Engine:
     def _last_bucket(self) -> None:
         self.progress.enter("communication")
 
-    def local(self, batch: MicroBatch, objective: Any = None) -> Any:
+    def local(self, batch: MicroBatch, objective: ForwardObjective | None = None) -> Any:
         """Terms of one micro-batch on this rank alone, for evaluation: no collective, unless the
         weights are sharded. With an objective, what its `loss` returns instead."""
         other = () if objective is None else (objective,)

@@ -21,6 +21,7 @@ import torch
 
 from nanolm.distributed.world import World
 from nanolm.errors import UserError
+from nanolm.objectives.base import Term
 from nanolm.training.batch import MicroBatch
 from nanolm.training.engine import Engine
 from nanolm.training.gradient import total_loss
@@ -38,6 +39,20 @@ class Yardstick:
         """(bytes, unigram nats) of the target ids, summed."""
         ids = targets.cpu()
         return float(self.bytes[ids].sum()), float(self.nats[ids].sum())
+
+
+class Sums(dict[str, tuple[float, float]]):
+    """(sum, count) by name, added up in float64."""
+
+    def add(self, name: str, value: float, count: float) -> None:
+        """Adds to one of them, or begins it."""
+        before = self.get(name, (0.0, 0.0))
+        self[name] = (before[0] + value, before[1] + count)
+
+    def add_terms(self, terms: Mapping[str, Term]) -> None:
+        """Adds a micro-batch's terms; the host waits for them."""
+        for name, term in terms.items():
+            self.add(name, float(term.sum), float(term.count))
 
 
 class Evaluator:
@@ -77,27 +92,19 @@ class Evaluator:
         pairs = zip(total[1::2], total[2::2], strict=True)
         return figures(dict(zip(names, pairs, strict=True)), learner.objective.weights)
 
-    def _sums(
-        self, engine: Engine, stop: Callable[[], bool]
-    ) -> tuple[dict[str, tuple[float, float]], float]:
-        sums: dict[str, tuple[float, float]] = {}
-
-        def add(name: str, value: float, count: float) -> None:
-            before = sums.get(name, (0.0, 0.0))
-            sums[name] = (before[0] + value, before[1] + count)
-
+    def _sums(self, engine: Engine, stop: Callable[[], bool]) -> tuple[Sums, float]:
+        sums = Sums()
         for batch in in_step(engine, iter(self.batches())):
             if stop() and not engine.sharded:
                 return sums, 1.0
             terms = engine.local(batch)
             if not len(batch.row_ids):
                 continue
-            for name, term in terms.items():
-                add(name, float(term.sum), float(term.count))
+            sums.add_terms(terms)
             if self.yardstick is not None:
                 targets = engine.learner.objective.targets(batch.tensors)
                 text_bytes, nats = self.yardstick.measure(targets)
-                add("unigram bytes", nats, text_bytes)
+                sums.add("unigram bytes", nats, text_bytes)
         return sums, 0.0
 
 

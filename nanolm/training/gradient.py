@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from nanolm.errors import require
+from nanolm.objectives.base import Term
 from nanolm.registry import RULES, Options
 from nanolm.training.batch import MicroBatch
-from nanolm.training.engine import Engine
+from nanolm.training.engine import RuleEngine
 
 
 class Backward:
@@ -86,11 +87,18 @@ class Backward:
 
     def total(self, terms: Mapping[str, Any]) -> Tensor:
         """This pass's share of the loss to minimise, a scalar."""
-        return sum(
-            weight * terms[name].sum / max(self.counts.get(name, 0), 1)
-            for name, weight in self.weights.items()
-            if name in terms
-        )
+        return share_of_total(terms, self.weights, self.counts)
+
+
+def share_of_total(
+    terms: Mapping[str, Term], weights: Mapping[str, float], counts: Mapping[str, float]
+) -> Tensor:
+    """What these sums add to the loss to minimise, when `counts` are the whole step's targets."""
+    return sum(
+        weight * terms[name].sum / max(counts.get(name, 0), 1)
+        for name, weight in weights.items()
+        if name in terms
+    )
 
 
 def total_loss(means: Mapping[str, float], weights: Mapping[str, float]) -> float:
@@ -102,7 +110,7 @@ class GradientRule(Protocol):
     """What a rule must be: a callable that leaves the step's gradient in `.grad`."""
 
     def __call__(
-        self, learner: Engine, micro_batches: Sequence[MicroBatch], backward: Backward
+        self, learner: RuleEngine, micro_batches: Sequence[MicroBatch], backward: Backward
     ) -> None: ...
 
 
@@ -123,7 +131,7 @@ class PlainOptions(Options):
 def plain(options: PlainOptions) -> GradientRule:
     """One forward and one backward per micro-batch; ranks exchange gradients in the last."""
 
-    def rule(learner: Engine, micro_batches: Sequence[MicroBatch], backward: Backward) -> None:
+    def rule(learner: RuleEngine, micro_batches: Sequence[MicroBatch], backward: Backward) -> None:
         last = len(micro_batches) - 1
         for number, batch in enumerate(micro_batches):
             with learner.synchronised(when=number == last):

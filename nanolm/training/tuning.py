@@ -14,14 +14,14 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
 from nanolm.config.schema import Config, TuneConfig
 from nanolm.errors import require
-from nanolm.training.engine import Engine
+from nanolm.training.batch import MicroBatch
+from nanolm.training.engine import RuleEngine
 from nanolm.training.gradient import Backward, GradientRule, build_rule
 from nanolm.training.optim import build_optimizers
 
@@ -140,7 +140,7 @@ def gradually(inner: GradientRule, learner: nn.Module, every: int) -> GradientRu
     depth = depths(name for name, _ in learner.named_parameters())
     top = max(depth.values())
 
-    def rule(engine: Engine, micro_batches: Sequence[Any], backward: Backward) -> None:
+    def rule(engine: RuleEngine, micro_batches: Sequence[MicroBatch], backward: Backward) -> None:
         inner(engine, micro_batches, backward)
         lowest = top - backward.step // every
         for name, parameter in engine.learner.named_parameters():

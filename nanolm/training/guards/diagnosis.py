@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from nanolm.distributed.sharding import local
 from nanolm.training.batch import MicroBatch
 from nanolm.training.engine import Engine
+from nanolm.training.gradient import share_of_total
 
 KINDS = ("weight", "output", "gradient", "summed", "none")
 """First words of a finding, the earliest in the computation first."""
@@ -94,13 +95,7 @@ def _first_bad_gradient(
     engine: Engine, batch: MicroBatch, counts: Mapping[str, float]
 ) -> str | None:
     """Gradients of this micro-batch by autograd.grad, which leaves `.grad` and DDP alone."""
-    weights = engine.learner.objective.weights
-    terms = engine.local(batch)
-    total = sum(
-        weight * terms[name].sum / max(counts.get(name, 0), 1)
-        for name, weight in weights.items()
-        if name in terms
-    )
+    total = share_of_total(engine.local(batch), engine.learner.objective.weights, counts)
     named = _trained(engine)
     gradients = torch.autograd.grad(total, [p for _, p in named], allow_unused=True)
     pairs = [(n, g) for (n, _), g in zip(named, gradients, strict=True) if g is not None]
