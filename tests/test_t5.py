@@ -1,13 +1,18 @@
 """T5, both versions, against `transformers`: the same weights give the same numbers to 1e-5."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import T5Config, T5ForConditionalGeneration
 
 from nanolm.config.load import load_config
 from nanolm.inference.t5_names import from_transformers, to_transformers
 from nanolm.model.trunk import Inputs
 from nanolm.ops.masks import Mask
+from nanolm.pretrain import run_train
+from tests.prepared import SMALL, prepared_corpus
 
 B, S, T, V = 3, 40, 23, 512
 LENGTHS = torch.tensor([40, 17, 5])
@@ -110,3 +115,38 @@ def test_names_map_there_and_back(pair):
     assert set(back) == set(ours.state_dict())
     for name, tensor in ours.state_dict().items():
         assert torch.equal(back[name], tensor), name
+
+
+def train(folder, *words):
+    """A small run of T5's blocks with all its places of dropout."""
+    shape = {**SHAPE, **VERSIONS["v1_1"][0], "vocab_size": "null", "positions.name": "t5"}
+    del shape["positions"]
+    keys = shape | dict.fromkeys(
+        ("dropout", "attention_dropout", "feed_forward_dropout", "final_dropout"), 0.1
+    )
+    argv = [
+        *(f"--model.{key}={str(value).lower()}" for key, value in keys.items()),
+        *SMALL,
+        *("--objective.name=span", "--schedule.name=constant", "--run.log_every=1"),
+        *(f"--data.path={prepared_corpus()}", f"--run.dir={folder}"),
+    ]
+    run_train(load_config([*argv, *words]))
+    return folder
+
+
+def losses(run):
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [(line["step"], line["loss"]) for line in lines if line["kind"] == "train"]
+
+
+def test_a_resumed_run_ends_bit_equal_to_an_undisturbed_one(tmp_path):
+    whole = train(tmp_path / "whole", "--train.steps=6")
+    halves = train(tmp_path / "halves", "--train.steps=3")
+    train(tmp_path / "halves", "--train.steps=6", "--resume=auto")
+    assert losses(whole) == losses(halves) and len(losses(whole)) == 6
+    weights = [
+        load_file(run / "checkpoints" / "step-00000006" / "model.safetensors")
+        for run in (whole, halves)
+    ]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
