@@ -1,4 +1,4 @@
-"""`nanolm generate`: write text with a decoder, to the terminal as it comes."""
+"""`nanolm generate`: write text with a decoder or encoder-decoder, to the terminal as it comes."""
 
 from __future__ import annotations
 
@@ -8,20 +8,23 @@ from rich.console import Console
 
 from nanolm.commands.figures import write_json
 from nanolm.inference.generate import Generator, write
+from nanolm.inference.generate_from_source import SourceGenerator
 from nanolm.inference.sampling import Sampling
 from nanolm.saved import open_saved
 
 POSITIONAL = ("run",)
+GENERATORS = {trunk: kind for kind in (Generator, SourceGenerator) for trunk in kind.trunks}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments(Sampling):
-    """Write text with a decoder."""
+    """Write text with a decoder, or with an encoder-decoder from a source."""
 
     run: str
     """Folder of a run or of a checkpoint."""
     prompt: list[str] | str = ""
-    """Text to continue, or a list of texts; '' writes from scratch."""
+    """Text to continue, or a list of texts; '' writes from scratch. An encoder-decoder reads it as
+    its source, in which <mask> is a gap."""
     count: int = 1
     """Continuations of each prompt."""
     max_tokens: int = 200
@@ -58,8 +61,9 @@ def run(arguments: Arguments) -> None:
             print(text[shown:], end="", flush=True)
             shown = len(text)
 
+    generator = GENERATORS.get(saved.config.model.trunk, Generator)
     texts = write(
-        Generator(saved, use_cache=arguments.cache),
+        generator(saved, use_cache=arguments.cache),
         prompts,
         max_tokens=arguments.max_tokens,
         sampling=arguments,

@@ -27,9 +27,11 @@ from nanolm.saved import Saved
 class Generator:
     """Generates from a saved decoder; prompts and results are token ids."""
 
+    trunks = ("decoder",)
+
     def __init__(self, saved: Saved, *, use_cache: bool = True) -> None:
         require(
-            saved.config.model.trunk == "decoder",
+            saved.config.model.trunk in self.trunks,
             f"{saved.folder} holds an {saved.config.model.trunk}; only a decoder writes text "
             f"(an encoder fills masks: `nanolm fill`)",
         )
@@ -48,6 +50,10 @@ class Generator:
         ids = self.saved.tokenizer.encode(text).tolist()
         alone = self.saved.config.data.document_mask and ids
         return ids if alone else [self.saved.tokenizer.eos, *ids]
+
+    def text(self, ids: list[int]) -> str:
+        """The text of written ids."""
+        return self.saved.tokenizer.decode(ids)
 
     @torch.no_grad()
     def logits(self, prompts: list[list[int]], max_tokens: int) -> Iterator[Tensor]:
@@ -158,7 +164,7 @@ def write(
             done[row] = token == tokenizer.eos
             if not done[row]:
                 written[row].append(token)
-            text, stopped = cut_at(tokenizer.decode(written[row]), stop or [])
+            text, stopped = cut_at(generator.text(written[row]), stop or [])
             done[row] |= stopped
             # Half a character, which later bytes may complete, is not shown yet.
             final = done[row] or count == max_tokens
