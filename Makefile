@@ -14,7 +14,7 @@ NANOLM := $(BIN)/nanolm
 DEMO := runs/demo
 DEMO_DATA := runs/demo-data
 
-.PHONY: demo demo-mlm test check alone doors house matrix gpu chaos lint clean constraints
+.PHONY: demo demo-mlm demo-t5 test check alone doors house matrix gpu chaos lint clean constraints
 
 $(VENV)/base: setup.py constraints.txt
 	@echo "$(VENV) gets $$($(PYTHON) --version) ($(PYTHON)); another one: make PYTHON=…"
@@ -48,6 +48,12 @@ demo-mlm: $(VENV)/base $(DEMO_DATA)/manifest.json
 	$(BIN)/python train.py --config configs/pretrain/demo_mlm.yaml
 	$(NANOLM) evaluate --run runs/demo-mlm
 	$(NANOLM) fill --run runs/demo-mlm --text 'def __init__(<mask>, name):'
+
+demo-t5: $(VENV)/base $(DEMO_DATA)/manifest.json
+	rm -rf runs/demo-t5
+	$(BIN)/python train.py --config configs/pretrain/demo_t5.yaml
+	$(NANOLM) evaluate --run runs/demo-t5
+	$(NANOLM) generate --run runs/demo-t5 --prompt 'def __init__(<mask>, name):' --temperature 0 --max_tokens 24
 
 test: $(VENV)/dev lint
 	$(BIN)/python -m pytest -m 'not slow' -n 2 --dist worksteal

@@ -23,7 +23,8 @@ SMALL = [
     "--eval.batches=4",
 ]
 
-STEPS = {"clm": 80, "prefix": 80, "mlm": 250, "mlm_pair": 250}
+STEPS = {"clm": 80, "prefix": 80, "mlm": 250, "mlm_pair": 250, "span": 200}
+TRUNKS = {"mlm": "encoder", "mlm_pair": "encoder", "span": "encoder_decoder"}
 
 
 @functools.cache
@@ -55,9 +56,9 @@ def train(folder: pathlib.Path, *words: str) -> dict:
 
 @functools.cache
 def trained_run(objective: str = "clm") -> pathlib.Path:
-    """A small trained model: a decoder for clm and prefix, an encoder for mlm and mlm_pair."""
+    """A small trained model: a decoder, or the trunk of TRUNKS."""
     folder = pathlib.Path(tempfile.mkdtemp(prefix="nanolm-run-")) / objective
-    trunk = "encoder" if objective.startswith("mlm") else "decoder"
+    trunk = TRUNKS.get(objective, "decoder")
     segments = 2 if objective == "mlm_pair" else 0
     train(
         folder,

@@ -153,3 +153,12 @@ def test_shards_at_world_1024(tmp_path):
     assert fsdp[:2] == ["fsdp", "True"] and hsdp[:2] == ["hsdp", "True"]
     # A rank holds whole rows: 1,024 ranks divide sizes that are multiples of 1,024 evenly.
     assert float(fsdp[2]) == float(hsdp[2]) == 1.0
+
+
+def test_deeper_sizes_are_those_of_the_deeper_model_in_every_stack(make_learner):
+    for trunk, objective in (("decoder", "clm"), ("encoder_decoder", "span")):
+        keys = {"trunk": trunk, "norm": "rmsnorm", "bias": False, "positions": {"name": "t5"}}
+        found = [
+            Sizes.of(make_learner({**keys, "n_layers": n}, {"name": objective})) for n in (2, 5, 1)
+        ]
+        assert found[0].deeper(5) == found[1] and found[0].deeper(1) == found[2]

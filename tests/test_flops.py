@@ -37,6 +37,28 @@ def test_forward_flops_are_what_pytorch_counts(make_learner, feed_forward, kv_he
     assert counter.get_total_flops() == pytest.approx(2 * T * forward_flops_per_token(model, T))
 
 
+@pytest.mark.parametrize("kv_heads", [4, 1])
+def test_an_encoder_decoders_flops_are_what_pytorch_counts(make_learner, kv_heads):
+    keys = {"trunk": "encoder_decoder", "n_kv_heads": kv_heads, "feed_forward": "geglu_tanh"}
+    learner = make_learner(
+        {**keys, "d_ff": 40, "head_dim": 12, "positions": {"name": "t5"}},
+        {"name": "span"},
+        kernels={"attention": "reference"},
+    )
+    n_targets = 6
+    source, written = (torch.zeros(2, n, dtype=torch.int64) for n in (T, n_targets))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        learner.heads["lm"](learner.trunk(Inputs(tokens_BT=written, source_tokens_BS=source)))
+    model = ModelConfig(
+        **keys, d_ff=40, head_dim=12, d_model=32, n_layers=2, n_heads=4, vocab_size=512
+    )
+    share = n_targets / T
+    found = 2 * T * forward_flops_per_token(model, T, predicted_share=share)
+    # The counter counts hidden keys too: of a causal row of n it sees n, we (n + 1) / 2.
+    hidden = 4 * 2 * n_targets * (n_targets - (n_targets + 1) / 2) * 4 * 12 * model.n_layers
+    assert counter.get_total_flops() == pytest.approx(found + hidden)
+
+
 def test_training_costs_three_forwards_and_the_head_its_share():
     model = ModelConfig(vocab_size=1000)
     whole, none = (forward_flops_per_token(model, T, predicted_share=share) for share in (1.0, 0.0))

@@ -1,13 +1,23 @@
 """T5, both versions, against `transformers`: the same weights give the same numbers to 1e-5."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import T5Config, T5ForConditionalGeneration
 
 from nanolm.config.load import load_config
+from nanolm.errors import UserError
+from nanolm.inference.generate import write
+from nanolm.inference.generate_from_source import SourceGenerator
+from nanolm.inference.sampling import Sampling
 from nanolm.inference.t5_names import from_transformers, to_transformers
 from nanolm.model.trunk import Inputs
 from nanolm.ops.masks import Mask
+from nanolm.pretrain import run_train
+from nanolm.saved import Saved, open_saved
+from tests.prepared import SMALL, prepared_corpus, trained_run
 
 B, S, T, V = 3, 40, 23, 512
 LENGTHS = torch.tensor([40, 17, 5])
@@ -51,9 +61,11 @@ def peer(version, **keys):
     generator = torch.Generator().manual_seed(1)
     if version == "v1_1":  # `transformers` ties a model that it builds, whatever its config says
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         parameter.data = parameter.data * 0.5 + 0.08 * noise + 0.3 * (parameter.data == 1)
+        if name.startswith("decoder") and name.endswith(("o.weight", "wo.weight")):
+            parameter.data *= 4  # what is written depends on more than the token before
     return model.eval()
 
 
@@ -110,3 +122,96 @@ def test_names_map_there_and_back(pair):
     assert set(back) == set(ours.state_dict())
     for name, tensor in ours.state_dict().items():
         assert torch.equal(back[name], tensor), name
+
+
+def train(folder, *words):
+    """A small run of T5's blocks with all its places of dropout."""
+    shape = {**SHAPE, **VERSIONS["v1_1"][0], "vocab_size": "null", "positions.name": "t5"}
+    del shape["positions"]
+    keys = shape | dict.fromkeys(
+        ("dropout", "attention_dropout", "feed_forward_dropout", "final_dropout"), 0.1
+    )
+    argv = [
+        *(f"--model.{key}={str(value).lower()}" for key, value in keys.items()),
+        *SMALL,
+        *("--objective.name=span", "--schedule.name=constant", "--run.log_every=1"),
+        *(f"--data.path={prepared_corpus()}", f"--run.dir={folder}"),
+    ]
+    run_train(load_config([*argv, *words]))
+    return folder
+
+
+def losses(run):
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [(line["step"], line["loss"]) for line in lines if line["kind"] == "train"]
+
+
+def test_a_resumed_run_ends_bit_equal_to_an_undisturbed_one(tmp_path):
+    whole = train(tmp_path / "whole", "--train.steps=6")
+    halves = train(tmp_path / "halves", "--train.steps=3")
+    train(tmp_path / "halves", "--train.steps=6", "--resume=auto")
+    assert losses(whole) == losses(halves) and len(losses(whole)) == 6
+    weights = [
+        load_file(run / "checkpoints" / "step-00000006" / "model.safetensors")
+        for run in (whole, halves)
+    ]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def chosen(generator, prompts, count):
+    """The most likely tokens [B, count], one after the other."""
+    logits = generator.logits(prompts, count)
+    tokens = [next(logits).argmax(dim=-1)]
+    for _ in range(count - 1):
+        tokens.append(logits.send(tokens[-1]).argmax(dim=-1))
+    return torch.stack(tokens, dim=1)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_greedy_decoding_writes_what_transformers_writes(pair, tokenizer, tmp_path, use_cache):
+    version, ours, theirs = pair
+    config = load_config([], base={"model": SHAPE | VERSIONS[version][0]})
+    generator = SourceGenerator(Saved(tmp_path, config, tokenizer, ours), use_cache=use_cache)
+    sources, count = some_tokens(S), 20
+    prompts = [row[:n].tolist() for row, n in zip(sources, LENGTHS.tolist(), strict=True)]
+    theirs.generation_config.eos_token_id = None  # all rows write on to the end
+    expected = theirs.generate(
+        sources, attention_mask=PADDED, max_new_tokens=count, do_sample=False, num_beams=1
+    )
+    found = chosen(generator, prompts, count)
+    assert expected.shape == (B, count + 1) and (expected[:, 0] == 0).all()
+    assert torch.equal(found, expected[:, 1:])
+    assert len(found.unique()) > B  # some row says more than one thing
+
+
+def test_a_cache_projects_the_source_once_and_changes_no_logit(pair, tokenizer, tmp_path):
+    version, ours, _ = pair
+    config = load_config([], base={"model": SHAPE | VERSIONS[version][0]})
+    written = some_tokens(T, seed=4)
+    with torch.no_grad():
+        whole = ours.trunk(source_inputs(tokens_BT=written))
+        generator = SourceGenerator(Saved(tmp_path, config, tokenizer, ours))
+        cache = generator.new_cache(B, T)
+        encoded = ours.trunk.encode(source_inputs())
+        steps, kept = [], []
+        for t in range(T):
+            one = source_inputs(tokens_BT=written[:, t : t + 1], cache=cache, source_BSD=encoded)
+            steps.append(ours.trunk(one))
+            kept.append(cache.sources[0][0].data_ptr())
+    torch.testing.assert_close(torch.cat(steps, dim=1), whole, atol=1e-5, rtol=1e-5)
+    assert len(set(kept)) == 1 and len(cache.sources) == SHAPE["n_layers"]
+
+
+def test_a_trained_model_fills_gaps_and_names_them():
+    generator = SourceGenerator(open_saved(trained_run("span")))
+    sentinels, tokenizer = generator.sentinels, generator.saved.tokenizer
+    ids = generator.prompt_ids("def f(<mask>, x):\n    return <mask>")
+    assert [i for i in ids if i in sentinels] == sentinels[:2] and ids[-1] == tokenizer.eos
+    prompts = ["def f(<mask>):", "import <mask>"]
+    keys = {"max_tokens": 12, "sampling": Sampling(temperature=0)}
+    texts = write(generator, prompts, **keys)
+    assert all(text.startswith(tokenizer.piece(sentinels[0])) for text in texts)
+    assert [write(generator, [prompt], **keys)[0] for prompt in prompts] == texts
+    with pytest.raises(UserError, match="33 gaps"):
+        generator.prompt_ids("<mask>" * 33)

@@ -32,7 +32,7 @@ def prepared(tmp_path_factory):
 
 
 def words(data, run, *more, objective="clm"):
-    trunk = "decoder" if objective == "clm" else "encoder"
+    trunk = {"clm": "decoder", "mlm": "encoder", "span": "encoder_decoder"}[objective]
     keys = {
         "model.trunk": trunk,
         "model.d_model": 32,
@@ -75,7 +75,7 @@ def metrics(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("objective", ["clm", "mlm"])
+@pytest.mark.parametrize("objective", ["clm", "mlm", "span"])
 def test_torchrun_and_one_process_print_the_same_losses(prepared, tmp_path, objective):
     one, two = tmp_path / "one", tmp_path / "two"
     printed = train(prepared, one, objective=objective)

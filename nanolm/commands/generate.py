@@ -1,4 +1,4 @@
-"""`nanolm generate`: write text with a decoder, to the terminal as it comes."""
+"""`nanolm generate`: write text with a decoder or encoder-decoder, to the terminal as it comes."""
 
 from __future__ import annotations
 
@@ -7,21 +7,24 @@ import dataclasses
 from rich.console import Console
 
 from nanolm.commands.figures import write_json
-from nanolm.inference.generate import Generator, hold_spaces, write
+from nanolm.inference.generate import Generator, write
+from nanolm.inference.generate_from_source import SourceGenerator
 from nanolm.inference.sampling import Sampling
 from nanolm.saved import open_saved
 
 POSITIONAL = ("run",)
+GENERATORS = {trunk: kind for kind in (Generator, SourceGenerator) for trunk in kind.trunks}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments(Sampling):
-    """Write text with a decoder."""
+    """Write text with a decoder, or with an encoder-decoder from a source."""
 
     run: str
     """Folder of a run or of a checkpoint."""
     prompt: list[str] | str = ""
-    """Text to continue, or a list of texts; '' writes from scratch."""
+    """Text to continue, or a list of texts; '' writes from scratch. An encoder-decoder reads it as
+    its source, in which <mask> is a gap."""
     count: int = 1
     """Continuations of each prompt."""
     max_tokens: int = 200
@@ -58,9 +61,12 @@ def run(arguments: Arguments) -> None:
             print(text[shown:], end="", flush=True)
             shown = len(text)
 
-    held = [hold_spaces(saved.tokenizer, prompt) for prompt in prompts]
+    generator = GENERATORS.get(saved.config.model.trunk, Generator)(
+        saved, use_cache=arguments.cache
+    )
+    held = [generator.held(prompt) for prompt in prompts]
     texts = write(
-        Generator(saved, use_cache=arguments.cache),
+        generator,
         [stem for stem, _ in held],
         begins=[spaces for _, spaces in held],
         max_tokens=arguments.max_tokens,

@@ -28,9 +28,11 @@ from nanolm.saved import Saved
 class Generator:
     """Generates from a saved decoder; prompts and results are token ids."""
 
+    trunks = ("decoder",)
+
     def __init__(self, saved: Saved, *, use_cache: bool = True) -> None:
         require(
-            saved.config.model.trunk == "decoder",
+            saved.config.model.trunk in self.trunks,
             f"{saved.folder} holds an {saved.config.model.trunk}; only a decoder writes text "
             f"(an encoder fills masks: `nanolm fill`)",
         )
@@ -58,6 +60,14 @@ class Generator:
         ids = self.saved.tokenizer.encode(text).tolist()
         alone = self.saved.config.data.document_mask and ids
         return ids if alone else [*self.saved.tokenizer.opening, *ids]
+
+    def held(self, prompt: str) -> tuple[str, str]:
+        """(what of a prompt the model reads, what its continuation begins with instead)."""
+        return hold_spaces(self.saved.tokenizer, prompt)
+
+    def text(self, ids: list[int]) -> str:
+        """The text of written ids."""
+        return self.saved.tokenizer.decode(ids)
 
     @torch.no_grad()
     def logits(self, prompts: list[list[int]], max_tokens: int) -> Iterator[Tensor]:
@@ -174,7 +184,7 @@ def write(
             done[row] = token == tokenizer.eos
             if not done[row]:
                 written[row].append(token)
-            text = tokenizer.decode(written[row])[len(begins[row]) :]
+            text = generator.text(written[row])[len(begins[row]) :]
             text, stopped = cut_at(text, stop or [])
             done[row] |= stopped
             final = done[row] or count == max_tokens

@@ -84,6 +84,7 @@ class Span:
         self.pad, self.eos = tokenizer.pad, tokenizer.eos
         self.stride = self.span = options.raw_length(self.length)
         self.n_targets = options.lengths(self.span)[1]
+        self.predicted_share = self.n_targets / self.length
         self.sentinels = np.array(sorted(tokenizer.extra_ids, reverse=True), dtype=np.int64)
         self.check(config)
         self.heads = {"lm": HeadRequest("token_logits", options.used())}

@@ -49,6 +49,7 @@ class Sizes:
     trained: int
     blocks: tuple[int, ...]
     matrices: tuple[int, ...]
+    stacks: int = 1
 
     @classmethod
     def of(cls, learner: nn.Module) -> Sizes:
@@ -59,14 +60,22 @@ class Sizes:
             trained=sum(p.numel() for p in learner.parameters() if p.requires_grad),
             blocks=tuple(sum(p.numel() for p in block) for block in blocks),
             matrices=tuple(sum(p.numel() for p in block if p.ndim == 2) for block in blocks),
+            stacks=len(learner.trunk.stacks),
         )
 
     def deeper(self, n_layers: int) -> Sizes:
-        """Those of the same learner with so many blocks, all trained; more repeat the last one."""
-        more = n_layers - len(self.blocks)
-        total = self.total + more * self.blocks[-1]
-        blocks = (*self.blocks, *self.blocks[-1:] * more)
-        return Sizes(total, total, blocks, (*self.matrices, *self.matrices[-1:] * more))
+        """Those of the same learner with so many blocks in each stack, all trained; more repeat a
+        stack's last one."""
+        blocks, matrices = (self.repeat(sizes, n_layers) for sizes in (self.blocks, self.matrices))
+        total = self.total + sum(blocks) - sum(self.blocks)
+        return Sizes(total, total, blocks, matrices, self.stacks)
+
+    def repeat(self, sizes: tuple[int, ...], n_layers: int) -> tuple[int, ...]:
+        """The blocks' sizes, each stack's cut or filled up with its last to so many."""
+        known = len(sizes) // self.stacks
+        stacks = (sizes[start : start + known] for start in range(0, len(sizes), known))
+        longer = ((*stack[:n_layers], *stack[-1:] * (n_layers - known)) for stack in stacks)
+        return tuple(size for stack in longer for size in stack)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +113,12 @@ def find_device(name: str) -> str:
     raise UserError(f"device={name} is not known; choose from {', '.join(ACCELERATORS)}")
 
 
-def activation_bytes(model: ModelConfig, precision: str, recompute: str, tokens: int) -> float:
-    """Bytes that the blocks keep of `tokens` tokens for the backward pass."""
+def activation_bytes(
+    model: ModelConfig, precision: str, recompute: str, tokens: int, targets: float = 0.0
+) -> float:
+    """Bytes that the blocks keep of `tokens` tokens for the backward pass; an encoder-decoder's of
+    so many of its sources and `targets` of its decoder, whose cross-attention keeps of a target
+    what attention does and of a source its keys and values."""
     width, item = model.d_model, 4 if precision == "fp32" else 2
     queries, keys = model.n_heads * model.head_width, model.kv_heads * model.head_width
     rotated = queries + keys if model.positions.name == "rotary" else 0
@@ -122,7 +135,12 @@ def activation_bytes(model: ModelConfig, precision: str, recompute: str, tokens:
         "full": 4 * width,
     }[recompute]
     working = attention + ff + residual if recompute != "none" else 0  # the block being redone
-    return tokens * (model.n_layers * block + working + (4 * norm + item) * width)
+    embedded = (4 * norm + item) * width
+    kept = tokens * (model.n_layers * block + working + embedded)
+    crossed = item * 2 * keys * model.n_layers if recompute != "full" else 0  # a source's keys
+    more = attention if recompute != "full" else 0
+    per_target = model.n_layers * (block + more) + working + embedded
+    return kept + (tokens * crossed + targets * per_target if targets else 0)
 
 
 def estimate(
@@ -150,7 +168,11 @@ def estimate(
         "moving average": 4.0 * parameters / divided if train.ema else 0.0,
         "gathered weights": gathered_bytes(config, sizes) if divided > 1 else 0.0,
         "activations": activation_bytes(
-            model, train.precision, train.activation_checkpointing, tokens
+            model,
+            train.precision,
+            train.activation_checkpointing,
+            tokens,
+            tokens * predicted_share if model.trunk == "encoder_decoder" else 0.0,
         ),
         "logits": model.vocab_size * (8.0 * min(CHUNK, tokens) + 4.0 * model.d_model),
     }

@@ -5,7 +5,11 @@ Per token and block, forward, counting a multiply-add as 2 (Kaplan et al. 2020, 
     projections   2 x their parameters
     attention     4 x (keys seen) x H x K          (q k^T and weights v)
 
-and 2 D V per token that reaches the vocabulary. The backward pass costs twice the forward.
+and 2 D V per token that reaches the vocabulary. An encoder-decoder is reckoned per token of the
+source: its decoder reads `predicted_share` tokens to one of the source, and each block of it also
+projects the source's keys and values and its own queries, and sees the whole source.
+
+The backward pass costs twice the forward.
 Embeddings, norms, softmax and activations count 0; so does recomputation under activation
 checkpointing: this is *model* FLOPs utilisation (Chowdhery et al. 2022, appendix B).
 """
@@ -17,24 +21,47 @@ from nanolm.config.model import ModelConfig
 
 def keys_seen(model: ModelConfig, row_length: int, layer: int) -> float:
     """Mean number of keys that a query of a full row sees in this block."""
+    behind = keys_behind(model, row_length, layer)
+    return behind if model.trunk == "decoder" else 2 * behind - 1
+
+
+def keys_behind(model: ModelConfig, row_length: float, layer: int) -> float:
+    """Mean number of keys that a query sees in this block when it is causal."""
     window = model.window[layer % len(model.window)] or row_length
     window = min(window, row_length)
     # Query t sees min(t + 1, window) keys behind it (itself included): the sum over t, divided.
-    behind = window - window * (window - 1) / (2 * row_length)
-    return behind if model.trunk == "decoder" else 2 * behind - 1
+    return window - window * (window - 1) / (2 * row_length)
 
 
 def forward_flops_per_token(
     model: ModelConfig, row_length: int, *, predicted_share: float = 1.0
 ) -> float:
-    """Forward FLOPs per token of a row; `predicted_share` of the tokens reach the vocabulary."""
+    """Forward FLOPs per token of a row; `predicted_share` of the tokens reach the vocabulary. All
+    that an encoder-decoder's decoder reads does, so there it is the targets to a source token too.
+    """
     head = model.head_width
     attention_weights = model.d_model * head * (2 * model.n_heads + 2 * model.kv_heads)
     ff_weights = model.d_model * model.ff_width * (3 if model.gated else 2)
     total = 2.0 * model.n_layers * (attention_weights + ff_weights)
     for layer in range(model.n_layers):
         total += 4.0 * keys_seen(model, row_length, layer) * model.n_heads * head
+    if model.trunk == "encoder_decoder":
+        total += decoder_flops(model, row_length, predicted_share)
     return total + 2.0 * predicted_share * model.d_model * (model.vocab_size or 0)
+
+
+def decoder_flops(model: ModelConfig, source_length: int, targets_share: float) -> float:
+    """Forward FLOPs of a decoder's blocks per token of the source that it reads."""
+    head, n_targets = model.head_width, targets_share * source_length
+    attention_weights = model.d_model * head * (2 * model.n_heads + 2 * model.kv_heads)
+    queries_and_out = model.d_model * head * 2 * model.n_heads
+    ff_weights = model.d_model * model.ff_width * (3 if model.gated else 2)
+    per_target = 2.0 * model.n_layers * (attention_weights + queries_and_out + ff_weights)
+    for layer in range(model.n_layers):
+        seen = keys_behind(model, n_targets, layer) + source_length
+        per_target += 4.0 * seen * model.n_heads * head
+    per_source = 2.0 * model.n_layers * model.d_model * head * 2 * model.kv_heads
+    return targets_share * per_target + per_source
 
 
 def train_flops_per_token(
