@@ -84,6 +84,10 @@ def byte_joins_word(byte: int) -> bool:
     return byte < 0xE2 or 0xEA <= byte <= 0xED
 
 
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 class Tokenizer:
     """A SentencePiece model, its roles, and what each piece is worth in text.
 
@@ -208,7 +212,16 @@ class Tokenizer:
             whole = "".join(texts)
             if any(mark in whole for mark in (SPACE, STAND_IN, ESCAPE)):
                 texts = [escape(text) for text in texts]
-        return self._processor.encode(texts, return_type="numpy", num_threads=1)
+        try:
+            return self._processor.encode(texts, return_type="numpy", num_threads=1)
+        except (UnicodeEncodeError, TypeError):  # half a surrogate pair, or a byte of no character
+            odd = next((text for text in texts if not _is_unicode(text)), None)
+            if odd is None:
+                raise
+            raise UserError(
+                f"the text {odd[:60]!a} holds bytes or code points that are no Unicode text; "
+                f"give it in UTF-8"
+            ) from None
 
     def _decode_text(self, ids: np.ndarray) -> str:
         text = self._processor.decode(ids.tolist()) if ids.size else ""
