@@ -41,10 +41,20 @@ FOREIGN_PIECES = {
     "mask": ("<mask>", "[MASK]"),
 }
 # Scripts written without spaces: one character is one word, unless a segmenter says otherwise.
-UNSPACED = re.compile(
-    "[\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f"
-    "\U00020000-\U0003ffff]"
+IDEOGRAPHIC = (
+    "\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f"
+    "\U00020000-\U0003ffff"
 )
+# Line-break class SA, "complex context", of the Unicode character database (LineBreak.txt, UAX 14):
+# Thai, Lao, Burmese, Khmer, Tai Le, New Tai Lue, Tai Tham, Burmese extended, Tai Viet, Ahom.
+COMPLEX_CONTEXT = (
+    "\u0e01-\u0e3a\u0e40-\u0e4e\u0e81-\u0ebd\u0ec0-\u0ece\u0edc-\u0edf\u1000-\u103f\u1050-\u108f"
+    "\u109a-\u109f\u1780-\u17d3\u17d7\u17dc\u17dd\u1950-\u1974\u1980-\u19c9\u19da\u19de\u19df"
+    "\u1a20-\u1a7c\u1aa0-\u1aad\ua9e0-\ua9ef\ua9fa-\ua9fe\uaa60-\uaac2\uaadb-\uaadf"
+    "\U00011700-\U0001172b\U0001173a\U0001173b\U0001173f-\U00011746"
+)
+UNSPACED = re.compile(f"[{IDEOGRAPHIC}{COMPLEX_CONTEXT}]")
+MARKED = re.compile(f"[{COMPLEX_CONTEXT}]")
 PROBE = "  \uff21\ufb01\tx \n\u4e00"
 
 
@@ -67,9 +77,17 @@ def unescape(text: str) -> str:
 
 
 def joins_word(character: str) -> bool:
-    """Whether a character continues the word of a letter beside it."""
-    letter = character.isalnum() or unicodedata.category(character)[0] == "M"
-    return letter and not UNSPACED.match(character)
+    """Whether a character continues the word of a letter before it.
+
+    A vowel sign or tone mark does in every script, so that no letter loses its own.
+    """
+    mark = unicodedata.category(character)[0] == "M"
+    return mark or (character.isalnum() and not UNSPACED.match(character))
+
+
+def is_joined(character: str) -> bool:
+    """Whether what follows a character may continue its word, be it only a mark on its letter."""
+    return joins_word(character) or bool(MARKED.match(character))
 
 
 def byte_joins_word(byte: int) -> bool:
@@ -266,8 +284,8 @@ class Tokenizer:
                 self.byte_length[index] = 1
                 byte = int(processor.id_to_piece(index)[1:-1], 16)  # "<0xE4>"
                 self.joins_left[index] = byte_joins_word(byte)
-                self.joins_right[index] = byte >= 0x80 or joins_word(chr(byte))
+                self.joins_right[index] = byte >= 0x80 or is_joined(chr(byte))
             elif text := processor.id_to_piece(index).replace(SPACE, " "):
                 self.byte_length[index] = len(text.encode())
                 self.joins_left[index] = joins_word(text[0])
-                self.joins_right[index] = joins_word(text[-1])
+                self.joins_right[index] = is_joined(text[-1])
