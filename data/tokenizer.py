@@ -47,10 +47,20 @@ FOREIGN_PIECES = {
     "mask": ("<mask>", "[MASK]"),
 }
 # Scripts written without spaces: one character is one word, unless a segmenter says otherwise.
-UNSPACED = re.compile(
-    "[\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f"
-    "\U00020000-\U0003ffff]"
+IDEOGRAPHIC = (
+    "\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f"
+    "\U00020000-\U0003ffff"
 )
+# Line-break class SA, "complex context", of the Unicode character database (LineBreak.txt, UAX 14):
+# Thai, Lao, Burmese, Khmer, Tai Le, New Tai Lue, Tai Tham, Burmese extended, Tai Viet, Ahom.
+COMPLEX_CONTEXT = (
+    "\u0e01-\u0e3a\u0e40-\u0e4e\u0e81-\u0ebd\u0ec0-\u0ece\u0edc-\u0edf\u1000-\u103f\u1050-\u108f"
+    "\u109a-\u109f\u1780-\u17d3\u17d7\u17dc\u17dd\u1950-\u1974\u1980-\u19c9\u19da\u19de\u19df"
+    "\u1a20-\u1a7c\u1aa0-\u1aad\ua9e0-\ua9ef\ua9fa-\ua9fe\uaa60-\uaac2\uaadb-\uaadf"
+    "\U00011700-\U0001172b\U0001173a\U0001173b\U0001173f-\U00011746"
+)
+UNSPACED = re.compile(f"[{IDEOGRAPHIC}{COMPLEX_CONTEXT}]")
+MARKED = re.compile(f"[{COMPLEX_CONTEXT}]")
 PROBE = "  \uff21\ufb01\tx \n\u4e00"
 
 
@@ -73,9 +83,17 @@ def unescape(text: str) -> str:
 
 
 def joins_word(character: str) -> bool:
-    """Whether a character continues the word of a letter beside it."""
-    letter = character.isalnum() or unicodedata.category(character)[0] == "M"
-    return letter and not UNSPACED.match(character)
+    """Whether a character continues the word of a letter before it.
+
+    A vowel sign or tone mark does in every script, so that no letter loses its own.
+    """
+    mark = unicodedata.category(character)[0] == "M"
+    return mark or (character.isalnum() and not UNSPACED.match(character))
+
+
+def is_joined(character: str) -> bool:
+    """Whether what follows a character may continue its word, be it only a mark on its letter."""
+    return joins_word(character) or bool(MARKED.match(character))
 
 
 def byte_joins_word(byte: int) -> bool:
@@ -88,6 +106,10 @@ def byte_joins_word(byte: int) -> bool:
     if byte < 0x80:
         return joins_word(chr(byte))
     return byte < 0xE2 or 0xEA <= byte <= 0xED
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 class Tokenizer:
@@ -222,7 +244,16 @@ class Tokenizer:
             whole = "".join(texts)
             if any(mark in whole for mark in (SPACE, STAND_IN, ESCAPE)):
                 texts = [escape(text) for text in texts]
-        return self._processor.encode(texts, return_type="numpy", num_threads=1)
+        try:
+            return self._processor.encode(texts, return_type="numpy", num_threads=1)
+        except (UnicodeEncodeError, TypeError):  # half a surrogate pair, or a byte of no character
+            odd = next((text for text in texts if not _is_unicode(text)), None)
+            if odd is None:
+                raise
+            raise UserError(
+                f"the text {odd[:60]!a} holds bytes or code points that are no Unicode text; "
+                f"give it in UTF-8"
+            ) from None
 
     def _decode_text(self, ids: np.ndarray) -> str:
         text = self._processor.decode(ids.tolist()) if ids.size else ""
@@ -272,11 +303,11 @@ class Tokenizer:
                 self.byte_length[index] = 1
                 byte = int(processor.id_to_piece(index)[1:-1], 16)  # "<0xE4>"
                 self.joins_left[index] = byte_joins_word(byte)
-                self.joins_right[index] = byte >= 0x80 or joins_word(chr(byte))
+                self.joins_right[index] = byte >= 0x80 or is_joined(chr(byte))
             elif text := processor.id_to_piece(index).replace(SPACE, " "):
                 self.byte_length[index] = len(text.encode())
                 self.joins_left[index] = joins_word(text[0])
-                self.joins_right[index] = joins_word(text[-1])
+                self.joins_right[index] = is_joined(text[-1])
 
     def _describe_json_pieces(self, pieces: JsonPieces, reserved: set[int]) -> None:
         for index in range(self.vocab_size):
@@ -293,7 +324,7 @@ class Tokenizer:
                     self.joins_left[index] = (
                         joins_word(text[0]) if first else byte_joins_word(content[0])
                     )
-                    self.joins_right[index] = joins_word(text[-1]) if last else True
+                    self.joins_right[index] = is_joined(text[-1]) if last else True
 
 
 def opened_model(model_bytes: bytes, path: str) -> sentencepiece.SentencePieceProcessor:

@@ -8,7 +8,9 @@ command's own module is imported, so `nanolm prepare` needs no torch.
 from __future__ import annotations
 
 import importlib
+import io
 import os
+import signal
 import sys
 
 from nanolm.errors import UserError
@@ -84,13 +86,28 @@ def run(argv: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point: a user's mistake is one sentence on stderr and exit status 2."""
+    """Entry point: a user's mistake is one sentence on stderr and exit status 2.
+
+    Ctrl-C ends with status 130, and who stops reading our output, as `head` does, with 141: what a
+    shell gives for programs that the signals SIGINT and SIGPIPE end.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a character that the terminal lacks is escaped
+            stream.reconfigure(errors="backslashreplace")
     try:
         run(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
     except UserError as error:
         if not _rank_0_says(str(error)):
             print(f"nanolm: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("nanolm: interrupted", file=sys.stderr, flush=True)
+        raise SystemExit(128 + signal.SIGINT) from None
+    except BrokenPipeError:
+        # What is still buffered would be written when Python ends, and fail once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
 
 
 def _rank_0_says(sentence: str) -> bool:

@@ -27,6 +27,11 @@ def require_at_least(group: str, config: Any, **least: float) -> None:
         require(value is None or value >= bound, f"{group}.{key}={value} must be at least {bound}")
 
 
+def require_range(key: str, value: float, least: float, most: float) -> None:
+    """Raises UserError unless least <= value <= most."""
+    require(least <= value <= most, f"{key}={value} must lie in [{least}, {most}]")
+
+
 def require_whole_path(key: str, path: str) -> None:
     """Raises UserError for a folder to write whose name begins with a tilde.
 

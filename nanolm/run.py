@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
+import signal
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -97,7 +98,8 @@ class Plan:
 def carry_out(plan: Plan) -> dict[str, Any]:
     """Trains as planned; returns the summary, which is empty when a signal ended the run.
 
-    Raises UserError for anything the user can mend.
+    Raises UserError for anything the user can mend, and KeyboardInterrupt when that signal was
+    Ctrl-C, after all that it interrupts was saved.
     """
     started, config = time.perf_counter(), plan.config
     if config.run.threads:
@@ -136,6 +138,8 @@ def carry_out(plan: Plan) -> dict[str, Any]:
                 write_json(run / "summary.json", summary)
                 plan.finish(summary, note)
     close(world)
+    if trainer.preempted and trainer.preemption.signal == signal.SIGINT.name:
+        raise KeyboardInterrupt
     return summary
 
 

@@ -18,7 +18,7 @@ from nanolm.config import strict_yaml
 from nanolm.config.load import import_plugins, load_config
 from nanolm.config.schema import Config
 from nanolm.data.tokenizer import Tokenizer
-from nanolm.errors import UserError
+from nanolm.errors import UserError, require
 from nanolm.learner import Learner
 from nanolm.ops.contract import Phase
 from nanolm.peft.files import open_adapter
@@ -57,6 +57,21 @@ def schema_of(mapping: dict) -> type[Config]:
     return getattr(OBJECTIVES.get(name).build, "schema", Config)
 
 
+def check_device(name: str) -> None:
+    """Raises UserError for a device that torch does not know or does not find here."""
+    known = name == "cpu" or name.partition(":")[0] == "cuda"
+    require(known, f"device={name} is no device; choose cpu or cuda")
+    try:
+        index = torch.device(name).index or 0
+    except RuntimeError:
+        index = -1
+    require(
+        name == "cpu" or 0 <= index < torch.cuda.device_count(),
+        f"device={name} is not here: torch sees {torch.cuda.device_count()} CUDA devices; choose "
+        f"cpu" + (", or cuda" if torch.cuda.is_available() else ""),
+    )
+
+
 def open_saved(
     path: str | pathlib.Path,
     *,
@@ -70,6 +85,7 @@ def open_saved(
 
     In eval mode, on the device, in float32. Raises UserError when there is none or it is damaged.
     """
+    check_device(device)
     folder = locate(path)
     config = read_config(folder, plugins)
     if config.opens_best:

@@ -1,6 +1,7 @@
 """`nanolm COMMAND`: what it prints, and that a user's mistake is one line and exit status 2."""
 
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -8,6 +9,8 @@ import pytest
 
 from nanolm import cli
 from nanolm.errors import UserError
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 def test_usage_names_every_command(capsys):
@@ -71,3 +74,31 @@ def test_preparing_data_imports_no_torch():
 
 def test_user_error_is_an_exception_of_its_own():
     assert not issubclass(UserError, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("raised", "status"), [(KeyboardInterrupt, 130), (BrokenPipeError, 141), (UserError("x"), 2)]
+)
+def test_exit_status(raised, status, monkeypatch, capfd):
+    def run(arguments):
+        raise raised
+
+    monkeypatch.setattr("nanolm.commands.runs.run", run)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["runs"])
+    assert caught.value.code == status
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_help_is_shown_on_every_terminal_and_into_a_closed_pipe(encoding):
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "nanolm", "prepare", "--help"]
+    done = subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert done.returncode == 0 and not done.stderr
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "wb") as pipe:
+        done = subprocess.run(
+            command, env=environment, stdout=pipe, stderr=subprocess.PIPE, check=False
+        )
+    assert done.returncode == 141 and b"Traceback" not in done.stderr

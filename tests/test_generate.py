@@ -19,8 +19,9 @@ from nanolm.inference.generate import (
     settled,
     write,
 )
-from nanolm.inference.sampling import Sampling
+from nanolm.inference.sampling import Sampling, draw
 from nanolm.saved import open_saved
+from tests import finetuned
 from tests.prepared import trained_run
 
 PROMPTS = ["def parse(", "class Action:\n    def", "x"]
@@ -165,10 +166,52 @@ def test_repetition_penalty_lowers_only_what_was_seen():
     assert sampling.penalise_repetition(x, seen, 2.0).tolist() == [[1.0, -4.0, 1.0]]
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_k": 0}, {"top_p": 0}, {"min_p": 2}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"temperature": value} for value in (-1, 1e-38, 1e-320)),
+        *({"repetition_penalty": value} for value in (0, -1, 1e-38, 1e38)),
+        *({"top_k": 0}, {"top_p": 0}, {"min_p": 2}),
+    ],
+)
 def test_impossible_sampling_is_refused(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         Sampling(**wrong)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-6, 1e-3, 1.0, 1e6, 1e38])
+@pytest.mark.parametrize("penalty", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize(
+    "top", [{}, {"top_k": 1}, {"top_k": 10**12}, {"top_p": 1e-40, "min_p": 1.0}]
+)
+def test_every_number_in_range_draws_a_token(temperature, penalty, top):
+    sampling = Sampling(temperature=temperature, repetition_penalty=penalty, **top)
+    logits = torch.randn(2, 16, generator=torch.Generator().manual_seed(0)) * 30
+    logits[:, 3] = -torch.inf
+    seen = torch.arange(16)[None] % 2 == torch.tensor([[0], [1]])
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 2**32 - 1)]
+    tokens = draw(logits, seen, sampling, generators)
+    assert tokens.shape == (2,) and not (tokens == 3).any()
+
+
+@pytest.mark.parametrize(
+    ("word", "key"),
+    [
+        *((f"--count={n}", "count") for n in (0, -1)),
+        *((f"--max_tokens={n}", "max_tokens") for n in (0, -5)),
+        *((f"--seed={n}", "seed") for n in (-1, 2**32, 10**30)),
+        *(
+            (f"--device={name}", f"device={name}")
+            for name in ("gpu", "cuda:99", "cuda:x", "meta", "")
+        ),
+        ("--prompt=a\udcff", "no Unicode text"),
+    ],
+)
+def test_odd_numbers_and_names_are_one_sentence(word, key, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["generate", str(trained_run("clm")), "--max_tokens=2", word])
+    told = capsys.readouterr().err
+    assert caught.value.code == 2 and told.count("\n") == 1 and key in told
 
 
 def test_command_writes_texts_and_json(tmp_path, capsys):
@@ -183,3 +226,19 @@ def test_command_writes_texts_and_json(tmp_path, capsys):
     words = {"max_tokens": 8, "sampling": GREEDY, "begins": [" "]}
     greedy = write(Generator(open_saved(run)), ["def"], **words)[0]
     assert streamed == f"def {greedy}\n"
+
+
+@pytest.mark.parametrize("objective", ["mlm", "clm"])
+def test_a_fine_tuned_run_is_no_language_model(tmp_path, capsys, objective):
+    records = [{"text": f"text {n}", "label": "ab"[n % 2]} for n in range(8)]
+    for name in ("train", "val"):
+        finetuned.table(tmp_path / "data", name, records)
+    run = tmp_path / "run"
+    words = ("--objective.name=classify", "--train.epochs=1", "--schedule.warmup=0")
+    finetuned.finetune(finetuned.checkpoint(objective), tmp_path / "data", run, *words)
+    for command in (["generate", str(run)], ["fill", str(run), "a <mask>"]):
+        with pytest.raises(SystemExit) as caught:
+            main(command)
+        told = capsys.readouterr().err
+        assert caught.value.code == 2 and told.count("\n") == 1
+        assert "objective.name=classify" in told and "nanolm predict" in told

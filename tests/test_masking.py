@@ -8,12 +8,15 @@ import math
 import pathlib
 import re
 import sysconfig
+import unicodedata
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanolm.data.prepare.tokenizer_training import train_tokenizer
+from nanolm.data.tokenizer import Tokenizer
 from nanolm.objectives.masking import SELECTORS, budget, corrupt, select_spans, words
 
 
@@ -166,3 +169,28 @@ def test_characters_spelt_in_bytes_are_words_by_script(tokenizer):
         for row in [tokenizer.encode("die straße da").astype(np.int64)]
         for a, b in zip(*words(row, tokenizer), strict=True)
     ]
+
+
+UNSPACED = {
+    "Thai": "ภาษาไทยเป็นภาษาที่มีระดับเสียงของคำแน่นอนหรือวรรณยุกต์",
+    "Lao": "ພາສາລາວເປັນພາສາທາງການຂອງປະເທດລາວ",
+    "Khmer": "ភាសាខ្មែរជាភាសាកំណើតរបស់ជនជាតិខ្មែរ",
+    "Burmese": "မြန်မာဘာသာစကားသည်မြန်မာနိုင်ငံ၏ရုံးသုံးဘာသာစကားဖြစ်သည်",
+    "Chinese": "秦川雄帝宅函谷壯皇居綺殿千尋起離宮百雉餘",
+    "Japanese": "いろはにほへとちりぬるを我が世誰ぞ常ならむ",
+}
+
+
+@pytest.mark.parametrize("script", UNSPACED)
+def test_scripts_without_spaces_have_units_of_a_letter(script):
+    """No unit is longer than a piece and the marks of its last letter; no letter loses a mark."""
+    text = UNSPACED[script]
+    model = train_tokenizer([text] * 9, vocab_size=297 + len(set(text)), kind="bpe")
+    tokenizer = Tokenizer(model)
+    tokens = tokenizer.encode(text)
+    starts, stops = words(tokens, tokenizer)
+    assert stops[-1] == len(tokens) and len(starts) > 0.4 * len(tokens)
+    units = [tokenizer.decode(tokens[a:b]) for a, b in zip(starts, stops, strict=True)]
+    assert "".join(units) == text
+    for unit in units:
+        assert unicodedata.category(unit[0])[0] != "M" and len(unit) < 12

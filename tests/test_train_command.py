@@ -263,3 +263,17 @@ def test_a_start_that_fails_owns_no_folder(
     assert [line["step"] for line in metrics(run)] == [1, 2, 2]
     with pytest.raises(UserError, match="already holds a run"):
         train(prepared, run, *STEPS)
+
+
+def test_ctrl_c_saves_and_is_no_success(prepared, tmp_path):
+    run = tmp_path / "run"
+    more = ("--train.steps=100000", "--schedule.warmup=0")
+    command = [sys.executable, "-m", "nanolm", *words(prepared, run, *more)]
+    job = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while not (run / "metrics.jsonl").is_file() or len(metrics(run)) < 3:
+        assert job.poll() is None, job.stderr.read()
+        time.sleep(0.1)
+    job.send_signal(signal.SIGINT)
+    _, told = job.communicate(timeout=60)
+    assert job.returncode == 130 and b"Traceback" not in told
+    assert (run / "checkpoints" / "preempted").is_file()

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from nanolm.commands.figures import write_json
-from nanolm.errors import require
+from nanolm.commands.pretrained import require_pretrained
+from nanolm.errors import require, require_range
 from nanolm.model.trunk import Inputs
 from nanolm.saved import Saved, open_saved
 
@@ -39,6 +40,9 @@ class Arguments:
     """Plug-ins that the checkpoint was trained with."""
     json: str | None = None
     """Also write the candidates to this file."""
+
+    def __post_init__(self) -> None:
+        require_range("top", self.top, 1, 1 << 31)
 
 
 def mask_ids(text: str, saved: Saved) -> list[int]:
@@ -84,6 +88,7 @@ def fill(saved: Saved, text: str, top: int) -> list[list[dict]]:
 def run(arguments: Arguments) -> None:
     """Fill and print."""
     saved = open_saved(arguments.run, device=arguments.device, plugins=arguments.plugins)
+    require_pretrained(saved, "fill")
     masks = fill(saved, arguments.text, arguments.top)
     table = Table("mask", "probability", "text")
     for index, candidates in enumerate(masks):

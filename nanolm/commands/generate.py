@@ -7,6 +7,8 @@ import dataclasses
 from rich.console import Console
 
 from nanolm.commands.figures import write_json
+from nanolm.commands.pretrained import require_pretrained
+from nanolm.errors import require_range
 from nanolm.inference.generate import Generator, write
 from nanolm.inference.generate_from_source import SourceGenerator
 from nanolm.inference.sampling import Sampling
@@ -44,10 +46,17 @@ class Arguments(Sampling):
     json: str | None = None
     """Also write prompts and texts to this file."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_range("count", self.count, 1, 1 << 16)
+        require_range("max_tokens", self.max_tokens, 1, 1 << 31)
+        require_range("seed", self.seed, 0, (1 << 32) - 1)
+
 
 def run(arguments: Arguments) -> None:
     """Generate and print."""
     saved = open_saved(arguments.run, device=arguments.device, plugins=arguments.plugins)
+    require_pretrained(saved, "generate")
     given = [arguments.prompt] if isinstance(arguments.prompt, str) else arguments.prompt
     prompts = [prompt for prompt in given for _ in range(arguments.count)]
     shown = 0

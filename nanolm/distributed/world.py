@@ -154,10 +154,12 @@ def launch(config: DistributedConfig, device: str = "auto") -> World:
 
 
 def _device(name: str, local_rank: int) -> torch.device:
+    known = name in ("auto", "cpu", "cuda")
+    require(known, f"device={name} is no device; choose auto, cpu or cuda")
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError("run.device is cuda, but torch sees no CUDA device; set run.device to cpu")
+        raise UserError("device is cuda, but torch sees no CUDA device; set the device to cpu")
     count = torch.cuda.device_count()
     # A launcher that shows each task its own GPU alone (SLURM's --gpus-per-task=1) calls it 0.
     index = 0 if count == 1 else local_rank

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from nanolm.errors import require
 
+SMALLEST = 1e-6
+"""What logits are divided by at least: float32 would overflow below, long after it is greedy."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -34,14 +37,19 @@ class Sampling:
     """Divides positive, multiplies negative logits of tokens already seen (Keskar et al. 2019)."""
 
     def __post_init__(self) -> None:
-        require(self.temperature >= 0, f"temperature={self.temperature} must not be negative")
+        require(
+            self.temperature == 0 or self.temperature >= SMALLEST,
+            f"temperature={self.temperature} must be at least {SMALLEST}, or 0 for the most likely "
+            f"token",
+        )
         require(self.top_k is None or self.top_k > 0, f"top_k={self.top_k} must be positive")
         for key in ("top_p", "min_p"):
             value = getattr(self, key)
             require(value is None or 0 < value <= 1, f"{key}={value} must lie in (0, 1]")
         require(
-            self.repetition_penalty > 0,
-            f"repetition_penalty={self.repetition_penalty} must be positive",
+            SMALLEST <= self.repetition_penalty <= 1 / SMALLEST,
+            f"repetition_penalty={self.repetition_penalty} must lie in [{SMALLEST}, "
+            f"{1 / SMALLEST:g}]; 1 changes nothing",
         )
 
 
