@@ -19,6 +19,8 @@ from nanolm.ops.masks import Mask
 from nanolm.tools.kernel_check.attention_trials import (
     AXES,
     HARD,
+    MIXED,
+    SINGLE,
     Case,
     covering_cases,
     pairwise,
@@ -65,6 +67,11 @@ def check(case):
 @pytest.mark.parametrize("name", HARD)
 def test_hard_combinations(name):
     check(HARD[name])
+
+
+@pytest.mark.parametrize("name", ["bias that hides", *MIXED])
+def test_hiding_biases_and_mixed_dtypes(name):
+    check((SINGLE | MIXED)[name])
 
 
 @pytest.mark.parametrize(
