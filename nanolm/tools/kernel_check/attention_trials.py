@@ -55,6 +55,8 @@ class Case:
     bias_dtype: torch.dtype | None = None
     """The bias parameters' dtype, where it is not that of queries, keys and values."""
     autocast: torch.dtype | None = None
+    size: float = 1.0
+    """What queries and keys are multiplied by, in place."""
     phase: Phase = "train"
 
     @property
@@ -208,6 +210,8 @@ def trial_of(
         "k": random(sizes, case, 2),
         "v": random(sizes, case, 3),
     }
+    for name in "qk":
+        leaves[name].mul_(case.size)
     leaf = bias_leaf(case)
     if leaf is not None:
         leaves["bias"] = leaf
@@ -303,6 +307,18 @@ MIXED = {
 }
 """What autocast and FSDP hand in: 16-bit activations beside float32 parameters, and the reverse.
 In the last three all sums are float32, so that a bias which is rounded again shows."""
+
+ALONE = {"n_rows": 1, "n_heads": 1, "n_kv_heads": 1}
+LARGE = {
+    "1100 keys": Case(**ALONE, n_queries=70, n_keys=1100, causal=True),
+    "1100 queries": Case(**ALONE, n_queries=1100, n_keys=70),
+    "1100 keys in bfloat16": Case(**ALONE, n_queries=5, n_keys=1100, dtype=BF16),
+    "nine rows": Case(n_rows=9, n_queries=5, n_keys=5, lengths=True),
+    "eighteen heads": Case(n_heads=18, n_kv_heads=6, n_queries=5, n_keys=5),
+    "head of 128": Case(**ALONE, width=128, n_queries=20, n_keys=20),
+    "large scores": Case(**ALONE, size=12.0, dtype=BF16),
+}
+"""Beyond the sizes of the others: more tiles, rows, heads and features, and scores of some 600."""
 
 AXES: dict[str, tuple] = {
     "causal": (False, True),
