@@ -1,7 +1,6 @@
 """The ops: what can be fused, as contracts that several kernels fulfil, and how one is chosen.
 
-An op is a name ("attention", "linear_cross_entropy", "norm", "rotary", "glu"). A *kernel* fulfils
-it: an object with
+An op is a name (OPS lists them). A *kernel* fulfils it: an object with
 
     name                      its registered name
     why_not(spec) -> str|None a reason in words why it cannot serve this spec, or None
