@@ -73,9 +73,11 @@ class TritonAttention(TritonKernel):
     """FlashAttention-2, forward and backward (kernels/attention/forward.py)."""
 
     def why_not_shape(self, spec: AttentionSpec) -> str | None:
-        """Heads wider than one tile."""
+        """Heads wider than one tile, and slopes that learn."""
         if spec.head_dim > 256:
             return f"its heads are at most 256 wide, not {spec.head_dim}"
+        if spec.bias == "learned_alibi":
+            return "it takes ALiBi slopes as constants, and these learn"
         return None
 
     def run(

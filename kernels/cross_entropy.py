@@ -54,6 +54,7 @@ def cross_entropy_kernel(
     logits += tl.cast(row, tl.int64) * stride
     target = tl.load(targets + row)
     keep = target != -100
+    wrong = keep & ((target < 0) | (target >= n_columns))
     m = tl.full([], float("-inf"), WIDE)
     l = tl.zeros([], WIDE)
     total = tl.zeros([], WIDE)
@@ -71,7 +72,7 @@ def cross_entropy_kernel(
         total += tl.sum(tl.where(column < n_columns, z, 0.0), axis=0)
         chosen += tl.sum(tl.where(column == target, z, 0.0), axis=0)
     row_lse = m + tl.log(l)
-    row_nll = row_lse - chosen
+    row_nll = tl.where(wrong, float("nan"), row_lse - chosen)
     smooth = row_lse - total / n_columns
     row_loss = (1 - smoothing) * row_nll + smoothing * smooth + z_loss * row_lse * row_lse
     tl.store(loss + row, tl.where(keep, row_loss, 0.0))
@@ -88,6 +89,7 @@ def cross_entropy_kernel(
             grad -= tl.where(column == target, 1 - smoothing, 0.0)
             if SOFTCAP:
                 grad *= slope
+            grad = tl.where(wrong, float("nan"), grad)
             grad = tl.where(keep, grad, 0.0).to(logits.dtype.element_ty)
             tl.store(logits + column, grad, mask=column < n_columns)
 

@@ -41,7 +41,9 @@ def norm_forward_kernel(
     at = tl.cast(row, tl.int64) * WIDTH + column
     y = tl.load(x + at, mask=inside, other=0.0)
     if residual is not None:
-        y += tl.load(residual + at, mask=inside, other=0.0)
+        # 16-bit activations may meet a float32 stream: the sum has the wider of both dtypes.
+        stream = total.dtype.element_ty
+        y = y.to(stream) + tl.load(residual + at, mask=inside, other=0.0).to(stream)
         tl.store(total + at, y, mask=inside)
     y = y.to(ACCUMULATE)
     if CENTRED:
@@ -103,7 +105,8 @@ def norm_op(
     centred: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(out, x + residual or an empty tensor, mean, rstd) of a contiguous x [N, D]."""
+    """(out, x + residual or an empty tensor, mean, rstd) of a contiguous x [N, D]; out and the sum
+    have the wider dtype of x and residual."""
     out, total, mean, rstd = fake_norm(x, weight, bias, residual, centred, eps)
     n_rows, width = x.shape
     if x.numel() == 0:
@@ -113,7 +116,7 @@ def norm_op(
         norm_forward_kernel[(triton.cdiv(n_rows, launch.rows),)](
             x, residual, weight, bias, out, total, mean, rstd, n_rows, eps,
             WIDTH=width, COLUMNS=launch.columns, ROWS=launch.rows, CENTRED=centred,
-            ACCUMULATE=accumulator(x.dtype), num_warps=launch.warps,
+            ACCUMULATE=accumulator(out.dtype), num_warps=launch.warps,
         )  # fmt: skip
     return out, total, mean, rstd
 
@@ -123,10 +126,11 @@ def fake_norm(
     x: Tensor, weight: Tensor, bias: Any, residual: Tensor | None, centred: bool, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Outputs of the right shape, not computed."""
-    n_rows, wide = x.shape[0], wide_dtype(x.dtype)
-    total = x.new_empty(x.shape if residual is not None else 0)
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    n_rows, wide = x.shape[0], wide_dtype(dtype)
+    total = x.new_empty(x.shape if residual is not None else 0, dtype=dtype)
     mean = x.new_empty(n_rows if centred else 0, dtype=wide)
-    return x.new_empty(x.shape), total, mean, x.new_empty(n_rows, dtype=wide)
+    return x.new_empty(x.shape, dtype=dtype), total, mean, x.new_empty(n_rows, dtype=wide)
 
 
 @torch.library.custom_op("nanolm::norm_backward", mutates_args=())
@@ -180,24 +184,26 @@ def save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, weight, bias, residual, centred, _ = inputs
     _, total, mean, rstd = output
     ctx.save_for_backward(x if residual is None else total, weight, mean, rstd)
-    ctx.has_bias, ctx.has_residual, ctx.centred = bias is not None, residual is not None, centred
+    ctx.has_bias, ctx.centred = bias is not None, centred
+    ctx.dtypes = x.dtype, None if residual is None else residual.dtype
     ctx.set_materialize_grads(False)
 
 
 def backward(ctx: Any, grad_out: Tensor | None, grad_total: Tensor | None, *_: Any) -> tuple:
     """Gradients in the operator's argument order."""
     total, weight, mean, rstd = ctx.saved_tensors
+    dtype, residual_dtype = ctx.dtypes
     grad_out = torch.zeros_like(total) if grad_out is None else grad_out.contiguous()
     if grad_total is not None:
-        grad_total = grad_total.contiguous() if ctx.has_residual else None
+        grad_total = None if residual_dtype is None else grad_total.contiguous()
     grad_x, grad_weight, grad_bias = norm_backward_op(
         grad_out, grad_total, total, weight, mean, rstd, ctx.has_bias, ctx.centred
     )
     return (
-        grad_x,
+        grad_x.to(dtype),
         grad_weight,
         grad_bias if ctx.has_bias else None,
-        grad_x if ctx.has_residual else None,
+        None if residual_dtype is None else grad_x.to(residual_dtype),
         None,
         None,
     )
@@ -215,10 +221,10 @@ def norm(
     eps: float,
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(norm(x + residual), x + residual), both in x's shape; the sum in x's dtype."""
+    """(norm(x + residual), x + residual), in x's shape and the wider dtype of x and residual."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     added = None
     if residual is not None:
-        added = residual.reshape(rows.shape).to(rows.dtype).contiguous()
+        added = residual.reshape(rows.shape).contiguous()
     out, total, _, _ = norm_op(rows, weight_D, bias_D, added, kind == "layernorm", eps)
     return out.view(x.shape), x if residual is None else total.view(x.shape)

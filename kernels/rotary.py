@@ -39,18 +39,19 @@ def rotary_kernel(
     if INVERSE:
         s = -s
     start = tl.cast(batch, tl.int64) * x.stride_b + tl.cast(token, tl.int64) * x.stride_t
-    source = x.pointer + start + head * x.stride_h
+    source = x.pointer + start + tl.cast(head, tl.int64) * x.stride_h
+    stride = tl.cast(x.stride_k, tl.int64)
     target = out + (tl.cast(tl.program_id(0), tl.int64) * n_heads + head) * WIDTH
     inside = (head < n_heads) & (pair < PAIRS)
-    first = tl.load(source + pair * x.stride_k, mask=inside, other=0.0).to(ACCUMULATE)
-    second = tl.load(source + (pair + PAIRS) * x.stride_k, mask=inside, other=0.0).to(ACCUMULATE)
+    first = tl.load(source + pair * stride, mask=inside, other=0.0).to(ACCUMULATE)
+    second = tl.load(source + (pair + PAIRS) * stride, mask=inside, other=0.0).to(ACCUMULATE)
     kind = out.dtype.element_ty
     tl.store(target + pair, (first * c - second * s).to(kind), mask=inside)
     tl.store(target + PAIRS + pair, (second * c + first * s).to(kind), mask=inside)
     if 2 * PAIRS < WIDTH:
         rest = 2 * PAIRS + tl.arange(0, COLUMNS)[None, :]
         left = (head < n_heads) & (rest < WIDTH)
-        tl.store(target + rest, tl.load(source + rest * x.stride_k, mask=left), mask=left)
+        tl.store(target + rest, tl.load(source + rest * stride, mask=left), mask=left)
 
 
 @torch.library.custom_op("nanolm::rotary", mutates_args=())

@@ -38,8 +38,9 @@ def symmetric_product_kernel(
     total = tl.zeros([M, M], ACCUMULATE)
     for start in range(0, n_columns, K):
         k = start + tl.arange(0, K)[None, :]
-        left = base + tl.cast(row, tl.int64)[:, None] * stride_row + k * stride_column
-        right = base + tl.cast(column, tl.int64)[:, None] * stride_row + k * stride_column
+        along = tl.cast(k, tl.int64) * stride_column
+        left = base + tl.cast(row, tl.int64)[:, None] * stride_row + along
+        right = base + tl.cast(column, tl.int64)[:, None] * stride_row + along
         a = tl.load(left, mask=(row[:, None] < n_rows) & (k < n_columns), other=0.0)
         b = tl.load(right, mask=(column[:, None] < n_rows) & (k < n_columns), other=0.0)
         total += tl.dot(a, tl.trans(b), input_precision=PRECISION)

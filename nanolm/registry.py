@@ -68,6 +68,10 @@ class Registry:
 
         return add
 
+    def holder(self, name: str) -> Entry | None:
+        """Who has registered this name so far; nothing is imported for the answer."""
+        return self._entries.get(name)
+
     def get(self, name: str) -> Entry:
         """The entry of `name`; raises UserError listing the choices when there is none."""
         if name not in self.names():

@@ -19,6 +19,8 @@ from nanolm.ops.masks import Mask
 from nanolm.tools.kernel_check.attention_trials import (
     AXES,
     HARD,
+    MIXED,
+    SINGLE,
     Case,
     covering_cases,
     pairwise,
@@ -26,7 +28,15 @@ from nanolm.tools.kernel_check.attention_trials import (
 )
 from nanolm.tools.kernel_check.leaks import KINDS, leak
 from nanolm.tools.kernel_check.sanitizer import sanitized, shuffled
-from nanolm.tools.kernel_check.trial import TOLERANCE, distance, errors, execute, like, reference
+from nanolm.tools.kernel_check.trial import (
+    TOLERANCE,
+    distance,
+    errors,
+    excess,
+    execute,
+    like,
+    reference,
+)
 from tests.kernel_tools.philox import keep_mask
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -53,18 +63,22 @@ def small_tiles():
 def check(case):
     trial = trial_of(case, DEVICE, lse=True)
     assert triton_attention().why_not(trial.spec) is None
-    if DEVICE == "cpu":
-        with sanitized():
-            found = errors(trial, triton_attention())
-    else:
-        found = errors(trial, triton_attention())
-    assert {"out", "lse", "dq", "dk", "dv"} <= set(found)
-    assert max(found.values()) < TOLERANCE[case.dtype], found
+    with sanitized() if DEVICE == "cpu" else contextlib.nullcontext():
+        found = execute(trial, triton_attention(), backward=True)
+    off = excess(trial, found)
+    assert {"out", "lse", "dq", "dk", "dv"} <= set(off)
+    assert max(off.values()) < 1, off
+    assert found.outputs["out"].dtype == case.dtype
 
 
 @pytest.mark.parametrize("name", HARD)
 def test_hard_combinations(name):
     check(HARD[name])
+
+
+@pytest.mark.parametrize("name", ["bias that hides", *MIXED])
+def test_hiding_biases_and_mixed_dtypes(name):
+    check((SINGLE | MIXED)[name])
 
 
 @pytest.mark.parametrize(

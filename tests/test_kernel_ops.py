@@ -1,17 +1,27 @@
-"""The Triton kernels of norm, rotary, glu, cross-entropy and x x^T against their references."""
+"""The Triton kernels of norm, rotary, glu, cross-entropy and x x^T against their references, and
+every kernel with the dtypes that autocast and FSDP mix."""
 
+import contextlib
 import functools
 
 import pytest
 import torch
 
-from nanolm.ops.contract import KERNELS, candidates
-from nanolm.tools.kernel_check.op_trials import op_trials
+from nanolm.ops.contract import candidates
+from nanolm.registry import KERNELS, OPS
+from nanolm.tools.kernel_check.attention_trials import MIXED as MIXED_ATTENTION
+from nanolm.tools.kernel_check.attention_trials import trial_of
+from nanolm.tools.kernel_check.op_trials import MIXED, op_trials
 from nanolm.tools.kernel_check.sanitizer import sanitized
-from nanolm.tools.kernel_check.trial import TOLERANCE, errors
+from nanolm.tools.kernel_check.trial import excess, execute
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-OPS = ("norm", "rotary", "glu", "linear_cross_entropy", "symmetric_product")
+TRITON = ("norm", "rotary", "glu", "linear_cross_entropy", "symmetric_product")
+
+
+def watched():
+    """The sanitizer, where kernels are interpreted."""
+    return sanitized() if DEVICE == "cpu" else contextlib.nullcontext()
 
 
 @functools.cache
@@ -20,14 +30,44 @@ def triton_kernel(op):
     return KERNELS[op].get("triton").build()
 
 
-@pytest.mark.parametrize("op", OPS)
+def check(kernel, trial):
+    """Outputs have the dtype that the contract names; they and the gradients are right."""
+    found = execute(trial, kernel, backward=trial.differentiable)
+    assert trial.dtypes == {name: x.dtype for name, x in found.outputs.items()}, trial.name
+    off = excess(trial, found)
+    assert max(off.values()) < 1, (trial.name, off)
+
+
+@pytest.mark.parametrize("op", TRITON)
 def test_kernel_equals_the_reference(op):
     kernel = triton_kernel(op)
     for trial in op_trials(op, DEVICE):
         assert kernel.why_not(trial.spec) is None
-        if DEVICE == "cpu":
-            with sanitized():
-                found = errors(trial, kernel)
-        else:
-            found = errors(trial, kernel)
-        assert max(found.values()) < TOLERANCE[trial.spec.dtype], (trial.name, found)
+        with watched():
+            check(kernel, trial)
+
+
+def mixed_trials(op):
+    if op == "attention":
+        return [trial_of(case, DEVICE) for case in MIXED_ATTENTION.values()]
+    return MIXED[op](DEVICE)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_kernel_takes_the_dtypes_that_autocast_and_fsdp_mix(op):
+    """The stream of a post-norm layer stays float32 beside 16-bit activations, and a float32 bias
+    of 16-bit queries is not rounded: for every kernel that serves, not the Triton ones alone."""
+    served = 0
+    for kernel in candidates(op).values():
+        for trial in mixed_trials(op):
+            if kernel.why_not(trial.spec) is None:
+                check(kernel, trial)
+                served += 1
+    assert served >= 2
+
+
+def test_rows_of_norm_trials_are_of_the_size_of_eps():
+    for trial in op_trials("norm"):
+        if "of size" in trial.name:
+            assert 1e-6 < trial.leaves["x"].float().square().mean() < 1e-4
+    assert sum("of size" in trial.name for trial in op_trials("norm")) >= 6

@@ -11,7 +11,7 @@ from nanolm import cli
 from nanolm.errors import UserError
 from nanolm.ops.contract import candidates
 from nanolm.tools.kernel_check import survey
-from nanolm.tools.kernel_check.attention_trials import SINGLE
+from nanolm.tools.kernel_check.attention_trials import LARGE, MIXED, SINGLE
 from nanolm.tools.kernel_check.conformance import Finding, check_kernel, checks_of
 from nanolm.tools.kernel_check.leaks import KINDS
 from nanolm.tools.kernel_check.survey import MOST_JOBS, Patient, default_jobs, describe
@@ -75,7 +75,8 @@ def test_errands_of_a_kernel_are_its_whole_suite():
     assert len(checks_of("attention")) > len(checks_of("attention", quick=True)) > 20
     names = [finding.check for finding in check_kernel("attention", Raising(), quick=True)]
     leaks = [f"leak: {kind}" for kind in KINDS]
-    assert names == [*SINGLE, *leaks, "determinism", "memory"]
+    rest = ["dropout", "other numbers", "determinism", "memory"]
+    assert names == [*SINGLE, *MIXED, *LARGE, *leaks, *rest]
     with pytest.raises(ValueError, match="there is no op"):
         checks_of("convolution")
 

@@ -100,8 +100,10 @@ class Call:
         self.scores = tiles.Scores(options.scale * LOG2E, softcap * LOG2E, options.scale / softcap)
         self.dropout = tiles.Dropout(None, None, None)
         if tensors.seed is not None:
-            threshold, p = int(options.dropout * 2**31), options.dropout
-            self.dropout = tiles.Dropout(tensors.seed, threshold, 1 / (1 - p))
+            # With p = 1 the one draw in 2^31 that reaches the threshold is kept, times 0.
+            p = options.dropout
+            threshold, scale = min(int(p * 2**31), 2**31 - 1), 1 / (1 - p) if p < 1 else 0.0
+            self.dropout = tiles.Dropout(tensors.seed, threshold, scale)
         self.constants = {
             "GROUP": self.n_heads // self.n_groups,
             "WIDTH": self.width,
@@ -231,11 +233,14 @@ def flat_bias(
         return None, None, "none"
     if isinstance(bias, AlibiBias):
         if bias.slopes_H.requires_grad:
-            raise ValueError("the Triton kernel takes ALiBi slopes as constants, not as parameters")
+            raise ValueError(
+                "the Triton kernel takes ALiBi slopes as constants, not as parameters; a position "
+                "encoding whose slopes learn says so: bias_kind = 'learned_alibi'"
+            )
         return bias.slopes_H, None, "alibi"
     if isinstance(bias, BucketBias):
         distance = torch.arange(1 - n_queries, n_keys, device=device)
         return bias.table_NH, bias.buckets(distance).int(), "bucket"
-    values = bias.dense(n_queries, n_keys)
+    values = bias.values  # those that hide are seen to in the kernel, without a copy
     values = values.reshape([1] * (4 - values.ndim) + list(values.shape))
     return values.expand(-1, -1, n_queries, n_keys), None, "dense"

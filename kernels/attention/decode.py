@@ -42,7 +42,7 @@ def attention_decode_kernel(
     PRECISION: tl.constexpr, ACCUMULATE: tl.constexpr, R: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """One program: the queries of one group against one part of its keys."""
-    n_parts = tl.cdiv(shape.n_keys, part_keys)
+    n_parts = tl.maximum(tl.cdiv(shape.n_keys, part_keys), 1)
     part = tl.program_id(0) % n_parts
     n_groups = shape.n_heads // GROUP
     batch = tl.program_id(0) // n_parts // n_groups
@@ -52,8 +52,9 @@ def attention_decode_kernel(
     head = group * GROUP + row % GROUP
     column = tl.arange(0, COLUMNS)[None, :]
     used = (t < shape.n_queries) & (column < WIDTH)
-    base = q.pointer + tl.cast(batch, tl.int64) * q.stride_b
-    at = base + t * q.stride_t + head * q.stride_h + column * q.stride_k
+    at = q.pointer + tl.cast(batch, tl.int64) * q.stride_b
+    at += tl.cast(t, tl.int64) * q.stride_t + tl.cast(head, tl.int64) * q.stride_h
+    at += column * q.stride_k  # `view` copies what is too far apart within a head
     q_tile = tl.load(at, mask=used, other=0.0)
     k_head, v_head = head_pointer(k, batch, group), head_pointer(v, batch, group)
     acc = tl.zeros([R, COLUMNS], ACCUMULATE)
@@ -97,8 +98,8 @@ def attention_decode_op(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Te
     pairs = call.n_rows * call.n_groups
     tiles = triton.cdiv(call.n_keys, N_KEYS)
     n_parts = max(1, min(tiles, 2 * processors(q.device) // max(pairs, 1)))
-    part_keys = triton.cdiv(tiles, n_parts) * N_KEYS
-    n_parts = triton.cdiv(call.n_keys, part_keys)
+    part_keys = max(1, triton.cdiv(tiles, n_parts)) * N_KEYS
+    n_parts = max(1, triton.cdiv(call.n_keys, part_keys))  # without a key one part says so
     wide = wide_dtype(q.dtype)
     shape = (n_parts, call.n_rows, call.n_queries, call.n_heads)
     part_out = q.new_empty((*shape, call.width), dtype=wide)

@@ -21,8 +21,11 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from nanolm.ops import bias as bias_module
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+HIDDEN = tl.constexpr(bias_module.HIDDEN)
 
 
 class View(NamedTuple):
@@ -93,7 +96,8 @@ class Dropout(NamedTuple):
 @triton.jit
 def head_pointer(view, batch, head):
     """Where one head's [T, K] matrix begins."""
-    return view.pointer + tl.cast(batch, tl.int64) * view.stride_b + head * view.stride_h
+    row = view.pointer + tl.cast(batch, tl.int64) * view.stride_b
+    return row + tl.cast(head, tl.int64) * view.stride_h
 
 
 @triton.jit
@@ -175,20 +179,23 @@ def visible(masks, batch, t, s, shape, CAUSAL: tl.constexpr, STRICT: tl.constexp
 
 
 @triton.jit
-def bias_tile(bias, batch, head, t, s, shape, BIAS: tl.constexpr):
-    """What the tile's scores are raised by, in natural units."""
+def bias_tile(bias, batch, head, t, s, shape, BIAS: tl.constexpr, ACCUMULATE: tl.constexpr):
+    """What the tile's scores are raised by, in natural units and the dtype of the scores."""
     distance = t + (shape.n_keys - shape.n_queries) - s
     inside = (t < shape.n_queries) & (s < shape.n_keys)
     if BIAS == "alibi":
-        return -tl.load(bias.pointer + head) * tl.abs(distance)
+        return -tl.load(bias.pointer + head).to(ACCUMULATE) * tl.abs(distance)
     elif BIAS == "bucket":
         n_distances = shape.n_queries + shape.n_keys - 1
-        index = head * n_distances + distance + (shape.n_queries - 1)
-        return tl.load(bias.pointer + index, mask=inside, other=0.0)
+        index = tl.cast(head, tl.int64) * n_distances + distance + (shape.n_queries - 1)
+        return tl.load(bias.pointer + index, mask=inside, other=0.0).to(ACCUMULATE)
     else:
-        head_start = tl.cast(batch, tl.int64) * bias.stride_b + head * bias.stride_h
-        offsets = head_start + tl.cast(t, tl.int64) * bias.stride_t + s * bias.stride_s
-        return tl.load(bias.pointer + offsets, mask=inside, other=0.0)
+        head_start = tl.cast(batch, tl.int64) * bias.stride_b
+        head_start += tl.cast(head, tl.int64) * bias.stride_h
+        offsets = tl.cast(t, tl.int64) * bias.stride_t + tl.cast(s, tl.int64) * bias.stride_s
+        value = tl.load(bias.pointer + head_start + offsets, mask=inside, other=0.0)
+        value = value.to(ACCUMULATE)
+        return tl.where(value <= HIDDEN, float("-inf"), value)
 
 
 @triton.jit
@@ -223,7 +230,8 @@ def scores_tile(
         score = dots * scores.to_log2
         slope = score  # not used
     if BIAS != "none":
-        score += bias_tile(bias, batch, head, t, s, shape, BIAS) * LOG2E
+        # A 16-bit bias is raised to the scores' dtype before anything is multiplied.
+        score += bias_tile(bias, batch, head, t, s, shape, BIAS, score.dtype) * LOG2E
     if CHECKED:
         allowed = visible(masks, batch, t, s, shape, CAUSAL, STRICT)
         score = tl.where(allowed, score, float("-inf"))

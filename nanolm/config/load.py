@@ -15,6 +15,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import os
+import sys
 from typing import Any
 
 from nanolm.config import strict_yaml
@@ -179,9 +181,13 @@ def unknown_option(key: str, leaves: dict[str, Any]) -> str:
 
 
 def import_plugins(names: Any) -> None:
-    """Import each plug-in module; raises UserError naming the one that cannot be imported."""
+    """Import each plug-in module, from the current folder too; raises UserError naming the one that
+    cannot be imported."""
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise UserError(f"plugins: expected a list of module names, got {names!r}")
+    # `python -m nanolm` looks there by itself, the script `nanolm` does not.
+    if names and not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())
     for name in names:
         try:
             importlib.import_module(name)

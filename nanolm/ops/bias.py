@@ -15,6 +15,10 @@ import math
 import torch
 from torch import Tensor
 
+HIDDEN = torch.finfo(torch.bfloat16).min
+"""What others write into a bias for "may not be seen" is the lowest number of its dtype: -3.39e38
+in bfloat16, -3.40e38 in float32."""
+
 
 def distances(n_queries: int, n_keys: int, device: torch.device | str) -> Tensor:
     """int64 [T, S]: how far the key stands before the query; negative when it stands after."""
@@ -24,7 +28,11 @@ def distances(n_queries: int, n_keys: int, device: torch.device | str) -> Tensor
 
 @dataclasses.dataclass(frozen=True)
 class AlibiBias:
-    """-slope_h * |distance| (Press et al. 2022, section 3)."""
+    """-slope_h * |distance| (Press et al. 2022, section 3).
+
+    Slopes that learn are a kind of their own for kernels to refuse: `bias="learned_alibi"` in the
+    spec, `bias_kind` of a position encoding.
+    """
 
     slopes_H: Tensor
     kind = "alibi"
@@ -32,7 +40,9 @@ class AlibiBias:
     def dense(self, n_queries: int, n_keys: int) -> Tensor:
         """[H, T, S]: the bias, materialised."""
         distance_TS = distances(n_queries, n_keys, self.slopes_H.device).abs()
-        return -self.slopes_H[:, None, None] * distance_TS
+        # 16 bits hold whole distances up to 256 (bfloat16) or 2048 (float16) only.
+        wide = torch.promote_types(self.slopes_H.dtype, torch.float32)
+        return -self.slopes_H.to(wide)[:, None, None] * distance_TS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,14 +79,19 @@ class BucketBias:
 
 @dataclasses.dataclass(frozen=True)
 class DenseBias:
-    """Any additive bias that broadcasts to [B, H, T, S]."""
+    """Any additive bias that broadcasts to [B, H, T, S].
+
+    A value of HIDDEN or less, -inf among them, hides the pair as the mask does: a query that is
+    left with no key gives 0, in every kernel. As a number it would swallow the scores that it is
+    added to, and whether anything of them is left would be a matter of dtypes.
+    """
 
     values: Tensor
     kind = "dense"
 
     def dense(self, n_queries: int, n_keys: int) -> Tensor:
-        """The values themselves."""
-        return self.values
+        """The values, -inf where they hide."""
+        return self.values.masked_fill(self.values <= HIDDEN, -math.inf)
 
 
 Bias = AlibiBias | BucketBias | DenseBias

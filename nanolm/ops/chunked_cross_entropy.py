@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanolm.ops.contract import CrossEntropySpec, kernel
-from nanolm.ops.reference import CrossEntropyOutput
+from nanolm.ops.reference import CrossEntropyOutput, nan_where, outside
 
 
 class ChunkedLinearCrossEntropy(torch.autograd.Function):
@@ -110,11 +110,13 @@ def chunk_figures(logits_NV: Tensor, targets_N: Tensor, options: ChunkOptions) -
     log_softmax is one fused pass where logsumexp takes four, and argmax, which costs as much as
     everything else here, runs only over the tokens whose target has the largest logit.
     """
-    index_N1 = targets_N.clamp(min=0)[:, None]
+    vocab_size = logits_NV.shape[1]
+    index_N1 = targets_N.clamp(0, vocab_size - 1)[:, None]
     log_probabilities_NV = torch.log_softmax(logits_NV, dim=-1)
     nll_N = -log_probabilities_NV.gather(1, index_N1)[:, 0]
     target_N = logits_NV.gather(1, index_N1)[:, 0]
     lse_N = nll_N + target_N
+    nll_N = nll_N * nan_where(outside(targets_N, vocab_size), nll_N)
     smoothing = options.label_smoothing
     smooth_N = lse_N - logits_NV.mean(dim=-1) if smoothing else nll_N
     loss_N = (1 - smoothing) * nll_N + smoothing * smooth_N + options.z_loss * lse_N**2
@@ -135,8 +137,10 @@ def logit_gradient(
         grad_NV *= (1 + 2 * options.z_loss * figures.lse)[:, None]
     if smoothing:
         grad_NV -= smoothing / grad_NV.shape[1]
-    index_N1 = targets_N.clamp(min=0)[:, None]
-    grad_NV.scatter_add_(1, index_N1, torch.full_like(grad_NV[:, :1], smoothing - 1))
+    vocab_size = grad_NV.shape[1]
+    index_N1 = targets_N.clamp(0, vocab_size - 1)[:, None]
+    least_N = (smoothing - 1) * nan_where(outside(targets_N, vocab_size), grad_NV)
+    grad_NV.scatter_add_(1, index_N1, least_N[:, None])
     if options.softcap is not None:
         grad_NV *= 1 - (logits_NV / options.softcap) ** 2
     return grad_NV
@@ -228,6 +232,8 @@ class TorchCrossEntropy:
         z_loss: float = 0.0,
     ) -> CrossEntropyOutput:
         """As the reference, without soft-cap, z-loss and label smoothing."""
+        wrong_N = outside(targets_N, weight_VD.shape[0])
+        targets_N = torch.where(wrong_N, -100, targets_N)  # torch would raise, or stop the device
         dtype = product_dtype(hidden_ND)
         hidden, weight = hidden_ND.to(dtype), weight_VD.to(dtype)
         bias = None if bias_V is None else bias_V.to(dtype)
@@ -243,4 +249,9 @@ class TorchCrossEntropy:
                 ignore_index=-100,
                 options=torch.nn.LinearCrossEntropyOptions(),
             )
-        return figures._replace(loss=loss)
+        return CrossEntropyOutput(
+            loss.to(figures.loss.dtype) * nan_where(wrong_N.any(), figures.loss),
+            figures.nll.masked_fill(wrong_N, torch.nan),
+            figures.correct,
+            figures.lse,
+        )

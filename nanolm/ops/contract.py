@@ -1,7 +1,6 @@
 """The ops: what can be fused, as contracts that several kernels fulfil, and how one is chosen.
 
-An op is a name ("attention", "linear", "linear_cross_entropy", "norm", "rotary", "glu",
-"symmetric_product"). A *kernel* fulfils it: an object with
+An op is a name (`registry.OPS` lists them). A *kernel* fulfils it: an object with
 
     name                      its registered name
     why_not(spec) -> str|None a reason in words why it cannot serve this spec, or None
@@ -20,13 +19,14 @@ those of `kernels/` included, when a config or `auto` first asks for a kernel.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import logging
 from typing import Any, Literal, Protocol
 
 import torch
 
 from nanolm.errors import UserError
-from nanolm.registry import KERNELS
+from nanolm.registry import KERNELS, OPS
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class AttentionSpec(Spec):
     # Mask kinds that batches may bring (nanolm.ops.masks.KINDS); "classes" where they can also tell
     # documents by length (Mask.classes).
     masks: frozenset[str] = frozenset()
-    bias: Literal["alibi", "bucket", "dense"] | None = None
+    bias: Literal["alibi", "learned_alibi", "bucket", "dense"] | None = None
     softcap: float | None = None
     dropout: float = 0.0
     cross: bool = False  # queries and keys come from different sequences
@@ -132,10 +132,45 @@ AUTO: dict[str, list[str]] = {
 
 
 def register_kernel(op: str, kernel_class: type) -> type:
-    """Class decorator body: registers one instance of the class under its `name` for the op."""
-    kernel = kernel_class()
+    """Class decorator body: registers one instance of the class under its `name` for the op.
+
+    Raises UserError for an op that does not exist, for a class that is no kernel, and for a name
+    that is taken.
+    """
+    if op not in OPS:
+        near = difflib.get_close_matches(op, OPS, n=1)
+        choices = f"did you mean {near[0]}?" if near else f"choose from {', '.join(OPS)}"
+        raise UserError(f"@kernel({op!r}): there is no op {op!r}; {choices}")
+    kernel = instance(op, kernel_class)
+    holder = KERNELS[op].holder(kernel.name)
+    if holder is not None:
+        taken = type(holder.build())
+        raise UserError(
+            f"@kernel({op!r}): the name {kernel.name!r} is taken, by {taken.__name__} of "
+            f"{taken.__module__}; give {kernel_class.__name__} another"
+        )
     KERNELS[op].register(kernel.name)(lambda: kernel)
     return kernel_class
+
+
+def instance(op: str, kernel_class: type) -> Kernel:
+    """An object of the class; raises UserError when it is not what the contract asks for."""
+    words = f"@kernel({op!r}): {kernel_class.__name__}"
+    try:
+        kernel = kernel_class()
+    except TypeError as error:
+        raise UserError(f"{words} cannot be made without arguments: {error}") from error
+    name = getattr(kernel, "name", None)
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{words} has no `name`, the word that `kernels:` of a config takes")
+    if name == "auto":
+        raise UserError(
+            f"{words}: 'auto' is what `kernels:` says for any kernel; take another name"
+        )
+    for method in ("why_not", "run"):
+        if not callable(getattr(kernel, method, None)):
+            raise UserError(f"{words} {name!r} has no method {method}; see kernels/README.md")
+    return kernel
 
 
 def kernel(op: str) -> Any:

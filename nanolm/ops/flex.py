@@ -46,7 +46,7 @@ class FlexAttention:
             return "FlexAttention has no dropout"
         if spec.phase == "train" and spec.device == "cpu":
             return "FlexAttention has no backward pass on a CPU"
-        if spec.phase == "train" and spec.bias in ("bucket", "dense"):
+        if spec.phase == "train" and spec.bias in ("learned_alibi", "bucket", "dense"):
             return "FlexAttention adds a learned bias's gradient atomically: runs would differ"
         if spec.device == "cuda" and spec.head_dim < 16:
             return f"FlexAttention's heads are at least 16 wide on CUDA, not {spec.head_dim}"
@@ -161,7 +161,7 @@ def bias_of_pair(bias: Bias, n_queries: int, n_keys: int) -> Callable[..., Any]:
     """The bias as a function of (batch, head, query, key)."""
     shift = n_keys - n_queries
     if isinstance(bias, AlibiBias):
-        slopes_H = bias.slopes_H
+        slopes_H = bias.slopes_H.to(torch.promote_types(bias.slopes_H.dtype, torch.float32))
         return lambda b, h, t, s: -slopes_H[h] * (t + shift - s).abs()
     if isinstance(bias, BucketBias):
         distance_J = torch.arange(1 - n_queries, n_keys, device=bias.table_NH.device)

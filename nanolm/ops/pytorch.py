@@ -48,12 +48,15 @@ class SdpaAttention:
         kinds = mask.kinds()
         plain = bias is None and (not kinds or (kinds == {"causal"} and n_queries in (1, n_keys)))
         allowed = None if plain else self.scores_mask(mask, bias, n_queries, n_keys, q_BHTK)
+        causal = plain and mask.causal
+        if n_queries == 1:  # one query sees all keys; a branch, since under compile n is symbolic
+            causal = False
         out_BHTK = F.scaled_dot_product_attention(
             q_BHTK,
             k_BGSK,
             v_BGSK,
             attn_mask=allowed,
-            is_causal=plain and mask.causal and n_queries > 1,  # one query sees all keys
+            is_causal=causal,
             dropout_p=dropout,
             scale=scale,
             enable_gqa=grouped,
@@ -90,8 +93,14 @@ class TorchNorm:
         eps: float,
         residual: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(norm(x + residual), x + residual)."""
+        """(norm(x + residual), x + residual), both in the dtype of the sum."""
         total = x if residual is None else x + residual
+        # torch takes no parameters that are narrower than x, and rounds the gradients of wider
+        # ones; under autocast it gives float32 whatever x is.
+        wide = torch.promote_types(total.dtype, weight_D.dtype)
+        weight, bias = weight_D.to(wide), None if bias_D is None else bias_D.to(wide)
         if kind == "layernorm":
-            return F.layer_norm(total, weight_D.shape, weight_D, bias_D, eps), total
-        return F.rms_norm(total, weight_D.shape, weight_D, eps), total
+            out = F.layer_norm(total.to(wide), weight.shape, weight, bias, eps)
+        else:
+            out = F.rms_norm(total, weight.shape, weight, eps)
+        return out.to(total.dtype), total

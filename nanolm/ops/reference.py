@@ -84,6 +84,8 @@ class ReferenceAttention:
         if bias is not None:
             scores_BHTS = scores_BHTS + bias.dense(q_BHTK.shape[2], k_BHSK.shape[2])
         allowed = mask.dense(q_BHTK.shape[2], k_BHSK.shape[2], q_BTHK.device)
+        if bias is not None:  # -inf hides as the mask does, from the gradient too
+            allowed = allowed & ~torch.isneginf(scores_BHTS)
         scores_BHTS = scores_BHTS.masked_fill(~allowed, -torch.inf)
         lse_BHT = torch.logsumexp(scores_BHTS, dim=-1)
         # A row without any visible key has lse -inf: subtracting 0 instead gives weights 0, no NaN.
@@ -100,6 +102,17 @@ class CrossEntropyOutput(NamedTuple):
     nll: Tensor
     correct: Tensor
     lse: Tensor
+
+
+def outside(targets_N: Tensor, vocab_size: int) -> Tensor:
+    """bool [N]: targets that are neither -100 nor in the vocabulary."""
+    return (targets_N != -100) & ((targets_N < 0) | (targets_N >= vocab_size))
+
+
+def nan_where(condition: Tensor, like: Tensor) -> Tensor:
+    """NaN where the condition holds and 1 elsewhere: what is multiplied by it keeps its bits, or is
+    NaN together with its gradient."""
+    return torch.where(condition, torch.nan, 1.0).to(like.dtype)
 
 
 @kernel("linear")
@@ -139,15 +152,18 @@ class ReferenceCrossEntropy:
         """loss = sum_n [(1 - e) nll_n + e mean_v(-log p_nv) + z lse_n^2].
 
         e is label_smoothing (Szegedy et al. 2016, section 7) and z the weight of the z-loss that
-        keeps logits from drifting (Chowdhery et al. 2022, section 5).
+        keeps logits from drifting (Chowdhery et al. 2022, section 5). A target that is neither -100
+        nor in the vocabulary makes the loss, its nll and its gradient NaN: to raise, the host would
+        have to wait for the device.
         """
         logits_NV = wide(F.linear(hidden_ND, weight_VD, bias_V))
         if softcap is not None:
             logits_NV = softcap * torch.tanh(logits_NV / softcap)
         kept_N = targets_N != -100
-        safe_N = targets_N.clamp(min=0)
+        safe_N = targets_N.clamp(0, weight_VD.shape[0] - 1)
         lse_N = torch.logsumexp(logits_NV, dim=-1)
         nll_N = lse_N - logits_NV.gather(1, safe_N[:, None])[:, 0]
+        nll_N = nll_N * nan_where(outside(targets_N, weight_VD.shape[0]), nll_N)
         smooth_N = lse_N - logits_NV.mean(dim=-1)
         loss_N = (1 - label_smoothing) * nll_N + label_smoothing * smooth_N + z_loss * lse_N**2
         correct_N = (logits_NV.argmax(dim=-1) == targets_N).float()
@@ -179,7 +195,7 @@ class ReferenceNorm:
         eps: float,
         residual: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(norm(x + residual), x + residual), both in x's shape and dtype."""
+        """(norm(x + residual), x + residual), both in x's shape and the dtype of the sum."""
         total = x if residual is None else x + residual
         y = wide(total)
         if kind == "layernorm":

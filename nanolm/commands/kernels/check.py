@@ -68,7 +68,7 @@ def show(op: str, name: str, findings: list[Finding]) -> None:
 
 
 def run(arguments: Arguments) -> None:
-    """Check; exits 1 when a check fails."""
+    """Check; exits 1 when a check fails, and when a kernel passes none."""
     failed = 0
     record = []
     for op, name, kernel in chosen(arguments):
@@ -76,7 +76,9 @@ def run(arguments: Arguments) -> None:
         show(op, name, findings)
         counts = {v: sum(f.verdict == v for f in findings) for v in ("pass", "FAIL", "refused")}
         print(f"  {counts['pass']} passed, {counts['FAIL']} failed, {counts['refused']} refused")
-        failed += counts["FAIL"]
+        if not counts["pass"]:
+            print("  it passed no check: of a kernel that refuses everything nothing is known")
+        failed += counts["FAIL"] + (not counts["pass"])
         record += [{"op": op, "kernel": name} | dataclasses.asdict(f) for f in findings]
     write_json(arguments.json, record)
     if failed:

@@ -23,7 +23,7 @@ from nanolm.data.tables.files import Record
 from nanolm.data.tokenizer import UNSPACED, Tokenizer
 from nanolm.finetune.tasks.base import Item, Sequence, TaskOptions
 from nanolm.finetune.tasks.choose import Choose
-from nanolm.finetune.tasks.heads import group_sizes
+from nanolm.finetune.tasks.heads import group_sizes, group_sums
 from nanolm.finetune.tasks.prompt import require_vocabulary, vocabulary_head
 from nanolm.finetune.tasks.ragged import within
 from nanolm.model.heads import HeadRequest
@@ -108,7 +108,7 @@ class ChooseLm(Choose):
         logits_KV = heads["lm"](hidden_BTD.flatten(0, 1)[batch["place"]]).float()
         nll_K = F.cross_entropy(logits_KV, batch["token"], reduction="none")
         n_sequences = len(batch["choice"])
-        scores_S = nll_K.new_zeros(n_sequences).index_add(0, batch["of"], -nll_K)
+        scores_S = group_sums(-nll_K, batch["of"], n_sequences)
         if self.options.by_length:
             scores_S = scores_S / group_sizes(batch["of"], n_sequences)
         return {"choose": self.rectangle(scores_S, batch)}

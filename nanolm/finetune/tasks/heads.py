@@ -56,8 +56,19 @@ def pooling_of(pooling: Pooling, trunk: str) -> Pooling:
 
 def group_sizes(owner_M: Tensor, n_groups: int) -> Tensor:
     """int64 [n_groups]: how many of M things each group owns. `torch.bincount` counts the same, but
-    makes the host wait for the device."""
+    makes the host wait for the device. Whole numbers add up to the same in any order."""
     return owner_M.new_zeros(n_groups).index_add(0, owner_M, torch.ones_like(owner_M))
+
+
+def group_sums(values_M: Tensor, owner_M: Tensor, n_groups: int) -> Tensor:
+    """[n_groups, …]: the sum of every group's values, which lie group by group (`owner_M` ascends).
+
+    Each sum is taken in one piece and in order, so it is the same every time; `index_add` adds
+    atomically on CUDA, in another order in every run.
+    """
+    sizes = group_sizes(owner_M, n_groups)
+    # Unsafe: it does not make the host wait to see whether the sizes add up.
+    return torch.segment_reduce(values_M, "sum", lengths=sizes, axis=0, unsafe=True)
 
 
 def pool(hidden_BTD: Tensor, layout: Layout, pooling: Pooling) -> Tensor:
@@ -66,8 +77,7 @@ def pool(hidden_BTD: Tensor, layout: Layout, pooling: Pooling) -> Tensor:
     if pooling != "mean":
         return hidden_ND[layout.first_S if pooling == "cls" else layout.last_S]
     tokens_MD = hidden_ND[layout.index_M].float()
-    total_SD = tokens_MD.new_zeros(len(layout.first_S), tokens_MD.shape[1])
-    total_SD = total_SD.index_add(0, layout.owner_M, tokens_MD)
+    total_SD = group_sums(tokens_MD, layout.owner_M, len(layout.first_S))
     lengths_S = group_sizes(layout.owner_M, len(layout.first_S))
     return total_SD / lengths_S[:, None].clamp(min=1)
 

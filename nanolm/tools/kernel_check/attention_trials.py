@@ -6,6 +6,7 @@ Shapes: B batch, T queries, S keys, H query heads, G key/value heads, K head wid
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from typing import Any, Literal
 
@@ -16,9 +17,19 @@ from torch import Tensor
 from nanolm.ops.bias import AlibiBias, Bias, BucketBias, DenseBias
 from nanolm.ops.contract import AttentionSpec, Phase
 from nanolm.ops.masks import Mask
-from nanolm.tools.kernel_check.trial import Trial
+from nanolm.tools.kernel_check.trial import Trial, reference, upstream
 
-BiasKind = Literal["none", "alibi", "bucket", "dense", "dense_by_head", "dense_by_row", "dense_all"]
+BiasKind = Literal[
+    "none",
+    "alibi",
+    "learned_alibi",
+    "bucket",
+    "dense",
+    "dense_by_head",
+    "dense_by_row",
+    "dense_all",
+    "dense_hiding",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +52,17 @@ class Case:
     softcap: float | None = None
     layout: Literal["contiguous", "heads_first", "sliced"] = "contiguous"
     dtype: torch.dtype = torch.float32
+    bias_dtype: torch.dtype | None = None
+    """The bias parameters' dtype, where it is not that of queries, keys and values."""
+    autocast: torch.dtype | None = None
+    size: float = 1.0
+    """What queries and keys are multiplied by, in place."""
     phase: Phase = "train"
+
+    @property
+    def scale(self) -> float:
+        """What the products are multiplied by: not quite the usual 1 / sqrt(K)."""
+        return 1.1 * self.width**-0.5
 
     def features(self) -> str:
         """What differs from the plain case, in words."""
@@ -94,13 +115,25 @@ def make_mask(case: Case) -> Mask:
 def bias_leaf(case: Case) -> Tensor | None:
     """The bias's parameters, or None."""
     generator = torch.Generator().manual_seed(5)
+    dtype = case.bias_dtype or case.dtype
     if case.bias in ("none", "alibi"):
         return None
+    if case.bias == "learned_alibi":
+        return slopes(case.n_heads).to(dtype)
     if case.bias == "bucket":
-        return torch.randn(12, case.n_heads, generator=generator)
+        return torch.randn(12, case.n_heads, generator=generator).to(dtype)
     rows = case.n_rows if case.bias in ("dense", "dense_by_row") else 1
     heads = case.n_heads if case.bias in ("dense", "dense_by_head") else 1
-    return torch.randn(rows, heads, case.n_queries, case.n_keys, generator=generator)
+    values = torch.randn(rows, heads, case.n_queries, case.n_keys, generator=generator).to(dtype)
+    if case.bias == "dense_hiding":  # a few whole rows, and a few keys of the others
+        values[:, :, ::3] = torch.finfo(dtype).min
+        values[:, :, :, ::4] = torch.finfo(dtype).min
+    return values
+
+
+def slopes(n_heads: int) -> Tensor:
+    """float32 [H]: numbers that 16 bits cannot hold."""
+    return 0.7 * 2.0 ** -torch.arange(1, n_heads + 1)
 
 
 def make_bias(case: Case, leaf: Tensor | None, dtype: torch.dtype, device: Any) -> Bias | None:
@@ -108,7 +141,9 @@ def make_bias(case: Case, leaf: Tensor | None, dtype: torch.dtype, device: Any) 
     if case.bias == "none":
         return None
     if case.bias == "alibi":
-        return AlibiBias(2.0 ** -torch.arange(1, case.n_heads + 1, device=device).to(dtype))
+        return AlibiBias(slopes(case.n_heads).to(case.bias_dtype or dtype).to(device, dtype))
+    if case.bias == "learned_alibi":
+        return AlibiBias(leaf)
     if case.bias == "bucket":
         return BucketBias(leaf, not case.causal, 30)
     return DenseBias(leaf)
@@ -144,6 +179,27 @@ def to_device(mask: Mask, device: Any) -> Mask:
     return dataclasses.replace(mask, **moved)
 
 
+def gradient_terms(case: Case, mask: Mask, leaves: dict[str, Tensor]) -> dict[str, float]:
+    """The largest sum of absolute terms of each gradient: dq = scale sum_s P_ts (dP_ts - delta_t)
+    k_s, where |P dP| |k| stands for a term, since delta is the mean of dP. One key alone cancels.
+    """
+    q, k, v = (leaves[name] for name in "qkv")
+    bias = make_bias(case, leaves.get("bias"), torch.float64, q.device)
+    scale, repeats = case.scale, case.n_heads // case.n_kv_heads
+    weights_BHTS, _ = reference("attention").weights(
+        q, k, mask, bias=bias, scale=scale, softcap=case.softcap
+    )
+    grad_BTHK = upstream({"out": q}, frozenset())["out"].double()
+    k, v = (x.transpose(1, 2).repeat_interleave(repeats, dim=1) for x in (k, v))
+    terms_BHTS = weights_BHTS * (grad_BTHK.transpose(1, 2) @ v.mT).abs()
+    sums = {
+        "dq": scale * terms_BHTS @ k.abs(),
+        "dk": scale * terms_BHTS.mT @ q.transpose(1, 2).abs(),
+        "dbias": terms_BHTS,
+    }
+    return {name: float(x.max()) for name, x in sums.items()}
+
+
 def trial_of(
     case: Case, device: str = "cpu", *, mask: Mask | None = None, lse: bool = False
 ) -> Trial:
@@ -154,6 +210,8 @@ def trial_of(
         "k": random(sizes, case, 2),
         "v": random(sizes, case, 3),
     }
+    for name in "qk":
+        leaves[name].mul_(case.size)
     leaf = bias_leaf(case)
     if leaf is not None:
         leaves["bias"] = leaf
@@ -162,16 +220,25 @@ def trial_of(
 
     def run(kernel: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
         q = given["q"]
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        # The definition is given the same numbers in float64.
+        wide = torch.float64 if q.dtype == torch.float64 else case.bias_dtype or torch.float32
         bias = make_bias(case, given.get("bias"), wide, q.device)
         options = {"return_lse": True} if lse else {}
         result = kernel.run(
             q, given["k"], given["v"], used,
-            bias=bias, scale=case.width**-0.5, softcap=case.softcap, **options,
+            bias=bias, scale=case.scale, softcap=case.softcap, **options,
         )  # fmt: skip
         return {"out": result.out, "lse": result.lse} if lse else {"out": result}
 
-    return Trial(case.features(), spec_of(case, device), leaves, run)
+    return Trial(
+        case.features(),
+        spec_of(case, device),
+        leaves,
+        run,
+        autocast=case.autocast,
+        dtypes={"out": case.autocast or case.dtype},
+        terms=None if lse else functools.partial(gradient_terms, case, used),
+    )
 
 
 SINGLE = {
@@ -190,6 +257,8 @@ SINGLE = {
     "grouped heads": Case(n_heads=4, n_kv_heads=2, n_rows=1),
     "fewer queries than keys": Case(n_queries=11, causal=True),
     "more queries than keys": Case(n_keys=11, causal=True),
+    "learned slopes": Case(bias="learned_alibi"),
+    "bias that hides": Case(bias="dense_hiding"),
     "float16": Case(dtype=torch.float16),
     "bfloat16": Case(dtype=torch.bfloat16),
     "strides": Case(layout="sliced"),
@@ -221,6 +290,35 @@ HARD = {
     "head of 256": Case(width=256, n_rows=1, n_heads=1, n_kv_heads=1, n_queries=20, n_keys=20),
     "head of 20": Case(width=20, n_rows=1, causal=True),
 }  # fmt: skip
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+MIXED = {
+    "bf16 autocast, fp32 T5 table": Case(
+        dtype=BF16, bias="bucket", bias_dtype=FP32, autocast=BF16, causal=True
+    ),
+    "bf16 autocast, fp32 dense bias": Case(
+        dtype=BF16, bias="dense_by_head", bias_dtype=FP32, autocast=BF16
+    ),
+    "fp16 autocast, fp32 slopes": Case(dtype=FP16, bias="alibi", bias_dtype=FP32, autocast=FP16),
+    "fp32 queries, bf16 T5 table": Case(bias="bucket", bias_dtype=BF16),
+    "fp32 queries, fp16 dense bias": Case(bias="dense", bias_dtype=FP16, causal=True),
+    "fp32 queries, bf16 slopes": Case(bias="alibi", bias_dtype=BF16, n_keys=41),
+}
+"""What autocast and FSDP hand in: 16-bit activations beside float32 parameters, and the reverse.
+In the last three all sums are float32, so that a bias which is rounded again shows."""
+
+ALONE = {"n_rows": 1, "n_heads": 1, "n_kv_heads": 1}
+LARGE = {
+    "1100 keys": Case(**ALONE, n_queries=70, n_keys=1100, causal=True),
+    "1100 queries": Case(**ALONE, n_queries=1100, n_keys=70),
+    "1100 keys in bfloat16": Case(**ALONE, n_queries=5, n_keys=1100, dtype=BF16),
+    "nine rows": Case(n_rows=9, n_queries=5, n_keys=5, lengths=True),
+    "eighteen heads": Case(n_heads=18, n_kv_heads=6, n_queries=5, n_keys=5),
+    "head of 128": Case(**ALONE, width=128, n_queries=20, n_keys=20),
+    "large scores": Case(**ALONE, size=12.0, dtype=BF16),
+}
+"""Beyond the sizes of the others: more tiles, rows, heads and features, and scores of some 600."""
 
 AXES: dict[str, tuple] = {
     "causal": (False, True),

@@ -3,8 +3,11 @@
 It asks `why_not` for every trial first. A refusal is fine, in words; a wrong answer is not. Kernels
 that refuse training but serve prefill or decoding are checked forward only.
 
-    parity        outputs and gradients against the float64 reference, feature by feature
+    parity        outputs and gradients against the float64 reference, feature by feature, also at
+                  larger sizes, with larger numbers and in the dtypes that autocast mixes
     leaks         hidden keys change nothing, for each kind of mask
+    dropout       what it drops, how it scales, and that the gradient is of what was kept
+    other numbers nothing is remembered from one call to the next
     determinism   twice the same bits
     memory        what is saved for the backward pass does not grow with T x S
 """
@@ -17,25 +20,21 @@ from typing import Any
 
 import torch
 
-from nanolm.ops.masks import Mask
 from nanolm.registry import OPS
-from nanolm.tools.kernel_check.attention_trials import HARD, SINGLE, Case, spec_of, trial_of
-from nanolm.tools.kernel_check.leaks import KINDS, NAMES, leak
-from nanolm.tools.kernel_check.op_trials import op_trials
-from nanolm.tools.kernel_check.trial import (
-    TOLERANCE,
-    Trial,
-    distance,
-    errors,
-    execute,
-    forget_graphs,
-    reference,
+from nanolm.tools.kernel_check.attention_trials import (
+    HARD,
+    LARGE,
+    MIXED,
+    SINGLE,
+    Case,
+    spec_of,
+    trial_of,
 )
-
-MASK_OF = {kind: kind for kind in ("causal", "window", "lengths", "documents", "prefix")} | {
-    "order": "order",
-    "strict order": "order",
-}
+from nanolm.tools.kernel_check.diagnosis import fault
+from nanolm.tools.kernel_check.dropout import RATE, dropout_fault
+from nanolm.tools.kernel_check.leaks import KINDS, leak
+from nanolm.tools.kernel_check.op_trials import op_trials
+from nanolm.tools.kernel_check.trial import Trial, execute, forget_graphs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +62,18 @@ def checks_of(op: str, *, quick: bool = False) -> list[Check]:
     if op not in OPS:
         raise ValueError(f"there is no op {op!r}; choose from {', '.join(OPS)}")
     if op != "attention":
-        return [trial_check(op, number) for number in range(len(op_trials(op)))]
-    cases = SINGLE | ({} if quick else HARD)
+        return [
+            *(trial_check(op, number) for number in range(len(op_trials(op)))),
+            lambda kernel, device: check_other_numbers(kernel, lambda: op_trials(op, device)[0]),
+            lambda kernel, device: check_determinism(kernel, lambda: op_trials(op, device)[0]),
+        ]
+    cases = SINGLE | MIXED | LARGE | ({} if quick else HARD)
     return [
         *(case_check(name, case) for name, case in cases.items()),
         *(leak_check(kind) for kind in KINDS),
-        check_determinism,
+        check_dropout,
+        lambda kernel, device: check_other_numbers(kernel, lambda: causal_trial(kernel, device)),
+        lambda kernel, device: check_determinism(kernel, lambda: causal_trial(kernel, device)),
         check_memory,
     ]
 
@@ -88,6 +93,14 @@ def leak_check(kind: str) -> Check:
     return lambda kernel, device: check_leak(kernel, kind, device)
 
 
+def refusal_of(kernel: Any, spec: Any) -> str | None:
+    """What `why_not` says; raises TypeError when that is neither a sentence nor None."""
+    reason = kernel.why_not(spec)
+    if reason is not None and not (isinstance(reason, str) and reason.strip()):
+        raise TypeError(f"why_not returned {reason!r}: a sentence is due, or None for yes")
+    return reason
+
+
 def serving(kernel: Any, case: Case, device: str) -> tuple[Case | None, str]:
     """The case in the first phase that the kernel serves, or (None, its reason)."""
     reason = ""
@@ -95,7 +108,7 @@ def serving(kernel: Any, case: Case, device: str) -> tuple[Case | None, str]:
         if phase == "decode" and case.n_queries != 1:
             case = dataclasses.replace(case, n_queries=1)
         candidate = dataclasses.replace(case, phase=phase)
-        refusal = kernel.why_not(spec_of(candidate, device))
+        refusal = refusal_of(kernel, spec_of(candidate, device))
         if refusal is None:
             return candidate, ""
         reason = reason or refusal
@@ -103,39 +116,26 @@ def serving(kernel: Any, case: Case, device: str) -> tuple[Case | None, str]:
 
 
 def check_case(kernel: Any, name: str, case: Case, device: str) -> Finding:
-    """Parity on one attention problem; a mask that is ignored is named."""
-    served, reason = serving(kernel, case, device)
-    if served is None:
-        return Finding(name, "refused", reason)
-    return told(name, lambda: explained(kernel, served, name, device))
+    """Parity on one attention problem, in the first phase that is served."""
 
+    def work() -> Finding:
+        served, reason = serving(kernel, case, device)
+        if served is None:
+            return Finding(name, "refused", reason)
+        return verdict(kernel, trial_of(served, device), name)
 
-def explained(kernel: Any, case: Case, name: str, device: str) -> Finding:
-    """Parity, where a failure that comes of an ignored mask says so."""
-    finding = parity(kernel, trial_of(case, device), name)
-    if finding.verdict == "FAIL" and name in MASK_OF and ignores(kernel, case, name, device):
-        label = NAMES.get(name, f"the mask kind {name!r}")
-        words = f"it ignores {label}: its output is that of attention without this mask"
-        return Finding(name, "FAIL", words)
-    return finding
-
-
-def ignores(kernel: Any, case: Case, name: str, device: str) -> bool:
-    """Whether the kernel's output equals the reference's without the mask kind."""
-    trial = trial_of(case, device)
-    without = trial_of(case, device, mask=Mask(causal=name == "prefix"))
-    actual = execute(trial, kernel, case.dtype, backward=False).outputs["out"]
-    plain = execute(without, reference("attention"), torch.float64, backward=False).outputs["out"]
-    return distance(actual, plain) < TOLERANCE[case.dtype]
+    return told(name, work)
 
 
 def check_trial(kernel: Any, trial: Trial, name: str | None = None) -> Finding:
     """Parity on one trial."""
     name = name or trial.name
-    reason = kernel.why_not(trial.spec)
-    if reason is not None:
-        return Finding(name, "refused", reason)
-    return told(name, lambda: parity(kernel, trial, name))
+
+    def work() -> Finding:
+        reason = refusal_of(kernel, trial.spec)
+        return Finding(name, "refused", reason) if reason else verdict(kernel, trial, name)
+
+    return told(name, work)
 
 
 def told(name: str, work: Callable[[], Finding]) -> Finding:
@@ -147,61 +147,95 @@ def told(name: str, work: Callable[[], Finding]) -> Finding:
         return Finding(name, "FAIL", f"it raises {type(error).__name__}: {error}")
 
 
-def parity(kernel: Any, trial: Trial, name: str) -> Finding:
-    """How far outputs and gradients are from the reference's, and whether they have their dtype."""
-    found = errors(trial, kernel)
-    dtype = next(iter(execute(trial, kernel, trial.spec.dtype, backward=False).outputs.values()))
-    worst = max(found, key=found.get)
-    limit = TOLERANCE[trial.spec.dtype]
-    if not found[worst] < limit:
-        words = f"{worst} is off by {found[worst]:.1e} of its largest value, {limit:.0e} allowed"
+def verdict(kernel: Any, trial: Trial, name: str) -> Finding:
+    """What is wrong on one trial, if anything."""
+    words = fault(kernel, trial)
+    if words is not None:
         return Finding(name, "FAIL", words)
-    if dtype.dtype not in (trial.spec.dtype, torch.float32, torch.float64):
-        return Finding(name, "FAIL", f"its output is {dtype.dtype}")
-    forward = "" if trial.differentiable else ", forward only"
-    return Finding(name, "pass", f"{found[worst]:.0e}{forward}")
+    return Finding(name, "pass", "" if trial.differentiable else "forward only")
+
+
+def causal_trial(kernel: Any, device: str) -> Trial:
+    """Causal attention in the first phase that is served, or in training."""
+    served, _ = serving(kernel, SINGLE["causal"], device)
+    return trial_of(served or SINGLE["causal"], device)
+
+
+def check_other_numbers(kernel: Any, make: Callable[[], Trial]) -> Finding:
+    """A call is right after one with other numbers of the same shapes."""
+    name = "other numbers"
+
+    def work() -> Finding:
+        trial = make()
+        reason = refusal_of(kernel, trial.spec)
+        if reason is not None:
+            return Finding(name, "refused", reason)
+        execute(trial, kernel, backward=trial.differentiable)
+        other = {key: x.flip(0).mul(-0.5) for key, x in trial.leaves.items()}
+        words = fault(kernel, dataclasses.replace(trial, leaves=other))
+        if words is None:
+            return Finding(name, "pass")
+        return Finding(name, "FAIL", f"after a call with other numbers of these shapes: {words}")
+
+    return told(name, work)
+
+
+def check_dropout(kernel: Any, device: str) -> Finding:
+    """What is dropped and how, forward and backward."""
+
+    def work() -> Finding:
+        case = SINGLE["plain"]
+        reason = refusal_of(kernel, dataclasses.replace(spec_of(case, device), dropout=RATE))
+        if reason is not None:
+            return Finding("dropout", "refused", reason)
+        words = dropout_fault(kernel, device)
+        return Finding("dropout", "pass" if words is None else "FAIL", words or "")
+
+    return told("dropout", work)
 
 
 def check_leak(kernel: Any, kind: str, device: str) -> Finding:
     """Hidden keys change nothing."""
     name = f"leak: {kind}"
-    served, reason = serving(kernel, SINGLE[kind], device)
-    if served is None or served.phase == "decode":
-        return Finding(name, "refused", reason)
 
     def work() -> Finding:
+        served, reason = serving(kernel, SINGLE[kind], device)
+        if served is None or served.phase == "decode":
+            return Finding(name, "refused", reason)
         words = leak(kernel, kind, device)
         return Finding(name, "pass") if words is None else Finding(name, "FAIL", words)
 
     return told(name, work)
 
 
-def check_determinism(kernel: Any, device: str) -> Finding:
+def check_determinism(kernel: Any, make: Callable[[], Trial]) -> Finding:
     """The same bits twice."""
-    served, reason = serving(kernel, SINGLE["causal"], device)
-    if served is None:
-        return Finding("determinism", "refused", reason)
-    return told("determinism", lambda: same_twice(kernel, served, device))
+    name = "determinism"
 
+    def work() -> Finding:
+        trial = make()
+        reason = refusal_of(kernel, trial.spec)
+        if reason is not None:
+            return Finding(name, "refused", reason)
+        runs = [execute(trial, kernel, backward=trial.differentiable).tensors for _ in range(2)]
+        changed = [key for key, x in runs[0].items() if not torch.equal(x, runs[1][key])]
+        if changed:
+            return Finding(name, "FAIL", f"{', '.join(changed)} differ between two runs")
+        return Finding(name, "pass")
 
-def same_twice(kernel: Any, case: Case, device: str) -> Finding:
-    """Which results of two runs are not bit-equal."""
-    trial = trial_of(case, device)
-    runs = [
-        execute(trial, kernel, case.dtype, backward=trial.differentiable).tensors for _ in range(2)
-    ]
-    changed = [name for name, x in runs[0].items() if not torch.equal(x, runs[1][name])]
-    if changed:
-        return Finding("determinism", "FAIL", f"{', '.join(changed)} differ between two runs")
-    return Finding("determinism", "pass")
+    return told(name, work)
 
 
 def check_memory(kernel: Any, device: str) -> Finding:
     """Bytes saved for the backward pass, against those of q, k, v, out and lse."""
-    served, reason = serving(kernel, Case(n_rows=1, n_queries=128, n_keys=128), device)
-    if served is None or served.phase != "train":
-        return Finding("memory", "refused", reason)
-    return told("memory", lambda: kept(kernel, served, device))
+
+    def work() -> Finding:
+        served, reason = serving(kernel, Case(n_rows=1, n_queries=128, n_keys=128), device)
+        if served is None or served.phase != "train":
+            return Finding("memory", "refused", reason)
+        return kept(kernel, served, device)
+
+    return told("memory", work)
 
 
 def kept(kernel: Any, case: Case, device: str) -> Finding:

@@ -6,6 +6,8 @@ F feed-forward width.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 from nanolm.ops.contract import (
     CrossEntropySpec,
     GluSpec,
+    LinearSpec,
     NormSpec,
     RotarySpec,
     Spec,
@@ -30,16 +33,48 @@ def normal(*shape: int, dtype: torch.dtype, seed: int, device: str) -> Tensor:
     return torch.randn(shape, generator=generator).to(device, dtype)
 
 
+@dataclasses.dataclass(frozen=True)
+class Mix:
+    """Dtypes that differ within one call, as autocast and FSDP make them.
+
+    `x` is that of activations, `weight` of parameters, `residual` of the residual stream, and
+    `autocast` of the region.
+    """
+
+    x: torch.dtype
+    weight: torch.dtype
+    residual: torch.dtype
+    autocast: torch.dtype | None = None
+
+    def __str__(self) -> str:
+        """In words."""
+        words = f"x {self.x}, parameters {self.weight}, residual {self.residual}"
+        return words.replace("torch.", "") + (" under autocast" if self.autocast else "")
+
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+MIXES = (
+    Mix(BF16, FP32, FP32, BF16),  # autocast: linear layers give bf16, the stream stays float32
+    Mix(FP16, FP32, FP32, FP16),
+    Mix(FP32, BF16, FP32),  # FSDP with 16-bit parameters
+    Mix(BF16, BF16, FP32),
+    Mix(FP32, FP32, BF16),
+)
+
+
 def norm_trial(
     kind: str, n_rows: int, width: int, *, bias: bool, residual: bool, dtype: torch.dtype,
-    device: str,
+    device: str, size: float = 1.0, mix: Mix | None = None,
 ) -> Trial:  # fmt: skip
-    """A norm with or without bias and residual."""
+    """A norm with or without bias and residual, of rows of a size."""
+    mix = mix or Mix(dtype, dtype, dtype)
     names = ["x", "weight"] + ["bias"] * bias + ["residual"] * residual
+    dtypes = {"x": mix.x, "residual": mix.residual}
     leaves = {}
     for seed, name in enumerate(names):
         shape = (n_rows, width) if name in ("x", "residual") else (width,)
-        leaves[name] = normal(*shape, dtype=dtype, seed=seed, device=device)
+        leaf = normal(*shape, dtype=dtypes.get(name, mix.weight), seed=seed, device=device)
+        leaves[name] = leaf * size if name in dtypes else leaf
 
     def run(kernel: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
         out, total = kernel.run(
@@ -51,13 +86,18 @@ def norm_trial(
     spec = NormSpec(
         kind=kind, width=width, bias=bias, residual=residual, dtype=dtype, device=device
     )
-    words = " bias" * bias + " residual" * residual
-    return Trial(f"{kind} {n_rows}x{width}{words} {dtype}", spec, leaves, run)
+    total = torch.promote_types(mix.x, mix.residual) if residual else mix.x
+    words = " bias" * bias + " residual" * residual + f" of size {size:g}" * (size != 1)
+    kinds = f"{dtype}" if mix == Mix(dtype, dtype, dtype) else str(mix)
+    return Trial(
+        f"{kind} {n_rows}x{width}{words} {kinds}", spec, leaves, run, autocast=mix.autocast,
+        computes=FP32, dtypes={"out": total, "total": total},
+    )  # fmt: skip
 
 
 def rotary_trial(
     n_heads: int, width: int, n_pairs: int, *, per_row: bool, n_tokens: int = 7,
-    dtype: torch.dtype, device: str,
+    dtype: torch.dtype, device: str, autocast: torch.dtype | None = None,
 ) -> Trial:  # fmt: skip
     """Rotation of a strided view, with one set of angles or one for each row."""
     n_rows = 2
@@ -71,10 +111,16 @@ def rotary_trial(
 
     spec = RotarySpec(head_dim=width, dtype=dtype, device=device)
     name = f"{n_heads} heads of {width}, {n_pairs} pairs{' per row' * per_row} {dtype}"
-    return Trial(name, spec, {"x": x[:, :, ::2]}, run)
+    return Trial(
+        name, spec, {"x": x[:, :, ::2]}, run, computes=FP32, dtypes={"out": dtype},
+        autocast=autocast,
+    )  # fmt: skip
 
 
-def glu_trial(kind: str, n_rows: int, width: int, *, dtype: torch.dtype, device: str) -> Trial:
+def glu_trial(
+    kind: str, n_rows: int, width: int, *, dtype: torch.dtype, device: str,
+    autocast: torch.dtype | None = None,
+) -> Trial:  # fmt: skip
     """A gated activation."""
     gate_up = normal(n_rows, 2 * width, dtype=dtype, seed=0, device=device) * 2
 
@@ -82,21 +128,25 @@ def glu_trial(kind: str, n_rows: int, width: int, *, dtype: torch.dtype, device:
         return {"out": kernel.run(given["gate_up"], kind=kind)}
 
     spec = GluSpec(kind=kind, width=width, dtype=dtype, device=device)
-    return Trial(f"{kind} {n_rows}x{width} {dtype}", spec, {"gate_up": gate_up}, run)
+    return Trial(
+        f"{kind} {n_rows}x{width} {dtype}", spec, {"gate_up": gate_up}, run, autocast=autocast,
+        dtypes={"out": dtype},
+    )  # fmt: skip
 
 
 def cross_entropy_trial(
     n_tokens: int, vocab_size: int, *, bias: bool, softcap: float | None, label_smoothing: float,
-    z_loss: float, width: int = 16, dtype: torch.dtype, device: str,
+    z_loss: float, width: int = 16, dtype: torch.dtype, device: str, mix: Mix | None = None,
 ) -> Trial:  # fmt: skip
     """The projected loss of logits with a deviation of 1.2, some targets ignored."""
-    weight = normal(vocab_size, width, dtype=dtype, seed=1, device=device)
+    mix = mix or Mix(dtype, dtype, dtype)
+    weight = normal(vocab_size, width, dtype=mix.weight, seed=1, device=device)
     leaves = {
-        "hidden": normal(n_tokens, width, dtype=dtype, seed=0, device=device),
+        "hidden": normal(n_tokens, width, dtype=mix.x, seed=0, device=device),
         "weight": weight * (1.2 * width**-0.5),
     }
     if bias:
-        leaves["bias"] = normal(vocab_size, dtype=dtype, seed=2, device=device)
+        leaves["bias"] = normal(vocab_size, dtype=mix.weight, seed=2, device=device)
     generator = torch.Generator().manual_seed(3)
     targets = torch.randint(vocab_size, (n_tokens,), generator=generator)
     targets[torch.arange(n_tokens) % 4 == 1] = -100
@@ -107,66 +157,212 @@ def cross_entropy_trial(
             given["hidden"], given["weight"], given.get("bias"), targets, softcap=softcap,
             label_smoothing=label_smoothing, z_loss=z_loss,
         )  # fmt: skip
-        return {"loss": result.loss, "nll": result.nll, "lse": result.lse}
+        fields = ("loss", "nll", "lse", "correct")
+        return {field: getattr(result, field) for field in fields}
 
     spec = CrossEntropySpec(
         width=width, vocab_size=vocab_size, bias=bias, softcap=softcap, dtype=dtype, device=device,
         z_loss=z_loss > 0, label_smoothing=label_smoothing > 0,
     )  # fmt: skip
     words = f"{' bias' * bias} softcap={softcap} smoothing={label_smoothing} z={z_loss} {dtype}"
-    name = f"{n_tokens}x{vocab_size}{words}"
-    return Trial(name, spec, leaves, run, detached=frozenset({"nll", "lse"}))
+    kinds = "" if mix == Mix(dtype, dtype, dtype) else f" {mix}"
+    return Trial(
+        f"{n_tokens}x{vocab_size}{words}{kinds}", spec, leaves, run, autocast=mix.autocast,
+        detached=frozenset({"nll", "lse", "correct"}),
+        dtypes=dict.fromkeys(("loss", "nll", "lse", "correct"), FP32),
+    )  # fmt: skip
 
 
-def symmetric_trial(n_rows: int, n_columns: int, *, dtype: torch.dtype, device: str) -> Trial:
+def symmetric_trial(
+    n_rows: int, n_columns: int, *, dtype: torch.dtype, device: str,
+    autocast: torch.dtype | None = None,
+) -> Trial:  # fmt: skip
     """x x^T of a transposed view."""
     x = normal(2, n_columns, n_rows, dtype=dtype, seed=0, device=device).mT
 
     def run(kernel: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"out": kernel.run(given["x"])}
 
-    spec: Spec = SymmetricProductSpec(dtype=dtype, device=device)
-    return Trial(f"{n_rows}x{n_columns} {dtype}", spec, {"x": x}, run)
+    spec: Spec = SymmetricProductSpec(dtype=autocast or dtype, device=device)
+    return Trial(
+        f"{n_rows}x{n_columns} {dtype}", spec, {"x": x}, run, autocast=autocast,
+        dtypes={"out": autocast or dtype},
+    )  # fmt: skip
+
+
+def linear_trial(
+    n_rows: int, n_in: int, n_out: int, *, bias: bool, dtype: torch.dtype, device: str,
+    mix: Mix | None = None,
+) -> Trial:  # fmt: skip
+    """A linear layer on [2, N, I]."""
+    mix = mix or Mix(dtype, dtype, dtype)
+    leaves = {
+        "x": normal(2, n_rows, n_in, dtype=mix.x, seed=0, device=device),
+        "weight": normal(n_out, n_in, dtype=mix.weight, seed=1, device=device) * n_in**-0.5,
+    }
+    if bias:
+        leaves["bias"] = normal(n_out, dtype=mix.weight, seed=2, device=device)
+
+    def run(kernel: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"out": kernel.run(given["x"], given["weight"], given.get("bias"))}
+
+    kinds = f"{dtype}" if mix == Mix(dtype, dtype, dtype) else str(mix)
+    return Trial(
+        f"{n_in} to {n_out}, {n_rows} rows{' bias' * bias} {kinds}",
+        LinearSpec(dtype=dtype, device=device), leaves, run, autocast=mix.autocast,
+        dtypes={"out": dtype},
+    )  # fmt: skip
 
 
 def op_trials(op: str, device: str = "cpu") -> list[Trial]:
-    """The trials of one op."""
+    """The trials of one op: each of its shapes in each dtype, larger ones, then mixed dtypes."""
     trials = []
     for index, dtype in enumerate(DTYPES):
-        common = {"dtype": dtype, "device": device}
-        if op == "norm":
-            for kind in ("layernorm", "rmsnorm"):
-                # A LayerNorm of one number is 0 whatever it is: two tell something.
-                least = 2 if kind == "layernorm" else 1
-                for n_rows, width in ((37, 24), (1, least), (5, 129), (3, 1000)):
-                    trials.append(
-                        norm_trial(
-                            kind, n_rows, width, bias=kind == "layernorm" and width != 24,
-                            residual=(width + index) % 2 == 0, **common,
-                        )
-                    )  # fmt: skip
-        elif op == "rotary":
-            trials.append(rotary_trial(3, 16, 8, per_row=index == 0, **common))
-            trials.append(rotary_trial(1, 20, 5, per_row=True, **common))
-        elif op == "glu":
-            trials += [
-                glu_trial(kind, *shape, **common)
-                for kind in ("swiglu", "geglu")
-                for shape in ((3, 127), (1, 1), (2, 1029))
-            ]
-        elif op == "linear_cross_entropy":
-            for n_tokens, vocab_size, bias, softcap, smoothing, z in (
-                (13, 127, False, None, 0.0, 0.0),
-                (5, 129, True, None, 0.1, 0.0),
-                (7, 31, False, 5.0, 0.0, 1e-2),
-                (1, 5000, True, 3.0, 0.1, 1e-2),
-            ):
-                trials.append(
-                    cross_entropy_trial(
-                        n_tokens, vocab_size, bias=bias, softcap=softcap,
-                        label_smoothing=smoothing, z_loss=z, **common,
-                    )
-                )  # fmt: skip
-        elif op == "symmetric_product":
-            trials += [symmetric_trial(*shape, **common) for shape in ((37, 19), (1, 1), (64, 65))]
-    return trials
+        trials += TRIALS[op](index, {"dtype": dtype, "device": device})
+    return trials + LARGE[op]({"dtype": FP32, "device": device}) + MIXED[op](device)
+
+
+LARGE: dict[str, Callable[[dict[str, Any]], list[Trial]]] = {
+    "norm": lambda common: [
+        norm_trial("layernorm", *shape, bias=True, residual=True, **common)
+        for shape in ((1, 5000), (300, 8))
+    ],
+    "rotary": lambda common: [rotary_trial(17, 68, 34, per_row=False, n_tokens=70, **common)],
+    "glu": lambda common: [
+        glu_trial("swiglu", *shape, **common) for shape in ((1, 4500), (200, 3))
+    ],
+    "linear_cross_entropy": lambda common: [
+        cross_entropy_trial(
+            *sizes, bias=True, softcap=None, label_smoothing=0.0, z_loss=0.0, **common
+        )
+        for sizes in ((600, 11), (3, 9001))
+    ],
+    "symmetric_product": lambda common: [
+        symmetric_trial(*shape, **common) for shape in ((130, 5), (5, 300))
+    ],
+    "linear": lambda common: [
+        linear_trial(*sizes, bias=True, **common) for sizes in ((300, 5, 7), (3, 700, 300))
+    ],
+}
+"""More rows, and wider ones, than the other trials have."""
+
+
+def norm_trials(index: int, common: dict[str, Any]) -> Iterator[Trial]:
+    """Rows of several widths, and rows so small that eps decides."""
+    for kind in ("layernorm", "rmsnorm"):
+        # A LayerNorm of one number is 0 whatever it is: two tell something.
+        least = 2 if kind == "layernorm" else 1
+        for n_rows, width in ((37, 24), (1, least), (5, 129), (3, 1000)):
+            yield norm_trial(
+                kind, n_rows, width, bias=kind == "layernorm" and width != 24,
+                residual=(width + index) % 2 == 0, **common,
+            )  # fmt: skip
+        yield norm_trial(kind, 7, 40, bias=False, residual=index == 0, size=3e-3, **common)
+
+
+def rotary_trials(index: int, common: dict[str, Any]) -> Iterator[Trial]:
+    """Whole heads and parts of them."""
+    yield rotary_trial(3, 16, 8, per_row=index == 0, **common)
+    yield rotary_trial(1, 20, 5, per_row=True, **common)
+
+
+def glu_trials(index: int, common: dict[str, Any]) -> Iterator[Trial]:
+    """Both gates, on both sides of a block."""
+    for kind in ("swiglu", "geglu"):
+        for shape in ((3, 127), (1, 1), (2, 1029)):
+            yield glu_trial(kind, *shape, **common)
+
+
+def cross_entropy_trials(index: int, common: dict[str, Any]) -> Iterator[Trial]:
+    """Each option, and all at once on a vocabulary of more than one block."""
+    for n_tokens, vocab_size, bias, softcap, smoothing, z in (
+        (13, 127, False, None, 0.0, 0.0),
+        (5, 129, True, None, 0.1, 0.0),
+        (7, 31, False, 5.0, 0.0, 1e-2),
+        (1, 5000, True, 3.0, 0.1, 1e-2),
+    ):
+        yield cross_entropy_trial(
+            n_tokens, vocab_size, bias=bias, softcap=softcap, label_smoothing=smoothing, z_loss=z,
+            **common,
+        )  # fmt: skip
+
+
+def symmetric_trials(index: int, common: dict[str, Any]) -> Iterator[Trial]:
+    """Tall, tiny and wide."""
+    for shape in ((37, 19), (1, 1), (64, 65)):
+        yield symmetric_trial(*shape, **common)
+
+
+def linear_trials(index: int, common: dict[str, Any]) -> Iterator[Trial]:
+    """With and without a bias."""
+    yield linear_trial(5, 24, 37, bias=True, **common)
+    yield linear_trial(1, 129, 3, bias=False, **common)
+
+
+TRIALS: dict[str, Callable[[int, dict[str, Any]], Iterator[Trial]]] = {
+    "norm": norm_trials,
+    "rotary": rotary_trials,
+    "glu": glu_trials,
+    "linear_cross_entropy": cross_entropy_trials,
+    "symmetric_product": symmetric_trials,
+    "linear": linear_trials,
+}
+
+
+def mixed_norms(device: str) -> list[Trial]:
+    """After a sum and alone, in every mix; outputs have the stream's dtype."""
+    common = {"dtype": BF16, "device": device}
+    return [
+        norm_trial(kind, 5, 24, bias=kind == "layernorm", residual=residual, mix=mix, **common)
+        for mix in MIXES
+        for kind in ("layernorm", "rmsnorm")
+        for residual in (True, False)
+    ]
+
+
+def mixed_rotaries(device: str) -> list[Trial]:
+    """16-bit heads, and float32 ones in an autocast region; angles are float32 always."""
+    return [
+        rotary_trial(2, 16, 5, per_row=False, dtype=dtype, device=device, autocast=BF16)
+        for dtype in (BF16, FP32)
+    ]
+
+
+def mixed_glus(device: str) -> list[Trial]:
+    """The gate's dtype stays, whatever the region's."""
+    return [
+        glu_trial("swiglu", 3, 40, dtype=dtype, device=device, autocast=BF16)
+        for dtype in (BF16, FP32)
+    ]
+
+
+def mixed_cross_entropies(device: str) -> list[Trial]:
+    """float32 parameters under autocast, with 16-bit and with float32 hidden states."""
+    options = {"bias": True, "softcap": None, "label_smoothing": 0.1, "z_loss": 1e-2}
+    return [
+        cross_entropy_trial(9, 63, dtype=BF16, device=device, mix=Mix(x, FP32, x, BF16), **options)
+        for x in (BF16, FP32)
+    ]
+
+
+def mixed_products(device: str) -> list[Trial]:
+    """float32 under autocast, which makes it 16-bit."""
+    return [symmetric_trial(33, 9, dtype=FP32, device=device, autocast=BF16)]
+
+
+def mixed_linears(device: str) -> list[Trial]:
+    """float32 parameters under autocast, with 16-bit and with float32 inputs."""
+    return [
+        linear_trial(5, 24, 37, bias=True, dtype=BF16, device=device, mix=Mix(x, FP32, x, BF16))
+        for x in (BF16, FP32)
+    ]
+
+
+MIXED: dict[str, Callable[[str], list[Trial]]] = {
+    "norm": mixed_norms,
+    "rotary": mixed_rotaries,
+    "glu": mixed_glus,
+    "linear_cross_entropy": mixed_cross_entropies,
+    "symmetric_product": mixed_products,
+    "linear": mixed_linears,
+}

@@ -1,15 +1,17 @@
 """A trial: one set of inputs for an op, and how far a kernel is from the reference on it.
 
-Every op is checked the same way. The kernel runs in the trial's dtype; the reference runs on the
-same numbers in float64; outputs, and the gradients of all differentiable inputs for one random
-incoming gradient, are compared by the largest difference over the largest value.
+Every op is checked the same way. The kernel runs on the trial's leaves as they are, each in its own
+dtype, under autocast where the trial says so; the reference runs on the same numbers in float64;
+outputs, and the gradients of all differentiable inputs for one random incoming gradient, are
+compared by the largest difference over the largest value.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -24,16 +26,23 @@ TOLERANCE = {
     torch.float16: 4e-3,
     torch.bfloat16: 3e-2,
 }
+SMALL = 1e-3
+"""Values below it throughout are what is left of larger ones that cancel: see `distance`."""
 
 Run = Callable[[Any, dict[str, Tensor]], dict[str, Tensor]]
+Terms = Callable[[dict[str, Tensor]], Mapping[str, float]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
     """Inputs of one op.
 
-    `leaves` are its differentiable inputs in the trial's dtype and layout; `run(kernel, leaves)`
-    calls a kernel on such leaves and names its outputs. Outputs in `detached` have no gradient.
+    `leaves` are its differentiable inputs in their dtypes and layouts; `run(kernel, leaves)` calls
+    a kernel on such leaves and names its outputs. Outputs in `detached` have no gradient.
+    `autocast` is the dtype of the autocast region that the kernel runs in, `computes` the dtype
+    that bounds its precision (the spec's, unless it sums in a wider one), `dtypes` what its outputs
+    must have. `terms(leaves)` is the size of what is added up to each gradient, for those that
+    cancel.
     """
 
     name: str
@@ -41,19 +50,31 @@ class Trial:
     leaves: dict[str, Tensor]
     run: Run
     detached: frozenset[str] = frozenset()
+    autocast: torch.dtype | None = None
+    computes: torch.dtype | None = None
+    dtypes: Mapping[str, torch.dtype] = dataclasses.field(default_factory=dict)
+    terms: Terms | None = None
 
     @property
     def differentiable(self) -> bool:
         """Whether the phase needs gradients."""
         return self.spec.phase == "train"
 
+    def tolerance(self, dtype: torch.dtype) -> float:
+        """How far a result of this dtype may be off."""
+        return max(TOLERANCE[self.computes or self.spec.dtype], TOLERANCE[dtype])
+
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a kernel gave on a trial: outputs and gradients by name."""
+    """What a kernel gave on a trial: outputs and gradients by name.
+
+    `unreached` are the inputs that the outputs do not depend on, as autograd sees it.
+    """
 
     outputs: dict[str, Tensor]
     gradients: dict[str, Tensor]
+    unreached: frozenset[str] = frozenset()
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -74,33 +95,55 @@ def like(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.detach().to(dtype).requires_grad_()
 
 
-def execute(trial: Trial, kernel: Any, dtype: torch.dtype, *, backward: bool) -> Result:
-    """Runs a kernel on the trial's numbers in a dtype."""
-    leaves = {name: like(x, dtype).requires_grad_(backward) for name, x in trial.leaves.items()}
-    outputs = trial.run(kernel, leaves)
-    if not backward:
-        return Result({name: x.detach() for name, x in outputs.items()}, {})
+def upstream(outputs: Mapping[str, Tensor], detached: frozenset[str]) -> dict[str, Tensor]:
+    """The random incoming gradient of each output that has one, in numbers that all dtypes hold."""
     generator = torch.Generator().manual_seed(1)
-    total = torch.zeros((), dtype=torch.float64, device=next(iter(leaves.values())).device)
-    for name, output in outputs.items():
-        if name in trial.detached:
-            continue
-        weight = torch.randn(output.shape, generator=generator).to(output.device)
-        # Rows without any key have lse -inf; they have no gradient, and no finite sum.
-        finite = torch.isfinite(output.detach())
-        total = total + (torch.where(finite, output, 0.0).double() * weight).sum()
-    grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-    gradients = {
-        name: torch.zeros_like(leaf) if grad is None else grad
-        for (name, leaf), grad in zip(leaves.items(), grads, strict=True)
+    return {
+        name: torch.randn(x.shape, generator=generator).bfloat16().float().to(x.device)
+        for name, x in outputs.items()
+        if name not in detached
     }
-    return Result({name: x.detach() for name, x in outputs.items()}, gradients)
 
 
-def distance(actual: Tensor, expected: Tensor) -> float:
+def execute(
+    trial: Trial, kernel: Any, dtype: torch.dtype | None = None, *, backward: bool
+) -> Result:
+    """Runs a kernel on the trial: with a dtype on its numbers in that dtype, without one on its
+    leaves as they are and under its autocast."""
+    leaves = {
+        name: like(x, dtype or x.dtype).requires_grad_(backward) for name, x in trial.leaves.items()
+    }
+    device = next(iter(leaves.values())).device
+    region: Any = contextlib.nullcontext()
+    if dtype is None and trial.autocast is not None:
+        region = torch.autocast(device.type, trial.autocast)
+    with region:
+        outputs = trial.run(kernel, leaves)
+    plain = {name: x.detach() for name, x in outputs.items()}
+    if not backward:
+        return Result(plain, {})
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for name, weight in upstream(outputs, trial.detached).items():
+        # Rows without any key have lse -inf; they have no gradient, and no finite sum.
+        finite = torch.isfinite(plain[name])
+        total = total + (torch.where(finite, outputs[name], 0.0).double() * weight).sum()
+    if not total.requires_grad:
+        zeros = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+        return Result(plain, zeros, frozenset(leaves))
+    grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    found = dict(zip(leaves, grads, strict=True))
+    gradients = {
+        name: torch.zeros_like(leaves[name]) if grad is None else grad
+        for name, grad in found.items()
+    }
+    return Result(plain, gradients, frozenset(name for name, g in found.items() if g is None))
+
+
+def distance(actual: Tensor, expected: Tensor, terms: float = SMALL) -> float:
     """max |actual - expected| / max |expected|, over finite values; inf where only one is finite.
 
-    Values below 1e-3 throughout count by their absolute difference over 1e-3.
+    Values below SMALL throughout count by their difference over `terms`: the rounding of terms that
+    cancel is as large as the terms make it, however small their sum.
     """
     actual, expected = actual.detach().double(), expected.detach().double()
     if actual.shape != expected.shape:
@@ -111,19 +154,36 @@ def distance(actual: Tensor, expected: Tensor) -> float:
     if not finite.any():
         return 0.0
     difference = (actual - expected)[finite].abs().max()
-    return float(difference / expected[finite].abs().max().clamp(min=1e-3))
+    largest = float(expected[finite].abs().max())
+    return float(difference / (largest if largest >= SMALL else max(terms, SMALL)))
+
+
+def compare(trial: Trial, actual: Result, definition: Any = None) -> dict[str, float]:
+    """Distance of a result from the definition's (the op's own if None), by name."""
+    definition = definition or reference_of(trial)
+    expected = execute(trial, definition, torch.float64, backward=bool(actual.gradients)).tensors
+    terms: Mapping[str, float] = {}
+    cancels = (name in expected and expected[name].abs().max() < SMALL for name in actual.tensors)
+    if trial.terms is not None and any(cancels):
+        terms = trial.terms({name: x.detach().double() for name, x in trial.leaves.items()})
+    return {
+        name: distance(x, expected[name], terms.get(name, SMALL))
+        for name, x in actual.tensors.items()
+        if name in expected
+    }
 
 
 def errors(trial: Trial, kernel: Any) -> dict[str, float]:
     """Distance from the reference for every output and gradient."""
-    backward = trial.differentiable
-    actual = execute(trial, kernel, trial.spec.dtype, backward=backward)
-    wide = torch.float64
-    expected = execute(trial, reference_of(trial), wide, backward=backward)
+    return compare(trial, execute(trial, kernel, backward=trial.differentiable))
+
+
+def excess(trial: Trial, actual: Result) -> dict[str, float]:
+    """The same as a multiple of what each may be off by, by its dtype: right is below 1."""
+    tensors = actual.tensors
     return {
-        name: distance(x, expected.tensors[name])
-        for name, x in actual.tensors.items()
-        if name in expected.tensors
+        name: found / trial.tolerance(tensors[name].dtype)
+        for name, found in compare(trial, actual).items()
     }
 
 
@@ -141,6 +201,7 @@ def reference_of(trial: Trial) -> Any:
 
 OP_OF = {
     "AttentionSpec": "attention",
+    "LinearSpec": "linear",
     "CrossEntropySpec": "linear_cross_entropy",
     "NormSpec": "norm",
     "RotarySpec": "rotary",

@@ -1,0 +1,83 @@
+"""What is wrong with a kernel on one trial, in the sentence that names it.
+
+The first fault that is found is told, the plainest first: a result of the wrong kind, inputs that
+were changed, noise, then numbers, and gradients last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanolm.tools.kernel_check.suspects import named
+from nanolm.tools.kernel_check.trial import Result, Trial, excess, execute, reference_of
+
+
+def fault(kernel: Any, trial: Trial) -> str | None:
+    """A sentence about the kernel on this trial, or None when it is right."""
+    before = {name: x.clone() for name, x in trial.leaves.items()}
+    state = torch.get_rng_state()
+    try:
+        found = execute(trial, kernel, backward=trial.differentiable)
+        changed = [name for name, x in trial.leaves.items() if not same(x, before[name])]
+    finally:
+        for name, x in trial.leaves.items():
+            x.copy_(before[name])
+    if changed:
+        return f"it changes its input in place: {', '.join(changed)}"
+    if not torch.equal(state, torch.get_rng_state()):
+        return "it changes the state of torch's random numbers, and nothing here is random"
+    right = execute(trial, reference_of(trial), torch.float64, backward=False).outputs
+    return kind_of_outputs(trial, found.outputs, right) or numbers(kernel, trial, found, right)
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether all numbers are equal, NaN being equal to NaN."""
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def kind_of_outputs(
+    trial: Trial, outputs: Mapping[str, Tensor], right: Mapping[str, Tensor]
+) -> str | None:
+    """Whether shapes, dtypes and the places of infinities are those that the contract names."""
+    for name, x in outputs.items():
+        if x.shape != right[name].shape:
+            return f"its {name} is of shape {list(x.shape)}; {list(right[name].shape)} is due"
+    for name, x in outputs.items():
+        due = trial.dtypes.get(name, x.dtype)
+        if x.dtype != due:
+            where = f" under autocast to {trial.autocast}" if trial.autocast else ""
+            return f"its {name} is {x.dtype}{where}; {due} is due"
+    for name, x in outputs.items():
+        if not torch.equal(x.isfinite(), right[name].isfinite()):
+            words = f"its {name} is NaN or infinite where it should not be"
+            blind = "out" in outputs and (right["out"] == 0).flatten(2).all(-1).any()
+            if blind and type(trial.spec).__name__ == "AttentionSpec":
+                words += ": a query that may see no key gives 0"
+            return words
+    return None
+
+
+def numbers(kernel: Any, trial: Trial, found: Result, right: Mapping[str, Tensor]) -> str | None:
+    """Whether outputs and gradients are the reference's."""
+    off = excess(trial, found)
+    wrong = [name for name in found.tensors if not off.get(name, 0.0) < 1]
+    if not wrong:
+        return None
+    again = execute(trial, kernel, backward=trial.differentiable)
+    moved = [name for name, x in found.tensors.items() if not same(x, again.tensors[name])]
+    if moved:
+        return f"it gives other numbers each time on the same input: {', '.join(moved)}"
+    outputs = [name for name in wrong if name in found.outputs]
+    worst = max(outputs or wrong, key=off.get)
+    limit = trial.tolerance(found.tensors[worst].dtype)
+    size = f"is off by {off[worst] * limit:.1e} of its largest value, {limit:.0e} allowed"
+    if outputs:
+        return named(trial, dict(found.outputs)) or f"its {worst} {size}"
+    if found.unreached:
+        return f"no gradient reaches {', '.join(sorted(found.unreached))}: it detaches them"
+    inputs = ", ".join(name.removeprefix("d") for name in wrong)
+    return f"its output is right and its backward pass is not: the gradient of {inputs} {size}"

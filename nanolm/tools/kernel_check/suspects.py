@@ -1,0 +1,245 @@
+"""Kernels that are wrong in a known way, so that a wrong kernel can be told what it does.
+
+When a kernel's output is not the reference's, each suspect of the op is run on the same numbers;
+the one whose output it is names the fault.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanolm.ops.masks import Mask
+from nanolm.ops.reference import CrossEntropyOutput
+from nanolm.tools.kernel_check.trial import Trial, distance, execute, reference, reference_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Suspect:
+    """What a kernel would do wrong, in words, and a kernel that does it."""
+
+    words: str
+    run: Callable[..., Any]
+
+
+def named(trial: Trial, outputs: dict[str, Tensor]) -> str | None:
+    """The words of the suspect whose outputs these are, or None."""
+    right = execute(trial, reference_of(trial), torch.float64, backward=False).outputs
+    op = type(reference_of(trial)).__name__
+    for suspect in SUSPECTS.get(op, dict)():
+        try:
+            wrong = execute(trial, suspect, torch.float64, backward=False).outputs
+        except (ValueError, IndexError, RuntimeError, TypeError):
+            continue  # it cannot be run on this trial: it is not what the kernel does
+        differs = any(
+            distance(wrong[name], x) > 2 * trial.tolerance(outputs[name].dtype)
+            for name, x in right.items()
+        )
+        if differs and all(
+            distance(outputs[name], x) < trial.tolerance(outputs[name].dtype)
+            for name, x in wrong.items()
+        ):
+            return suspect.words
+    return None
+
+
+def without(mask: Mask, *fields: str, **others: Any) -> Mask:
+    """The mask with some fields as if they had not been given."""
+    return dataclasses.replace(mask, **dict.fromkeys(fields), **others)
+
+
+def attention_suspects() -> Iterator[Suspect]:
+    """Conditions and options that are ignored or taken otherwise."""
+    right = reference("attention").run
+
+    def masked(change: Callable[[Mask, int, int], Mask]) -> Callable[..., Any]:
+        def run(q: Tensor, k: Tensor, v: Tensor, mask: Mask, **options: Any) -> Any:
+            return right(q, k, v, change(mask, q.shape[1], k.shape[1]), **options)
+
+        return run
+
+    def optioned(**changed: Any) -> Callable[..., Any]:
+        return lambda *given, **options: right(*given, **(options | changed))
+
+    def usual_scale(q: Tensor, *given: Any, **options: Any) -> Any:
+        return right(q, *given, **(options | {"scale": q.shape[-1] ** -0.5}))
+
+    def other_heads(q: Tensor, k: Tensor, v: Tensor, mask: Mask, **options: Any) -> Any:
+        repeats = q.shape[2] // k.shape[2]
+        return right(q, k.repeat(1, 1, repeats, 1), v.repeat(1, 1, repeats, 1), mask, **options)
+
+    def top_left(q: Tensor, k: Tensor, v: Tensor, mask: Mask, **options: Any) -> Any:
+        n, m = q.shape[1], k.shape[1]
+        if m > n:  # queries at the end of the first n keys
+            return right(q, k[:, :n], v[:, :n], mask, **options)
+        padded = (F.pad(x, (0, 0, 0, 0, 0, n - m)) for x in (k, v))
+        lengths = torch.full((len(q),), m, device=q.device)
+        return right(q, *padded, dataclasses.replace(mask, key_lengths=lengths), **options)
+
+    def wider(by: int) -> Callable[[Mask, int, int], Mask]:
+        return lambda mask, *_: dataclasses.replace(mask, window=mask.window + by)
+
+    ignores = "it ignores {}: its output is that of attention without"
+    for words, change in (
+        ("key lengths (padding)", lambda m, *_: without(m, "key_lengths")),
+        ("documents", lambda m, *_: without(m, "documents", "key_documents")),
+        ("the prefix", lambda m, *_: without(m, "prefix_lengths")),
+        ("the order", lambda m, *_: without(m, "order", "key_order")),
+        ("causality", lambda m, *_: without(m, causal=False)),
+        ("the window", lambda m, *_: without(m, "window")),
+        ("the whole mask", lambda *_: Mask()),
+    ):
+        yield Suspect(ignores.format(words), masked(change))
+    yield Suspect(
+        "it takes a strict order for a loose one: a query sees its own place",
+        masked(lambda m, *_: dataclasses.replace(m, strict=False)),
+    )
+    yield Suspect("its window is one too wide", masked(wider(1)))
+    yield Suspect("its window is one too narrow", masked(wider(-1)))
+    yield Suspect(
+        "it puts queries at the beginning of the keys; they stand at the end (T != S)", top_left
+    )
+    yield Suspect(ignores.format("the soft-cap"), optioned(softcap=None))
+    yield Suspect(ignores.format("the bias"), optioned(bias=None))
+    yield Suspect("it ignores `scale`: it takes 1 / sqrt(K)", usual_scale)
+    yield Suspect("it ignores `scale`: its products are not scaled", optioned(scale=1.0))
+    yield Suspect(
+        "a query head reads the wrong key head: query head h belongs to key head h // (H / G)",
+        other_heads,
+    )
+
+
+def norm_suspects() -> Iterator[Suspect]:
+    """Options that are ignored or taken otherwise."""
+    right = reference("norm").run
+
+    def stays(x: Tensor, *given: Any, residual: Tensor | None = None, **options: Any) -> Any:
+        return right(x, *given, residual=residual, **options)[0], x
+
+    def other_kind(*given: Any, kind: str, **options: Any) -> Any:
+        return right(*given, kind="rmsnorm" if kind == "layernorm" else "layernorm", **options)
+
+    def outside(x: Tensor, weight: Tensor, bias: Any, *, eps: float, **options: Any) -> Any:
+        out, total = right(x, weight, None, eps=0.0, **options)
+        rms = total - total.mean(-1, keepdim=True) if options["kind"] == "layernorm" else total
+        rms = rms.square().mean(-1, keepdim=True).sqrt()
+        out = out * rms / (rms + eps)
+        return (out if bias is None else out + bias), total
+
+    def changed(**fields: Any) -> Callable[..., Any]:
+        return lambda *given, **options: right(*given, **(options | fields))
+
+    yield Suspect("it ignores the residual", changed(residual=None))
+    yield Suspect("its second output is x; x + residual is due", stays)
+    yield Suspect("it ignores the bias", lambda x, w, _, **o: right(x, w, None, **o))
+    yield Suspect("it ignores the weight", lambda x, w, b, **o: right(x, w * 0 + 1, b, **o))
+    yield Suspect("it ignores eps", changed(eps=0.0))
+    yield Suspect("it takes an eps of its own, 1e-6", changed(eps=1e-6))
+    yield Suspect("it takes an eps of its own, 1e-8", changed(eps=1e-8))
+    yield Suspect("it adds eps outside the square root", outside)
+    yield Suspect("it takes layernorm for rmsnorm, or the reverse", other_kind)
+
+
+def cross_entropy_suspects() -> Iterator[Suspect]:
+    """Options that are ignored or taken otherwise."""
+    right = reference("linear_cross_entropy").run
+
+    def mean(h: Tensor, w: Tensor, b: Any, targets: Tensor, **options: Any) -> Any:
+        found = right(h, w, b, targets, **options)
+        return found._replace(loss=found.loss / (targets != -100).sum())
+
+    def counts(h: Tensor, w: Tensor, b: Any, targets: Tensor, **options: Any) -> CrossEntropyOutput:
+        return right(h, w, b, targets.clamp(min=0), **options)
+
+    def counts_loss(h: Tensor, w: Tensor, b: Any, targets: Tensor, **options: Any) -> Any:
+        found = counts(h, w, b, targets, **options)
+        return right(h, w, b, targets, **options)._replace(loss=found.loss)
+
+    def smooth_nll(h: Tensor, w: Tensor, b: Any, targets: Tensor, **options: Any) -> Any:
+        found = right(h, w, b, targets, **options)
+        hidden = [h[n : n + 1] for n in range(len(h))]
+        single = [right(x, w, b, t[None], **options).loss for x, t in zip(hidden, targets)]
+        return found._replace(nll=torch.stack(single))
+
+    def changed(**fields: Any) -> Callable[..., Any]:
+        return lambda *given, **options: right(*given, **(options | fields))
+
+    yield Suspect("it counts tokens whose target is -100", counts)
+    yield Suspect("its loss counts tokens whose target is -100", counts_loss)
+    yield Suspect("its loss is the mean over tokens; their sum is due", mean)
+    yield Suspect("it ignores label_smoothing", changed(label_smoothing=0.0))
+    yield Suspect("it ignores z_loss", changed(z_loss=0.0))
+    yield Suspect("it ignores the soft-cap", changed(softcap=None))
+    yield Suspect("it ignores the bias", lambda h, w, _, t, **o: right(h, w, None, t, **o))
+    yield Suspect("its nll is the loss of a token; it is the plain likelihood's", smooth_nll)
+
+
+def glu_suspects() -> Iterator[Suspect]:
+    """The halves and the gates exchanged."""
+    right = reference("glu").run
+
+    def swapped(gate_up: Tensor, **options: Any) -> Tensor:
+        return right(torch.cat(gate_up.chunk(2, dim=-1)[::-1], dim=-1), **options)
+
+    def approximate(gate_up: Tensor, *, kind: str) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        if kind == "swiglu":
+            return right(gate_up, kind=kind)
+        return F.gelu(gate, approximate="tanh") * up
+
+    def other(gate_up: Tensor, *, kind: str) -> Tensor:
+        return right(gate_up, kind="geglu" if kind == "swiglu" else "swiglu")
+
+    yield Suspect("it takes the second half for the gate; the first is", swapped)
+    yield Suspect("it takes swiglu for geglu, or the reverse", other)
+    yield Suspect("its GELU is the approximation by tanh; the exact one is due", approximate)
+
+
+def rotary_suspects() -> Iterator[Suspect]:
+    """Other pairs, and the other direction."""
+    right = reference("rotary").run
+
+    def neighbours(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        n = 2 * cos.shape[-1]
+        order = torch.cat([torch.arange(0, n, 2), torch.arange(1, n, 2)])
+        order = torch.cat([order, torch.arange(n, x.shape[-1])]).to(x.device)
+        return right(x[..., order], cos, sin)[..., order.argsort()]
+
+    def whole(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return F.pad(right(x, cos, sin)[..., : 2 * cos.shape[-1]], (0, x.shape[-1]))[
+            ..., : x.shape[-1]
+        ]
+
+    yield Suspect("it rotates neighbours; the pairs are (i, i + R)", neighbours)
+    yield Suspect("it rotates the other way round", lambda x, c, s: right(x, c, -s))
+    yield Suspect("it loses the features that are not rotated", whole)
+    yield Suspect("it takes the first row's angles for all", lambda x, c, s: right(x, c[:1], s[:1]))
+
+
+def linear_suspects() -> Iterator[Suspect]:
+    """Without its bias."""
+    right = reference("linear").run
+    yield Suspect("it ignores the bias", lambda x, w, _: right(x, w, None))
+
+
+def product_suspects() -> Iterator[Suspect]:
+    """Half of a symmetric result."""
+    right = reference("symmetric_product").run
+    yield Suspect("it writes the lower half of the product only", lambda x: right(x).tril())
+    yield Suspect("it writes the upper half of the product only", lambda x: right(x).triu())
+
+
+SUSPECTS: dict[str, Callable[[], Iterator[Suspect]]] = {
+    "ReferenceAttention": attention_suspects,
+    "ReferenceNorm": norm_suspects,
+    "ReferenceCrossEntropy": cross_entropy_suspects,
+    "ReferenceGlu": glu_suspects,
+    "ReferenceRotary": rotary_suspects,
+    "ReferenceLinear": linear_suspects,
+    "ReferenceSymmetricProduct": product_suspects,
+}

@@ -1,0 +1,130 @@
+"""Edges of the ops: targets outside the vocabulary, no keys, dropout of 1, a bias that hides."""
+
+import pytest
+import torch
+
+from nanolm.errors import UserError
+from nanolm.ops.bias import AlibiBias, DenseBias
+from nanolm.ops.contract import KERNELS, AttentionSpec, CrossEntropySpec, candidates, choose, kernel
+from nanolm.ops.masks import Mask
+from nanolm.tools.kernel_check.op_trials import normal
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ATTENTION = ("reference", "sdpa", "triton", "triton_decode")
+
+
+def kernel_of(op, name):
+    candidates(op)
+    return KERNELS[op].get(name).build()
+
+
+def draw(*shape, seed=0, grad=True):
+    x = normal(*shape, dtype=torch.float32, seed=seed, device=DEVICE)
+    return x.requires_grad_(grad)
+
+
+@pytest.mark.parametrize("wrong", [7, 8, 4000, -1, -99, -101, 2**40])
+@pytest.mark.parametrize("name", ["reference", "chunked", "torch", "wide", "triton"])
+def test_a_target_outside_the_vocabulary_is_nan_in_every_kernel(name, wrong):
+    run = kernel_of("linear_cross_entropy", name).run
+    hidden, weight = draw(4, 5), draw(7, 5, seed=1)
+    targets = torch.tensor([3, wrong, -100, 6], device=DEVICE)
+    found = run(hidden, weight, None, targets)
+    assert found.loss.isnan()
+    assert found.nll.isnan().tolist() == [False, True, False, False]
+    assert found.lse.isfinite().all() and found.correct[1] == 0
+    right = run(hidden, weight, None, targets.where(targets != wrong, 0))
+    assert right.loss.isfinite()
+    kept = [0, 2, 3]
+    assert torch.equal(found.nll[kept], right.nll[kept])
+    grad_hidden, _ = torch.autograd.grad(found.loss, [hidden, weight])
+    assert grad_hidden.isnan().any()  # and so the guards of a run see it
+
+
+def test_options_of_the_loss_do_not_hide_a_wrong_target():
+    options = {"softcap": 3.0, "label_smoothing": 0.1, "z_loss": 0.01}
+    targets = torch.tensor([3, 7, -100], device=DEVICE)
+    for name, found in candidates("linear_cross_entropy").items():
+        spec = CrossEntropySpec(
+            width=5, vocab_size=7, softcap=3.0, z_loss=True, label_smoothing=True, device=DEVICE
+        )
+        if found.why_not(spec) is None:
+            hidden = draw(3, 5)
+            loss = found.run(hidden, draw(7, 5, seed=1), None, targets, **options).loss
+            (grad,) = torch.autograd.grad(loss, hidden)
+            assert loss.isnan() and grad[1].isnan().all() and grad[[0, 2]].isfinite().all(), name
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_without_any_key_attention_is_zero(name):
+    q, k = draw(2, 3, 2, 16), draw(2, 0, 2, 16)
+    out = kernel_of("attention", name).run(q, k, k, Mask(), scale=0.25)
+    assert out.shape == q.shape and (out == 0).all()
+
+
+@pytest.mark.parametrize("name", ["reference", "sdpa", "triton"])
+def test_dropout_of_one_drops_everything(name):
+    q, k, v = (draw(1, 19, 2, 16, seed=seed) for seed in range(3))
+    out = kernel_of("attention", name).run(q, k, v, Mask(causal=True), scale=0.25, dropout=1.0)
+    assert (out == 0).all()
+    assert all((grad == 0).all() for grad in torch.autograd.grad(out.sum(), [q, k, v]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("hidden", ["lowest", "-inf"])
+@pytest.mark.parametrize("name", ATTENTION)
+def test_a_bias_that_hides_a_whole_row_is_zero_in_every_kernel(name, hidden, dtype):
+    q, k, v = (
+        draw(1, 5, 2, 16, seed=seed).detach().to(dtype).requires_grad_() for seed in range(3)
+    )
+    values = torch.zeros(1, 1, 5, 5, dtype=dtype, device=DEVICE)
+    values[..., 2, :] = torch.finfo(dtype).min if hidden == "lowest" else -torch.inf
+    values[..., 3, 1:] = values[0, 0, 2, 0]
+    out = kernel_of("attention", name).run(q, k, v, Mask(), bias=DenseBias(values), scale=0.25)
+    assert (out[0, 2] == 0).all() and torch.equal(out[0, 3], v[0, 0])
+    if out.requires_grad:
+        grads = torch.autograd.grad(out.float().sum(), [q, k, v])
+        assert all(grad.isfinite().all() for grad in grads) and (grads[0][0, 2] == 0).all()
+
+
+def test_slopes_that_learn_are_refused_when_the_model_is_built():
+    spec = AttentionSpec(n_heads=2, n_kv_heads=2, head_dim=16, bias="learned_alibi", device=DEVICE)
+    assert "these learn" in kernel_of("attention", "triton").why_not(spec)
+    assert choose("attention", spec).kernel.name in ("sdpa", "reference")
+    q, slopes = draw(1, 5, 2, 16), draw(2)
+    with pytest.raises(ValueError, match="bias_kind = 'learned_alibi'"):
+        kernel_of("attention", "triton").run(q, q, q, Mask(), bias=AlibiBias(slopes), scale=0.25)
+
+
+def registered(op, **attributes):
+    kernel(op)(type("Plugin", (), attributes))
+
+
+def serve(self, spec):
+    return None
+
+
+@pytest.mark.parametrize(
+    ("op", "attributes", "words"),
+    [
+        ("atention", {}, "there is no op 'atention'; did you mean attention"),
+        ("convolution", {}, "there is no op 'convolution'; choose from attention, linear"),
+        ("norm", {"why_not": serve, "run": serve}, "Plugin has no `name`"),
+        ("norm", {"name": 3, "why_not": serve, "run": serve}, "Plugin has no `name`"),
+        ("norm", {"name": "mine", "run": serve}, "'mine' has no method why_not"),
+        ("norm", {"name": "mine", "why_not": serve}, "'mine' has no method run"),
+        ("norm", {"name": "torch", "why_not": serve, "run": serve}, "'torch' is taken, by Torch"),
+        ("norm", {"name": "auto", "why_not": serve, "run": serve}, "'auto' is what `kernels:`"),
+        (
+            "norm",
+            {"name": "mine", "why_not": serve, "run": serve, "__init__": lambda self, x: None},
+            "cannot be made without arguments",
+        ),
+    ],
+)
+def test_a_kernel_that_cannot_be_registered_is_one_sentence(op, attributes, words):
+    candidates("norm")
+    with pytest.raises(UserError) as told:
+        registered(op, **attributes)
+    assert words in str(told.value) and "\n" not in str(told.value)
+    assert "mine" not in KERNELS["norm"].names()

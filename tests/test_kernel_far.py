@@ -1,0 +1,95 @@
+"""Places that are further apart than 2^31 elements: every index times stride is taken in 64 bits.
+
+The views lie in virtual memory that is never touched but for a few pages, in the middle of it: an
+offset that wraps around at 32 bits lands on zeros there, and shows as a wrong number.
+"""
+
+import mmap
+
+import pytest
+import torch
+
+from nanolm.ops.bias import DenseBias
+from nanolm.ops.contract import KERNELS, candidates
+from nanolm.ops.masks import Mask
+from nanolm.tools.kernel_check.op_trials import normal
+
+if torch.cuda.is_available():
+    pytest.skip("a GPU's memory is not virtual", allow_module_level=True)
+
+HALF = 2**31 + 2**22
+"""Elements on either side of where a view begins."""
+
+
+@pytest.fixture
+def space():
+    """float16 [2 * HALF] of untouched zeros."""
+    unreserved = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux's number; named by Python 3.13
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | unreserved
+    memory = mmap.mmap(-1, 4 * HALF, flags=flags)
+    yield torch.frombuffer(memory, dtype=torch.float16)
+
+
+def placed(space, values, stride):
+    """The values as a view with these strides, its first element in the middle of the space."""
+    view = space.as_strided(values.shape, stride, HALF)
+    reach = sum((n - 1) * d for n, d in zip(values.shape, stride, strict=True))
+    assert 2**31 <= reach < HALF
+    return view.copy_(values)
+
+
+def draw(*shape, seed=0):
+    return normal(*shape, dtype=torch.float16, seed=seed, device="cpu")
+
+
+def kernel_of(op, name="triton"):
+    candidates(op)
+    return KERNELS[op].get(name).build()
+
+
+@pytest.mark.parametrize("axis", range(4))
+@pytest.mark.parametrize("name", ["triton", "triton_decode"])
+def test_dense_bias(space, name, axis):
+    """Two rows, nine heads, a few queries, nine keys: T = S = 16,384 has such strides."""
+    sizes = (3, 9, 5, 9)
+    q, k, v = draw(3, 5, 9, 16), draw(3, 9, 9, 16, seed=1), draw(3, 9, 9, 16, seed=2)
+    values = draw(*sizes, seed=3)
+    stride = [405, 45, 9, 1]
+    stride[axis] = 2**31 // (sizes[axis] - 1)
+    run = kernel_of("attention", name).run
+    near = run(q, k, v, Mask(), bias=DenseBias(values), scale=0.25)
+    far = run(q, k, v, Mask(), bias=DenseBias(placed(space, values, stride)), scale=0.25)
+    assert torch.equal(near, far)
+
+
+@pytest.mark.parametrize("axis", range(4))
+@pytest.mark.parametrize("name", ["triton", "triton_decode"])
+def test_queries_keys_and_values(space, name, axis):
+    sizes = (3, 5, 9, 16)
+    x = draw(*sizes)
+    stride = [720, 144, 16, 1]
+    stride[axis] = 2**31 // (sizes[axis] - 1) + 1
+    far = placed(space, x, stride)
+    run = kernel_of("attention", name).run
+    assert torch.equal(run(far, far, far, Mask(), scale=0.25), run(x, x, x, Mask(), scale=0.25))
+
+
+@pytest.mark.parametrize("axis", range(4))
+def test_rotary(space, axis):
+    sizes = (3, 5, 9, 16)
+    x, angle = draw(*sizes), draw(1, 5, 5).float()
+    stride = [720, 144, 16, 1]
+    stride[axis] = 2**31 // (sizes[axis] - 1) + 1
+    run = kernel_of("rotary").run
+    far = run(placed(space, x, stride), angle.cos(), angle.sin())
+    assert torch.equal(far, run(x, angle.cos(), angle.sin()))
+
+
+@pytest.mark.parametrize("axis", range(3))
+def test_symmetric_product(space, axis):
+    sizes = (3, 9, 37)
+    x = draw(*sizes)
+    stride = [333, 37, 1]
+    stride[axis] = 2**31 // (sizes[axis] - 1) + 1
+    run = kernel_of("symmetric_product").run
+    assert torch.equal(run(placed(space, x, stride)), run(x))
