@@ -134,7 +134,9 @@ def make_split(
         for index, record in enumerate(table.records)
         for item in task.items(record, index, with_gold=with_gold)
     ]
-    return Split(name, table, items, notes_of(name, table, items, skipped, data.row_length))
+    notes = notes_of(name, table, items, skipped, data.row_length)
+    told = task.told(table, items) if with_gold else []
+    return Split(name, table, items, [*notes, *(f"{name}: {note}" for note in told)])
 
 
 def training_split(name: str, table: Table, task: Task, data: TaskDataConfig) -> Split:

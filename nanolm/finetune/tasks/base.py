@@ -175,6 +175,10 @@ class Task:
         of a task without a set of labels."""
         return {}
 
+    def told(self, table: Table, items: list[Item]) -> list[str]:
+        """What else a user should know of labelled records and their items."""
+        return []
+
     def trained(self, items: list[Item]) -> list[Item]:
         """The items of the train split that are trained on; evaluation always reads all."""
         return items

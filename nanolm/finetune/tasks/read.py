@@ -103,6 +103,13 @@ class Read(Task):
             "text; use a base whose tokenizer `nanolm prepare` trained",
         )
         self.question_length = min(options.question_length, self.length // 2)
+        room = self.length - 3 - self.question_length
+        require(
+            options.stride < room,
+            f"objective.stride={options.stride} leaves no way forward: beside a question of "
+            f"{self.question_length} tokens a window has room for {room} of the context; choose a "
+            f"smaller stride or question_length, or a greater data.row_length",
+        )
         self.heads = {"read": HeadRequest("span", {})}
 
     @classmethod
@@ -165,9 +172,9 @@ class Read(Task):
         answer = self.located(record) if with_gold else None
         span = None if answer is None else token_span(record["context"], answer, begins, ends)
         room = self.length - 3 - len(question)
-        step = max(1, room - self.options.stride)
+        step = room - self.options.stride
         items = []
-        for start in range(0, max(1, len(context) - self.options.stride), step):
+        for start in range(0, max(1, len(context) - self.options.stride), step):  # to the end
             stop = min(len(context), start + room)
             sequence, _ = self.frame(question, context[start:stop])
             window = Window(sequence.second, begins[start:stop], ends[start:stop])
@@ -175,6 +182,19 @@ class Read(Task):
             items.append(Item(index, [sequence], target, cut, window))
             cut = 0
         return items
+
+    def told(self, table: Table, items: list[Item]) -> list[str]:
+        """Answers that were looked for elsewhere in their context, and those that no window holds
+        (longer than the stride, they may fall between two): to the model they are none."""
+        found = [self.located(record) for record in table.records]
+        moved = sum(
+            answer is not None and answer.start not in [a.start for a in answers_of(record) or []]
+            for record, answer in zip(table.records, found, strict=True)
+        )
+        held = {item.record for item in items if item.target not in (None, NO_SPAN)}
+        lost = sum(answer is not None and i not in held for i, answer in enumerate(found))
+        notes = [f"{moved:,} answers do not stand where their record says and were relocated"]
+        return notes * bool(moved) + [f"{lost:,} answers stand in no window whole"] * bool(lost)
 
     def trained(self, items: list[Item]) -> list[Item]:
         """Every window with its answer, every window of a record without one, and evenly spread

@@ -1,0 +1,57 @@
+"""Windows of a long context: together they reach its end, and what none of them holds is told."""
+
+import itertools
+
+import pytest
+
+from nanolm.data.tables.files import Table
+from nanolm.errors import UserError
+from nanolm.finetune.splits import make_split
+from nanolm.finetune.tasks.read import NO_SPAN
+from tests.finetuned import checkpoint, config
+from tests.test_objectives_tasks import WORDS, build
+
+
+@pytest.mark.parametrize("stride", [1, 4, 11])
+@pytest.mark.parametrize("n_words", [1, 9, 20, 33, 64, 97])
+def test_windows_reach_the_end_of_every_context(stride, n_words):
+    task = build("read", "encoder", stride=stride, question_length=8)[0].objective
+    context = " ".join(WORDS[(3 * i) % len(WORDS)] for i in range(n_words))
+    for question in ("the", "the parser reads a file and returns the list of all names in it"):
+        last = context.split()[-1]
+        answers = [{"text": last, "answer_start": len(context) - len(last)}]
+        record = {"question": question, "context": context, "answers": answers}
+        items = task.items(record, 0, with_gold=True)
+        assert items[-1].extra.ends[-1] == len(context.encode())
+        assert items[0].extra.begins[0] == 0
+        for before, after in itertools.pairwise(items):
+            assert after.extra.begins[0] < before.extra.ends[-1]
+        assert items[-1].target != NO_SPAN
+
+
+@pytest.mark.parametrize(
+    ("stride", "length", "refused"), [(32, 64, True), (29, 64, True), (28, 64, False)]
+)
+def test_a_stride_without_a_way_forward_is_refused(stride, length, refused):
+    words = {"stride": stride, "question_length": 48, "length": length}
+    if not refused:
+        build("read", "encoder", **words)
+        return
+    with pytest.raises(UserError, match=f"stride={stride} leaves no way forward.*room for 29"):
+        build("read", "encoder", **words)
+
+
+def test_answers_that_no_window_holds_and_those_that_were_moved_are_counted():
+    learner, _ = build("read", "encoder", stride=2, question_length=8)
+    context = " ".join(WORDS * 3)
+    long = context[: len(context) // 2]
+    records = [
+        {"question": "the", "context": context, "answers": [{"text": "the", "answer_start": 0}]},
+        {"question": "the", "context": context, "answers": [{"text": long, "answer_start": 0}]},
+        {"question": "the", "context": context, "answers": [{"text": "parser", "answer_start": 1}]},
+        {"question": "the", "context": context, "answers": []},
+    ]
+    data = config(checkpoint("mlm"), "x", "y", "--objective.name=read").data
+    found = make_split("val", Table("t", records, [1, 2, 3, 4]), learner.objective, data)
+    assert "val: 1 answers stand in no window whole" in found.notes
+    assert "val: 1 answers do not stand where their record says and were relocated" in found.notes
