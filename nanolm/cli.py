@@ -27,6 +27,7 @@ COMMANDS = {
     "merge": ("nanolm.commands.merge", "fold an adapter into its base's weights"),
     "export": ("nanolm.commands.export", "a model as one folder, also for transformers"),
     "import": ("nanolm.commands.import_", "a published checkpoint as a nanolm folder"),
+    "parity": ("nanolm.commands.parity", "our models beside transformers', random weights"),
     "evaluate": ("nanolm.commands.evaluate", "figures of a checkpoint on a split"),
     "compare": ("nanolm.commands.compare", "two evaluated runs side by side"),
     "generate": ("nanolm.commands.generate", "write text with a decoder"),

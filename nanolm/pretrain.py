@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -17,6 +18,7 @@ from nanolm.data.stream import RowStream
 from nanolm.data.tokenizer import MODEL_FILE, Tokenizer
 from nanolm.distributed.world import World
 from nanolm.errors import require
+from nanolm.hub.importing import base_of
 from nanolm.learner import Learner
 from nanolm.objectives.base import Objective
 from nanolm.peft.base import trainable_counts
@@ -43,6 +45,7 @@ def run_train(config: Config) -> dict[str, Any]:
 
 def plan(config: Config, tokenizer: Tokenizer) -> Pretraining:
     """The run that the config describes, its data opened and checked."""
+    config = dataclasses.replace(config, init_from=base_of(config.init_from))
     config = build.resolve(config, tokenizer)
     objective = build.build_objective(config, tokenizer)
     stream = build.build_stream(config, objective, "train")

@@ -22,13 +22,13 @@ import torch
 
 from nanolm.build import build_learner, initialiser
 from nanolm.checkpoint.checkpoints import Checkpoints
-from nanolm.checkpoint.container import write_json
 from nanolm.checkpoint.run_folder import claim
 from nanolm.config.load import dump
 from nanolm.config.schema import Config
 from nanolm.data.stream import RowStream
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.distributed.world import World, close, launch, undivided
+from nanolm.files import RESUME, write_json
 from nanolm.learner import Learner
 from nanolm.objectives.base import Objective
 from nanolm.peft.base import trainable_counts
@@ -135,7 +135,7 @@ def carry_out(plan: Plan) -> dict[str, Any]:
         if not trainer.preempted:
             summary = summarise(plan, trainer, figures)
             if world.is_main:
-                write_json(run / "summary.json", summary)
+                write_json(run / "summary.json", summary, again=RESUME)
                 plan.finish(summary, note)
     close(world)
     if trainer.preempted and trainer.preemption.signal == signal.SIGINT.name:

@@ -92,7 +92,9 @@ IN_TRAINING = {
     "best": lambda run: (
         (run / "checkpoints").mkdir(parents=True) or Checkpoints(run, World()).mark_best(1)
     ),
-    "summary": lambda run: run.mkdir() or container.write_json(run / "summary.json", {}),
+    "summary": lambda run: (
+        run.mkdir() or files.write_json(run / "summary.json", {}, again=files.RESUME)
+    ),
 }
 ELSEWHERE = {
     "folder": lambda run: container.write_folder(run, {"model": {"w": torch.ones(2)}}, {}),

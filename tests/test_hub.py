@@ -10,11 +10,15 @@ from tokenizers import Tokenizer
 from nanolm import cli
 from nanolm.checkpoint.container import read_tensors
 from nanolm.errors import UserError
+from nanolm.finetune.run import load_task_config, run_finetune
 from nanolm.hub import importing
 from nanolm.hub.configs import Published
 from nanolm.hub.families import FAMILIES
 from nanolm.hub.published import read_published
+from nanolm.inference.parity import difference
 from nanolm.saved import open_saved
+from tests.finetuned import questions, table
+from tests.prepared import train
 from tests.published import SHAPES, write_published
 
 SINGLE = "model.safetensors"
@@ -315,3 +319,62 @@ def test_rotary_base_is_read_under_its_old_and_new_names(key):
     assert read(Published("x", config, "llama"))["positions"]["base"] == [500.0]
     config[key] = {"rope_type": "default", "rope_theta": 700.0}
     assert read(Published("x", config, "llama"))["positions"]["base"] == [700.0]
+
+
+@pytest.mark.parametrize(
+    ("case", "direction"),
+    [
+        ("gpt2, untied", "in"),
+        ("llama, 2 of 4 heads", "out"),
+        ("bert, masked LM and next sentence", "in"),
+        ("bert, masked LM, untied", "out"),
+    ],
+)
+def test_rows_of_the_parity_table(case, direction):
+    assert 0 < difference(case, direction) < 1e-5
+
+
+def test_init_from_takes_a_published_folder_for_pretraining_and_fine_tuning(tmp_path, monkeypatch):
+    monkeypatch.setattr(importing, "CACHE", str(tmp_path / "cache"))
+    source = tmp_path / "published"
+    write_published(source, "gpt2")
+    tokenizer = str(source / "tokenizer.json")
+    prepared = str(tmp_path / "prepared")
+    for number in range(12):
+        words = " ".join(f"the quick {number} brown fox {word} jumps" for word in range(40))
+        (tmp_path / f"text-{number}.txt").write_text(words)
+    sources = f"--sources=[{tmp_path / 'text-*.txt'}]"
+    options = ("--val_fraction=0.3", "--workers=1", f"--tokenizer={tokenizer}")
+    cli.run(["prepare", sources, f"--out={prepared}", *options])
+    shape = ("--model.max_length=48", "--model.vocab_size=320", "--model.feed_forward=gelu_tanh")
+    words = (f"--init_from=hf:{source}", "--train.steps=0", "--data.row_length=16", *shape)
+    train(tmp_path / "run", *words, f"--data.path={prepared}", "--eval.batches=1")
+    ours, theirs = open_saved(tmp_path / "run"), stored(source)
+    wte = theirs["transformer.wte.weight"]
+    assert torch.equal(ours.learner.trunk.embedding.weight, wte)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+    for name in ("train", "val"):
+        table(tmp_path, name, questions(9))
+    options = (
+        "--data.row_length=32",
+        f"--data.train={tmp_path / 'train.jsonl'}",
+        f"--data.val={tmp_path / 'val.jsonl'}",
+    )
+    config = load_task_config(
+        [
+            *(f"--init_from=hf:{source}", "--objective.name=classify", *options),
+            *("--train.steps=1", "--train.global_batch=4", "--run.wandb.mode=disabled"),
+            f"--run.dir={tmp_path / 'tuned'}",
+        ]
+    )
+    run_finetune(config)
+    tuned = open_saved(tmp_path / "tuned")
+    assert tuned.tokenizer.file_name == "tokenizer.json"
+    assert tuned.config.model.n_layers == 2
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    with pytest.raises(UserError, match="there is no folder"):
+        importing.base_of(f"hf:{tmp_path / 'nowhere'}")
+    edit_config(source, model_type=None)
+    with pytest.raises(UserError, match=r"nanolm import .* OUT` takes that flag"):
+        importing.base_of(f"hf:{source}")

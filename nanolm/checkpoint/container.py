@@ -24,7 +24,6 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nanolm import files
 from nanolm.checkpoint.lazy_tensors import LazyTensors
 from nanolm.errors import UserError
 from nanolm.files import AGAIN, RESUME, file_sha256, json_text, reason, sync, temporary_name
@@ -136,11 +135,6 @@ def _rename(temporary: pathlib.Path, folder: pathlib.Path) -> None:
     else:
         temporary.rename(folder)
     sync(folder.parent)
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes a JSON file of a run."""
-    files.write_json(path, value, again=RESUME)
 
 
 def verify(folder: pathlib.Path) -> None:

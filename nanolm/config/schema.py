@@ -298,7 +298,8 @@ class Config:
     resume: str = "never"
     """never | auto (continue run.dir when it holds a checkpoint) | a checkpoint's folder."""
     init_from: str | None = None
-    """Checkpoint whose trunk (and matching heads) are the initial weights of a fresh run."""
+    """Checkpoint whose trunk (and matching heads) are the initial weights of a fresh run;
+    hf:FOLDER takes a published one (see `nanolm import`)."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     """What is trained."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)

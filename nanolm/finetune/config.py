@@ -161,7 +161,8 @@ class TaskConfig(Config):
     opens_best: ClassVar[bool] = True
 
     init_from: str | None = None
-    """Run or checkpoint to fine-tune: it gives the model's shape, its weights and the tokenizer."""
+    """Run or checkpoint to fine-tune: it gives the model's shape, its weights and the tokenizer;
+    hf:FOLDER takes a published one (see `nanolm import`)."""
     weights: Literal["saved", "random"] = "saved"
     """random: the checkpoint's shape and tokenizer with fresh weights, to see what pretraining is
     worth."""

@@ -35,6 +35,7 @@ from nanolm.finetune.prepare import (
 from nanolm.finetune.repeats import is_repeated, run_repeats
 from nanolm.finetune.several import MultiEvaluator
 from nanolm.finetune.splits import Split
+from nanolm.hub.importing import base_of
 from nanolm.learner import Learner
 from nanolm.peft.base import trainable_counts
 from nanolm.run import Note, Plan, carry_out
@@ -63,8 +64,10 @@ def load_task_config(argv: list[str], shape_of: ShapeOf = base_model) -> TaskCon
     """The run's config; the group `model` starts from that of the checkpoint in `init_from`."""
     words = split_words(argv)
     named = words.get("init_from") or [read_files(dict(words), {}).get("init_from")]
-    base = {"model": shape_of(named[0])} if named[0] not in (None, "null") else {}
-    return load_config(argv, schema=TaskConfig, prog="nanolm finetune", base=base)
+    start = base_of(None if named[0] == "null" else named[0])
+    base = {} if start is None else {"model": shape_of(start)}
+    config = load_config(argv, schema=TaskConfig, prog="nanolm finetune", base=base)
+    return dataclasses.replace(config, init_from=base_of(config.init_from))
 
 
 def run_finetune(config: TaskConfig) -> dict[str, Any]:

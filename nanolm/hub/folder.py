@@ -29,6 +29,10 @@ SINGLE, SHARDED = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLES = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
+class NeedsFlagError(UserError):
+    """What `nanolm import` reads once the user has given a flag of it."""
+
+
 def read_object(path: pathlib.Path) -> dict[str, Any]:
     """A JSON object; raises UserError when there is none."""
     try:
@@ -54,11 +58,11 @@ def read_weights(folder: pathlib.Path, *, pickled: bool) -> dict[str, Tensor]:
         return read_shards(folder, SHARDED, read_safetensors)
     found = next((folder / name for name in (PICKLE, PICKLES) if (folder / name).is_file()), None)
     require(found is not None, f"{folder} holds no weights: neither {SINGLE} nor {SHARDED}")
-    require(
-        pickled,
-        f"{found} is a pickle, a format that can hide code; if you trust its authors add "
-        f"--allow_pickle true, and only its tensors are read",
-    )
+    if not pickled:
+        raise NeedsFlagError(
+            f"{found} is a pickle, a format that can hide code; if you trust its authors add "
+            f"--allow_pickle true, and only its tensors are read"
+        )
     if found.name == PICKLES:
         return read_shards(folder, PICKLES, read_pickle)
     return read_pickle(found)

@@ -13,6 +13,7 @@ from nanolm.checkpoint.container import write_folder
 from nanolm.checkpoint.named_tensors import learner_tensors
 from nanolm.config.load import dump
 from nanolm.errors import UserError, require
+from nanolm.hub.folder import NeedsFlagError
 from nanolm.hub.proof import LIMIT, can_prove, largest_difference
 from nanolm.hub.published import Imported, read_published
 
@@ -89,7 +90,12 @@ def base_of(init_from: str | None, note: Note = print) -> str | None:
     out = pathlib.Path(CACHE).expanduser() / fingerprint(source)
     if not out.is_dir():
         own = out.with_name(f"{out.name}.{os.getpid()}")
-        import_folder(source, own, note=note)
+        try:
+            import_folder(source, own, note=note)
+        except NeedsFlagError as error:
+            raise UserError(
+                f"{error}: `nanolm import {source} OUT` takes that flag, and init_from takes OUT"
+            ) from error
         try:
             own.rename(out)
         except OSError as error:

@@ -11,6 +11,7 @@ import dataclasses
 import pathlib
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import UserError, require
 from nanolm.hub.configs import Published
 from nanolm.hub.families import FAMILIES, Family
-from nanolm.hub.folder import read_object, read_tokenizer, read_weights
+from nanolm.hub.folder import NeedsFlagError, read_object, read_tokenizer, read_weights
 from nanolm.hub.keys import Tensors
 from nanolm.learner import Learner
 
@@ -59,10 +60,7 @@ def read_published(
     values = read_object(path)
     chosen = family_of(path, values.get("model_type"), family)
     published = Published(str(path), values, chosen.name)
-    keys = chosen.to_model(published) | {
-        "vocab_size": published.size("vocab_size"),
-        "tied": bool(published.get("tie_word_embeddings", chosen.tied)),
-    }
+    keys = model_keys(chosen, published)
     tokenizer = read_tokenizer(folder)
     require(
         tokenizer.vocab_size <= keys["vocab_size"],
@@ -70,18 +68,33 @@ def read_published(
         f"vocab_size {keys['vocab_size']}; fetch the tokenizer of this model",
     )
     stored = read_weights(folder, pickled=pickled)
+    return assembled(chosen, published, keys, stored, tokenizer, str(folder))
+
+
+def assembled(
+    chosen: Family,
+    published: Published,
+    keys: dict[str, Any],
+    stored: Mapping[str, Tensor],
+    tokenizer: Tokenizer,
+    what: str,
+) -> Imported:
+    """A model with `keys` of our config, filled from the stored tensors; `what` names them.
+
+    Raises UserError for keys and shapes that do not fit.
+    """
     names = frozenset(short for key in stored for short in spellings(key, chosen.prefix))
     config = as_config(chosen, keys, names, tokenizer)
     require(
         config.objective.name != "mlm_pair" or config.model.n_segments > 1,
-        f"{folder} has a pooler and type_vocab_size {config.model.n_segments} in {path}; nanolm "
+        f"{what} has a pooler and type_vocab_size {config.model.n_segments}; nanolm "
         f"reads pairs only with 2 or more",
     )
     learner = build.build_learner(config, build.build_objective(config, tokenizer), phase="prefill")
     live = learner_tensors(learner)
     wanted = chosen.table.to_theirs(live, config.model)
-    theirs = known_keys(chosen, stored, wanted, str(folder), tied=config.model.tied)
-    fresh = fresh_heads(chosen, wanted, theirs, str(folder))
+    theirs = known_keys(chosen, stored, wanted, what, tied=config.model.tied)
+    fresh = fresh_heads(chosen, wanted, theirs, what)
     ours = chosen.table.to_ours(theirs, config.model)
     with torch.no_grad():
         for name, tensor in ours.items():
@@ -89,13 +102,19 @@ def read_published(
     return Imported(chosen, config, tokenizer, learner.eval(), theirs, published, fresh)
 
 
+def model_keys(family: Family, published: Published) -> dict[str, Any]:
+    """The keys of our model that a config.json describes."""
+    return family.to_model(published) | {
+        "vocab_size": published.size("vocab_size"),
+        "tied": bool(published.get("tie_word_embeddings", family.tied)),
+    }
+
+
 def family_of(path: pathlib.Path, found: object, named: str | None) -> Family:
     """The family that config.json or the user names; raises UserError for another one."""
     known = ", ".join(FAMILIES)
-    require(
-        found is not None or named is not None,
-        f"{path} has no model_type; say what it is with --family ({known})",
-    )
+    if found is None and named is None:
+        raise NeedsFlagError(f"{path} has no model_type; say what it is with --family ({known})")
     require(
         found is None or named is None or found == named,
         f"{path} says model_type {found!r} and --family says {named!r}; leave --family out",
@@ -164,10 +183,12 @@ def known_keys(
         )
         tensor = tensor.float()
         if name in found:
+            remedy = "set tie_word_embeddings to false there if both count"
+            remedy = remedy if name == family.embedding else "leave one of them out of the file"
             require(
                 torch.equal(found[name], tensor),
                 f"{what} holds {origin[name]} and {key}, which are one weight by its config.json, "
-                f"with different values; if both count, set tie_word_embeddings to false there",
+                f"with different values; {remedy}",
             )
             continue
         found[name], origin[name] = tensor, key

@@ -1,0 +1,37 @@
+"""`nanolm parity`: our models beside those of transformers, family by family, both ways."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from rich.console import Console
+from rich.table import Table
+
+from nanolm.commands.figures import write_json
+from nanolm.errors import UserError, require
+from nanolm.hub.proof import LIMIT, can_prove
+from nanolm.inference.parity import CASES, DIRECTIONS, difference
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """Compare our models with those of transformers on random weights, offline."""
+
+    json: str | None = None
+    """Also write the table to this file."""
+
+
+def run(arguments: Arguments) -> None:
+    """Compute every row, print the table, fail above the limit."""
+    require(
+        can_prove(), "parity needs transformers, which is not installed: pip install transformers"
+    )
+    found = {case: {way: difference(case, way) for way in DIRECTIONS} for case in CASES}
+    table = Table("model", *DIRECTIONS, title="largest difference from transformers, float32")
+    for case, row in found.items():
+        table.add_row(case, *(f"{row[way]:.1e}" for way in DIRECTIONS))
+    Console().print(table)
+    write_json(arguments.json, found)
+    worst = [(case, way) for case, row in found.items() for way in DIRECTIONS if row[way] > LIMIT]
+    if worst:
+        raise UserError(f"{worst[0][0]} ({worst[0][1]}) differs by more than {LIMIT:.0e}")

@@ -1,0 +1,110 @@
+"""Every family, both ways, with random weights: does transformers compute what we compute?
+
+    in     a model of transformers, its state read by the family's table
+    out    a model of ours, written as `nanolm export --format transformers` writes it
+
+Nothing is downloaded and nothing is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import torch
+from torch import nn
+
+from nanolm import build
+from nanolm.checkpoint.named_tensors import learner_tensors
+from nanolm.hub.configs import Published
+from nanolm.hub.families import FAMILIES
+from nanolm.hub.proof import largest_difference
+from nanolm.hub.published import Imported, as_config, assembled, model_keys
+from nanolm.inference.export_transformers import family_of, transformers_folder
+
+GPT2 = {"n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": 48}
+LLAMA = {
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "max_position_embeddings": 48,
+}
+BERT = LLAMA
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "gpt2": ("gpt2", "GPT2LMHeadModel", GPT2),
+    "gpt2, untied": ("gpt2", "GPT2LMHeadModel", GPT2 | {"tie_word_embeddings": False}),
+    "gpt2, exact gelu": ("gpt2", "GPT2LMHeadModel", GPT2 | {"activation_function": "gelu"}),
+    "llama": ("llama", "LlamaForCausalLM", LLAMA),
+    "llama, 2 of 4 heads": ("llama", "LlamaForCausalLM", LLAMA | {"num_key_value_heads": 2}),
+    "llama, 1 of 4 heads, tied": (
+        "llama",
+        "LlamaForCausalLM",
+        LLAMA | {"num_key_value_heads": 1, "tie_word_embeddings": True},
+    ),
+    "llama, wide heads": ("llama", "LlamaForCausalLM", LLAMA | {"head_dim": 16}),
+    "bert, masked LM and next sentence": ("bert", "BertForPreTraining", BERT),
+    "bert, masked LM": ("bert", "BertForMaskedLM", BERT),
+    "bert, masked LM, untied": (
+        "bert",
+        "BertForMaskedLM",
+        BERT | {"tie_word_embeddings": False},
+    ),
+    "bert, trunk": ("bert", "BertModel", BERT),
+}
+"""name -> (family, class in transformers, its config)."""
+DIRECTIONS = ("in", "out")
+VOCABULARY = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class NoTokenizer:
+    """What a model asks of its tokenizer when it is built: nothing but the size."""
+
+    vocab_size: int = VOCABULARY
+
+    def roles(self) -> dict[str, int]:
+        """None."""
+        return {}
+
+
+@torch.no_grad()
+def randomise(model: nn.Module) -> None:
+    """Weights large enough that a wrong formula shows, gains and biases included."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        ones = parameter == 1
+        parameter.copy_(0.1 * noise + 0.8 * ones)
+
+
+def difference(case: str, direction: str) -> float:
+    """The largest one between transformers and us, in one case and direction."""
+    import transformers  # noqa: PLC0415  (slow to import, and not always installed)
+
+    name, theirs, keys = CASES[case]
+    family, tokenizer = FAMILIES[name], NoTokenizer()
+    values = keys | {"vocab_size": VOCABULARY, "model_type": name}
+    model_class = getattr(transformers, theirs)
+    published = Published(f"the config.json of {case}", values, name)
+    if direction == "in":
+        model = model_class(getattr(transformers, family.classes.config)(**values))
+        randomise(model)
+        stored = model.state_dict()
+        for other, own in family.duplicates.items():  # two parameters that real files hold equal
+            stored |= {other: stored[own]} if other in stored else {}
+        ours = model_keys(family, published)
+        imported = assembled(family, published, ours, stored, tokenizer, case)  # type: ignore[arg-type]
+        return largest_difference(imported)
+    pooled = family.classes.pooled is not None and theirs != family.classes.plain
+    names = frozenset({"bert.pooler.dense.weight"} if pooled else ())
+    config = as_config(family, model_keys(family, published), names, tokenizer)  # type: ignore[arg-type]
+    learner = build.build_learner(config, build.build_objective(config, tokenizer))  # type: ignore[arg-type]
+    randomise(learner)
+    tensors, files = transformers_folder(config, tokenizer, learner_tensors(learner))  # type: ignore[arg-type]
+    written = Published(
+        "config.json", json.loads(files["config.json"]), family_of(config.model).name
+    )
+    imported = Imported(family, config, tokenizer, learner.eval(), tensors, written, ())  # type: ignore[arg-type]
+    return largest_difference(imported)
