@@ -20,6 +20,7 @@ from nanolm.data.permutation import Permutation
 from nanolm.data.tables.files import SUFFIXES, Table, read_table
 from nanolm.errors import UserError
 
+NAMED_SOURCES = ("stdlib:", "hf:")
 SHARD = r"-\d+(-of-\d+)"
 """How the files of one split are numbered: train-00000-of-00002.parquet."""
 NAMES = {"train": ("train",), "val": ("val", "dev", "valid", "validation"), "test": ("test",)}
@@ -31,7 +32,7 @@ def find_split(path: str | None, files: dict[str, str | None], split: str) -> st
         return files[split]
     if path is None:
         return None
-    if ":" in path and path.split(":")[0] in ("stdlib", "hf"):
+    if path.startswith(NAMED_SOURCES):
         return path
     folder = pathlib.Path(path)
     if folder.is_file():
@@ -97,13 +98,31 @@ def read_split(where: str, split: str) -> Table:
     return Table(where, records, list(range(1, len(records) + 1)))
 
 
-def _hub_table(name: str, split: str) -> Table:
+def has_split(where: str, split: str) -> bool:
+    """Whether a source has a split: a dataset of the hub may lack val or test, which are carved or
+    left out then as they are for files."""
+    if split == "train" or not where.startswith("hf:"):
+        return True
+    return bool(set(NAMES[split]) & set(_hub_splits(where.removeprefix("hf:"))))
+
+
+def _hub() -> Any:
     try:
         import datasets  # noqa: PLC0415  (an extra)
     except ImportError:
         raise UserError("hf: sources need datasets: pip install 'nanolm[hf]'") from None
+    return datasets
+
+
+def _hub_splits(name: str) -> list[str]:
     dataset_name, _, subset = name.partition(",")
-    names = datasets.get_dataset_split_names(dataset_name, subset or None)
+    return list(_hub().get_dataset_split_names(dataset_name, subset or None))
+
+
+def _hub_table(name: str, split: str) -> Table:
+    datasets = _hub()
+    dataset_name, _, subset = name.partition(",")
+    names = _hub_splits(name)
     found = next((n for n in NAMES[split] if n in names), None)
     if found is None:
         raise UserError(f"hf:{name} has no {split} split; it has {', '.join(names)}")

@@ -103,7 +103,7 @@ def run(arguments: Arguments) -> None:
 
 def evaluate_tasks(saved: Saved, world: World, arguments: Arguments) -> dict[str, Any]:
     """The figures of a fine-tuned run; of a run of several tasks, those of each by its name."""
-    words = {"split": arguments.split, "data": arguments.data, "batch": arguments.batch}
+    words = {name: getattr(arguments, name) for name in ("split", "data", "batch", "batches")}
     task = saved.learner.objective
     if not isinstance(task, Multi) or arguments.task is not None:
         return evaluate_task(part_of(saved, arguments.task), world, **words)

@@ -114,7 +114,7 @@ def run(arguments: Arguments) -> None:
     for line in told(explanation):
         print(line)
     for name in arguments.formats:
-        path = pathlib.Path(arguments.out).with_suffix(f".{name}")
+        path = pathlib.Path(f"{arguments.out.removesuffix(f'.{name}')}.{name}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             WRITERS[name](explanation, path)

@@ -36,7 +36,7 @@ from nanolm.finetune.splits import (
 from nanolm.finetune.tasks.base import Task
 from nanolm.finetune.tasks.multi import Multi
 from nanolm.learner import Learner
-from nanolm.peft.files import begin_adapter
+from nanolm.peft.files import DESCRIPTION, begin_adapter
 from nanolm.registry import OBJECTIVES
 from nanolm.training.flops import train_flops_per_token
 from nanolm.training.throughput import Throughput, peak_flops
@@ -104,7 +104,13 @@ def base_folder(config: TaskConfig) -> pathlib.Path:
         "nothing to fine-tune: set init_from to a run or checkpoint that nanolm wrote (with "
         "--weights random for its shape and tokenizer only)",
     )
-    return locate(config.init_from, best=True)
+    base = locate(config.init_from, best=True)
+    require(
+        not (base / DESCRIPTION).is_file(),
+        f"init_from={config.init_from} holds an adapter, not a whole model: merge it into its base "
+        f"first (`nanolm merge {config.init_from} --out FOLDER`) and start from that",
+    )
+    return base
 
 
 def task_of(config: TaskConfig) -> type[Task]:

@@ -1,9 +1,12 @@
 """`nanolm evaluate` of a fine-tuned run: a split's table, JSON, predictions and confusion picture.
 
-RUN/evaluation/test.json              figures, label set and confusion matrix
+RUN/evaluation/test.json              figures, label set, confusion matrix, the data's hash
 RUN/evaluation/test.txt               the full report per label
 RUN/evaluation/test_predictions.jsonl what the model said about every record
 RUN/evaluation/test_confusion.png     gold against predicted
+
+Of another table (--data FILE) the name is FILE and the beginning of its records' hash, so it never
+takes the place of the run's own figures.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from nanolm.distributed.world import World
 from nanolm.errors import UserError, require
 from nanolm.files import write_json, write_text
 from nanolm.finetune.config import TaskConfig
-from nanolm.finetune.evaluation import TaskEvaluator
+from nanolm.finetune.evaluation import TaskEvaluator, drawn
 from nanolm.finetune.generation import write_answers
 from nanolm.finetune.model_card import write_card
 from nanolm.finetune.splits import Split, make_split, open_table, renamed, training_tables
@@ -31,13 +34,22 @@ from nanolm.training.engine import Engine
 
 
 def evaluate_task(
-    saved: Saved, world: World, *, split: str | None, data: str | None, batch: int | None
+    saved: Saved,
+    world: World,
+    *,
+    split: str | None,
+    data: str | None,
+    batch: int | None,
+    batches: int | None = None,
 ) -> dict[str, Any]:
     """Figures of a split (test, or val where there is no test), printed and written; collective."""
     config, task = saved.config, saved.learner.objective
     name, table = find_table(config, type(task), split, data)
     found = make_split(name, table, task, config.data)
     rows = batch or config.eval.batch or config.train.global_batch
+    if batches is not None:
+        found = drawn(found, batches * rows)
+        name = f"{name}-{len(found.table)}-records"
     evaluator = TaskEvaluator(found, world, batch=rows, seed=config.run.seed)
     engine = Engine(saved.learner.to(world.device), world, config, trains=False)
     figures = evaluator(engine) or {}
@@ -59,9 +71,8 @@ def find_table(
     if data is not None:
         from nanolm.data.tables.splits import read_split  # noqa: PLC0415
 
-        return pathlib.Path(data).stem, renamed(
-            read_split(data, split or "test"), config.data.columns
-        )
+        table = renamed(read_split(data, split or "test"), config.data.columns)
+        return f"{pathlib.Path(data).stem}-{table.digest()[:8]}", table
     if split in (None, "test"):
         table = open_table(config.data, "test")
         if table is not None:
@@ -80,6 +91,7 @@ def show(name: str, split: Split, figures: dict[str, float], report: Report | No
     for key, value in figures.items():
         grid.add_row(key, f"{value:.6g}")
     console.print(grid)
+    console.print(f"read from {split.table.path}", markup=False, highlight=False)
     for text in [*split.notes, *([report.text] if report and report.text else [])]:
         console.print(text, markup=False, highlight=False)
 
@@ -101,15 +113,16 @@ def keep(
     if saved.part is not None:
         name = f"{saved.part}_{name}"
     content: dict[str, Any] = {"checkpoint": saved.folder.name, "rows": len(split.table)}
-    content["figures"] = figures
+    content |= {"data": split.table.path, "data_hash": split.table.digest(), "figures": figures}
     if report is not None and report.confusion is not None:
         content |= {"labels": report.labels, "confusion": report.confusion}
-        draw_confusion(report, folder / f"{name}_confusion.png", f"{run.name}: {name}")
     write_json(folder / f"{name}.json", content)
     if report is not None and report.text:
         write_text(folder / f"{name}.txt", report.text)
     lines = [json.dumps(p, ensure_ascii=False) + "\n" for p in predictions]
     write_text(folder / f"{name}_predictions.jsonl", "".join(lines))
+    if report is not None and report.confusion is not None:
+        draw_confusion(report, folder / f"{name}_confusion.png", f"{run.name}: {name}")
     if (run / "summary.json").is_file():
         write_card(run, saved.whole or saved.config, read_json(run, "summary.json"))
 
@@ -129,9 +142,11 @@ def draw_confusion(report: Report, path: pathlib.Path, title: str) -> None:
     shares = [[n / max(1, sum(row)) for n in row] for row in counts]
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     ticks = range(len(labels))
-    axis.set_xticks(ticks, labels, rotation=45, ha="right")
-    axis.set_yticks(ticks, labels)
-    axis.set(xlabel="predicted", ylabel="gold", title=title)
+    plain = {"parse_math": False}  # a label may hold dollars
+    axis.set_xticks(ticks, labels, rotation=45, ha="right", **plain)
+    axis.set_yticks(ticks, labels, **plain)
+    axis.set(xlabel="predicted", ylabel="gold")
+    axis.set_title(title, **plain)
     if len(labels) <= 30:
         for y, row in enumerate(counts):
             for x, n in enumerate(row):

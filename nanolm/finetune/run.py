@@ -81,7 +81,7 @@ def run_finetune(config: TaskConfig) -> dict[str, Any]:
 def plan(config: TaskConfig) -> FineTuning:
     """The run that the config describes, its tables read and checked."""
     ready = prepare(config)
-    return FineTuning(
+    made = FineTuning(
         config=ready.config,
         objective=ready.task,
         stream=open_stream(ready.config, ready.task, ready.train),
@@ -91,6 +91,8 @@ def plan(config: TaskConfig) -> FineTuning:
         train=ready.train,
         val=ready.val,
     )
+    _ = made.examples  # refuses noise that the task cannot bear, before the run has a folder
+    return made
 
 
 @dataclasses.dataclass(kw_only=True)

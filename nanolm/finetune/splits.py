@@ -13,9 +13,11 @@ from collections.abc import Mapping
 
 from nanolm.data.tables.files import Table
 from nanolm.data.tables.splits import (
+    NAMED_SOURCES,
     carve,
     find_split,
     fold_out,
+    has_split,
     pick,
     read_split,
     sample,
@@ -71,8 +73,13 @@ def training_tables(config: TaskConfig, task: type[Task]) -> tuple[Table, Table,
 
 def open_table(data: TaskDataConfig, split: str) -> Table | None:
     """A split's table with its columns under the task's names, or None when there is none."""
-    where = find_split(data.path, data.files, split)
-    return None if where is None else renamed(read_split(where, split), data.columns)
+    path = data.path
+    if data.train and path and path.startswith(NAMED_SOURCES):
+        path = None  # a built-in config's source: its other splits are not those of the user's file
+    where = find_split(path, data.files, split)
+    if where is None or not has_split(where, split):
+        return None
+    return renamed(read_split(where, split), data.columns)
 
 
 def renamed(table: Table, columns: Mapping[str, str | None]) -> Table:

@@ -72,8 +72,8 @@ class Regress(Pooled):
         mean, std = usable.mean(axis=0), usable.std(axis=0)
         return dataclasses.replace(
             options,
-            mean=options.mean or [round(float(m), 6) for m in mean],
-            std=options.std or [round(float(s), 6) or 1.0 for s in std],
+            mean=options.mean or [rounded(float(m), float(s)) for m, s in zip(mean, std)],
+            std=options.std or [rounded(float(s), float(s)) or 1.0 for s in std],
         )
 
     @classmethod
@@ -128,6 +128,12 @@ class Regress(Pooled):
         gold = [[number(record[name]) for name in self.gold] for record in table.records]
         predicted = [[prediction[name] for name in self.gold] for prediction in predictions]
         return metrics.regression(np.array(gold, dtype=np.float64), np.array(predicted))
+
+
+def rounded(value: float, scale: float) -> float:
+    """Six decimals, and of a small scale as many more as it has zeros behind the point."""
+    zeros = max(0, -math.floor(math.log10(scale))) if scale > 0 else 0
+    return round(value, 6 + (zeros if zeros > 2 else 0))
 
 
 def number(value: Any) -> float | None:

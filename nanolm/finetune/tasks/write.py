@@ -71,8 +71,8 @@ class Write(Task):
 
     @classmethod
     def gold_fields(cls, options: WriteOptions) -> tuple[str, ...]:
-        """A dialogue holds its own answers."""
-        return () if options.chat else cls.gold
+        """A dialogue holds its own answers, and whether records are some may not be known yet."""
+        return () if options.chat or options.chat is None else cls.gold
 
     @classmethod
     def resolve(cls, options: WriteOptions, table: Table) -> WriteOptions:

@@ -1,0 +1,172 @@
+"""What users do to tasks from the shipped configs: dialogues, odd labels, other data."""
+
+import json
+
+import numpy as np
+import pytest
+
+from nanolm.data.tables import splits as table_splits
+from nanolm.errors import UserError
+from nanolm.finetune.prepare import prepare
+from nanolm.finetune.splits import open_table, training_tables
+from nanolm.finetune.tasks.classify import Classify
+from nanolm.finetune.tasks.regress import rounded
+from tests.finetuned import checkpoint, command, config, finetune, questions, table
+from tests.test_objectives_tasks import RECORDS
+
+QUICK = ("--train.steps=1", "--data.row_length=48", "--train.global_batch=6", "--eval.batch=4")
+QUICK += ("--schedule.warmup=0",)
+TURNS = [{"role": "user", "content": "say set"}, {"role": "assistant", "content": "ok"}]
+
+
+def distinct(n):
+    """Records of which no two have the same text."""
+    return [r | {"text": f"{r['text']} {i}"} for i, r in enumerate(questions(n))]
+
+
+@pytest.fixture(scope="module")
+def dollars(tmp_path_factory):
+    """(data, run) of a classifier whose labels hold what matplotlib reads as mathematics."""
+    folder = tmp_path_factory.mktemp("dollars")
+    named = {"list": "cost $%$", "file": "$x_$ up", "error": "plain"}
+    for split, n in (("train", 24), ("val", 12), ("test", 9)):
+        rows = [r | {"label": named[r["label"]]} for r in questions(n)]
+        table(folder / "data", split, rows)
+    shipped = ("--config=configs/finetune/classify.yaml", *QUICK)
+    finetune(checkpoint("mlm"), folder / "data", folder / "run", *shipped)
+    return folder / "data", folder / "run"
+
+
+def test_labels_with_dollars_are_drawn(dollars):
+    _, run = dollars
+    command("evaluate", str(run))
+    names = {path.name for path in (run / "evaluation").iterdir()}
+    assert {"test.json", "test.txt", "test_predictions.jsonl", "test_confusion.png"} <= names
+
+
+def test_other_data_never_take_the_place_of_the_runs_own_figures(dollars, tmp_path):
+    data, run = dollars
+    command("evaluate", str(run))
+    own = (run / "evaluation" / "test.json").read_text()
+    said = json.loads(own)
+    assert said["data"] == str(data / "test.jsonl") and len(said["data_hash"]) == 64
+    other = table(tmp_path, "test", [json.loads(line) for line in (data / "val.jsonl").open()])
+    before = set((run / "evaluation").iterdir())
+    printed = command("evaluate", str(run), f"--data={other}")
+    assert str(other) in printed.replace("\n", "")
+    assert (run / "evaluation" / "test.json").read_text() == own
+    (new,) = [p for p in set((run / "evaluation").iterdir()) - before if p.suffix == ".json"]
+    assert json.loads(new.read_text())["rows"] == 12 and new.stem.startswith("test-")
+
+
+@pytest.mark.parametrize(("batches", "rows"), [(1, 4), (2, 8), (9, 9)])
+def test_batches_limit_the_evaluation_of_a_task(dollars, batches, rows, tmp_path):
+    _, run = dollars
+    out = tmp_path / "out.json"
+    command("evaluate", str(run), f"--batches={batches}", f"--json={out}")
+    assert json.loads(out.read_text())["rows"] == rows
+
+
+def test_a_single_file_is_not_tested_on_the_source_of_the_shipped_config(tmp_path):
+    file = table(tmp_path, "mine", distinct(60))
+    found = config(
+        checkpoint("mlm"),
+        "stdlib:package",
+        tmp_path / "run",
+        "--config=configs/finetune/classify.yaml",
+        f"--data.train={file}",
+        "--data.path=stdlib:package",
+    )
+    train, val, _ = training_tables(found, Classify)
+    assert train.path == val.path == str(file)
+    assert open_table(found.data, "test") is None
+
+
+def test_a_dataset_of_the_hub_without_val_is_carved(monkeypatch, tmp_path):
+    class Hub:
+        @staticmethod
+        def get_dataset_split_names(name, subset):
+            return ["train"]
+
+        @staticmethod
+        def load_dataset(name, subset, split):
+            return distinct(60)
+
+    monkeypatch.setattr(table_splits, "_hub", lambda: Hub)
+    found = prepare(config(checkpoint("mlm"), "hf:some/name", tmp_path / "run", *QUICK))
+    assert len(found.train.table) + len(found.val.table) == 60 and len(found.val.table) > 0
+
+
+@pytest.mark.parametrize("more", [[], [{"role": "user", "content": "thanks and goodbye"}]])
+def test_dialogues_are_recognised(more, tmp_path):
+    for split in ("train", "val", "test"):
+        table(tmp_path / "data", split, [{"messages": TURNS + more}] * 6)
+    words = (
+        "--config=configs/finetune/write.yaml",
+        "--data.columns={prompt: null, response: null}",
+    )
+    run = tmp_path / "run"
+    limit = "--objective.max_new_tokens=3"
+    finetune(checkpoint("clm"), tmp_path / "data", run, *words, *QUICK, limit)
+    command("evaluate", str(run), f"--json={tmp_path / 'out.json'}")
+    assert "bleu" in json.loads((tmp_path / "out.json").read_text())
+
+
+def test_several_tasks_may_hold_one_that_writes(tmp_path):
+    for split in ("train", "val", "test"):
+        table(tmp_path / "kind", split, questions(12))
+        table(tmp_path / "text", split, RECORDS["write"])
+    parts = {
+        "kind": {"objective": {"name": "classify"}, "data": {"path": str(tmp_path / "kind")}},
+        "text": {"objective": {"name": "write"}, "data": {"path": str(tmp_path / "text")}},
+    }
+    words = ("--objective.name=multi", f"--objective.tasks={json.dumps(parts)}", "--data.path=null")
+    summary = finetune(checkpoint("clm"), tmp_path, tmp_path / "run", *words, *QUICK)
+    assert summary["metric"] == "loss" and not summary["higher_is_better"]
+    assert {"kind/accuracy", "text/perplexity"} <= set(summary["val"])
+
+
+def test_long_sentences_are_evaluated_whole_in_few_batches(tmp_path):
+    long = {"tokens": ["the", "parser"] * 60, "tags": ["B-X", "O"] * 60}
+    for split in ("train", "val"):
+        table(tmp_path / "data", split, [long] * 6)
+    words = ("--objective.name=tag", *QUICK, "--eval.batches=1")
+    assert "f1" in finetune(checkpoint("mlm"), tmp_path / "data", tmp_path / "run", *words)["val"]
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-7, 1e-3, 1.0, 1e6])
+def test_scores_of_any_scale_are_standardised(scale, tmp_path):
+    scores = [scale * (1 + i % 4) for i in range(12)]
+    for split in ("train", "val"):
+        table(tmp_path / "data", split, [{"text": f"a {s}", "score": s} for s in scores])
+    words = ("--objective.name=regress", *QUICK)
+    found = prepare(config(checkpoint("mlm"), tmp_path / "data", tmp_path / "run", *words))
+    targets = np.array([item.target[0] for item in found.train.items])
+    assert targets.std() == pytest.approx(1, abs=1e-3) and abs(targets.mean()) < 1e-3
+    assert rounded(0.123456789, 0.2) == 0.123457  # as ever where the scale is not small
+
+
+def test_faults_are_told_before_training(tmp_path):
+    for split in ("train", "val"):
+        table(tmp_path / "data", split, questions(12))
+    run = tmp_path / "adapter"
+    finetune(checkpoint("mlm"), tmp_path / "data", run, *QUICK, "--peft.name=lora")
+    with pytest.raises(UserError, match="holds an adapter, not a whole model: merge it"):
+        finetune(run, tmp_path / "data", tmp_path / "next", *QUICK)
+    with pytest.raises(UserError, match="synonyms: there is no file"):
+        noise = "--augment.synonyms=/nowhere"
+        finetune(checkpoint("mlm"), tmp_path / "data", tmp_path / "next", *QUICK, noise)
+    assert not (tmp_path / "next").exists()
+
+
+def test_explanations_keep_the_dots_of_their_names(dollars, tmp_path):
+    for name in ("ex.1", "ex.2", "ex.html"):
+        command(
+            "explain",
+            str(dollars[1]),
+            "open a file",
+            "--steps=4",
+            "--tolerance=0.9",
+            f"--out={tmp_path / name}",
+        )
+    assert {p.name for p in tmp_path.iterdir()} == {"ex.1.html", "ex.2.html", "ex.html"}
