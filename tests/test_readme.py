@@ -139,7 +139,7 @@ def test_no_page_names_a_folder_outside_of_the_repository():
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for page in PAGES:
-        for target in re.findall(r"`make ([a-z-]+)", page.read_text(encoding="utf-8")):
+        for target in re.findall(r"`make ([a-z0-9-]+)", page.read_text(encoding="utf-8")):
             assert f"\n{target}:" in makefile, f"{page.name} names make {target}"
 
 
