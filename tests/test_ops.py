@@ -306,3 +306,16 @@ def test_an_older_torch_without_the_loss_is_told_so_when_the_model_is_built(monk
     assert "torch 2.13 has" in kernel.why_not(CrossEntropySpec(width=8, vocab_size=9))
     with pytest.raises(UserError, match="no linear_cross_entropy"):
         choose("linear_cross_entropy", CrossEntropySpec(width=8, vocab_size=9), "torch")
+
+
+def test_sdpa_compiles_for_lengths_that_change():
+    """Under torch.compile the number of queries becomes symbolic at the second length."""
+    run = kernels_of("attention")["sdpa"].run
+
+    def attend(q):
+        return run(q, q, q, Mask(causal=True), scale=0.3)
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for length in (7, 9, 12, 1):
+        q = leaf(B, length, H, K, seed=length)
+        torch.testing.assert_close(compiled(q), attend(q))
