@@ -16,8 +16,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import pathlib
 from collections.abc import Callable
 
+from nanolm.config import strict_yaml
+from nanolm.config.schema import Config
 from nanolm.errors import UserError
 from nanolm.registry import SCHEDULES, Options
 
@@ -152,3 +155,21 @@ def inverse_sqrt(options: InverseSqrtOptions, steps: int) -> Factor:
 def constant(options: ConstantOptions, steps: int) -> Factor:
     """1 at every step."""
     return lambda step: 1.0
+
+
+def redrawn(config: Config, saved: pathlib.Path, done: int) -> list[str]:
+    """A sentence when the schedule was drawn for another number of steps, so that the learning rate
+    jumps at the step after `done`; `saved` is the config of the checkpoint that a run resumes."""
+    held = strict_yaml.read_mapping(saved).get("train", {}) if saved.is_file() else {}
+    before, now = held.get("steps"), config.train.steps
+    if not before or done >= now:
+        return []
+    old = build_schedule(config.schedule, before)(min(done, before - 1))
+    new = build_schedule(config.schedule, now)(done)
+    if math.isclose(old, new, rel_tol=1e-3):
+        return []
+    return [
+        f"train.steps was {before} and is {now}: schedule.name={config.schedule.name} is drawn "
+        f"anew over them, and the learning rate goes from {old:.3g} to {new:.3g} of its peak at "
+        f"step {done + 1}"
+    ]

@@ -23,7 +23,6 @@ import torch
 from torch import nn
 
 from nanolm.checkpoint.checkpoints import Checkpoints
-from nanolm.config import strict_yaml
 from nanolm.config.schema import Config
 from nanolm.distributed.world import World, peer_lost
 from nanolm.errors import UserError
@@ -38,7 +37,7 @@ from nanolm.training.guards.watchdog import Watchdog
 from nanolm.training.guards.weight_check import compare_weights
 from nanolm.training.phases import Pace
 from nanolm.training.run_state import RunState
-from nanolm.training.schedules import build_schedule
+from nanolm.training.schedules import redrawn
 from nanolm.training.sinks import Sink
 from nanolm.training.snapshot import Snapshot
 from nanolm.training.throughput import Throughput
@@ -123,23 +122,8 @@ class Trainer:
         # Checkpoints of early versions know the seconds of their steps only.
         self.state.earlier = saved.get("elapsed", saved["seconds"])
         self._resumed = True
-        self._tell_rates(checkpoint)
-
-    def _tell_rates(self, checkpoint: pathlib.Path) -> None:
-        """Says so when the schedule was drawn for another number of steps: the rate jumps then."""
-        path = checkpoint / "config.yaml"
-        held = strict_yaml.read_mapping(path).get("train", {}) if path.is_file() else {}
-        steps, done = held.get("steps"), self.state.done
-        if not steps or done >= self.config.train.steps:
-            return
-        before = build_schedule(self.config.schedule, steps)(min(done, steps - 1))
-        now = self.update.factor(done)
-        if not math.isclose(before, now, rel_tol=1e-3):
-            self.note(
-                f"train.steps was {steps} and is {self.config.train.steps}: "
-                f"schedule.name={self.config.schedule.name} is drawn anew over them, and the "
-                f"learning rate goes from {before:.3g} to {now:.3g} of its peak at step {done + 1}"
-            )
+        for line in redrawn(self.config, checkpoint / "config.yaml", self.state.done):
+            self.note(line)
 
     def fit(self) -> dict[str, float]:
         """Trains up to train.steps, or until eval.patience is over; returns the last figures.
