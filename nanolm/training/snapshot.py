@@ -42,16 +42,15 @@ class Snapshot:
         state: RunState,
         config: Config,
         checkpoints: Checkpoints,
-        *,
         tokens_per_step: int,
-        files: Mapping[str, bytes],
-        facts: Mapping[str, Any],
+        files: Mapping[str, bytes] | None = None,
+        facts: Mapping[str, Any] | None = None,
     ) -> None:
         self.update, self.state, self.config = update, state, config
         self.checkpoints = checkpoints
         self.tokens_per_step = tokens_per_step
-        self.files = files
-        self.facts = facts
+        self.files = files or {}
+        self.facts = facts or {}
         self.background = Background()
         self._beside: Checkpoints | None = None
 

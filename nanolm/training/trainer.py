@@ -105,13 +105,7 @@ class Trainer:
         self.state = RunState(self.patience, self.throughput, self.update.scaler)
         self.policy = NonFinitePolicy(config.train, world, checkpoints.run, self.state)
         self.snapshot = Snapshot(
-            self.update,
-            self.state,
-            config,
-            checkpoints,
-            tokens_per_step=self.tokens_per_step,
-            files=files or {},
-            facts=facts or {},
+            self.update, self.state, config, checkpoints, self.tokens_per_step, files, facts
         )
         self._resumed = False
 
