@@ -30,6 +30,8 @@ COMMON = {
     "window": [None],
     "embedding_scale": False,
     "attention_softcap": None,
+    "attention_scale": None,
+    "logit_scale": False,
     "logit_softcap": None,
 }
 """Keys of the model that all three families fix."""
