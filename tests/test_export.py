@@ -11,8 +11,11 @@ from nanolm import cli
 from nanolm.checkpoint.checkpoints import locate
 from nanolm.checkpoint.container import INDEX, read_tensors, write_folder
 from nanolm.checkpoint.lazy_tensors import part_name
+from nanolm.config.model import ModelConfig
 from nanolm.errors import UserError
+from nanolm.inference.export_transformers import family_of
 from nanolm.model.trunk import Inputs
+from nanolm.registry import Options
 from nanolm.saved import open_saved
 from tests.prepared import train, trained_run
 
@@ -109,3 +112,18 @@ def test_what_transformers_would_compute_differently_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"gpt2 is nearest, but model\.positions\.name is rotary"):
         cli.run(["export", str(run), f"--out={tmp_path / 'out'}", "--format=transformers"])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "keys, words",
+    [
+        ({"attention_scale": 1.0}, r"model\.attention_scale is 1\.0"),
+        ({"logit_scale": True}, r"model\.logit_scale is True"),
+        ({"feed_forward": "relu"}, r"model\.feed_forward is relu"),
+        ({"trunk": "encoder_decoder"}, r"model\.trunk is encoder_decoder"),
+    ],
+)
+def test_what_t5_has_and_no_family_knows_is_refused(keys, words):
+    assert family_of(ModelConfig(positions=Options(name="learned"))) == "gpt2"
+    with pytest.raises(UserError, match=words):
+        family_of(ModelConfig(positions=Options(name="learned"), **keys))

@@ -159,6 +159,8 @@ COMMON = {
     "qk_norm": False,
     "embedding_scale": False,
     "attention_softcap": None,
+    "attention_scale": None,
+    "logit_scale": False,
     "logit_softcap": None,
 }
 """Keys of the model that all families fix."""
