@@ -156,7 +156,10 @@ except UserError as error:
 def test_nothing_in_the_package_can_unpickle():
     root = pathlib.Path(__file__).parent.parent
     words = ("import pickle", "torch.load(", "torch.save(", "gather_object(", "broadcast_object")
-    for path in [*root.glob("nanolm/**/*.py"), *root.glob("data/*.py")]:
+    # A published .bin file is read in one place, with weights_only=True and when the user says so:
+    # tests/test_imports.py holds that.
+    published = root / "nanolm" / "hub" / "folder.py"
+    for path in {*root.glob("nanolm/**/*.py"), *root.glob("data/**/*.py")} - {published}:
         text = path.read_text(encoding="utf-8")
         for word in words:
             assert word not in text, f"{path} uses {word}"

@@ -124,6 +124,6 @@ def test_what_transformers_would_compute_differently_is_refused(tmp_path):
     ],
 )
 def test_what_t5_has_and_no_family_knows_is_refused(keys, words):
-    assert family_of(ModelConfig(positions=Options(name="learned"))) == "gpt2"
+    assert family_of(ModelConfig(positions=Options(name="learned"))).name == "gpt2"
     with pytest.raises(UserError, match=words):
         family_of(ModelConfig(positions=Options(name="learned"), **keys))

@@ -57,6 +57,8 @@ def test_two_shrunken_steps(path, tmp_path):
     ]
     if path.stem in ("tag", "multi"):  # a tag that is rare may be missing from so few rows
         words.append("--data.bad_rows=skip")
+    if name == "read":  # windows of so short a row overlap by less
+        words.append("--objective.stride=16")
     if name == "prompt":
         words.append('--objective.words={"yes": list, "no": file}')
     summary = finetune(base, data, tmp_path / "run", *words)

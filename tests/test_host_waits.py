@@ -167,6 +167,7 @@ PRETRAINING = {
     "mlm": ("mlm", {"model": ENCODER}),
     "mlm documents": ("mlm", {"model": ENCODER, "documents": True}),
     "mlm_pair": ("mlm_pair", {"model": ENCODER | {"n_segments": 2}}),
+    "span": ("span", {"model": {"trunk": "encoder_decoder", "positions": {"name": "t5"}}}),
 }
 
 

@@ -84,7 +84,7 @@ def test_an_error_leaves_the_output_as_it_was(runs, tmp_path):
     say(runs["classify"], b"open a file\n", f"--out={link}")
     assert link.is_symlink() and len(out.read_text().splitlines()) == 1
     say(runs["classify"], b"open a file\n", "--out=/dev/null")
-    with pytest.raises(UserError, match="cannot write --out"):
+    with pytest.raises(UserError, match=r"cannot write .*out: No such file"):
         say(runs["classify"], b"open a file\n", f"--out={tmp_path / 'none' / 'out'}")
 
 

@@ -156,7 +156,7 @@ def test_the_evenings_reading_is_short_enough_for_one():
     assert [heading.split(",")[0] for heading in headings] == ["Ideas", "Machinery"]
     assert next(iter(files)) == "nanolm/ops/masks.py"
     assert f"the {len(files)} files of `docs/reading_order.txt`" in readme()
-    assert f"counts {round(sum(lines), -2):,} lines" in readme() and max(lines) < 345
+    assert f"counts {round(sum(lines), -2):,} lines" in readme() and max(lines) < 350
 
 
 def test_a_step_of_the_demo_opens_few_doors_and_all_are_in_the_reading_order():

@@ -182,7 +182,7 @@ def test_greedy_decoding_writes_what_transformers_writes(pair, tokenizer, tmp_pa
     found = chosen(generator, prompts, count)
     assert expected.shape == (B, count + 1) and (expected[:, 0] == 0).all()
     assert torch.equal(found, expected[:, 1:])
-    assert len(found.unique()) > B  # some row says more than one thing
+    assert len(found.unique()) > 1  # the rows do not all say the same
 
 
 def test_a_cache_projects_the_source_once_and_changes_no_logit(pair, tokenizer, tmp_path):

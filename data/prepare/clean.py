@@ -21,8 +21,10 @@ CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufeff\ufffe\uffff]")
 
 # Of these, the ones that end a line or part words (Unicode's UAX 14: BK and NL; UAX 9: B and S).
 SEPARATORS = "\x0b\x0c\x85\x1c-\x1f"
+# Only where nothing else parts the words already: next to a space or a line's end they just go.
+_CONTROLS = CONTROL.pattern[1:-1]
 JOINT = re.compile(
-    rf"(?<=\S)[{CONTROL.pattern[1:-1]}]*[{SEPARATORS}][{CONTROL.pattern[1:-1]}]*(?=\S)"
+    rf"(?<=[^\s{_CONTROLS}])[{_CONTROLS}]*[{SEPARATORS}][{_CONTROLS}]*(?=[^\s{_CONTROLS}])"
 )
 
 
@@ -65,7 +67,8 @@ def remove_controls(text: str, counts: Counter) -> str:
     text, parted = JOINT.subn("\n", text)
     text, removed = CONTROL.subn("", text)
     counts["changed/control characters removed"] += removed
-    counts["changed/control characters made line ends"] += parted
+    if parted:
+        counts["changed/control characters made line ends"] += parted
     return text
 
 

@@ -30,7 +30,7 @@ DOCUMENT_SENTENCES = 20
 def sentence_pool(sources: list[str], text_field: str) -> list[str]:
     """Sentences of the sources' first `POOL_BYTES`; raises UserError when there are none."""
     config = PrepareConfig(out="", sources=sources, text_field=text_field)
-    pieces, _ = list_pieces(config)
+    pieces, *_ = list_pieces(config)
     counts: Counter = Counter()
     pool: list[str] = []
     size = 0
