@@ -20,6 +20,7 @@ from nanolm.saved import Saved, open_saved
 from tests.prepared import SMALL, prepared_corpus, trained_run
 
 B, S, T, V = 3, 40, 23, 512
+SEED = 2  # of those for which greedy decoding says more than one thing in some row
 LENGTHS = torch.tensor([40, 17, 5])
 PADDED = (torch.arange(S) < LENGTHS[:, None]).long()
 SHAPE = {
@@ -57,7 +58,9 @@ def peer(version, **keys):
         decoder_start_token_id=0,
         **keys,
     )
-    model = T5ForConditionalGeneration(config)
+    with torch.random.fork_rng(devices=[]):  # the weights are the same in every run
+        torch.manual_seed(SEED)
+        model = T5ForConditionalGeneration(config)
     generator = torch.Generator().manual_seed(1)
     if version == "v1_1":  # `transformers` ties a model that it builds, whatever its config says
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
@@ -182,7 +185,7 @@ def test_greedy_decoding_writes_what_transformers_writes(pair, tokenizer, tmp_pa
     found = chosen(generator, prompts, count)
     assert expected.shape == (B, count + 1) and (expected[:, 0] == 0).all()
     assert torch.equal(found, expected[:, 1:])
-    assert len(found.unique()) > 1  # the rows do not all say the same
+    assert len(found.unique()) > B  # some row says more than one thing
 
 
 def test_a_cache_projects_the_source_once_and_changes_no_logit(pair, tokenizer, tmp_path):
