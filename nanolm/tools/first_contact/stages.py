@@ -119,6 +119,8 @@ class Table:
         nanolm = [sys.executable, "-m", "nanolm"]
         memory = [*nanolm, "kernels", "memory", "--device", self.device]
         memory += ["--json", str(self.logs / "loss-memory.json")]
+        if self.device == "cpu":  # as a dry run; 8,192 tokens are three minutes' work
+            memory += ["--tokens", "512"]
         doctor = [*nanolm, "doctor", "--gpu", "--device", self.device]
         doctor += ["--json", str(self.logs / "doctor.json")]
 
