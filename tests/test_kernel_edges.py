@@ -26,6 +26,8 @@ def draw(*shape, seed=0, grad=True):
 @pytest.mark.parametrize("wrong", [7, 8, 4000, -1, -99, -101, 2**40])
 @pytest.mark.parametrize("name", ["reference", "chunked", "torch", "wide", "triton"])
 def test_a_target_outside_the_vocabulary_is_nan_in_every_kernel(name, wrong):
+    if name == "torch" and not hasattr(torch.nn.functional, "linear_cross_entropy"):
+        pytest.skip("this torch has no linear_cross_entropy")
     run = kernel_of("linear_cross_entropy", name).run
     hidden, weight = draw(4, 5), draw(7, 5, seed=1)
     targets = torch.tensor([3, wrong, -100, 6], device=DEVICE)
