@@ -61,8 +61,10 @@ def resolve(config: Config, tokenizer: Tokenizer) -> Config:
 
 def build_objective(config: Config, tokenizer: Tokenizer) -> Objective:
     """The objective that the config names."""
-    entry = OBJECTIVES.get(config.objective.name)
-    return entry.build(config.objective, config, tokenizer)
+    build = OBJECTIVES.get(config.objective.name).build
+    # An objective may be built otherwise for some trunks: `forms` says how.
+    build = getattr(build, "forms", {}).get(config.model.trunk, build)
+    return build(config.objective, config, tokenizer)
 
 
 def build_stream(config: Config, objective: Objective, split: str) -> RowStream:

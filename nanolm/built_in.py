@@ -17,6 +17,7 @@ import nanolm.finetune.tasks.regress
 import nanolm.finetune.tasks.similar
 import nanolm.finetune.tasks.tag
 import nanolm.finetune.tasks.write
+import nanolm.finetune.tasks.write_from_source
 import nanolm.model.heads
 import nanolm.model.positions
 import nanolm.model.trunk

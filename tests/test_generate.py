@@ -12,6 +12,7 @@ from nanolm.cli import main
 from nanolm.errors import UserError
 from nanolm.inference import sampling
 from nanolm.inference.generate import (
+    Chosen,
     Generator,
     beginning_with,
     cut_at,
@@ -37,7 +38,7 @@ def steps(generator, tokens, count):
     logits = generator.logits(tokens, count + 1)
     seen = [next(logits)]
     for _ in range(count):
-        seen.append(logits.send(seen[-1].argmax(dim=-1)))
+        seen.append(logits.send(Chosen(seen[-1].argmax(dim=-1))))
     return torch.stack(seen)
 
 

@@ -1,15 +1,18 @@
 """T5, both versions, against `transformers`: the same weights give the same numbers to 1e-5."""
 
+import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
 
 from nanolm.config.load import load_config
 from nanolm.errors import UserError
-from nanolm.inference.generate import write
+from nanolm.inference.beam_search import BeamSearch
+from nanolm.inference.generate import Chosen, write
 from nanolm.inference.generate_from_source import SourceGenerator
 from nanolm.inference.sampling import Sampling
 from nanolm.inference.t5_names import from_transformers, to_transformers
@@ -83,6 +86,16 @@ def pair(request, make_learner):
     ours = make_learner({**SHAPE, **VERSIONS[request.param][0]}, {"name": "span"}, row_length=40)
     ours.load_state_dict(from_transformers(model_config(request.param), theirs.state_dict()))
     return request.param, ours, theirs
+
+
+BEAMS = {
+    "do_sample": False,
+    "early_stopping": False,
+    "pad_token_id": 0,
+    "decoder_start_token_id": 0,
+    "return_dict_in_generate": True,
+    "output_scores": True,
+}
 
 
 def some_tokens(length, seed=2):
@@ -167,7 +180,7 @@ def chosen(generator, prompts, count):
     logits = generator.logits(prompts, count)
     tokens = [next(logits).argmax(dim=-1)]
     for _ in range(count - 1):
-        tokens.append(logits.send(tokens[-1]).argmax(dim=-1))
+        tokens.append(logits.send(Chosen(tokens[-1])).argmax(dim=-1))
     return torch.stack(tokens, dim=1)
 
 
@@ -186,6 +199,36 @@ def test_greedy_decoding_writes_what_transformers_writes(pair, tokenizer, tmp_pa
     assert expected.shape == (B, count + 1) and (expected[:, 0] == 0).all()
     assert torch.equal(found, expected[:, 1:])
     assert len(found.unique()) > B  # some row says more than one thing
+
+
+@pytest.mark.parametrize("penalty", [1.0, 0.0, 2.0])
+@pytest.mark.parametrize("size", [2, 5])
+def test_beams_find_what_those_of_transformers_find(pair, tokenizer, tmp_path, size, penalty):
+    version, ours, theirs = pair
+    config = load_config([], base={"model": SHAPE | VERSIONS[version][0]})
+    generator = SourceGenerator(Saved(tmp_path, config, tokenizer, ours), use_cache=size == 5)
+    generator.forbidden_V[:] = False
+    sources, count, ends = some_tokens(S), 12, set()
+    prompts = [row[:n].tolist() for row, n in zip(sources, LENGTHS.tolist(), strict=True)]
+    greedy = chosen(generator, prompts, count)
+    for eos in greedy[:, :4].unique().tolist():  # ends that some texts reach and others do not
+        generator.saved = dataclasses.replace(
+            generator.saved, tokenizer=SimpleNamespace(eos=eos, pad=0)
+        )
+        found = BeamSearch(size, count, penalty)(generator, prompts)
+        expected = theirs.generate(
+            *(sources, GenerationConfig(**BEAMS)),
+            attention_mask=PADDED, num_beams=size, num_return_sequences=size,
+            length_penalty=penalty, max_new_tokens=count, eos_token_id=eos,
+        )  # fmt: skip
+        rows = expected.sequences[:, 1:].split(size)
+        scores = expected.sequences_scores.split(size)
+        for texts, theirs_KT, scores_K in zip(found, rows, scores, strict=True):
+            assert [score for score, _ in texts] == pytest.approx(scores_K.tolist(), rel=1e-5)
+            for (_, text), ids in zip(texts, theirs_KT.tolist(), strict=True):
+                assert text == ids[: ids.index(eos) if eos in ids else count]
+                ends.add(len(text))
+    assert len(ends) > 1  # texts of more lengths than one were compared
 
 
 def test_a_cache_projects_the_source_once_and_changes_no_logit(pair, tokenizer, tmp_path):

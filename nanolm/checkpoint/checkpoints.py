@@ -38,6 +38,7 @@ from nanolm.distributed.sharding import local, place
 from nanolm.distributed.world import World
 from nanolm.errors import UserError
 from nanolm.files import RESUME, TEMPORARY, remove_leftovers, write_text
+from nanolm.model.trunk import encoder_alone
 
 TRAINER_KEYS: dict[str, Any] = {
     "step": int,
@@ -253,14 +254,17 @@ def load_weights(folder: pathlib.Path, learner: nn.Module, *, ema: bool = True) 
 def load_trunk(path: str | pathlib.Path, learner: nn.Module, *, ema: bool = True) -> list[str]:
     """Fills the trunk, and each head that matches in names and shapes, from a checkpoint.
 
-    `path` is a checkpoint's folder or a run's. Returns the names of the heads that start fresh.
-    Raises UserError when the trunk is of another shape.
+    `path` is a checkpoint's folder or a run's. Returns the names of the heads that start fresh. An
+    encoder takes of an encoder-decoder the encoder, and no head. Raises UserError when the trunk is
+    of another shape.
     """
     folder = locate(path)
     saved = read_tensors(folder, "model")
     if ema and part_files(folder, "ema"):
         saved.update(read_tensors(folder, "ema"))
     live = learner_tensors(learner)
+    if not getattr(learner.trunk, "causal", True):  # a plug-in's trunk need not say it
+        saved = encoder_alone(saved)
     load_named(_part(live, "trunk."), _part(saved, "trunk."), f"checkpoint {folder}")
     fresh = []
     for name in learner.heads:

@@ -8,14 +8,14 @@ from rich.console import Console
 
 from nanolm.commands.figures import write_json
 from nanolm.commands.pretrained import require_pretrained
-from nanolm.errors import require_range
+from nanolm.errors import require, require_range
+from nanolm.inference.beam_search import BeamSearch, write_best
 from nanolm.inference.generate import Generator, write
-from nanolm.inference.generate_from_source import SourceGenerator
+from nanolm.inference.generate_from_source import GENERATORS
 from nanolm.inference.sampling import Sampling
 from nanolm.saved import open_saved
 
 POSITIONAL = ("run",)
-GENERATORS = {trunk: kind for kind in (Generator, SourceGenerator) for trunk in kind.trunks}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,11 @@ class Arguments(Sampling):
     """Continuations of each prompt."""
     max_tokens: int = 200
     """Tokens to write at most."""
+    beams: int = 1
+    """Texts that are followed side by side to find the most probable whole one; 1 draws token by
+    token. With more, nothing is drawn: temperature and its kin do not count."""
+    length_penalty: float = 1.0
+    """Beams are compared by their log probability over their length to this power."""
     stop: list[str] = dataclasses.field(default_factory=list)
     """Strings that end a text."""
     seed: int = 0
@@ -51,6 +56,12 @@ class Arguments(Sampling):
         require_range("count", self.count, 1, 1 << 16)
         require_range("max_tokens", self.max_tokens, 1, 1 << 31)
         require_range("seed", self.seed, 0, (1 << 32) - 1)
+        require_range("beams", self.beams, 1, 256)
+        require_range("length_penalty", self.length_penalty, -100, 100)
+        require(
+            self.beams == 1 or (self.count == 1 and not self.stop),
+            "beams find one text up to its end: leave --count and --stop out, or --beams",
+        )
 
 
 def run(arguments: Arguments) -> None:
@@ -74,16 +85,22 @@ def run(arguments: Arguments) -> None:
         saved, use_cache=arguments.cache
     )
     held = [generator.held(prompt) for prompt in prompts]
-    texts = write(
-        generator,
-        [stem for stem, _ in held],
-        begins=[spaces for _, spaces in held],
-        max_tokens=arguments.max_tokens,
-        sampling=arguments,
-        seed=arguments.seed,
-        stop=arguments.stop,
-        on_text=show,
-    )
+    stems, begins = [stem for stem, _ in held], [spaces for _, spaces in held]
+    if arguments.beams > 1:
+        search = BeamSearch(arguments.beams, arguments.max_tokens, arguments.length_penalty)
+        texts = write_best(generator, stems, search, begins)
+        show(0, texts[0])
+    else:
+        texts = write(
+            generator,
+            stems,
+            begins=begins,
+            max_tokens=arguments.max_tokens,
+            sampling=arguments,
+            seed=arguments.seed,
+            stop=arguments.stop,
+            on_text=show,
+        )
     console = Console(highlight=False)
     if alone:
         print()

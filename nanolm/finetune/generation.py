@@ -5,40 +5,46 @@ The prompt of each record is framed exactly as in training; writing stops at the
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from nanolm.data.tables.files import Table
+from nanolm.finetune.tasks.write import WriteOptions
+from nanolm.inference.beam_search import BeamSearch, write_best
 from nanolm.inference.generate import Generator, write
+from nanolm.inference.generate_from_source import GENERATORS
 from nanolm.inference.sampling import Sampling
 from nanolm.saved import Saved
 
+Search = Callable[[Generator, list[str]], list[str]]
+"""What continues prompts: generator, prompts -> texts."""
 
-class PromptGenerator(Generator):
-    """A generator whose prompts are records, framed by the task."""
 
-    def prompt_ids(self, text: str) -> list[int]:
-        """Token ids of an already rendered prompt."""
-        return self.saved.learner.objective.prompt_tokens(text).tolist()
+def search_of(options: WriteOptions) -> Search:
+    """How the task's answers are searched for: token by token, or by beams."""
+    most = options.max_new_tokens
+    if options.beams == 1:
+        return functools.partial(write, max_tokens=most, sampling=Sampling(temperature=0.0))
+    search = BeamSearch(options.beams, most, options.length_penalty)
+    return functools.partial(write_best, search=search)
 
 
 def write_answers(
     saved: Saved, table: Table, batch: int, *, with_gold: bool = False
 ) -> list[dict[str, Any]]:
-    """{"text": …} for each record: the most probable continuation, token by token; with gold, in
-    the place of the answer that the record has."""
+    """{"text": …} for each record: the most probable answer that the task's search finds; with
+    gold, in the place of the answer that the record has."""
     task = saved.learner.objective
-    generator = PromptGenerator(saved)
+    generator = GENERATORS[saved.config.model.trunk](
+        saved, frame=lambda prompt: task.prompt_tokens(prompt).tolist()
+    )
+    search = search_of(task.options)
     found: list[dict[str, Any]] = []
     for start in range(0, len(table), batch):
         prompts = [
             task.prompt(record, with_gold=with_gold)
             for record in table.records[start : start + batch]
         ]
-        texts = write(
-            generator,
-            prompts,
-            max_tokens=task.options.max_new_tokens,
-            sampling=Sampling(temperature=0.0),
-        )
-        found += [{"text": text} for text in texts]
+        found += [{"text": text} for text in search(generator, prompts)]
     return found

@@ -18,6 +18,7 @@ from typing import Any
 from nanolm import build
 from nanolm.checkpoint.checkpoints import load_trunk, locate
 from nanolm.checkpoint.container import read_tensors
+from nanolm.config import strict_yaml
 from nanolm.data.tables.files import Table
 from nanolm.data.tables.stream import TaskStream
 from nanolm.data.tokenizer import Tokenizer
@@ -61,6 +62,7 @@ class Prepared:
 def prepare(config: TaskConfig) -> Prepared:
     """Reads and checks everything that a run needs; raises UserError for what the user can mend."""
     base = base_folder(config)
+    config = reading(config)
     tokenizer = Tokenizer.load(base)
     makers = {"train": training_split, "val": make_split}
     if issubclass(task_of(config), Multi):
@@ -88,6 +90,16 @@ def prepare(config: TaskConfig) -> Prepared:
     config = count_steps(config, len(train.items))
     facts = {"data_hash": digest(tables), "tokenizer_hash": tokenizer.hash}
     return Prepared(config, base, tokenizer, task, train, val, facts)
+
+
+def reading(config: TaskConfig) -> TaskConfig:
+    """The config with the encoder alone as trunk, where the base is an encoder-decoder and the task
+    writes nothing: what reads a text is all that it needs."""
+    task, model = task_of(config), config.model
+    writes = model.trunk in task.trunks
+    if model.trunk != "encoder_decoder" or writes or not task.reads_source:
+        return config
+    return dataclasses.replace(config, model=dataclasses.replace(model, trunk="encoder"))
 
 
 def read_tables(config: TaskConfig, tokenizer: Tokenizer) -> tuple[TaskConfig, list[Table]]:
@@ -218,7 +230,8 @@ def start_weights(
     saved = {key.split(".")[1] for key in read_tensors(base, "model") if key.startswith("heads.")}
     unused = sorted(saved - set(learner.heads))
     learner.objective.require_heads(fresh, str(base))
-    told = [f"weights from {base}"]
+    part = "" if base_trunk(base) == config.model.trunk else f" (its {config.model.trunk})"
+    told = [f"weights from {base}{part}"]
     if fresh:
         told.append(f"fresh heads: {', '.join(f'heads.{name}' for name in fresh)}")
     if unused:
@@ -227,6 +240,11 @@ def start_weights(
     if adapted:
         notes.append(begin_adapter(config, learner, fresh, base, checkpoint))
     return notes
+
+
+def base_trunk(base: pathlib.Path) -> str:
+    """The trunk of a checkpoint."""
+    return strict_yaml.read_mapping(base / "config.yaml")["model"]["trunk"]
 
 
 def describe(train: Split, val: Split, learner: Learner) -> list[str]:
@@ -266,10 +284,11 @@ def tokens_per_step(config: TaskConfig, train: Split) -> int:
     return max(1, round(train.mean_tokens * config.train.global_batch))
 
 
-def build_throughput(config: TaskConfig, train: Split, world: World) -> Throughput:
-    """The clock, counting real tokens; its model FLOPs leave the head out."""
+def build_throughput(config: TaskConfig, task: Task, train: Split, world: World) -> Throughput:
+    """The clock, counting real tokens; its model FLOPs leave the head out, but for an
+    encoder-decoder's, which is reckoned with what it writes."""
     tokens = tokens_per_step(config, train)
-    length = max(1, round(train.mean_tokens))
-    flops = train_flops_per_token(config.model, length, predicted_share=0.0)
+    length, share = max(1, round(train.mean_tokens)), task.targets_per_token(train.items)
+    flops = train_flops_per_token(config.model, length, predicted_share=share)
     peak, _ = peak_flops(world.device, config.train.precision)
     return Throughput(tokens, flops * tokens, peak and peak * world.size)

@@ -134,7 +134,7 @@ class FineTuning(Plan):
 
     def throughput(self, world: World, note: Note) -> Throughput:
         """Counts real tokens."""
-        return build_throughput(self.config, self.train, world)
+        return build_throughput(self.config, self.objective, self.train, world)
 
     @property
     def higher_is_better(self) -> bool:

@@ -11,7 +11,9 @@ Shapes: B sequences, T tokens, S tokens in the cache, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from collections.abc import Generator as Coroutine
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,13 +26,29 @@ from nanolm.model.trunk import Inputs
 from nanolm.ops.masks import Mask
 from nanolm.saved import Saved
 
+Frame = Callable[[str], list[int]]
+"""Token ids of a prompt as the model reads it."""
+
+
+class Chosen(NamedTuple):
+    """What is written next: a token for each sequence, and, where some sequences give way to copies
+    of others, which of the present ones they continue. A sequence and its copy have one prompt."""
+
+    tokens_B: Tensor
+    rows_B: Tensor | None = None
+
+
+Steps = Coroutine[Tensor, Chosen, None]
+"""Next-token logits [B, V], for what was chosen of the ones before."""
+
 
 class Generator:
-    """Generates from a saved decoder; prompts and results are token ids."""
+    """Generates from a saved decoder; prompts and results are token ids. `frame` makes ids of a
+    prompt, as a document begins unless given."""
 
     trunks = ("decoder",)
 
-    def __init__(self, saved: Saved, *, use_cache: bool = True) -> None:
+    def __init__(self, saved: Saved, *, use_cache: bool = True, frame: Frame | None = None) -> None:
         require(
             saved.config.model.trunk in self.trunks,
             f"{saved.folder} holds an {saved.config.model.trunk}; only a decoder writes text "
@@ -38,7 +56,7 @@ class Generator:
         )
         self.saved, self.model = saved, saved.config.model
         self.trunk, self.head = saved.learner.trunk, saved.learner.heads["lm"]
-        self.use_cache = use_cache
+        self.use_cache, self.frame = use_cache, frame or self.document
         self.device = self.trunk.embedding.weight.device
         special = torch.from_numpy(saved.tokenizer.special_mask).to(self.device)
         # Padding rows of the vocabulary and special tokens are never written; eos ends a text.
@@ -55,6 +73,10 @@ class Generator:
         return self.forbidden_V | others_V
 
     def prompt_ids(self, text: str) -> list[int]:
+        """Token ids of a prompt."""
+        return self.frame(text)
+
+    def document(self, text: str) -> list[int]:
         """Token ids of a prompt as a document begins in training: behind an end-of-document (or,
         for a published model, behind what its tokenizer puts first)."""
         ids = self.saved.tokenizer.encode(text).tolist()
@@ -70,8 +92,8 @@ class Generator:
         return self.saved.tokenizer.decode(ids)
 
     @torch.no_grad()
-    def logits(self, prompts: list[list[int]], max_tokens: int) -> Iterator[Tensor]:
-        """Coroutine: yields next-token logits [B, V]; `send` it the chosen tokens, int64 [B]."""
+    def logits(self, prompts: list[list[int]], max_tokens: int) -> Steps:
+        """Coroutine: yields next-token logits [B, V]; `send` it what was chosen."""
         longest = max(map(len, prompts))
         capacity = longest + max_tokens
         require(
@@ -85,7 +107,11 @@ class Generator:
         new_BT = ids_BT
         while True:
             hidden_BTD = self.trunk(self.inputs(new_BT, ids_BT, documents_BT, lengths_B, cache))
-            tokens_B = yield self.head(hidden_BTD[:, -1])
+            tokens_B, rows_B = yield self.head(hidden_BTD[:, -1])
+            if rows_B is not None:  # documents and lengths are the prompt's, which is the same
+                ids_BT = ids_BT[rows_B]
+                if cache is not None:
+                    cache.reorder(rows_B)
             ids_BT = torch.cat([ids_BT, tokens_B[:, None]], dim=1)
             documents_BT = torch.nn.functional.pad(documents_BT, (0, 1), value=0)
             new_BT = tokens_B[:, None] if self.use_cache else ids_BT
@@ -192,7 +218,7 @@ def write(
             on_text(row, texts[row])
         if all(done) or count == max_tokens:
             break
-        logits_BV = steps.send(tokens_B)
+        logits_BV = steps.send(Chosen(tokens_B))
     return texts
 
 

@@ -12,13 +12,10 @@ Shapes: B sequences, S source tokens, T target tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
-from torch import Tensor
 
 from nanolm.errors import require
-from nanolm.inference.generate import Generator
+from nanolm.inference.generate import Frame, Generator, Steps
 from nanolm.model.trunk import Inputs
 from nanolm.ops.masks import Mask
 from nanolm.saved import Saved
@@ -31,12 +28,12 @@ class SourceGenerator(Generator):
 
     trunks = ("encoder_decoder",)
 
-    def __init__(self, saved: Saved, *, use_cache: bool = True) -> None:
-        super().__init__(saved, use_cache=use_cache)
+    def __init__(self, saved: Saved, *, use_cache: bool = True, frame: Frame | None = None) -> None:
+        super().__init__(saved, use_cache=use_cache, frame=frame)
         self.sentinels = saved.learner.objective.sentinels.tolist()
         self.forbidden_V[self.sentinels] = False
 
-    def prompt_ids(self, text: str) -> list[int]:
+    def document(self, text: str) -> list[int]:
         """Token ids of a source with its gaps and its end; raises UserError for too many gaps."""
         tokenizer, parts = self.saved.tokenizer, text.split(GAP)
         require(
@@ -58,8 +55,8 @@ class SourceGenerator(Generator):
         return self.saved.tokenizer.decode(ids, specials=True)
 
     @torch.no_grad()
-    def logits(self, prompts: list[list[int]], max_tokens: int) -> Iterator[Tensor]:
-        """Coroutine: yields next-token logits [B, V]; `send` it the chosen tokens, int64 [B]."""
+    def logits(self, prompts: list[list[int]], max_tokens: int) -> Steps:
+        """Coroutine: yields next-token logits [B, V]; `send` it what was chosen."""
         longest, most = max(map(len, prompts)), self.model.max_length
         require(
             max(longest, max_tokens) <= most,
@@ -79,6 +76,14 @@ class SourceGenerator(Generator):
             hidden_BTD = self.trunk(
                 Inputs(tokens_BT=new_BT, source_BSD=source_BSD, source_mask=mask, cache=cache)
             )
-            tokens_B = yield self.head(hidden_BTD[:, -1])
+            tokens_B, rows_B = yield self.head(hidden_BTD[:, -1])
+            if rows_B is not None:
+                written_BT = written_BT[rows_B]
+                if cache is not None:
+                    cache.reorder(rows_B)
             written_BT = torch.cat([written_BT, tokens_B[:, None]], dim=1)
             new_BT = tokens_B[:, None] if self.use_cache else written_BT
+
+
+GENERATORS = {trunk: kind for kind in (Generator, SourceGenerator) for trunk in kind.trunks}
+"""What writes, by the trunk that it writes with."""

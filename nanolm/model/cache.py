@@ -58,6 +58,12 @@ class KeyValueCache:
             self.sources[layer] = project()
         return self.sources[layer]
 
+    def reorder(self, rows_B: Tensor) -> None:
+        """Row b becomes a copy of row rows_B[b]. Both have the same source, whose keys and values
+        stay where they are."""
+        length = self.length
+        self.buffer[:, :, :, :length] = self.buffer[:, :, rows_B, :length]
+
     def extend(self, layer: int, k_BTGK: Tensor, v_BTGK: Tensor) -> tuple[Tensor, Tensor]:
         """Append T tokens to block `layer`; all its keys and values so far, [B, S, G, K].
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,7 @@ class Trunk(nn.Module):
         super().__init__()
         if model.vocab_size is None:
             raise ValueError("model.vocab_size must be known when the model is built")
+        self.causal = spec.causal
         self.kernels = kernels  # for whoever chooses more of them later: Muon
         self.embedding = nn.Embedding(model.vocab_size, model.d_model)
         self.segments = nn.Embedding(model.n_segments, model.d_model) if model.n_segments else None
@@ -160,6 +162,22 @@ class EncoderDecoder(Trunk):
         if inputs.source_BSD is None:
             inputs = dataclasses.replace(inputs, source_BSD=self.encode(inputs))
         return super().forward(inputs)
+
+
+def encoder_alone(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a learner, by name, as a base for an encoder trunk: of an encoder-decoder only
+    the encoder, under the names that it has when it is alone, and no head, since heads read the
+    decoder. Those of any other learner are what they are."""
+    if not any(name.startswith("trunk.encoder_stack.") for name in tensors):
+        return dict(tensors)
+    named = {"trunk.encoder_stack.": "trunk.stack.", "trunk.encoder_positions.": "trunk.positions."}
+    left_out = ("heads.", *named.values())
+    found = {name: t for name, t in tensors.items() if not name.startswith((*left_out, *named))}
+    for theirs, ours in named.items():
+        for name, tensor in tensors.items():
+            if name.startswith(theirs):
+                found[ours + name.removeprefix(theirs)] = tensor
+    return found
 
 
 @TRUNKS.register("decoder")

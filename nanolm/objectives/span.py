@@ -154,11 +154,9 @@ class Span:
         """source [B, S], tokens and targets [B, T], and lengths [B] of the sources if a row is
         short. The decoder reads the targets one place later, behind a pad."""
         targets_BT = padded([e["targets"] for e in examples], self.n_targets, IGNORED)
-        tokens_BT = np.full_like(targets_BT, self.pad)
-        tokens_BT[:, 1:] = np.where(targets_BT == IGNORED, self.pad, targets_BT)[:, :-1]
         batch = {
             "source": padded([e["source"] for e in examples], self.length, self.pad),
-            "tokens": tokens_BT,
+            "tokens": shifted_right(targets_BT, self.pad),
             "targets": targets_BT,
         }
         lengths = np.array([len(e["source"]) for e in examples], dtype=np.int64)
@@ -204,6 +202,14 @@ class Span:
         """The span term with nll and accuracy."""
         hidden_ND, targets_N = hidden_BTD.flatten(0, 1), batch["targets"].flatten()
         return token_terms("span", heads["lm"], hidden_ND, targets_N, self.options)
+
+
+def shifted_right(targets_BT: np.ndarray, pad: int) -> np.ndarray:
+    """int64 [B, T]: what a decoder reads to write these targets, each one place later behind a pad;
+    what fills the targets up is a pad too."""
+    tokens_BT = np.full_like(targets_BT, pad)
+    tokens_BT[:, 1:] = np.where(targets_BT == IGNORED, pad, targets_BT)[:, :-1]
+    return tokens_BT
 
 
 def cut(n_items: int, n_parts: int, rng: np.random.Generator) -> np.ndarray:

@@ -101,6 +101,9 @@ class Task:
     """Name of the loss term."""
     scope = "rows"
     """"global_batch" when a row's loss depends on the other rows of the step."""
+    reads_source = True
+    """Whether an encoder-decoder's encoder will do as base; a task that needs the base's vocabulary
+    head needs what that head reads."""
     movable = True
     """Whether tokens may change their places: no target points at one of them."""
     turns = False
@@ -182,6 +185,10 @@ class Task:
     def trained(self, items: list[Item]) -> list[Item]:
         """The items of the train split that are trained on; evaluation always reads all."""
         return items
+
+    def targets_per_token(self, items: list[Item]) -> float:
+        """What a decoder writes, in tokens to one that an encoder reads."""
+        return 0.0
 
     def turned(self, item: Item) -> Any | None:
         """The target of an item whose first text is made to say the opposite; None when there are

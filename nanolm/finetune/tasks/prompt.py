@@ -65,6 +65,8 @@ class PromptOptions(ClassifyOptions):
 class Prompt(Classify):
     """Which label's word fits."""
 
+    reads_source = False
+
     movable = False
 
     def __init__(self, options: PromptOptions, config: Config, tokenizer: Tokenizer) -> None:

@@ -12,7 +12,7 @@ Shapes: B rows, T tokens, S sequences, M tokens of all sequences, N answer token
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from nanolm.config.schema import Config
 from nanolm.data.tables.files import Record, Table
 from nanolm.data.tokenizer import Tokenizer
-from nanolm.errors import UserError, require
+from nanolm.errors import UserError, require, require_range
 from nanolm.finetune.tasks import metrics
 from nanolm.finetune.tasks.base import Item, Sequence, Task, text_problem
 from nanolm.finetune.tasks.metrics import Metric, Report, higher, lower
@@ -43,9 +43,17 @@ class WriteOptions(TokenLossOptions):
     """Records are dialogues (`messages`); null: when the train split has a column messages."""
     max_new_tokens: int = 64
     """Longest answer that `nanolm predict` and `nanolm evaluate` write, in tokens."""
+    beams: int = 1
+    """Texts that are followed side by side while an answer is searched for; 1 takes the most
+    probable token each time."""
+    length_penalty: float = 1.0
+    """Beams are compared by their log probability over their length to this power: above 0 it
+    prefers longer answers."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_range("objective.beams", self.beams, 1, 256)
+        require_range("objective.length_penalty", self.length_penalty, -100, 100)
         require(self.max_new_tokens >= 1, "objective.max_new_tokens must be at least 1")
         require("{content}" in self.turn, "objective.turn must contain {content}")
 
@@ -54,7 +62,8 @@ class WriteOptions(TokenLossOptions):
 class Write(Task):
     """What to write after a prompt."""
 
-    trunks = ("decoder",)
+    trunks = ("decoder", "encoder_decoder")
+    forms: ClassVar[dict[str, type[Write]]] = {}  # see write_from_source.py
     fields = ("prompt",)
     gold = ("response",)
     metric = "perplexity"
