@@ -3,8 +3,8 @@
 The families and their keys stand in `hub/families.py`: GPT-2 (pre-norm decoder, learned positions),
 Llama (RMSNorm, SwiGLU, rotary positions, no biases) and BERT (post-norm encoder, learned positions,
 segments). A model that differs in anything is refused with the key that differs: nothing is written
-that `transformers` would compute differently. The vocabulary is the padded one; the tokenizer goes
-along as it is (of a SentencePiece model only `nanolm` knows the spaces and escapes).
+that `transformers` would compute differently. The vocabulary is the padded one; the tokenizer's
+files are written by `hub/tokenizer_files.py`.
 """
 
 from __future__ import annotations
