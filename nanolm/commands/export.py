@@ -6,8 +6,8 @@
 Every command that takes a run takes this folder. A checkpoint of ddp is such a folder already, with
 the optimizer beside it; one of fsdp has a file of rows from each rank, and they are joined here,
 a tensor at a time. With `--format transformers` the folder is GPT-2's, Llama's or BERT's, where the
-model is exactly one of these. `AutoTokenizer` opens it: our tokenizer goes out as tokenizer.json too,
-and the command counts the sample texts whose ids differ.
+model is exactly one of these. `AutoTokenizer` opens it: our tokenizer goes out as tokenizer.json
+too, and the command counts the sample texts whose ids differ.
 """
 
 from __future__ import annotations
