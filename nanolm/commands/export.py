@@ -5,7 +5,7 @@
 
 Every command that takes a run takes this folder. A checkpoint of ddp is such a folder already, with
 the optimizer beside it; one of fsdp has a file of rows from each rank, and they are joined here,
-a tensor at a time. With `--format transformers` the folder is GPT-2's, Llama's or BERT's, where the
+a tensor at a time. With `--format transformers` the folder is that of a published family, where the
 model is exactly one of these. `AutoTokenizer` opens it: our tokenizer goes out as tokenizer.json
 too, and the command counts the sample texts whose ids differ.
 """
@@ -45,7 +45,7 @@ class Arguments:
     """Folder to write."""
     format: Literal["nanolm", "transformers"] = "nanolm"
     """nanolm: what finetune, evaluate and generate read; transformers: what from_pretrained
-    reads, for the shapes of GPT-2, Llama and BERT."""
+    reads, for the shapes of the families that `nanolm import` knows."""
     ema: bool = True
     """Take the moving average of the weights where the run keeps one."""
     plugins: list[str] = dataclasses.field(default_factory=list)

@@ -133,9 +133,21 @@ def read_tokenizer(folder: pathlib.Path) -> Tokenizer:
             f"AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)",
         )
         return Tokenizer.load(folder / MODEL_FILE)
-    read_object(path)
-    content = with_roles(path.read_bytes(), roles_beside(folder), chat_template(folder))
+    roles = roles_inside(read_object(path)) | roles_beside(folder)
+    content = with_roles(path.read_bytes(), roles, chat_template(folder))
     return Tokenizer(content, str(path))
+
+
+def roles_inside(parsed: dict[str, Any]) -> dict[str, str]:
+    """role -> piece of cls and sep, where tokenizer.json frames a text as BERT or RoBERTa does:
+    the files beside RoBERTa's name no roles."""
+    step = parsed.get("post_processor")
+    if not isinstance(step, dict) or step.get("type") not in (
+        "BertProcessing",
+        "RobertaProcessing",
+    ):
+        return {}
+    return {role: step[role][0] for role in ("cls", "sep")}
 
 
 def roles_beside(folder: pathlib.Path) -> dict[str, str]:
