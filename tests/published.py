@@ -134,7 +134,9 @@ def write_tokenizer(folder: pathlib.Path, shape: str) -> None:
         tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
     else:
         tokenizer = byte_bpe(["<|endoftext|>"])
-        names = {"bos_token": "<|endoftext|>", "eos_token": {"content": "<|endoftext|>"}}
+        end = {"__type": "AddedToken", "content": "<|endoftext|>", "special": True}
+        names = {"bos_token": "<|endoftext|>", "eos_token": end}
+        names["tokenizer_class"] = "PreTrainedTokenizerFast"  # not Qwen's, which normalises text
         (folder / "tokenizer_config.json").write_text(json.dumps(names))
     tokenizer.save(str(folder / "tokenizer.json"))
 

@@ -40,6 +40,8 @@ def test_import_export_import_keeps_every_bit_and_transformers_agrees(shape, tmp
     first = imported(a, b, f"--json={tmp_path / 'figures.json'}")
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert 0 <= figures["largest_difference"] < 1e-5
+    assert figures["greedy_tokens"] == (None if "bert" in shape else 32)
+    assert figures["texts_with_other_ids"] == 0
     fresh = FRESH.get(shape, ())
     assert bool(figures["fresh"]) == bool(fresh)
     assert all(key.startswith(fresh) for key in figures["fresh"])
@@ -48,7 +50,10 @@ def test_import_export_import_keeps_every_bit_and_transformers_agrees(shape, tmp
     assert all(
         f"has no {key}, which starts from random weights" in told for key in figures["fresh"]
     )
-    cli.run(["export", str(b), f"--out={c}", "--format=transformers"])
+    out = ["export", str(b), f"--out={c}", "--format=transformers"]
+    cli.run([*out, f"--json={tmp_path / 'out.json'}"])
+    figures = json.loads((tmp_path / "out.json").read_text())
+    assert 0 <= figures["largest_difference"] < 1e-5 and figures["texts_with_other_ids"] == 0
     published = {k: v for k, v in load_file(a / SINGLE).items() if not k.endswith("decoder.bias")}
     back = load_file(c / SINGLE)
     prefix = f"{shape.removesuffix('-trunk')}." if shape.endswith("-trunk") else ""

@@ -7,27 +7,26 @@ Every command that takes a run takes this folder. A checkpoint of ddp is such a 
 the optimizer beside it; one of fsdp has a file of rows from each rank, and they are joined here,
 a tensor at a time. With `--format transformers` the folder is that of a published family, where the
 model is exactly one of these. `AutoTokenizer` opens it: our tokenizer goes out as tokenizer.json
-too, and the command counts the sample texts whose ids differ.
+too. transformers' own class and ours compute the same rows before anything is written, and the
+command counts the sample texts whose ids differ.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
 from nanolm.checkpoint.checkpoints import locate
 from nanolm.checkpoint.container import INDEX, read_tensors, write_folder
 from nanolm.checkpoint.lazy_tensors import part_files
-from nanolm.checkpoint.named_tensors import learner_tensors
 from nanolm.commands.figures import write_json
-from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import require
-from nanolm.hub.tokenizer_files import compared, tokenizer_files
-from nanolm.inference.export_transformers import transformers_folder
+from nanolm.finetune.config import TaskConfig
+from nanolm.finetune.published import task_folder
+from nanolm.inference.export_transformers import published_folder
 from nanolm.saved import open_saved, read_config
 
 POSITIONAL = ("run",)
@@ -64,19 +63,21 @@ def run(arguments: Arguments) -> None:
         config.peft.name == "none",
         f"{folder} holds an adapter without its base; `nanolm merge` makes one model of both",
     )
-    tensors, files, differing = whole_tensors(folder, arguments.ema), small_files(folder), 0
+    figures: dict[str, Any] = {"out": str(out)}
     if arguments.format == "transformers":
         saved = open_saved(folder, plugins=arguments.plugins, ema=arguments.ema)
-        tensors, more = transformers_folder(config, saved.tokenizer, learner_tensors(saved.learner))
-        files = more | tokenizer_files(saved.tokenizer, config.model)
-        differing = told_ids(saved.tokenizer, files)
+        if isinstance(saved.config, TaskConfig):
+            tensors, files, proof = task_folder(saved)
+        else:
+            tensors, files, proof = published_folder(saved.config, saved.tokenizer, saved.learner)
+        figures |= proof
+    else:
+        tensors, files = whole_tensors(folder, arguments.ema), small_files(folder)
     write_folder(out, {"model": tensors}, files)
     numbers = sum(tensor.numel() for tensor in tensors.values())
     print(f"{folder}: {len(tensors)} tensors, {numbers:,} numbers, written to {out}")
-    figures = {"out": str(out), "tensors": len(tensors), "numbers": numbers}
-    if arguments.format == "transformers":
-        figures["texts_with_other_ids"] = differing
-    write_json(arguments.json, {"format": arguments.format, **figures})
+    figures |= {"format": arguments.format, "tensors": len(tensors), "numbers": numbers}
+    write_json(arguments.json, figures)
 
 
 def whole_tensors(folder: pathlib.Path, ema: bool) -> dict[str, Tensor]:
@@ -85,18 +86,6 @@ def whole_tensors(folder: pathlib.Path, ema: bool) -> dict[str, Tensor]:
     if ema and part_files(folder, "ema"):
         tensors |= read_tensors(folder, "ema")
     return tensors
-
-
-def told_ids(tokenizer: Tokenizer, files: Mapping[str, bytes]) -> int | None:
-    """Sample texts that get other ids by the files than by our tokenizer, told; None where
-    transformers is not there to open them."""
-    found = compared(tokenizer, files)
-    if found is None:
-        print("the proof of the tokenizer was left out: transformers is not installed")
-        return None
-    differing, texts = found
-    print(f"tokenizer: ids of {texts} sample texts, {differing} of them other than here")
-    return differing
 
 
 def small_files(folder: pathlib.Path) -> dict[str, bytes]:

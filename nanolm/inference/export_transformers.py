@@ -8,30 +8,73 @@ vocabulary is the padded one; the tokenizer's files are written by `hub/tokenize
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from nanolm.checkpoint.named_tensors import learner_tensors
 from nanolm.config.model import ModelConfig
 from nanolm.config.schema import Config
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import UserError
+from nanolm.hub.configs import Published
 from nanolm.hub.families import FAMILIES, Family
+from nanolm.hub.importing import proved
 from nanolm.hub.keys import Tensors
+from nanolm.hub.published import Imported
+from nanolm.hub.tokenizer_files import compared, tokenizer_files
+from nanolm.learner import Learner
 
+Note = Callable[[str], None]
 SEGMENTS = "trunk.segments.weight"
 
 
+def published_folder(
+    config: Config, tokenizer: Tokenizer, learner: Learner, note: Note = print
+) -> tuple[Tensors, dict[str, bytes], dict[str, Any]]:
+    """(tensors, files, figures of the proof) of a model in evaluation mode.
+
+    Raises UserError when no family computes it, or transformers computes something else.
+    """
+    tensors, files = transformers_folder(config, tokenizer, learner_tensors(learner))
+    proof = proved(as_published(config, tokenizer, learner, tensors, files), "this model", note)
+    files |= tokenizer_files(tokenizer, config.model)
+    figures = {
+        "largest_difference": None if proof is None else proof.largest,
+        "greedy_tokens": None if proof is None else proof.greedy,
+        "texts_with_other_ids": compared(tokenizer, files, note),
+    }
+    return tensors, files, figures
+
+
+def as_published(
+    config: Config,
+    tokenizer: Tokenizer,
+    learner: Learner,
+    tensors: Tensors,
+    files: Mapping[str, bytes],
+) -> Imported:
+    """Our model beside its published tensors and config.json, for the proof."""
+    values = json.loads(files["config.json"])
+    family = FAMILIES[values["model_type"]]
+    published = Published("config.json", values, family.name)
+    return Imported(family, config, tokenizer, learner, tensors, published, ())
+
+
 def transformers_folder(
-    config: Config, tokenizer: Tokenizer, tensors: Mapping[str, Tensor]
+    config: Config,
+    tokenizer: Tokenizer,
+    tensors: Mapping[str, Tensor],
+    families: Mapping[str, Family] = FAMILIES,
 ) -> tuple[Tensors, dict[str, bytes]]:
     """Tensors and config.json of the family that this model is; tensors are named as a Learner's.
 
     Raises UserError when it is none of them.
     """
     model = config.model
-    family = family_of(model, tensors, tokenizer.roles())
+    family = family_of(model, tensors, tokenizer.roles(), families)
     named = published_tensors(family, model, tensors)
     facts = family.to_config(model, named)
     roles = {role: tokenizer.roles().get(role) for role in ("pad", "bos", "eos")}
@@ -66,13 +109,16 @@ def published_tensors(family: Family, model: ModelConfig, tensors: Mapping[str, 
 
 
 def family_of(
-    model: ModelConfig, tensors: Mapping[str, Tensor] = {}, roles: Mapping[str, int] = {}
+    model: ModelConfig,
+    tensors: Mapping[str, Tensor] = {},
+    roles: Mapping[str, int] = {},
+    families: Mapping[str, Family] = FAMILIES,
 ) -> Family:
     """The family of a model with these tensors and roles of its tokenizer; raises UserError naming
     what keeps the nearest from fitting."""
     misfits = {
         name: family.why_not(model) + heads_and_padding(family, tensors, roles)
-        for name, family in FAMILIES.items()
+        for name, family in families.items()
     }
     name = min(misfits, key=lambda name: len(misfits[name]))
     if misfits[name]:
@@ -80,7 +126,7 @@ def family_of(
             f"no model of transformers computes this one exactly: {name} is nearest, but "
             f"{'; '.join(misfits[name])}; export it with --format nanolm"
         )
-    return FAMILIES[name]
+    return families[name]
 
 
 def heads_and_padding(

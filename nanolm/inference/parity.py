@@ -9,7 +9,6 @@ Nothing is downloaded and nothing is written.
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Any
 
 import torch
@@ -19,9 +18,9 @@ from nanolm import build
 from nanolm.checkpoint.named_tensors import learner_tensors
 from nanolm.hub.configs import Published
 from nanolm.hub.families import FAMILIES
-from nanolm.hub.proof import largest_difference
-from nanolm.hub.published import Imported, as_config, assembled, model_keys
-from nanolm.inference.export_transformers import transformers_folder
+from nanolm.hub.proof import prove
+from nanolm.hub.published import as_config, assembled, model_keys
+from nanolm.inference.export_transformers import as_published, transformers_folder
 
 GPT2 = {"n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": 48}
 LLAMA = {
@@ -112,14 +111,11 @@ def difference(case: str, direction: str) -> float:
             stored |= {other: stored[own]} if other in stored else {}
         ours = model_keys(family, published)
         imported = assembled(family, published, ours, stored, tokenizer, case)  # type: ignore[arg-type]
-        return largest_difference(imported)
+        return prove(imported).largest
     pooled = family.classes.pooled is not None and theirs != family.classes.plain
     names = frozenset({"bert.pooler.dense.weight"} if pooled else ())
     config = as_config(family, model_keys(family, published), names, tokenizer)  # type: ignore[arg-type]
     learner = build.build_learner(config, build.build_objective(config, tokenizer))  # type: ignore[arg-type]
     randomise(learner)
     tensors, files = transformers_folder(config, tokenizer, learner_tensors(learner))  # type: ignore[arg-type]
-    values = json.loads(files["config.json"])
-    written = Published("config.json", values, values["model_type"])
-    imported = Imported(family, config, tokenizer, learner.eval(), tensors, written, ())  # type: ignore[arg-type]
-    return largest_difference(imported)
+    return prove(as_published(config, tokenizer, learner.eval(), tensors, files)).largest  # type: ignore[arg-type]
