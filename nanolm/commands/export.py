@@ -5,27 +5,28 @@
 
 Every command that takes a run takes this folder. A checkpoint of ddp is such a folder already, with
 the optimizer beside it; one of fsdp has a file of rows from each rank, and they are joined here,
-a tensor at a time. With `--format transformers` the folder is GPT-2's, Llama's or BERT's, where the
-model is exactly one of these.
+a tensor at a time. With `--format transformers` the folder is that of a published family, where the
+model is exactly one of these. `AutoTokenizer` opens it: our tokenizer goes out as tokenizer.json
+too. transformers' own class and ours compute the same rows before anything is written, and the
+command counts the sample texts whose ids differ.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import pathlib
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
 from nanolm.checkpoint.checkpoints import locate
 from nanolm.checkpoint.container import INDEX, read_tensors, write_folder
 from nanolm.checkpoint.lazy_tensors import part_files
-from nanolm.checkpoint.named_tensors import learner_tensors
 from nanolm.commands.figures import write_json
-from nanolm.data.json_pieces import is_json, published
-from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import require
-from nanolm.inference.export_transformers import transformers_folder
+from nanolm.finetune.config import TaskConfig
+from nanolm.finetune.published import task_folder
+from nanolm.inference.export_transformers import published_folder
 from nanolm.saved import open_saved, read_config
 
 POSITIONAL = ("run",)
@@ -43,7 +44,7 @@ class Arguments:
     """Folder to write."""
     format: Literal["nanolm", "transformers"] = "nanolm"
     """nanolm: what finetune, evaluate and generate read; transformers: what from_pretrained
-    reads, for the shapes of GPT-2, Llama and BERT."""
+    reads, for the shapes of the families that `nanolm import` knows."""
     ema: bool = True
     """Take the moving average of the weights where the run keeps one."""
     plugins: list[str] = dataclasses.field(default_factory=list)
@@ -62,16 +63,21 @@ def run(arguments: Arguments) -> None:
         config.peft.name == "none",
         f"{folder} holds an adapter without its base; `nanolm merge` makes one model of both",
     )
-    tensors, files = whole_tensors(folder, arguments.ema), small_files(folder)
+    figures: dict[str, Any] = {"out": str(out)}
     if arguments.format == "transformers":
         saved = open_saved(folder, plugins=arguments.plugins, ema=arguments.ema)
-        tensors, more = transformers_folder(config, saved.tokenizer, learner_tensors(saved.learner))
-        files = more | published_tokenizer(saved.tokenizer)
+        if isinstance(saved.config, TaskConfig):
+            tensors, files, proof = task_folder(saved)
+        else:
+            tensors, files, proof = published_folder(saved.config, saved.tokenizer, saved.learner)
+        figures |= proof
+    else:
+        tensors, files = whole_tensors(folder, arguments.ema), small_files(folder)
     write_folder(out, {"model": tensors}, files)
     numbers = sum(tensor.numel() for tensor in tensors.values())
     print(f"{folder}: {len(tensors)} tensors, {numbers:,} numbers, written to {out}")
-    figures = {"out": str(out), "tensors": len(tensors), "numbers": numbers}
-    write_json(arguments.json, {"format": arguments.format, **figures})
+    figures |= {"format": arguments.format, "tensors": len(tensors), "numbers": numbers}
+    write_json(arguments.json, figures)
 
 
 def whole_tensors(folder: pathlib.Path, ema: bool) -> dict[str, Tensor]:
@@ -80,12 +86,6 @@ def whole_tensors(folder: pathlib.Path, ema: bool) -> dict[str, Tensor]:
     if ema and part_files(folder, "ema"):
         tensors |= read_tensors(folder, "ema")
     return tensors
-
-
-def published_tokenizer(tokenizer: Tokenizer) -> dict[str, bytes]:
-    """The tokenizer's file as other programs read it."""
-    content = tokenizer.model_bytes
-    return {tokenizer.file_name: published(content) if is_json(content) else content}
 
 
 def small_files(folder: pathlib.Path) -> dict[str, bytes]:

@@ -12,10 +12,12 @@ from typing import Any
 from nanolm.checkpoint.container import write_folder
 from nanolm.checkpoint.named_tensors import learner_tensors
 from nanolm.config.load import dump
+from nanolm.data.json_pieces import JSON_FILE
 from nanolm.errors import UserError, require
 from nanolm.hub.folder import NeedsFlagError
-from nanolm.hub.proof import LIMIT, can_prove, largest_difference
+from nanolm.hub.proof import LIMIT, Proof, can_prove, prove
 from nanolm.hub.published import Imported, read_published
+from nanolm.hub.tokenizer_files import opened, told
 
 PREFIX = "hf:"
 CACHE = "~/.cache/nanolm/imported"
@@ -38,7 +40,10 @@ def import_folder(
     imported = read_published(folder, family=family, pickled=pickled)
     for key in imported.fresh:
         note(f"fresh: {folder} has no {key}, which starts from random weights")
-    difference = prove(imported, folder, note)
+    for key in imported.left_out:
+        note(f"left out: {key} of {folder}, which no head of nanolm reads")
+    proof = proved(imported, str(folder), note)
+    differing = told_ids(imported, folder, note) if proof else None
     tensors = learner_tensors(imported.learner)
     files = {
         "config.yaml": dump(imported.config).encode(),
@@ -55,26 +60,44 @@ def import_folder(
         "tensors": len(tensors),
         "numbers": numbers,
         "fresh": list(imported.fresh),
-        "largest_difference": difference,
+        "left_out": list(imported.left_out),
+        "largest_difference": None if proof is None else proof.largest,
+        "greedy_tokens": None if proof is None else proof.greedy,
+        "texts_with_other_ids": differing,
     }
 
 
-def prove(imported: Imported, folder: pathlib.Path, note: Note) -> float | None:
-    """The largest difference from transformers, told; None where it is not installed.
+def proved(imported: Imported, what: str, note: Note) -> Proof | None:
+    """The proof, told; None where transformers is not installed.
 
     Raises UserError above LIMIT.
     """
     if not can_prove():
         note("the proof was left out: transformers is not installed")
         return None
-    difference = largest_difference(imported)
+    proof = prove(imported)
     require(
-        difference <= LIMIT,
-        f"transformers computes something else of {folder}: the largest difference is "
-        f"{difference:.1e}, above {LIMIT:.0e}; nothing is written",
+        proof.largest <= LIMIT,
+        f"transformers computes something else of {what}: the largest difference is "
+        f"{proof.largest:.1e}, above {LIMIT:.0e}; nothing is written",
     )
-    note(f"proof: largest difference from transformers {difference:.1e} (float32)")
-    return difference
+    wrote = "" if proof.greedy is None else f"; {proof.greedy} greedy tokens alike"
+    note(f"proof: largest difference from transformers {proof.largest:.1e} (float32){wrote}")
+    return proof
+
+
+def told_ids(imported: Imported, folder: pathlib.Path, note: Note) -> int | None:
+    """Sample texts that get other ids by transformers' tokenizer of the folder, told; None where it
+    opens none."""
+    if not (folder / JSON_FILE).is_file():  # it would need another package to make one
+        return None
+    try:
+        encode = opened(folder)
+    except Exception as error:  # noqa: BLE001  (any, of code that is not ours; it is told)
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        note(f"the proof of the tokenizer was left out: transformers does not open it ({said})")
+        return None
+    return told(imported.tokenizer, encode, note)
 
 
 def base_of(init_from: str | None, note: Note = print) -> str | None:

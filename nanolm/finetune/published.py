@@ -1,0 +1,198 @@
+"""A fine-tuned model as transformers' class for its task, such as BertForSequenceClassification.
+
+A family of `hub/families/` with another head. Only heads that compute the same are known: those of
+BERT and RoBERTa decide with tanh on the first token, DistilBERT's with ReLU, so of DistilBERT there
+are only heads without an inner layer. A regression's mean and deviation go into its last layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanolm.checkpoint.named_tensors import learner_tensors
+from nanolm.errors import require
+from nanolm.finetune.tasks.heads import Layout
+from nanolm.hub.families import FAMILIES, Family
+from nanolm.hub.keys import Rule, Table, Tensors, pair
+from nanolm.hub.proof import LIMIT, can_prove, same_rows
+from nanolm.hub.tokenizer_files import compared, tokenizer_files
+from nanolm.inference.export_transformers import transformers_folder
+from nanolm.saved import Saved
+
+Note = Callable[[str], None]
+KINDS = {
+    "classify": "SequenceClassification",
+    "regress": "SequenceClassification",
+    "choose": "MultipleChoice",
+    "tag": "TokenClassification",
+    "read": "QuestionAnswering",
+}
+"""What transformers calls our tasks."""
+NAMES = {"bert": "Bert", "roberta": "Roberta", "distilbert": "DistilBert"}
+DECIDING = {
+    "bert": {
+        "classify": ("bert.pooler.dense", "classifier"),
+        "regress": ("bert.pooler.dense", "classifier"),
+        "choose": ("bert.pooler.dense", "classifier"),
+    },
+    "roberta": {
+        "classify": ("classifier.dense", "classifier.out_proj"),
+        "regress": ("classifier.dense", "classifier.out_proj"),
+        "choose": ("roberta.pooler.dense", "classifier"),
+    },
+    "distilbert": {},
+}
+"""Published keys of the two layers of heads on the first token."""
+PLAIN = {"tag": "classifier", "read": "qa_outputs"}
+"""Published keys of heads of one layer, in all families."""
+
+
+def task_families(task: str) -> dict[str, Family]:
+    """The families that have a head for a task, with that head in place of their own."""
+    found = {}
+    for name in (name for name in FAMILIES if name in NAMES):
+        if task in PLAIN:
+            rules = pair(PLAIN[task], f"heads.{task}.out")
+        elif task in DECIDING[name]:
+            inner, outer = DECIDING[name][task]
+            rules = (*pair(inner, f"heads.{task}.dense"), *pair(outer, f"heads.{task}.out"))
+        else:
+            continue
+        found[name] = with_head(FAMILIES[name], f"{NAMES[name]}For{KINDS[task]}", rules)
+    return found
+
+
+def with_head(family: Family, model_class: str, rules: tuple[Rule, ...]) -> Family:
+    """A family whose models have these heads alone."""
+    trunk = tuple(rule for rule in family.table.whole if not rule.ours.startswith("heads."))
+    table = Table(whole=(*trunk, *rules), layers=family.table.layers)
+    classes = dataclasses.replace(family.classes, plain=model_class, pooled=None)
+    changes: dict[str, Any] = {"table": table, "classes": classes, "has_head": None}
+    return dataclasses.replace(family, duplicates={}, **changes)
+
+
+def task_folder(
+    saved: Saved, note: Note = print
+) -> tuple[Tensors, dict[str, bytes], dict[str, Any]]:
+    """(tensors, files, figures of the proof) of a fine-tuned model.
+
+    Raises UserError when transformers has no such head, or computes something else.
+    """
+    task = saved.config.objective.name
+    families = task_families(task) if task in KINDS else {}
+    require(
+        families,
+        f"{saved.folder} was fine-tuned (objective.name={task}), and transformers has that head "
+        f"for none of the families that nanolm exports; export it with --format nanolm",
+    )
+    pooling = getattr(saved.learner.heads[task], "pooling", "cls")
+    require(
+        pooling == "cls",
+        f"{saved.folder} decides by its tokens' {pooling} (objective.pooling), and transformers by "
+        f"the first token; fine-tune with --objective.pooling cls, or export it with --format "
+        f"nanolm",
+    )
+    tensors = scaled(task, saved.config.objective, learner_tensors(saved.learner))
+    named, files = transformers_folder(saved.config, saved.tokenizer, tensors, families)
+    facts = json.loads(files["config.json"])
+    model_class = families[facts["model_type"]].classes.plain
+    facts |= {"architectures": [model_class], **described(task, saved.config.objective)}
+    files["config.json"] = json.dumps(facts, indent=2, ensure_ascii=False).encode() + b"\n"
+    difference = proved(saved, model_class, named, facts, note)
+    files |= tokenizer_files(saved.tokenizer, saved.config.model)
+    figures = {"largest_difference": difference, "greedy_tokens": None}
+    return named, files, figures | {"texts_with_other_ids": compared(saved.tokenizer, files, note)}
+
+
+def scaled(task: str, options: Any, tensors: Tensors) -> Tensors:
+    """The tensors, a regression's last layer in the scores' own units."""
+    if task != "regress":
+        return tensors
+    mean, std = torch.tensor(options.mean), torch.tensor(options.std)
+    weight, bias = tensors["heads.regress.out.weight"], tensors["heads.regress.out.bias"]
+    return {
+        **tensors,
+        "heads.regress.out.weight": weight * std[:, None],
+        "heads.regress.out.bias": bias * std + mean,
+    }
+
+
+def described(task: str, options: Any) -> dict[str, Any]:
+    """What config.json says of the answers."""
+    if task == "choose" or task == "read":
+        return {}
+    labels = options.scores if task == "regress" else options.labels
+    facts: dict[str, Any] = {
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: number for number, label in enumerate(labels)},
+    }
+    if task == "regress":
+        facts["problem_type"] = "regression"
+    if task == "classify":
+        several = "multi" if options.multi_label else "single"
+        facts["problem_type"] = f"{several}_label_classification"
+    return facts
+
+
+@torch.no_grad()
+def proved(
+    saved: Saved, model_class: str, named: Tensors, facts: Mapping[str, Any], note: Note
+) -> float | None:
+    """The largest difference of the answers on random rows, told; None without transformers.
+
+    Raises UserError above LIMIT.
+    """
+    if not can_prove():
+        note("the proof was left out: transformers is not installed")
+        return None
+    import transformers  # noqa: PLC0415  (slow to import, and not always installed)
+
+    built = getattr(transformers, model_class)
+    config = built.config_class(**facts)
+    config._attn_implementation = "eager"
+    theirs = built(config).float().eval()
+    theirs.load_state_dict(named, strict=True)
+    tokens_BT, inputs, words = same_rows(saved.config.model, config.pad_token_id)
+    keep_BT = words["attention_mask"].bool()
+    ours = answers(saved, saved.learner.trunk(inputs), keep_BT)
+    if saved.config.objective.name == "choose":  # the rows are the choices of one question
+        tokens_BT, words = tokens_BT[None], {key: value[None] for key, value in words.items()}
+    found = theirs(tokens_BT, **words)
+    expected = (
+        torch.stack([found.start_logits, found.end_logits], -1)
+        if "start_logits" in found
+        else found.logits
+    )
+    if expected.ndim == 3:
+        expected = expected[keep_BT]
+    difference = float((ours - expected.reshape(ours.shape)).abs().max())
+    require(
+        difference <= LIMIT,
+        f"transformers computes something else of {saved.folder}: the largest difference is "
+        f"{difference:.1e}, above {LIMIT:.0e}; nothing is written",
+    )
+    note(f"proof: largest difference from {model_class} {difference:.1e} (float32)")
+    return difference
+
+
+def answers(saved: Saved, hidden_BTD: Tensor, keep_BT: Tensor) -> Tensor:
+    """What our head says of every row, or of every token that counts."""
+    task = saved.config.objective.name
+    head = saved.learner.heads[task]
+    index_M = keep_BT.flatten().nonzero()[:, 0]
+    if task in PLAIN:
+        return head(hidden_BTD, index_M)
+    rows, length = keep_BT.shape
+    first_S = torch.arange(rows) * length
+    layout = Layout(index_M, index_M // length, first_S, first_S + keep_BT.sum(1) - 1)
+    logits_SC = head(hidden_BTD, layout)
+    if task != "regress":
+        return logits_SC
+    options = saved.config.objective
+    return logits_SC * torch.tensor(options.std) + torch.tensor(options.mean)
