@@ -46,6 +46,8 @@ class ChooseLmOptions(TaskOptions):
 class ChooseLm(Choose):
     """Which candidate is likelier."""
 
+    trunks = ("encoder", "decoder")  # whose vocabulary head reads a place from the place itself
+
     def __init__(self, options: ChooseLmOptions, config: Config, tokenizer: Tokenizer) -> None:
         super().__init__(options, config, tokenizer)
         self.longest = self.length // 2

@@ -65,6 +65,7 @@ class PromptOptions(ClassifyOptions):
 class Prompt(Classify):
     """Which label's word fits."""
 
+    trunks = ("encoder", "decoder")  # whose vocabulary head reads a place from the place itself
     movable = False
 
     def __init__(self, options: PromptOptions, config: Config, tokenizer: Tokenizer) -> None:
