@@ -1,13 +1,8 @@
-"""Permutation language modelling: how many tokens are predicted, where and in which order; whole
-runs with a memory resume to the bit, alone and on two ranks."""
+"""Permutation language modelling: how many tokens are predicted, where and in which order; a
+run with a memory resumes to the bit."""
 
 import itertools
 import json
-import os
-import pathlib
-import re
-import subprocess
-import sys
 from collections import Counter
 
 import numpy as np
@@ -27,10 +22,9 @@ from nanolm.objectives.permutation import PermutationOptions
 from nanolm.tools.estimate import Sizes, activation_bytes, of_streams
 from nanolm.training.flops import forward_flops_per_token, memory_flops, train_flops_per_token
 from nanolm.training.loader import eval_batches
-from tests.prepared import SMALL, prepared_corpus, train
+from tests.prepared import train
 from tests.test_estimate import kept_bytes
 
-ROOT = pathlib.Path(__file__).parent.parent
 MODEL = {
     "trunk": "two_stream",
     "positions": {"name": "relative"},
@@ -180,7 +174,7 @@ def test_flops_are_what_pytorch_counts(make_learner, memory, segments):
     options = {"name": "permutation", "memory": memory}
     reference = {"attention": "reference"}  # the counter does not know the fused CPU kernel
     learner = make_learner(model, options, row_length=32, kernels=reference)
-    objective, rows = learner.objective, 2
+    objective, rows = learner.requires_grad_(False).objective, 2
     batch = tensors_of(objective, [objective.span] * rows)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         learner.heads["lm"](learner.trunk(objective.inputs(batch))[:, 32:])
@@ -239,30 +233,3 @@ def test_a_resumed_run_with_a_memory_ends_bit_equal(tmp_path):
     train(halves, *WORDS, "--train.steps=3")
     train(halves, *WORDS, "--train.steps=6", "--resume=auto")
     same_runs(whole, halves)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_ranks_with_a_memory_resume_bit_equal(tmp_path, strategy):
-    def on_two_ranks(folder, *words):
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command = [*torchrun, "--nproc_per_node=2", str(ROOT / "train.py"), *SMALL, *WORDS]
-        keys = [f"--data.path={prepared_corpus()}", f"--run.dir={folder}"]
-        keys += [f"--distributed.strategy={strategy}", "--run.device=cpu", *words]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [*command, *keys], env=environment, cwd=ROOT, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-
-    whole, halves = tmp_path / "whole", tmp_path / "halves"
-    on_two_ranks(whole, "--train.steps=6")
-    on_two_ranks(halves, "--train.steps=3")
-    on_two_ranks(halves, "--train.steps=6", "--resume=auto")
-    same_runs(whole, halves)
-    alone = tmp_path / "alone"
-    no_dropout = [re.sub("dropout=0.1", "dropout=0", word) for word in WORDS]
-    train(alone, *no_dropout, "--train.steps=2")
-    on_two_ranks(tmp_path / "two", *no_dropout, "--train.steps=2")
-    for mine, other in zip(losses(alone), losses(tmp_path / "two"), strict=True):
-        assert mine[2] == pytest.approx(other[2], rel=1e-5)  # rows are the same, sums another order
