@@ -11,9 +11,11 @@ from nanolm.errors import UserError
 from nanolm.inference.xlnet_names import from_transformers, to_transformers
 from nanolm.model.trunk import Inputs
 from nanolm.ops.masks import Mask
+from nanolm.peft.base import attach
 from nanolm.saved import open_saved
 from tests.prepared import train
-from tests.test_objectives_tasks import build
+from tests.test_objectives_tasks import build, tensors
+from tests.test_peft import METHODS, options_of, shaken
 
 B, T, M, P, V = 3, 21, 9, 6, 512
 SHAPE = {
@@ -249,3 +251,22 @@ def test_a_run_goes_on_to_a_task(tmp_path):
     assert set(learner.trunk.state_dict()) == set(base)
     unused = [name for name, p in learner.named_parameters() if not p.requires_grad]
     assert unused == ["trunk.query.weight"]
+
+
+ADAPTED = [(name, pack) for name in METHODS for pack in (False, True)]
+ADAPTED.remove(("prompt", True))  # refused: a prompt stands before one text a row
+
+
+@pytest.mark.parametrize(("name", "pack"), ADAPTED)
+def test_every_adapter_is_read(name, pack):
+    """What replaces a layer must be asked, also where a stream could read its weight alone."""
+    model = {"n_segments": 3, "init_std": 0.3}
+    learner, split = build("classify", "two_stream", model=model, pack=pack)
+    batch, _ = tensors(learner.objective, split.items)
+    attach(learner, options_of(name))
+    term = learner(batch)["classify"]
+    term.sum.backward()
+    for weight, parameter in learner.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, weight
+    assert torch.equal(learner(batch)["classify"].sum, term.sum)
+    assert (shaken(learner)(batch)["classify"].sum - term.sum).abs() > 1e-3

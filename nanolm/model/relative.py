@@ -92,8 +92,8 @@ class Relative(Positions):
 
 
 class RelativeAttention(MultiHeadAttention):
-    """Attention whose scores also weigh distances and segments; keys and values come from what is
-    given as source."""
+    """Attention whose scores also weigh distances and segments; keys and values come from x itself,
+    or from what is given as source."""
 
     def __init__(
         self,
@@ -129,9 +129,14 @@ class RelativeAttention(MultiHeadAttention):
         cache: KeyValueCache | None = None,
         source_BSD: Tensor | None = None,
     ) -> Tensor:
-        """[B, T, D] -> [B, T, D], reading `source`; `prepared` are the Relations."""
-        q_BTHK = self.q_norm(self.project_queries(x_BTD))
-        k_BSGK, v_BSGK = self.project_source(source_BSD)
+        """[B, T, D] -> [B, T, D]; `prepared` are the Relations."""
+        if source_BSD is None:
+            q_BTHK, k_BSGK, v_BSGK = self.project(x_BTD)
+            k_BSGK = self.k_norm(k_BSGK)
+        else:
+            q_BTHK = self.project_queries(x_BTD)
+            k_BSGK, v_BSGK = self.project_source(source_BSD)
+        q_BTHK = self.q_norm(q_BTHK)
         relations = DenseBias(self.relate(q_BTHK, prepared))
         return self.read(with_bias(q_BTHK, self.vectors[0]), k_BSGK, v_BSGK, mask, relations)
 

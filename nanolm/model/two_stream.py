@@ -63,12 +63,17 @@ class TwoStreamBlock(Block):
         """[B, T + P, D] -> [B, T + P, D]; x is what attention reads, after the norm if that comes
         first, and so must the memory be."""
         c = context
-        keys_BSD = x_BTD[:, : c.n_content]
-        if c.memory_BMD is not None:
-            keys_BSD = torch.cat([self.normed(c.memory_BMD).to(x_BTD.dtype), keys_BSD], dim=1)
         return self.attention(
-            x_BTD, c.mask, c.positions, c.prepared, None, None, source_BSD=keys_BSD
+            x_BTD, c.mask, c.positions, c.prepared, None, None, source_BSD=self.keys(x_BTD, c)
         )
+
+    def keys(self, x_BTD: Tensor, context: TwoStreamContext) -> Tensor | None:
+        """What keys and values are made of, where it is not x itself."""
+        content_BTD = x_BTD[:, : context.n_content]
+        if context.memory_BMD is not None:
+            memory_BMD = self.normed(context.memory_BMD).to(x_BTD.dtype)
+            return torch.cat([memory_BMD, content_BTD], dim=1)
+        return None if context.n_content == x_BTD.shape[1] else content_BTD
 
     def attention_norm_of(self, x: Tensor) -> Tensor:
         """What this block's attention reads of hidden states before its norm."""
