@@ -3,8 +3,9 @@
 Byte-level BPE, WordPiece, and pieces with ▁ for a space; the `tokenizers` package does the work, so
 ids are those of the model's authors. Text that looks like a special piece stays text.
 
-tokenizer.json itself does not say which piece plays which role. `with_roles` adds what the files
-beside it say, under a key of its own, and `published` takes it out again.
+tokenizer.json itself does not say which piece plays which role, nor how a dialogue is written.
+`with_roles` adds what the files beside it say, under keys of its own, and `published` takes them
+out again.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 from nanolm.errors import UserError
 
 JSON_FILE = "tokenizer.json"
-ROLES_KEY = "nanolm_roles"
+ROLES_KEY, TEMPLATE_KEY = "nanolm_roles", "nanolm_chat_template"
 CONTINUES = "##"
 
 
@@ -28,15 +29,19 @@ def is_json(content: bytes) -> bool:
     return content.lstrip()[:1] == b"{"
 
 
-def with_roles(content: bytes, roles: Mapping[str, str]) -> bytes:
-    """A tokenizer.json that also says which pieces play which roles."""
-    return json.dumps({**json.loads(content), ROLES_KEY: dict(roles)}, ensure_ascii=False).encode()
+def with_roles(content: bytes, roles: Mapping[str, str], template: str | None = None) -> bytes:
+    """A tokenizer.json that also says which pieces play which roles, and has a chat template."""
+    more: dict[str, Any] = {ROLES_KEY: dict(roles)}
+    if template is not None:
+        more[TEMPLATE_KEY] = template
+    return json.dumps({**json.loads(content), **more}, ensure_ascii=False).encode()
 
 
 def published(content: bytes) -> bytes:
     """A tokenizer.json as others read it."""
     parsed = json.loads(content)
-    parsed.pop(ROLES_KEY, None)
+    for key in (ROLES_KEY, TEMPLATE_KEY):
+        parsed.pop(key, None)
     return json.dumps(parsed, ensure_ascii=False).encode()
 
 
@@ -57,6 +62,7 @@ class JsonPieces:
         try:
             parsed: dict[str, Any] = json.loads(content)
             self.roles: dict[str, str] = parsed.pop(ROLES_KEY, {})
+            self.chat_template: str | None = parsed.pop(TEMPLATE_KEY, None)
             self._inner = tokenizers.Tokenizer.from_str(json.dumps(parsed))
         except Exception as error:
             raise UserError(

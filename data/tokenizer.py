@@ -232,6 +232,11 @@ class Tokenizer:
     mask = property(lambda self: self.role("mask"), doc="Stands where a token is hidden.")
 
     @property
+    def chat_template(self) -> str | None:
+        """How a published model's authors write a dialogue, in Jinja; None where nobody said."""
+        return None if self._json is None else self._json.chat_template
+
+    @property
     def opening(self) -> list[int]:
         """What stands before a text that a decoder continues: an end of a document, as in training
         by nanolm; of a tokenizer.json what it says itself, or its bos or eos if that is nothing."""

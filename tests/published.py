@@ -5,7 +5,15 @@ import pathlib
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 LINES = ["the quick brown fox jumps over the lazy dog", "héllo wörld 中文 def f(x): return x\n"] * 8
 VOCAB, LENGTH = 320, 48
@@ -49,9 +57,31 @@ SHAPES = {
 }
 SHAPES["bert-mlm"] = ("BertForMaskedLM", SHAPES["bert"][1])
 SHAPES["bert-trunk"] = ("BertModel", SHAPES["bert"][1])
+SHAPES["qwen3"] = ("Qwen3ForCausalLM", SHAPES["llama"][1] | {"head_dim": 16})
+SHAPES["roberta"] = (
+    "RobertaForMaskedLM",
+    SHAPES["bert"][1]
+    | {"max_position_embeddings": LENGTH + 2, "type_vocab_size": 1, "layer_norm_eps": 1e-5},
+)
+SHAPES["distilbert"] = (
+    "DistilBertForMaskedLM",
+    {
+        "n_layers": 2,
+        "n_heads": 4,
+        "dim": 32,
+        "hidden_dim": 48,
+        "max_position_embeddings": LENGTH,
+    },
+)
+SHAPES["distilbert-trunk"] = ("DistilBertModel", SHAPES["distilbert"][1])
+SHAPES["modernbert"] = (
+    "ModernBertForMaskedLM",
+    SHAPES["bert"][1] | {"num_hidden_layers": 4, "local_attention": 12, "pad_token_id": 0},
+)
+ROBERTA_SPECIALS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 
 
-def byte_bpe() -> Tokenizer:
+def byte_bpe(specials: list[str]) -> Tokenizer:
     """Byte-level BPE as GPT-2's."""
     found = Tokenizer(models.BPE())
     found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -59,9 +89,7 @@ def byte_bpe() -> Tokenizer:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     found.train_from_iterator(
         LINES,
-        trainers.BpeTrainer(
-            vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet
-        ),
+        trainers.BpeTrainer(vocab_size=300, special_tokens=specials, initial_alphabet=alphabet),
     )
     return found
 
@@ -93,9 +121,26 @@ def write_published(folder: pathlib.Path, shape: str, **options) -> transformers
         noise = torch.randn(parameter.shape, generator=generator)
         parameter.data = parameter.data * 0.5 + 0.08 * noise + 0.3 * (parameter.data == 1)
     model.save_pretrained(folder, **options)
-    tokenizer = word_piece() if shape.startswith("bert") else byte_bpe()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    if not shape.startswith("bert"):
+    write_tokenizer(folder, shape)
+    return model.eval()
+
+
+def write_tokenizer(folder: pathlib.Path, shape: str) -> None:
+    """WordPiece for BERT and its kin, RoBERTa's frame for RoBERTa, GPT-2's bytes for the others."""
+    if "bert" in shape and shape != "roberta":
+        tokenizer = word_piece()
+    elif shape == "roberta":
+        tokenizer = byte_bpe(ROBERTA_SPECIALS)
+        tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    else:
+        tokenizer = byte_bpe(["<|endoftext|>"])
         names = {"bos_token": "<|endoftext|>", "eos_token": {"content": "<|endoftext|>"}}
         (folder / "tokenizer_config.json").write_text(json.dumps(names))
-    return model.eval()
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def edit_config(folder: pathlib.Path, **keys) -> None:
+    """Changes keys of config.json; a key that is None is taken out."""
+    path = folder / "config.json"
+    values = json.loads(path.read_text()) | keys
+    path.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))

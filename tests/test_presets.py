@@ -13,9 +13,13 @@ from transformers import (
     AutoModelForPreTraining,
     BertConfig,
     BertModel,
+    DistilBertConfig,
+    DistilBertModel,
     GPT2Config,
     LlamaConfig,
     ModernBertConfig,
+    RobertaConfig,
+    RobertaModel,
     T5Config,
     T5ForConditionalGeneration,
     XLNetConfig,
@@ -110,6 +114,17 @@ def test_xlnets_trunk_is_xlnet_model(tokenizer):
     with torch.device("meta"):
         peer = XLNetModel(XLNET_BASE)
     assert count(on_meta("xlnet_base", tokenizer).trunk) == count(peer) == 116_718_336
+
+
+def test_trunks_of_roberta_and_distilbert_are_the_published_ones(tokenizer):
+    roberta = RobertaConfig(max_position_embeddings=514, type_vocab_size=1, vocab_size=50265)
+    with torch.device("meta"):
+        peers = count(RobertaModel(roberta)), count(DistilBertModel(DistilBertConfig()))
+    width = 768
+    pooler, unread = width * width + width, 2 * width
+    ours = count(on_meta("roberta_base", tokenizer).trunk) + pooler + unread
+    assert ours == peers[0] == 124_645_632
+    assert count(on_meta("distilbert_base", tokenizer).trunk) == peers[1] == 66_362_880
 
 
 def test_every_preset_has_a_peer():

@@ -26,6 +26,7 @@ from nanolm.data.tokenizer import MODEL_FILE, ROLES, Tokenizer
 from nanolm.errors import UserError, require
 
 SINGLE, SHARDED = "model.safetensors", "model.safetensors.index.json"
+TEMPLATE = "chat_template.jinja"
 PICKLE, PICKLES = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
@@ -132,8 +133,21 @@ def read_tokenizer(folder: pathlib.Path) -> Tokenizer:
             f"AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)",
         )
         return Tokenizer.load(folder / MODEL_FILE)
-    read_object(path)
-    return Tokenizer(with_roles(path.read_bytes(), roles_beside(folder)), str(path))
+    roles = roles_inside(read_object(path)) | roles_beside(folder)
+    content = with_roles(path.read_bytes(), roles, chat_template(folder))
+    return Tokenizer(content, str(path))
+
+
+def roles_inside(parsed: dict[str, Any]) -> dict[str, str]:
+    """role -> piece of cls and sep, where tokenizer.json frames a text as BERT or RoBERTa does:
+    the files beside RoBERTa's name no roles."""
+    step = parsed.get("post_processor")
+    if not isinstance(step, dict) or step.get("type") not in (
+        "BertProcessing",
+        "RobertaProcessing",
+    ):
+        return {}
+    return {role: step[role][0] for role in ("cls", "sep")}
 
 
 def roles_beside(folder: pathlib.Path) -> dict[str, str]:
@@ -149,3 +163,16 @@ def roles_beside(folder: pathlib.Path) -> dict[str, str]:
             if isinstance(piece, str):
                 found[role] = piece
     return found
+
+
+def chat_template(folder: pathlib.Path) -> str | None:
+    """The chat template, from its own file or tokenizer_config.json; of several the default."""
+    if (folder / TEMPLATE).is_file():
+        return (folder / TEMPLATE).read_text(encoding="utf-8")
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    found = read_object(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(found, list):
+        named = {part.get("name"): part.get("template") for part in found if isinstance(part, dict)}
+        found = named.get("default")
+    return found if isinstance(found, str) else None

@@ -38,6 +38,8 @@ def import_folder(
     imported = read_published(folder, family=family, pickled=pickled)
     for key in imported.fresh:
         note(f"fresh: {folder} has no {key}, which starts from random weights")
+    for key in imported.left_out:
+        note(f"left out: {key} of {folder}, which no head of nanolm reads")
     difference = prove(imported, folder, note)
     tensors = learner_tensors(imported.learner)
     files = {
@@ -55,6 +57,7 @@ def import_folder(
         "tensors": len(tensors),
         "numbers": numbers,
         "fresh": list(imported.fresh),
+        "left_out": list(imported.left_out),
         "largest_difference": difference,
     }
 

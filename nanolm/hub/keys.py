@@ -1,8 +1,9 @@
 """How keys of a published model and ours correspond: rules that are read in both directions.
 
 A rule names one of our tensors and the published ones that it is made of: the same one, the same
-one transposed (GPT-2's Conv1D), or the rows of several, one below the other (queries, keys and
-values; gate and up). A `Table` has the rules of one family, those of a layer once.
+one transposed (GPT-2's Conv1D), the one without rows that nothing reads (RoBERTa's positions), or
+the rows of several, one below the other (queries, keys and values; gate and up). A `Table` has the
+rules of one family, those of a layer once.
 """
 
 from __future__ import annotations
@@ -27,15 +28,18 @@ class Rule:
     ours: str
     transposed: bool = False
     rows: Rows | None = None  # of each of theirs, where there are several
+    unused: int = 0  # rows of theirs before the first that is ours; written as zeros
 
     def join(self, parts: list[Tensor]) -> Tensor:
         """Our tensor of the published ones."""
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return whole.T if self.transposed else whole
+        return whole.T if self.transposed else whole[self.unused :] if self.unused else whole
 
     def divide(self, whole: Tensor, model: ModelConfig) -> list[Tensor]:
         """The published tensors of ours."""
         whole = whole.T if self.transposed else whole
+        if self.unused:
+            whole = torch.cat([whole.new_zeros(self.unused, *whole.shape[1:]), whole])
         return [whole] if self.rows is None else list(whole.split(self.rows(model)))
 
     def at(self, layer: int) -> Rule:
@@ -75,9 +79,9 @@ class Table:
         }
 
 
-def same(theirs: str, ours: str) -> tuple[Rule, ...]:
+def same(theirs: str, ours: str, *, unused: int = 0) -> tuple[Rule, ...]:
     """One weight."""
-    return (Rule((f"{theirs}.weight",), f"{ours}.weight"),)
+    return (Rule((f"{theirs}.weight",), f"{ours}.weight", unused=unused),)
 
 
 def pair(theirs: str, ours: str, *, transposed: bool = False) -> tuple[Rule, ...]:

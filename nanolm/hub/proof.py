@@ -33,15 +33,21 @@ def largest_difference(imported: Imported) -> float:
     transformers finds no place for a tensor."""
     theirs = their_model(imported)
     model = imported.config.model
-    length = min(TOKENS, model.max_length)
+    widest = max(width or 0 for width in model.window)
+    length = min(max(TOKENS, 2 * widest), model.max_length)
     generator = torch.Generator().manual_seed(0)
     tokens_BT = torch.randint(0, model.vocab_size, (ROWS, length), generator=generator)
     encoder = model.trunk == "encoder"
+    pad = theirs.config.pad_token_id
+    if pad is not None:  # RoBERTa counts positions by what is not padding
+        tokens_BT[tokens_BT == pad] = (pad + 1) % model.vocab_size
     lengths_B = torch.tensor([length, length // 2 if encoder else length])
     segments_BT = None
     if model.n_segments > 1:
         segments_BT = (torch.arange(length) >= length // 3).long().expand(ROWS, length)
     keep_BT = torch.arange(length) < lengths_B[:, None]
+    if pad is not None:
+        tokens_BT[~keep_BT] = pad
     inputs = Inputs(
         tokens_BT=tokens_BT,
         segments_BT=segments_BT,
@@ -55,10 +61,15 @@ def largest_difference(imported: Imported) -> float:
     differences = [(hidden_BTD - expected)[keep_BT]]
     answer = theirs(tokens_BT, **words)
     heads = imported.learner.heads
-    if not any(key.startswith("cls.predictions.") for key in imported.fresh):
+    fresh = {
+        name
+        for name, prefixes in imported.family.heads.items()
+        if any(key.startswith(prefixes) for key in imported.fresh)
+    }
+    if "lm" not in fresh:
         logits = answer.logits if "logits" in answer else answer.prediction_logits
         differences.append((heads["lm"](hidden_BTD) - logits)[keep_BT])
-    if "pair" in heads and not any(key.startswith("cls.seq") for key in imported.fresh):
+    if "pair" in heads and "pair" not in fresh:
         differences.append(heads["pair"](hidden_BTD) - answer.seq_relationship_logits)
     return max(float(difference.abs().max()) for difference in differences)
 

@@ -29,7 +29,7 @@ from nanolm.hub.keys import Tensors
 from nanolm.learner import Learner
 
 OLD_NAMES = (("gamma", "weight"), ("beta", "bias"))
-WRAPPERS = ("module.", "model.", "bert.", "transformer.")
+WRAPPERS = ("module.", *dict.fromkeys(family.prefix for family in FAMILIES.values()))
 ROW_LENGTH = 512
 """Tokens per row that evaluation uses unless told otherwise; shorter where the model is."""
 
@@ -47,6 +47,8 @@ class Imported:
     published: Published
     fresh: tuple[str, ...]
     """Heads' weights that the file lacks, which hold initial values."""
+    left_out: tuple[str, ...] = ()
+    """The file's weights that no head of ours reads."""
 
 
 def read_published(
@@ -93,13 +95,15 @@ def assembled(
     learner = build.build_learner(config, build.build_objective(config, tokenizer), phase="prefill")
     live = learner_tensors(learner)
     wanted = chosen.table.to_theirs(live, config.model)
-    theirs = known_keys(chosen, stored, wanted, what, tied=config.model.tied)
+    left_out = tuple(key for key in stored if matches(key, chosen.unread, chosen.prefix))
+    read = {key: tensor for key, tensor in stored.items() if key not in left_out}
+    theirs = known_keys(chosen, read, wanted, what, tied=config.model.tied)
     fresh = fresh_heads(chosen, wanted, theirs, what)
     ours = chosen.table.to_ours(theirs, config.model)
     with torch.no_grad():
         for name, tensor in ours.items():
             live[name].copy_(tensor)
-    return Imported(chosen, config, tokenizer, learner.eval(), theirs, published, fresh)
+    return Imported(chosen, config, tokenizer, learner.eval(), theirs, published, fresh, left_out)
 
 
 def model_keys(family: Family, published: Published) -> dict[str, Any]:
@@ -147,6 +151,11 @@ def spellings(key: str, prefix: str) -> list[str]:
     return found
 
 
+def matches(key: str, pattern: str, prefix: str) -> bool:
+    """Whether a stored key may stand for one of a pattern's."""
+    return any(re.fullmatch(pattern, name) for name in spellings(key, prefix))
+
+
 def known_keys(
     family: Family, stored: Mapping[str, Tensor], wanted: Tensors, what: str, *, tied: bool
 ) -> Tensors:
@@ -163,7 +172,7 @@ def known_keys(
         names = spellings(key, family.prefix)
         name = next((name for name in names if name in wanted or name in twins), None)
         if name is None:
-            if any(re.fullmatch(family.buffers, other) for other in names):
+            if matches(key, family.buffers, family.prefix):
                 continue
             raise UserError(
                 f"{what} holds {key} ({shape(tensor)}), which a {family.name} of its config.json "
@@ -200,7 +209,7 @@ def fresh_heads(family: Family, wanted: Tensors, found: Tensors, what: str) -> t
     missing = [key for key in wanted if key not in found]
     fresh = []
     for key in missing:
-        head = next((head for head in family.heads if key.startswith(head)), None)
+        head = next((head for head in family.heads.values() if key.startswith(head)), None)
         if head is None or any(other.startswith(head) for other in found):
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise UserError(

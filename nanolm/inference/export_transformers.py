@@ -1,17 +1,14 @@
 """A trained model under the names and in the shapes that Hugging Face `transformers` reads.
 
-The families and their keys stand in `hub/families.py`: GPT-2 (pre-norm decoder, learned positions),
-Llama (RMSNorm, SwiGLU, rotary positions, no biases) and BERT (post-norm encoder, learned positions,
-segments). A model that differs in anything is refused with the key that differs: nothing is written
-that `transformers` would compute differently. The vocabulary is the padded one; the tokenizer goes
-along as it is (of a SentencePiece model only `nanolm` knows the spaces and escapes).
+The families and their keys stand in `hub/families/`. A model that differs in anything is refused
+with the key that differs: nothing is written that `transformers` would compute differently. The
+vocabulary is the padded one; the tokenizer's files are written by `hub/tokenizer_files.py`.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +17,10 @@ from nanolm.config.model import ModelConfig
 from nanolm.config.schema import Config
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import UserError
-from nanolm.hub.families import COMMON, FAMILIES, Family
+from nanolm.hub.families import FAMILIES, Family
 from nanolm.hub.keys import Tensors
+
+SEGMENTS = "trunk.segments.weight"
 
 
 def transformers_folder(
@@ -32,7 +31,7 @@ def transformers_folder(
     Raises UserError when it is none of them.
     """
     model = config.model
-    family = family_of(model)
+    family = family_of(model, tensors, tokenizer.roles())
     named = published_tensors(family, model, tensors)
     facts = family.to_config(model, named)
     roles = {role: tokenizer.roles().get(role) for role in ("pad", "bos", "eos")}
@@ -50,10 +49,11 @@ def published_tensors(family: Family, model: ModelConfig, tensors: Mapping[str, 
             f"no model of transformers computes this one exactly: {family.name} is nearest, but "
             f"its vocabulary head has no transform; export it with --format nanolm"
         )
-    if family.name == "bert" and "trunk.segments.weight" not in tensors:
+    known = {rule.ours for rule in family.table.rules(model)}
+    if SEGMENTS in known and SEGMENTS not in tensors:
         # BERT always adds the first of its segments: nothing.
-        tensors = {**tensors, "trunk.segments.weight": torch.zeros(1, model.d_model)}
-    extra = tensors.keys() - {rule.ours for rule in family.table.rules(model)}
+        tensors = {**tensors, SEGMENTS: torch.zeros(1, model.d_model)}
+    extra = tensors.keys() - known
     if extra:
         raise UserError(
             f"no model of transformers computes this one exactly: {family.name} is nearest, but "
@@ -65,9 +65,15 @@ def published_tensors(family: Family, model: ModelConfig, tensors: Mapping[str, 
     return named
 
 
-def family_of(model: ModelConfig) -> Family:
-    """Its family; raises UserError naming what keeps the nearest from fitting."""
-    misfits = {name: _misfits(model, family) for name, family in FAMILIES.items()}
+def family_of(
+    model: ModelConfig, tensors: Mapping[str, Tensor] = {}, roles: Mapping[str, int] = {}
+) -> Family:
+    """The family of a model with these tensors and roles of its tokenizer; raises UserError naming
+    what keeps the nearest from fitting."""
+    misfits = {
+        name: family.why_not(model) + heads_and_padding(family, tensors, roles)
+        for name, family in FAMILIES.items()
+    }
     name = min(misfits, key=lambda name: len(misfits[name]))
     if misfits[name]:
         raise UserError(
@@ -77,27 +83,14 @@ def family_of(model: ModelConfig) -> Family:
     return FAMILIES[name]
 
 
-def _misfits(model: ModelConfig, family: Family) -> list[str]:
-    found = []
-    for key, wanted in (family.fits | COMMON).items():
-        value: Any = model
-        for part in key.split("."):
-            value = getattr(value, part)
-        if not (value in wanted if isinstance(wanted, tuple) else value == wanted):
-            found.append(f"model.{key} is {value}")
-    if family.own_width:
-        return found + _rotary_misfits(model)
-    if model.kv_heads != model.n_heads:
-        found.append(f"model.n_kv_heads is {model.n_kv_heads}")
-    if model.head_width * model.n_heads != model.d_model:
-        found.append(f"model.head_dim is {model.head_dim}")
-    return found
-
-
-def _rotary_misfits(model: ModelConfig) -> list[str]:
-    positions, found = model.positions, []
-    if len(set(getattr(positions, "base", [0]))) > 1:
-        found.append(f"model.positions.base is {positions.base}")
-    if getattr(positions, "fraction", 1.0) != 1.0:
-        found.append(f"model.positions.fraction is {positions.fraction}")
+def heads_and_padding(
+    family: Family, tensors: Mapping[str, Tensor], roles: Mapping[str, int]
+) -> list[str]:
+    """What keeps a family from having these heads and this id of padding, in words."""
+    known = {rule.ours.split(".")[1] for rule in family.table.whole if rule.ours[:6] == "heads."}
+    heads = sorted({name.split(".")[1] for name in tensors if name.startswith("heads.")} - known)
+    found = [f"it has no head {name}" for name in heads]
+    pad = roles.get("pad")
+    if family.pad is not None and pad != family.pad:
+        found.append(f"the tokenizer's id of padding is {pad}")
     return found

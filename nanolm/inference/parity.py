@@ -21,7 +21,7 @@ from nanolm.hub.configs import Published
 from nanolm.hub.families import FAMILIES
 from nanolm.hub.proof import largest_difference
 from nanolm.hub.published import Imported, as_config, assembled, model_keys
-from nanolm.inference.export_transformers import family_of, transformers_folder
+from nanolm.inference.export_transformers import transformers_folder
 
 GPT2 = {"n_layer": 2, "n_head": 4, "n_embd": 32, "n_positions": 48}
 LLAMA = {
@@ -32,6 +32,10 @@ LLAMA = {
     "max_position_embeddings": 48,
 }
 BERT = LLAMA
+ROBERTA = BERT | {"max_position_embeddings": 50, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
+DISTILBERT = {"n_layers": 2, "n_heads": 4, "dim": 32, "hidden_dim": 48}
+DISTILBERT |= {"max_position_embeddings": 48}
+MODERNBERT = LLAMA | {"num_hidden_layers": 4, "local_attention": 12, "pad_token_id": 1}
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt2": ("gpt2", "GPT2LMHeadModel", GPT2),
     "gpt2, untied": ("gpt2", "GPT2LMHeadModel", GPT2 | {"tie_word_embeddings": False}),
@@ -52,6 +56,18 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         BERT | {"tie_word_embeddings": False},
     ),
     "bert, trunk": ("bert", "BertModel", BERT),
+    "qwen3": ("qwen3", "Qwen3ForCausalLM", LLAMA | {"head_dim": 16, "num_key_value_heads": 4}),
+    "qwen3, 2 of 4 heads, tied": (
+        "qwen3",
+        "Qwen3ForCausalLM",
+        LLAMA | {"num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True},
+    ),
+    "roberta, masked LM": ("roberta", "RobertaForMaskedLM", ROBERTA),
+    "roberta, trunk": ("roberta", "RobertaModel", ROBERTA),
+    "distilbert, masked LM": ("distilbert", "DistilBertForMaskedLM", DISTILBERT),
+    "distilbert, trunk": ("distilbert", "DistilBertModel", DISTILBERT),
+    "modernbert, masked LM": ("modernbert", "ModernBertForMaskedLM", MODERNBERT),
+    "modernbert, trunk": ("modernbert", "ModernBertModel", MODERNBERT),
 }
 """name -> (family, class in transformers, its config)."""
 DIRECTIONS = ("in", "out")
@@ -65,8 +81,8 @@ class NoTokenizer:
     vocab_size: int = VOCABULARY
 
     def roles(self) -> dict[str, int]:
-        """None."""
-        return {}
+        """Padding, as RoBERTa has it."""
+        return {"pad": 1}
 
 
 @torch.no_grad()
@@ -103,8 +119,7 @@ def difference(case: str, direction: str) -> float:
     learner = build.build_learner(config, build.build_objective(config, tokenizer))  # type: ignore[arg-type]
     randomise(learner)
     tensors, files = transformers_folder(config, tokenizer, learner_tensors(learner))  # type: ignore[arg-type]
-    written = Published(
-        "config.json", json.loads(files["config.json"]), family_of(config.model).name
-    )
+    values = json.loads(files["config.json"])
+    written = Published("config.json", values, values["model_type"])
     imported = Imported(family, config, tokenizer, learner.eval(), tensors, written, ())  # type: ignore[arg-type]
     return largest_difference(imported)

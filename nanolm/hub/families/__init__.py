@@ -1,0 +1,24 @@
+"""The families of published models that compute exactly what some of ours compute.
+
+    gpt2         pre-norm decoder, learned positions
+    llama        RMSNorm, SwiGLU, rotary positions, grouped queries, no biases
+    qwen3        the same with normed queries and keys
+    bert         post-norm encoder, learned positions, segments
+    roberta      the same with one segment and one head
+    distilbert   the same without segments
+    modernbert   pre-norm encoder, rotary positions, GeGLU, windows
+
+Where a model of ours is computed by several, the first is taken.
+"""
+
+from __future__ import annotations
+
+from nanolm.hub.families.base import Family
+from nanolm.hub.families.bert import BERT, DISTILBERT, ROBERTA
+from nanolm.hub.families.gpt2 import GPT2
+from nanolm.hub.families.llama import LLAMA, QWEN3
+from nanolm.hub.families.modernbert import MODERNBERT
+
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (GPT2, LLAMA, QWEN3, ROBERTA, DISTILBERT, BERT, MODERNBERT)
+}

@@ -1,0 +1,77 @@
+"""A tokenizer as the files that `AutoTokenizer` opens, and how far its ids are ours.
+
+tokenizer.json          the tokenizer itself, written from a SentencePiece model where it is one
+tokenizer.model         the SentencePiece model as it is
+tokenizer_config.json   special pieces by role, the longest text, a chat template
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import pathlib
+import tempfile
+from collections.abc import Callable, Mapping
+
+from nanolm.config.model import ModelConfig
+from nanolm.data.json_pieces import JSON_FILE, is_json, published
+from nanolm.data.sentencepiece_json import sentencepiece_json
+from nanolm.data.tokenizer import Tokenizer
+from nanolm.hub.samples import sample_texts
+
+CONFIG_FILE = "tokenizer_config.json"
+Encode = Callable[[str], list[int]]
+
+
+def tokenizer_files(tokenizer: Tokenizer, model: ModelConfig) -> dict[str, bytes]:
+    """The files of a model's tokenizer.
+
+    Raises UserError for a SentencePiece model that no tokenizer.json describes.
+    """
+    own = tokenizer.model_bytes
+    framed = model.trunk == "encoder"
+    if is_json(own):
+        files = {JSON_FILE: published(own)}
+    else:
+        whole = sentencepiece_json(tokenizer, framed=framed)
+        files = {JSON_FILE: whole, tokenizer.file_name: own}
+    names = ["input_ids", *(["token_type_ids"] if model.n_segments > 1 else []), "attention_mask"]
+    facts = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": model.max_length,
+        "model_input_names": names,
+        "clean_up_tokenization_spaces": False,
+        **{f"{role}_token": tokenizer.piece(index) for role, index in tokenizer.roles().items()},
+    }
+    if tokenizer.chat_template is not None:
+        facts["chat_template"] = tokenizer.chat_template
+    return files | {CONFIG_FILE: json.dumps(facts, ensure_ascii=False, indent=2).encode() + b"\n"}
+
+
+def compared(tokenizer: Tokenizer, files: Mapping[str, bytes]) -> tuple[int, int] | None:
+    """(sample texts whose ids differ, sample texts) between these files, as transformers opens
+    them, and the tokenizer; None where transformers is not installed."""
+    if importlib.util.find_spec("transformers") is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            (pathlib.Path(folder) / name).write_bytes(content)
+        encode = opened(folder)
+    texts = sample_texts()
+    ours = tokenizer.encode_batch(texts)
+    pairs = zip(texts, ours, strict=True)
+    return sum(encode(text) != ids.tolist() for text, ids in pairs), len(texts)
+
+
+def opened(folder: str | pathlib.Path) -> Encode:
+    """What encodes a text by a folder's files; names of special pieces in it stay text."""
+    from transformers import AutoTokenizer  # noqa: PLC0415  (slow to import)
+
+    theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+    def encode(text: str) -> list[int]:
+        return theirs(
+            text, add_special_tokens=False, split_special_tokens=True, truncation=False
+        ).input_ids
+
+    return encode
