@@ -20,10 +20,13 @@ import nanolm.finetune.tasks.write
 import nanolm.finetune.tasks.write_from_source
 import nanolm.model.heads
 import nanolm.model.positions
+import nanolm.model.relative
 import nanolm.model.trunk
+import nanolm.model.two_stream
 import nanolm.objectives.clm
 import nanolm.objectives.mlm
 import nanolm.objectives.pair
+import nanolm.objectives.permutation
 import nanolm.objectives.prefix
 import nanolm.objectives.span
 import nanolm.peft.adalora

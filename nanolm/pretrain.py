@@ -163,7 +163,8 @@ def build_throughput(
     probe = open_loader(config, stream, objective, world).build(range(rows))
     share = probe.counts[next(iter(objective.weights))] / (rows * length)
     tokens = train.global_batch * length
-    flops = train_flops_per_token(config.model, length, predicted_share=share)
+    memory = getattr(objective, "memory", 0)
+    flops = train_flops_per_token(config.model, length, predicted_share=share, memory=memory)
     peak, origin = peak_flops(world.device, train.precision)
     note(
         f"model FLOPs per token {flops:.4g} (forward and backward, {share:.1%} of positions "

@@ -41,7 +41,7 @@ def build(model, **train):
     return config, build_learner(config, build_objective(config, tiny_tokenizer()))
 
 
-def kept_bytes(learner, tokens):
+def kept_bytes(learner, batch):
     """Bytes of all storages that autograd keeps for the backward pass, parameters excepted."""
     own = {t.untyped_storage().data_ptr() for t in [*learner.parameters(), *learner.buffers()]}
     sizes = {}
@@ -53,7 +53,7 @@ def kept_bytes(learner, tokens):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        terms = learner.train()({"tokens": tokens, "targets": tokens})
+        terms = learner.train()(batch)
     del terms
     return sum(sizes.values())
 
@@ -64,7 +64,9 @@ def test_activations_are_those_that_autograd_keeps(model):
     tokens = torch.arange(8 * 128).view(8, 128) % 512
     head = 4 * 512 * 96 + 4 * tokens.numel() * 96  # gradient of the table and of the hidden states
     expected = activation_bytes(config.model, "fp32", "none", tokens.numel()) + head
-    assert kept_bytes(learner, tokens) == pytest.approx(expected, rel=0.15)
+    assert kept_bytes(learner, {"tokens": tokens, "targets": tokens}) == pytest.approx(
+        expected, rel=0.15
+    )
 
 
 def test_parameters_memory_and_checkpoint_are_those_of_a_run(tmp_path):

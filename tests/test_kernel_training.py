@@ -1,8 +1,10 @@
 """Training with the reference, the CPU path and the interpreted Triton kernels is the same."""
 
+import numpy as np
 import pytest
 import torch
 
+from nanolm.data.rows import Row
 from nanolm.registry import KERNELS
 
 OPS = ("attention", "linear_cross_entropy", "norm", "rotary", "glu")
@@ -14,6 +16,25 @@ BERT = {
     "trunk": "encoder", "n_layers": 1, "n_heads": 2, "norm": "layernorm",
     "norm_position": "post", "feed_forward": "geglu", "positions": {"name": "t5"}, "d_ff": 32,
 }  # fmt: skip
+T5 = {
+    "trunk": "encoder_decoder", "n_layers": 1, "n_heads": 2, "norm": "rmsnorm", "bias": False,
+    "feed_forward": "geglu_tanh", "positions": {"name": "t5"}, "attention_scale": 1.0,
+    "logit_scale": True, "weight_init": "t5", "d_ff": 32,
+}  # fmt: skip
+XLNET = {
+    "trunk": "two_stream", "n_layers": 1, "n_heads": 2, "norm_position": "post", "n_segments": 3,
+    "positions": {"name": "relative"}, "d_ff": 32,
+}  # fmt: skip
+
+
+def rows_of(objective, tokens):
+    """A batch of an objective that makes it of single rows, one of them short."""
+    rows = [
+        Row(ids, np.zeros(1, np.int64), corpus=0, block=0, epoch=0, row_id=number)
+        for number, ids in enumerate((tokens[0].numpy(), tokens[1, :-3].numpy()))
+    ]
+    examples = [objective.example(row, np.random.default_rng(row.row_id), None) for row in rows]
+    return {name: torch.from_numpy(x) for name, x in objective.collate(examples).items()}
 
 
 def losses(make_learner, model, objective, kernel, steps):
@@ -34,6 +55,8 @@ def losses(make_learner, model, objective, kernel, steps):
                 "masked_targets": tokens.flatten()[index],
                 "lengths": torch.tensor([9, 6]),
             }
+        if objective["name"] in ("span", "permutation"):
+            batch = rows_of(learner.objective, tokens[:, : learner.objective.span])
         batch = {name: x.to(device) for name, x in batch.items()}
         terms = learner(batch)
         name = next(iter(learner.objective.weights))
@@ -47,7 +70,14 @@ def losses(make_learner, model, objective, kernel, steps):
 
 @pytest.mark.parametrize("steps", [3, pytest.param(20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    ("model", "objective"), [(GPT, {"name": "clm"}), (BERT, {"name": "mlm"})], ids=["gpt", "bert"]
+    ("model", "objective"),
+    [
+        (GPT, {"name": "clm"}),
+        (BERT, {"name": "mlm"}),
+        (T5, {"name": "span"}),
+        (XLNET, {"name": "permutation", "memory": 2}),
+    ],
+    ids=["gpt", "bert", "t5", "xlnet"],
 )
 def test_steps_have_the_same_losses(make_learner, model, objective, steps):
     expected = losses(make_learner, model, objective, "reference", steps)

@@ -22,6 +22,9 @@ from transformers import (
     RobertaModel,
     T5Config,
     T5ForConditionalGeneration,
+    XLNetConfig,
+    XLNetLMHeadModel,
+    XLNetModel,
 )
 
 from nanolm.build import build_learner, build_objective, resolve
@@ -43,6 +46,13 @@ T5_V1_1_SMALL = T5Config(d_ff=1024, num_layers=8, num_heads=6, feed_forward_proj
 T5_V1_1_BASE = T5Config(
     d_model=768, d_ff=2048, num_layers=12, num_heads=12, feed_forward_proj="gated-gelu"
 )
+XLNET_BASE = XLNetConfig(d_model=768, n_layer=12, n_head=12, d_inner=3072)
+
+
+class XLNet:
+    """No class of `transformers` that chooses one by a task knows XLNet's."""
+
+    from_config = XLNetLMHeadModel
 
 
 class T5:
@@ -66,6 +76,7 @@ PEERS = {
     "t5_base": (T5, T5_BASE, 222_903_552),
     "t5_v1_1_small": (T5, T5_V1_1_SMALL, 76_961_152),
     "t5_v1_1_base": (T5, T5_V1_1_BASE, 247_577_856),
+    "xlnet_base": (XLNet, XLNET_BASE, 116_750_336),
 }
 
 
@@ -97,6 +108,12 @@ def test_bert_trunk_with_pooler_is_bert_model(tokenizer):
         peer = BertModel(BertConfig())
     ours = count(learner.trunk) + count(learner.heads["pair"].dense)
     assert ours == count(peer) == 109_482_240
+
+
+def test_xlnets_trunk_is_xlnet_model(tokenizer):
+    with torch.device("meta"):
+        peer = XLNetModel(XLNET_BASE)
+    assert count(on_meta("xlnet_base", tokenizer).trunk) == count(peer) == 116_718_336
 
 
 def test_trunks_of_roberta_and_distilbert_are_the_published_ones(tokenizer):

@@ -77,6 +77,7 @@ def run(arguments: Arguments) -> None:
         mfu=arguments.mfu,
         gpus_per_node=arguments.gpus_per_node,
         predicted_share=getattr(objective, "predicted_share", 1.0),
+        memory=getattr(objective, "memory", 0),
     )
     limits = largest(config, sizes_of, strategies(arguments), arguments.device)
     console = Console()

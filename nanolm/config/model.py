@@ -17,8 +17,8 @@ class ModelConfig:
     """What is trained: the Transformer's shape."""
 
     trunk: str = "decoder"
-    """Which trunk: decoder (causal), encoder (bidirectional), or encoder_decoder (a decoder that
-    reads what an encoder made of a source)."""
+    """Which trunk: decoder (causal), encoder (bidirectional), encoder_decoder (a decoder that reads
+    what an encoder made of a source), or two_stream (an encoder that predicts in any order)."""
     d_model: int = 384
     """Width of the residual stream."""
     n_layers: int = 6
@@ -62,7 +62,8 @@ class ModelConfig:
     """Sliding window by layer, repeated as a pattern: a query sees keys less than this many tokens
     away; null is global. [128, 128, null] makes every third layer global."""
     n_segments: int = 0
-    """Number of segment (token type) embeddings; 0 for none."""
+    """Number of segment (token type) embeddings; 0 for none. A two_stream trunk has no embedding of
+    them: its blocks tell the same segment from another one."""
     embedding_scale: bool = False
     """Multiply token embeddings by sqrt(d_model), as in Vaswani et al. (2017)."""
     logit_scale: bool = False
@@ -73,7 +74,7 @@ class ModelConfig:
     feed_forward_dropout: float = 0.0
     """Dropout between the activation and the last product of each feed-forward."""
     final_dropout: float = 0.0
-    """Dropout after a stack's final norm."""
+    """Dropout on what a stack returns, after its final norm."""
     attention_dropout: float = 0.0
     """Dropout on attention weights."""
     attention_softcap: float | None = None
@@ -117,11 +118,6 @@ class ModelConfig:
             self.weight_init == "normal" or self.attention_init == "normal",
             f"model.attention_init={self.attention_init} says otherwise than model.weight_init="
             f"{self.weight_init} how attention starts; set one of them to normal",
-        )
-        require(
-            self.norm_position == "pre" or self.final_dropout == 0,
-            f"model.final_dropout={self.final_dropout} needs a final norm, which "
-            f"model.norm_position=post has not; set model.final_dropout to 0",
         )
         require(len(self.window) > 0, "model.window is empty; use [null] for global attention")
         for width in self.window:

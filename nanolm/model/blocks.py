@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import (
@@ -103,6 +103,8 @@ class Block(nn.Module):
     """Attention, cross-attention if the stack has a source, and feed-forward, each with its norm
     and residual sum."""
 
+    attention_kind: ClassVar[type[MultiHeadAttention]] = MultiHeadAttention
+
     def __init__(
         self,
         model: ModelConfig,
@@ -112,7 +114,7 @@ class Block(nn.Module):
         bias_kind: str | None,
     ) -> None:
         super().__init__()
-        self.attention = MultiHeadAttention(
+        self.attention = self.attention_kind(
             model, layer, kernels, causal=spec.causal, bias_kind=bias_kind, masks=spec.masks
         )
         # After an embedding norm the first pre-norm would norm twice; ModernBERT drops it too.
@@ -148,8 +150,7 @@ class Block(nn.Module):
         """[B, T, D] -> [B, T, D], keeping what autograd wants."""
 
         def attend(x: Tensor) -> Tensor:
-            c = context
-            return self.attention(x, c.mask, c.positions, c.prepared, c.bias, c.cache)
+            return self.attend(x, context)
 
         def attend_to_source(x: Tensor) -> Tensor:
             c = context
@@ -161,6 +162,11 @@ class Block(nn.Module):
         if context.source_BSD is not None:
             x_BTD = self.sublayer(x_BTD, self.cross_attention_norm, attend_to_source)
         return self.sublayer(x_BTD, self.feed_forward_norm, self.feed_forward)
+
+    def attend(self, x_BTD: Tensor, context: Context) -> Tensor:
+        """[B, T, D] -> [B, T, D]: what tokens read of each other."""
+        c = context
+        return self.attention(x_BTD, c.mask, c.positions, c.prepared, c.bias, c.cache)
 
     def pre_norm(self, x_BTD: Tensor, norm: nn.Module, layer: Any) -> Tensor:
         """x + layer(norm(x)) (Xiong et al. 2020)."""
@@ -174,12 +180,15 @@ class Block(nn.Module):
 class Stack(nn.Module):
     """n_layers blocks, with the final norm that pre-norm needs."""
 
+    block_kind: ClassVar[type[Block]] = Block
+
     def __init__(
         self, model: ModelConfig, spec: StackSpec, kernels: Kernels, bias_kind: str | None
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
-            Block(model, layer, spec, kernels, bias_kind) for layer in range(model.n_layers)
+            self.block_kind(model, layer, spec, kernels, bias_kind)
+            for layer in range(model.n_layers)
         )
         self.final_norm = Norm(model, kernels) if model.norm_position == "pre" else nn.Identity()
         rate = model.final_dropout
@@ -201,6 +210,10 @@ class Stack(nn.Module):
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
         for layer, block in enumerate(self.blocks):
-            prepared = context.positions.of_layer(context.prepared, layer)
-            x_BTD = block(x_BTD, dataclasses.replace(context, prepared=prepared))
+            x_BTD = block(x_BTD, self.of_layer(context, layer))
         return self.final_dropout(self.final_norm(x_BTD))
+
+    def of_layer(self, context: Context, layer: int) -> Context:
+        """What block `layer` needs of the context."""
+        prepared = context.positions.of_layer(context.prepared, layer)
+        return dataclasses.replace(context, prepared=prepared)

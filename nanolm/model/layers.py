@@ -161,6 +161,12 @@ class MultiHeadAttention(nn.Module):
             else:
                 project = functools.partial(self.project_source, source_BSD)
                 k_BSGK, v_BSGK = cache.of_source(self.layer, project)
+        return self.read(q_BTHK, k_BSGK, v_BSGK, mask, bias)
+
+    def read(
+        self, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Mask, bias: Bias | None
+    ) -> Tensor:
+        """[B, T, D]: what the queries find, projected."""
         mask = mask.at(causal=self.causal, window=self.window)
         dropout = self.dropout if self.training else 0.0
         attend = self.attend_to_cache if q_BTHK.shape[1] == 1 else self.attend

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -42,11 +43,16 @@ class Inputs:
     source_tokens_BS: Tensor | None = None  # an encoder-decoder's source, or its hidden states:
     source_BSD: Tensor | None = None
     source_mask: Mask = dataclasses.field(default_factory=Mask)
+    places_BP: Tensor | None = None  # which tokens a second stream predicts (two_stream.py)
+    memory_tokens_BM: Tensor | None = None  # what stands before the row, or its hidden states,
+    memory: tuple[Tensor, ...] | None = None  # [B, M, D] as each block reads them
     cache: KeyValueCache | None = None
 
 
 class Trunk(nn.Module):
     """Embeddings and a stack of blocks; `spec` is all that tells an encoder from a decoder."""
+
+    stack_kind: ClassVar[type[Stack]] = Stack
 
     def __init__(self, model: ModelConfig, spec: StackSpec, kernels: Kernels) -> None:
         super().__init__()
@@ -55,14 +61,18 @@ class Trunk(nn.Module):
         self.causal = spec.causal
         self.kernels = kernels  # for whoever chooses more of them later: Muon
         self.embedding = nn.Embedding(model.vocab_size, model.d_model)
-        self.segments = nn.Embedding(model.n_segments, model.d_model) if model.n_segments else None
+        self.add_segments(model)
         entry = POSITIONS.get(model.positions.name)
         self.positions = entry.build(model.positions, model, kernels)
         self.embedding_norm = Norm(model, kernels) if model.embedding_norm else nn.Identity()
         self.scale = math.sqrt(model.d_model) if model.embedding_scale else 1.0
         self.dropout = nn.Dropout(model.dropout) if model.dropout else nn.Identity()
-        self.stack = Stack(model, spec, kernels, self.positions.bias_kind)
+        self.stack = self.stack_kind(model, spec, kernels, self.positions.bias_kind)
         self.max_length = model.max_length
+
+    def add_segments(self, model: ModelConfig) -> None:
+        """A vector for each segment, if there are any."""
+        self.segments = nn.Embedding(model.n_segments, model.d_model) if model.n_segments else None
 
     @property
     def blocks(self) -> nn.ModuleList:

@@ -86,11 +86,12 @@ class Objective(ForwardObjective, Protocol):
     """Raw tokens that each row advances in the token stream."""
     span: int
     """Raw tokens that each row reads; span - stride of them belong to the next row too."""
-    # Four more are optional: `schema`, the schema of a run that trains it (Config where it is
+    # Five more are optional: `schema`, the schema of a run that trains it (Config where it is
     # missing), `arrange_for(kernels)`, called once with the kernels that the model got, and
     # `target_counts(counts)`, for one whose targets hold tokens that no text has: how often each is
     # a target, from how often it stands in the text. The unigram model that is compared uses it.
-    # `predicted_share`, targets to a token of a row, lets `nanolm estimate` reckon without data.
+    # `predicted_share`, targets to a token of a row, lets `nanolm estimate` reckon without data; so
+    # does `memory`, tokens before a row that a pass without a gradient reads.
 
     def example(self, row: Row, rng: np.random.Generator, draw: Draw) -> Example:
         """One row made ready; `draw(k)` gives the k-th keyed other row."""

@@ -7,6 +7,8 @@ fp32, 2 in bf16 and fp16), n tokens in a micro-batch:
     optimizer    4 k P / s            k = 2 for AdamW, 1 for Muon's matrices and SGD's momentum
     gathered     two blocks and the outermost group, in the arithmetic's type (fsdp, hsdp)
     activations  n L (4 x 2 D  +  a (2 D + (H + 2 G) K + H K + F))       L layers, plus norm details
+                 of two streams also L H (a + 1) for each pair of a query and a key,
+                 and L H a for each of a query and a distance
     logits       one chunk of rows by V, in float32, twice, and the head's own gradient
 
 The activations are those of the built-in kernels: what autograd keeps for the backward pass,
@@ -114,11 +116,18 @@ def find_device(name: str) -> str:
 
 
 def activation_bytes(
-    model: ModelConfig, precision: str, recompute: str, tokens: int, targets: float = 0.0
+    model: ModelConfig,
+    precision: str,
+    recompute: str,
+    tokens: float,
+    targets: float = 0.0,
+    pairs: float = 0.0,
+    distances: float = 0.0,
 ) -> float:
     """Bytes that the blocks keep of `tokens` tokens for the backward pass; an encoder-decoder's of
     so many of its sources and `targets` of its decoder, whose cross-attention keeps of a target
-    what attention does and of a source its keys and values."""
+    what attention does and of a source its keys and values. Of two streams `tokens` are those of
+    both, whose blocks also keep something of every pair of a query and a key, or a distance."""
     width, item = model.d_model, 4 if precision == "fp32" else 2
     queries, keys = model.n_heads * model.head_width, model.kv_heads * model.head_width
     rotated = queries + keys if model.positions.name == "rotary" else 0
@@ -137,6 +146,8 @@ def activation_bytes(
     working = attention + ff + residual if recompute != "none" else 0  # the block being redone
     embedded = (4 * norm + item) * width
     kept = tokens * (model.n_layers * block + working + embedded)
+    related = model.n_heads * (pairs * (item + 1) + distances * item)
+    kept += related * (1 if recompute == "full" else model.n_layers)
     crossed = item * 2 * keys * model.n_layers if recompute != "full" else 0  # a source's keys
     more = attention if recompute != "full" else 0
     per_target = model.n_layers * (block + more) + working + embedded
@@ -152,6 +163,7 @@ def estimate(
     mfu: float = 0.4,
     gpus_per_node: int = 8,
     predicted_share: float = 1.0,
+    memory: int = 0,
 ) -> Needs:
     """What each of `gpus` devices needs for this run of a model of these sizes."""
     name = find_device(device)
@@ -160,8 +172,9 @@ def estimate(
     share = {"ddp": 1, "fsdp": gpus, "hsdp": config.distributed.shard_size or gpus_per_node}
     divided = min(share[config.distributed.strategy], gpus)
     rows = min(train.micro_batch or train.global_batch, -(-train.global_batch // gpus))
-    tokens = rows * config.data.row_length
-    memory = {
+    length = config.data.row_length
+    tokens = rows * length
+    needed = {
         "weights": 4.0 * parameters / divided,
         "gradients": 4.0 * parameters / divided,
         "optimizer": 4.0 * optimizer_numbers(config, sizes) / divided,
@@ -171,17 +184,36 @@ def estimate(
             model,
             train.precision,
             train.activation_checkpointing,
-            tokens,
-            tokens * predicted_share if model.trunk == "encoder_decoder" else 0.0,
+            *READ.get(model.trunk, of_rows)(tokens, predicted_share, length, memory),
         ),
         "logits": model.vocab_size * (8.0 * min(CHUNK, tokens) + 4.0 * model.d_model),
     }
-    flops = train_flops_per_token(model, config.data.row_length, predicted_share=predicted_share)
+    flops = train_flops_per_token(model, length, predicted_share=predicted_share, memory=memory)
     speed = gpus * ACCELERATORS[name].peak(train.precision) * mfu / flops
-    total = train.steps * train.global_batch * config.data.row_length
+    total = train.steps * train.global_batch * length
     saved = 4.0 * (parameters * (2 if train.ema else 1) + optimizer_numbers(config, sizes))
     available = ACCELERATORS[name].gibibytes * 2**30
-    return Needs(parameters, flops, memory, available, speed, total / speed / 86400, saved)
+    return Needs(parameters, flops, needed, available, speed, total / speed / 86400, saved)
+
+
+def of_rows(tokens: float, share: float, length: int, memory: int) -> tuple[float, ...]:
+    """What a stack reads of so many tokens of rows: (tokens,)."""
+    return (tokens,)
+
+
+def of_sources(tokens: float, share: float, length: int, memory: int) -> tuple[float, ...]:
+    """What an encoder-decoder reads of so many tokens of sources: (tokens, targets)."""
+    return tokens, tokens * share
+
+
+def of_streams(tokens: float, share: float, length: int, memory: int) -> tuple[float, ...]:
+    """What two streams read of so many tokens of rows: (tokens, none, pairs, distances)."""
+    queries = tokens * (1 + share)
+    return queries, 0.0, queries * (length + memory), queries * (2 * length + memory - 1)
+
+
+READ = {"encoder_decoder": of_sources, "two_stream": of_streams}
+"""What `activation_bytes` is to know of a trunk that is not one stack of one stream."""
 
 
 def optimizer_numbers(config: Config, sizes: Sizes) -> float:

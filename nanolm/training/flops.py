@@ -7,7 +7,9 @@ Per token and block, forward, counting a multiply-add as 2 (Kaplan et al. 2020, 
 
 and 2 D V per token that reaches the vocabulary. An encoder-decoder is reckoned per token of the
 source: its decoder reads `predicted_share` tokens to one of the source, and each block of it also
-projects the source's keys and values and its own queries, and sees the whole source.
+projects the source's keys and values and its own queries, and sees the whole source. Of two streams
+the content's are the tokens of a row, and `predicted_share` query places come to each; `memory`
+tokens before the row cost a forward pass, which no backward pass follows.
 
 The backward pass costs twice the forward.
 Embeddings, norms, softmax and activations count 0; so does recomputation under activation
@@ -34,20 +36,50 @@ def keys_behind(model: ModelConfig, row_length: float, layer: int) -> float:
 
 
 def forward_flops_per_token(
-    model: ModelConfig, row_length: int, *, predicted_share: float = 1.0
+    model: ModelConfig, row_length: int, *, predicted_share: float = 1.0, memory: int = 0
 ) -> float:
     """Forward FLOPs per token of a row; `predicted_share` of the tokens reach the vocabulary. All
-    that an encoder-decoder's decoder reads does, so there it is the targets to a source token too.
+    that an encoder-decoder's decoder reads does, so there it is the targets to a source token too,
+    and of two streams the places to a token.
     """
+    blocks = BLOCKS.get(model.trunk, one_stack)(model, row_length, predicted_share, memory)
+    return blocks + 2.0 * predicted_share * model.d_model * (model.vocab_size or 0)
+
+
+def one_stack(model: ModelConfig, row_length: int, share: float = 1.0, memory: int = 0) -> float:
+    """Forward FLOPs of an encoder's or a decoder's blocks per token."""
     head = model.head_width
     attention_weights = model.d_model * head * (2 * model.n_heads + 2 * model.kv_heads)
     ff_weights = model.d_model * model.ff_width * (3 if model.gated else 2)
     total = 2.0 * model.n_layers * (attention_weights + ff_weights)
     for layer in range(model.n_layers):
         total += 4.0 * keys_seen(model, row_length, layer) * model.n_heads * head
-    if model.trunk == "encoder_decoder":
-        total += decoder_flops(model, row_length, predicted_share)
-    return total + 2.0 * predicted_share * model.d_model * (model.vocab_size or 0)
+    return total
+
+
+def two_stacks(model: ModelConfig, row_length: int, share: float, memory: int) -> float:
+    """Forward FLOPs of an encoder-decoder's blocks per token of the source."""
+    return one_stack(model, row_length) + decoder_flops(model, row_length, share)
+
+
+def two_streams(model: ModelConfig, row_length: int, share: float, memory: int) -> float:
+    """Forward FLOPs of a two-stream trunk's blocks per token of a row, without its memory's pass.
+
+    Queries are content and places; each is also compared with all distances that may occur, and
+    with the two vectors of segments.
+    """
+    head, keys = model.head_width, row_length + memory
+    queries_and_out = model.d_model * head * 2 * model.n_heads
+    ff_weights = model.d_model * model.ff_width * (3 if model.gated else 2)
+    compared = 4.0 * keys + 2.0 * (keys + row_length - 1) + (4.0 if model.n_segments else 0.0)
+    per_query = 2.0 * (queries_and_out + ff_weights) + compared * model.n_heads * head
+    per_key = 2.0 * model.d_model * head * 2 * model.kv_heads
+    return model.n_layers * ((1.0 + share) * per_query + keys / row_length * per_key)
+
+
+BLOCKS = {"encoder_decoder": two_stacks, "two_stream": two_streams}
+"""What the blocks of a trunk cost per token of a row, where they are not one stack of one stream;
+a plug-in's are reckoned as one."""
 
 
 def decoder_flops(model: ModelConfig, source_length: int, targets_share: float) -> float:
@@ -65,7 +97,17 @@ def decoder_flops(model: ModelConfig, source_length: int, targets_share: float) 
 
 
 def train_flops_per_token(
-    model: ModelConfig, row_length: int, *, predicted_share: float = 1.0
+    model: ModelConfig, row_length: int, *, predicted_share: float = 1.0, memory: int = 0
 ) -> float:
-    """Forward and backward FLOPs per token."""
-    return 3.0 * forward_flops_per_token(model, row_length, predicted_share=predicted_share)
+    """Forward and backward FLOPs per token, and the forward pass over a memory."""
+    forward = forward_flops_per_token(
+        model, row_length, predicted_share=predicted_share, memory=memory
+    )
+    return 3.0 * forward + memory_flops(model, memory) / row_length
+
+
+def memory_flops(model: ModelConfig, memory: int) -> float:
+    """Forward FLOPs of all blocks but the last, which nobody asks, over the tokens of a memory."""
+    if not memory:
+        return 0.0
+    return memory * two_streams(model, memory, 0.0, 0) * (model.n_layers - 1) / model.n_layers

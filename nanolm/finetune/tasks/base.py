@@ -4,8 +4,7 @@
     hidden --loss--> {term: (sum, count)}            hidden --answers--> one answer per item
     answers of a record's items --predictions--> what `nanolm predict` prints --report--> metrics
 
-A sequence is framed as its trunk knows it: <cls> A <sep> (B <sep>) for an encoder, for a decoder
-<eos> A (<sep> B) <eos>, since in pretraining every document begins behind an end of document.
+A sequence is framed as its trunk knows it (frames.py): <cls> A <sep> (B <sep>) for an encoder.
 
 Shapes: B rows, T tokens of a row or sequence, S sequences, M tokens of all sequences, D model
 width, V vocabulary.
@@ -26,6 +25,7 @@ from nanolm.data.tables.stream import TaskRow
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import UserError, require
 from nanolm.finetune.config import TaskConfig
+from nanolm.finetune.tasks.frames import frame_of
 from nanolm.finetune.tasks.heads import Layout
 from nanolm.finetune.tasks.metrics import Metric, Report, lower
 from nanolm.model.heads import HeadRequest
@@ -38,12 +38,13 @@ from nanolm.registry import Options
 
 @dataclasses.dataclass(slots=True)
 class Sequence:
-    """Token ids [T] of one framed sequence, where its second segment begins (T when none), and
-    whether what the second shares with the first is marked."""
+    """Token ids [T] of one framed sequence, where its second segment begins (T when none), whether
+    what the second shares with the first is marked, and how many tokens at the end are a third."""
 
     tokens: np.ndarray
     second: int
     mark_shared: bool = False
+    apart: int = 0
 
     def segments(self, special_V: np.ndarray) -> np.ndarray:
         """int64[T]: 0 in the first segment, 1 in the second, where with `mark_shared` the tokens
@@ -52,6 +53,7 @@ class Sequence:
         if self.mark_shared:
             shared_T = np.isin(self.tokens, self.tokens[: self.second])
             segments_T[shared_T & ~special_V[self.tokens]] = 0
+        segments_T[len(segments_T) - self.apart :] = 2
         return segments_T
 
 
@@ -88,7 +90,7 @@ class Task:
 
     schema: ClassVar[type[Config]] = TaskConfig
     """The schema of a run that trains it."""
-    trunks: tuple[str, ...] = ("encoder", "decoder")
+    trunks: tuple[str, ...] = ("encoder", "decoder", "two_stream")
     fields: ClassVar[tuple[str, ...]] = ("text",)
     """Fields that every record must have, also to predict."""
     gold: ClassVar[tuple[str, ...]] = ("label",)
@@ -129,7 +131,8 @@ class Task:
         )
         self.heads: dict[str, HeadRequest] = {}
         self.weights = {self.term: 1.0}
-        padding = {"lengths"} if self.trunk == "encoder" else set()
+        self.framing = frame_of(self.trunk)
+        padding = {"lengths"} if self.framing.two_sided else set()
         self.masks = frozenset({"documents", "classes"} if self.packed else padding)
         self.compiled, self.in_line = config.train.compile, False
 
@@ -206,22 +209,22 @@ class Task:
 
     def frame(self, first: np.ndarray, second: np.ndarray | None = None) -> tuple[Sequence, int]:
         """(framed sequence of at most row_length tokens, tokens cut); the longer text is cut."""
-        t = self.tokenizer
-        encoder = self.trunk == "encoder"
-        begin, end = (t.cls, t.sep) if encoder else (t.eos, t.eos)
-        room = self.length - (2 if second is None else 3)
+        framing = self.framing
+        begin, end = (list(map(self.tokenizer.role, r)) for r in (framing.begin, framing.end))
+        room = self.length - framing.n_specials(1 if second is None else 2)
         total = len(first) + (0 if second is None else len(second))
         if second is None:
             first = first[:room]
-            parts = [[begin], first, [end]]
+            parts = [begin, first, end]
         else:
             half = room // 2
             keep = min(len(first), max(half, room - len(second)))
             first, second = first[:keep], second[: room - keep]
-            parts = [[begin], first, [t.sep], second, [end]]
+            parts = [begin, first, [self.tokenizer.sep], second, end]
         tokens = np.concatenate(parts).astype(np.int64)
-        begins_second = len(tokens) if second is None else len(first) + 2
-        return Sequence(tokens, begins_second, self.mark_shared), max(0, total - room)
+        begins_second = len(tokens) if second is None else len(begin) + len(first) + 1
+        sequence = Sequence(tokens, begins_second, self.mark_shared, framing.apart)
+        return sequence, max(0, total - room)
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of a text; no more of it is encoded than could ever fit."""
@@ -294,7 +297,7 @@ class Task:
             classes = tuple(map(tuple, batch["classes"].tolist())) if "classes" in batch else None
             mask = Mask(documents=batch["documents"], classes=classes)
         else:
-            mask = Mask(key_lengths=batch["lengths"] if self.trunk == "encoder" else None)
+            mask = Mask(key_lengths=batch["lengths"] if self.framing.two_sided else None)
         return Inputs(
             tokens_BT=batch["tokens"],
             positions_BT=batch.get("positions"),

@@ -47,6 +47,7 @@ class ChooseLm(Choose):
     """Which candidate is likelier."""
 
     reads_source = False
+    trunks = ("encoder", "decoder")  # whose vocabulary head reads a place from the place itself
 
     def __init__(self, options: ChooseLmOptions, config: Config, tokenizer: Tokenizer) -> None:
         super().__init__(options, config, tokenizer)

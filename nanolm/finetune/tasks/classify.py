@@ -36,7 +36,7 @@ class HeadOptions(PairOptions):
     """Options of tasks with a head on pooled states."""
 
     pooling: Pooling = "auto"
-    """auto: mean for an encoder, last for a decoder; or cls, mean, last."""
+    """auto: mean for an encoder, last for a decoder and for two streams; or cls, mean, last."""
     head_dropout: float = 0.1
     """Dropout before the head's last layer."""
 

@@ -43,7 +43,7 @@ class VectorOptions(TaskOptions):
     """Options of tasks that compare the vectors of texts read apart."""
 
     pooling: Pooling = "auto"
-    """auto: mean for an encoder, last for a decoder; or cls, mean, last."""
+    """auto: mean for an encoder, last for a decoder and for two streams; or cls, mean, last."""
     width: int | None = None
     """Width of the vectors; null means model.d_model, without a projection."""
 

@@ -6,8 +6,8 @@
     embedding   pooled -> unit vector                        embed
 
 Pooling follows the trunk: an encoder's mean (or <cls>), a decoder's last token, which alone has
-seen everything. Sequences lie packed or padded in the rectangle; `Layout` says where, so a head
-never asks which.
+seen everything, and that of two streams, which is its <cls>. Sequences lie packed or padded in the
+rectangle; `Layout` says where, so a head never asks which.
 
 Shapes: B rows, T tokens of a row, S sequences, M tokens of all sequences, D model width, C classes.
 """
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from nanolm.config.model import ModelConfig
 from nanolm.errors import require
+from nanolm.finetune.tasks.frames import frame_of
 from nanolm.model.trunk import Trunk
 from nanolm.ops.contract import Kernels
 from nanolm.registry import HEADS
@@ -43,9 +44,14 @@ class Layout(NamedTuple):
 
 
 def pooling_of(pooling: Pooling, trunk: str) -> Pooling:
-    """What `auto` means for a trunk; raises UserError for cls on a decoder."""
+    """What `auto` means for a trunk; raises UserError for cls where it does not come first."""
     if pooling == "auto":
-        return "last" if trunk == "decoder" else "mean"
+        return frame_of(trunk).pooling
+    require(
+        not (pooling == "cls" and trunk == "two_stream"),
+        "objective.pooling=cls reads the first token, and that of model.trunk=two_stream is none: "
+        "its <cls> stands last; use last or mean",
+    )
     require(
         not (pooling == "cls" and trunk == "decoder"),
         "objective.pooling=cls cannot go with a decoder: its first token has seen nothing; use "

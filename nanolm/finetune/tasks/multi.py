@@ -141,7 +141,14 @@ class Multi(Task):
         self.weights, self.heads = {}, {}
         self.stand_ins: dict[str, PartItem] = {}
         for name, own in self.configs.items():
-            part = OBJECTIVES.get(own.objective.name).build(own.objective, own, tokenizer)
+            build = OBJECTIVES.get(own.objective.name).build
+            require(
+                self.trunk in build.trunks,
+                f"objective.tasks.{name}: objective={own.objective.name} trains "
+                f"{' or '.join(build.trunks)} trunks, but the base's is {self.trunk}; take the "
+                f"task out, or another base",
+            )
+            part = build(own.objective, own, tokenizer)
             self._add(name, part, options.tasks[name].get("weight") or 1.0)
 
     @classmethod

@@ -66,7 +66,7 @@ class Prompt(Classify):
     """Which label's word fits."""
 
     reads_source = False
-
+    trunks = ("encoder", "decoder")  # whose vocabulary head reads a place from the place itself
     movable = False
 
     def __init__(self, options: PromptOptions, config: Config, tokenizer: Tokenizer) -> None:

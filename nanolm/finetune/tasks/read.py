@@ -103,7 +103,7 @@ class Read(Task):
             "text; use a base whose tokenizer `nanolm prepare` trained",
         )
         self.question_length = min(options.question_length, self.length // 2)
-        room = self.length - 3 - self.question_length
+        room = self.length - self.framing.n_specials(2) - self.question_length
         require(
             options.stride < room,
             f"objective.stride={options.stride} leaves no way forward: beside a question of "
@@ -171,7 +171,7 @@ class Read(Task):
         begins = ends - self.tokenizer.byte_length[context]
         answer = self.located(record) if with_gold else None
         span = None if answer is None else token_span(record["context"], answer, begins, ends)
-        room = self.length - 3 - len(question)
+        room = self.length - self.framing.n_specials(2) - len(question)
         step = room - self.options.stride
         items = []
         for start in range(0, max(1, len(context) - self.options.stride), step):  # to the end

@@ -127,7 +127,7 @@ class Tag(Task):
         """One item, or several windows of whole words when the sentence is too long."""
         words = as_list(record["tokens"])
         pieces = self.tokenizer.encode_batch(spaced(words, self.options.spaces))
-        room = self.length - 2
+        room = self.length - self.framing.n_specials(1)
         cut = sum(max(0, len(ids) - room) for ids in pieces)
         pieces = [ids[:room] for ids in pieces]
         tags = as_list(record["tags"]) if with_gold else []
@@ -139,8 +139,8 @@ class Tag(Task):
                 stop += 1
             part = pieces[begin:stop]
             sequence, _ = self.frame(np.concatenate(part))
-            ends = 1 + np.cumsum([len(ids) for ids in part])
-            places = ends - 1 if self.trunk == "decoder" else ends - [len(ids) for ids in part]
+            ends = len(self.framing.begin) + np.cumsum([len(ids) for ids in part])
+            places = ends - [len(ids) for ids in part] if self.framing.two_sided else ends - 1
             target = [self.number[str(tag)] for tag in tags[begin:stop]] if with_gold else None
             items.append(Item(index, [sequence], target, cut, places))
             begin, cut = stop, 0
