@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -62,8 +62,20 @@ class AdaLoraOptions(LowRankOptions):
         )
 
 
+def gradient_of(weight: nn.Parameter) -> Tensor:
+    """The gradient that a step has given it: a trained weight has one in every step."""
+    return cast(Tensor, weight.grad)
+
+
 class Triplets(nn.Module):
     """(alpha / r) B diag(e) A dropout(x), and how important each part of it has been."""
+
+    a_importance: Tensor
+    a_change: Tensor
+    e_importance: Tensor
+    e_change: Tensor
+    b_importance: Tensor
+    b_change: Tensor
 
     def __init__(self, n_in: int, n_out: int, options: AdaLoraOptions) -> None:
         super().__init__()
@@ -93,7 +105,7 @@ class Triplets(nn.Module):
         for name, weight in self.named_parameters():
             importance = getattr(self, f"{name}_importance")
             change = getattr(self, f"{name}_change")
-            now = (weight * weight.grad).abs()
+            now = (weight * gradient_of(weight)).abs()
             importance.lerp_(now, 1 - first)
             change.lerp_((now - importance).abs(), 1 - second)
 
@@ -118,6 +130,8 @@ class AdaLoraLinear(LoraLinear):
 class Budget(nn.Module):
     """Hands out ranks between the steps of the optimizer."""
 
+    step: Tensor
+
     def __init__(self, options: AdaLoraOptions, triplets: list[Triplets]) -> None:
         super().__init__()
         self.options = options
@@ -140,9 +154,9 @@ class Budget(nn.Module):
     def before_step(self) -> None:
         """Adds the gradient of the orthogonality term; it is the same on every rank."""
         weights = [p for t in self.triplets for p in (t.a, t.b)]
-        disorder = sum(t.disorder() for t in self.triplets) / len(weights)
+        disorder = torch.as_tensor(sum(t.disorder() for t in self.triplets)) / len(weights)
         for p, gradient in zip(weights, torch.autograd.grad(disorder, weights), strict=True):
-            p.grad.add_(gradient, alpha=self.options.orthogonality)
+            gradient_of(p).add_(gradient, alpha=self.options.orthogonality)
 
     @torch.no_grad()
     def after_step(self) -> None:

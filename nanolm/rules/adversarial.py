@@ -119,6 +119,7 @@ class Perturbation:
 
     def ascend(self, step_size: float, radius: float) -> None:
         """One step of length `step_size` along the gradient, then back into the ball."""
+        assert self.delta is not None and self.delta.grad is not None  # a pass has gone before
         gradient, self.delta.grad = self.delta.grad, None
         with torch.no_grad():
             moved = self.delta + step_size * gradient / self.lengths(gradient)
@@ -154,11 +155,13 @@ def ascent_of(backward: Backward, perturbation: Perturbation) -> Backward:
     other.sums, other.seen = {}, {}
 
     def differentiate(total: Tensor) -> None:
-        (gradient,) = torch.autograd.grad(total, perturbation.delta)
-        before = perturbation.delta.grad
-        perturbation.delta.grad = gradient if before is None else before + gradient
+        delta = perturbation.delta
+        assert delta is not None  # the forward pass has made it
+        (gradient,) = torch.autograd.grad(total, delta)
+        before = delta.grad
+        delta.grad = gradient if before is None else before + gradient
 
-    other.differentiate = differentiate
+    other.differentiate = differentiate  # type: ignore[method-assign]  # of this copy alone
     return other
 
 
