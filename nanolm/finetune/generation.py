@@ -5,9 +5,11 @@ The prompt of each record is framed exactly as in training; writing stops at the
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from nanolm.data.tables.files import Table
+from nanolm.finetune.tasks.base import task_in
+from nanolm.finetune.tasks.write import Write
 from nanolm.inference.generate import Generator, write
 from nanolm.inference.sampling import Sampling
 from nanolm.saved import Saved
@@ -18,7 +20,12 @@ class PromptGenerator(Generator):
 
     def prompt_ids(self, text: str) -> list[int]:
         """Token ids of an already rendered prompt."""
-        return self.saved.learner.objective.prompt_tokens(text).tolist()
+        return writing_task(self.saved).prompt_tokens(text).tolist()
+
+
+def writing_task(saved: Saved) -> Write:
+    """The task of a run whose task `generates`."""
+    return cast(Write, task_in(saved.learner))
 
 
 def write_answers(
@@ -26,7 +33,7 @@ def write_answers(
 ) -> list[dict[str, Any]]:
     """{"text": …} for each record: the most probable continuation, token by token; with gold, in
     the place of the answer that the record has."""
-    task = saved.learner.objective
+    task = writing_task(saved)
     generator = PromptGenerator(saved)
     found: list[dict[str, Any]] = []
     for start in range(0, len(table), batch):

@@ -65,6 +65,7 @@ class PromptOptions(ClassifyOptions):
 class Prompt(Classify):
     """Which label's word fits."""
 
+    options: PromptOptions
     movable = False
 
     def __init__(self, options: PromptOptions, config: Config, tokenizer: Tokenizer) -> None:

@@ -54,9 +54,10 @@ class WriteOptions(TokenLossOptions):
 class Write(Task):
     """What to write after a prompt."""
 
+    options: WriteOptions
     trunks = ("decoder",)
-    fields = ("prompt",)
-    gold = ("response",)
+    fields: tuple[str, ...] = ("prompt",)
+    gold: tuple[str, ...] = ("response",)
     metric = "perplexity"
     term = "write"
     generates = True
