@@ -29,10 +29,10 @@ class Published:
 
     def size(self, key: str) -> int:
         """A size; raises UserError unless it is there."""
-        value = self.values.get(key)
+        value: Any = self.values.get(key)
         whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
         require(whole, f"{self.path} gives {key} as {value!r}; it must be a positive whole number")
-        return int(value)  # type: ignore[arg-type]  (checked above)
+        return int(value)
 
     def get(self, key: str, default: Any) -> Any:
         """A value, or the family's default where the key is missing or null."""
@@ -106,6 +106,7 @@ def gpt2_model(config: Published) -> dict[str, Any]:
 
 def llama_config(model: ModelConfig, named: Mapping[str, Tensor]) -> dict[str, Any]:
     """LlamaForCausalLM."""
+    positions: Any = model.positions
     return {
         "architectures": ["LlamaForCausalLM"],
         "num_hidden_layers": model.n_layers,
@@ -118,7 +119,7 @@ def llama_config(model: ModelConfig, named: Mapping[str, Tensor]) -> dict[str, A
         "rms_norm_eps": model.norm_eps,
         "hidden_act": "silu",
         "attention_dropout": model.attention_dropout,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.positions.base[0]},
+        "rope_parameters": {"rope_type": "default", "rope_theta": positions.base[0]},
     }
 
 

@@ -35,7 +35,7 @@ def largest_difference(imported: Imported) -> float:
     model = imported.config.model
     length = min(TOKENS, model.max_length)
     generator = torch.Generator().manual_seed(0)
-    tokens_BT = torch.randint(0, model.vocab_size, (ROWS, length), generator=generator)
+    tokens_BT = torch.randint(0, model.n_tokens, (ROWS, length), generator=generator)
     encoder = model.trunk == "encoder"
     lengths_B = torch.tensor([length, length // 2 if encoder else length])
     segments_BT = None
@@ -78,7 +78,9 @@ def their_model(imported: Imported) -> Any:
             f"without transformers' model nothing can be proved"
         ) from error
     config._attn_implementation = "eager"
-    model = getattr(transformers, names.pooled if pooled else names.plain)(config).float().eval()
+    model = (
+        getattr(transformers, str(names.pooled if pooled else names.plain))(config).float().eval()
+    )
     answer = model.load_state_dict(imported.theirs, strict=False)
     if imported.config.model.tied:
         model.tie_weights()

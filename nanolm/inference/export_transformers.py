@@ -79,7 +79,7 @@ def family_of(model: ModelConfig) -> Family:
 
 def _misfits(model: ModelConfig, family: Family) -> list[str]:
     found = []
-    for key, wanted in (family.fits | COMMON).items():
+    for key, wanted in {**family.fits, **COMMON}.items():
         value: Any = model
         for part in key.split("."):
             value = getattr(value, part)
@@ -95,7 +95,8 @@ def _misfits(model: ModelConfig, family: Family) -> list[str]:
 
 
 def _rotary_misfits(model: ModelConfig) -> list[str]:
-    positions, found = model.positions, []
+    positions: Any = model.positions
+    found = []
     if len(set(getattr(positions, "base", [0]))) > 1:
         found.append(f"model.positions.base is {positions.base}")
     if getattr(positions, "fraction", 1.0) != 1.0:

@@ -11,7 +11,8 @@ Shapes: B sequences, T tokens, S tokens in the cache, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from collections.abc import Generator as Coroutine
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ from nanolm.model.cache import KeyValueCache
 from nanolm.model.trunk import Inputs
 from nanolm.ops.masks import Mask
 from nanolm.saved import Saved
+
+Writing = Coroutine[Tensor, Tensor, None]
+"""Yields logits [B, V], and is sent the tokens that were chosen, int64 [B]."""
 
 
 class Generator:
@@ -42,7 +46,7 @@ class Generator:
         self.device = self.trunk.embedding.weight.device
         special = torch.from_numpy(saved.tokenizer.special_mask).to(self.device)
         # Padding rows of the vocabulary and special tokens are never written; eos ends a text.
-        self.forbidden_V = torch.ones(self.model.vocab_size, dtype=torch.bool, device=self.device)
+        self.forbidden_V = torch.ones(self.model.n_tokens, dtype=torch.bool, device=self.device)
         self.forbidden_V[: len(special)] = special
         self.forbidden_V[saved.tokenizer.eos] = False
 
@@ -70,7 +74,7 @@ class Generator:
         return self.saved.tokenizer.decode(ids)
 
     @torch.no_grad()
-    def logits(self, prompts: list[list[int]], max_tokens: int) -> Iterator[Tensor]:
+    def logits(self, prompts: list[list[int]], max_tokens: int) -> Writing:
         """Coroutine: yields next-token logits [B, V]; `send` it the chosen tokens, int64 [B]."""
         longest = max(map(len, prompts))
         capacity = longest + max_tokens
@@ -163,7 +167,7 @@ def write(
         for index in range(len(prompts))
     ]
     seen_BV = torch.zeros(
-        len(ids), generator.model.vocab_size, dtype=torch.bool, device=generator.device
+        len(ids), generator.model.n_tokens, dtype=torch.bool, device=generator.device
     )
     for row, prompt in enumerate(ids):
         seen_BV[row, prompt] = True

@@ -12,14 +12,14 @@ Shapes: B sequences, S source tokens, T target tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import cast
 
 import torch
-from torch import Tensor
 
 from nanolm.errors import require
-from nanolm.inference.generate import Generator
-from nanolm.model.trunk import Inputs
+from nanolm.inference.generate import Generator, Writing
+from nanolm.model.trunk import EncoderDecoder, Inputs
+from nanolm.objectives.span import Span
 from nanolm.ops.masks import Mask
 from nanolm.saved import Saved
 
@@ -33,7 +33,7 @@ class SourceGenerator(Generator):
 
     def __init__(self, saved: Saved, *, use_cache: bool = True) -> None:
         super().__init__(saved, use_cache=use_cache)
-        self.sentinels = saved.learner.objective.sentinels.tolist()
+        self.sentinels = cast(Span, saved.learner.objective).sentinels.tolist()
         self.forbidden_V[self.sentinels] = False
 
     def prompt_ids(self, text: str) -> list[int]:
@@ -58,7 +58,7 @@ class SourceGenerator(Generator):
         return self.saved.tokenizer.decode(ids, specials=True)
 
     @torch.no_grad()
-    def logits(self, prompts: list[list[int]], max_tokens: int) -> Iterator[Tensor]:
+    def logits(self, prompts: list[list[int]], max_tokens: int) -> Writing:
         """Coroutine: yields next-token logits [B, V]; `send` it the chosen tokens, int64 [B]."""
         longest, most = max(map(len, prompts)), self.model.max_length
         require(
@@ -72,7 +72,9 @@ class SourceGenerator(Generator):
             source_BS[row, : len(prompt)] = torch.tensor(prompt, device=self.device)
         lengths_B = torch.tensor([len(p) for p in prompts], device=self.device)
         mask = Mask(key_lengths=lengths_B)
-        source_BSD = self.trunk.encode(Inputs(source_tokens_BS=source_BS, source_mask=mask))
+        source_BSD = cast(EncoderDecoder, self.trunk).encode(
+            Inputs(source_tokens_BS=source_BS, source_mask=mask)
+        )
         cache = self.new_cache(len(prompts), max_tokens) if self.use_cache else None
         written_BT = new_BT = torch.full((len(prompts), 1), pad, device=self.device)
         while True:

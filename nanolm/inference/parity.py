@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from nanolm import build
 from nanolm.checkpoint.named_tensors import learner_tensors
+from nanolm.data.tokenizer import Tokenizer
 from nanolm.hub.configs import Published
 from nanolm.hub.families import FAMILIES
 from nanolm.hub.proof import largest_difference
@@ -84,7 +85,7 @@ def difference(case: str, direction: str) -> float:
     import transformers  # noqa: PLC0415  (slow to import, and not always installed)
 
     name, theirs, keys = CASES[case]
-    family, tokenizer = FAMILIES[name], NoTokenizer()
+    family, tokenizer = FAMILIES[name], cast(Tokenizer, NoTokenizer())
     values = keys | {"vocab_size": VOCABULARY, "model_type": name}
     model_class = getattr(transformers, theirs)
     published = Published(f"the config.json of {case}", values, name)
@@ -95,16 +96,16 @@ def difference(case: str, direction: str) -> float:
         for other, own in family.duplicates.items():  # two parameters that real files hold equal
             stored |= {other: stored[own]} if other in stored else {}
         ours = model_keys(family, published)
-        imported = assembled(family, published, ours, stored, tokenizer, case)  # type: ignore[arg-type]
+        imported = assembled(family, published, ours, stored, tokenizer, case)
         return largest_difference(imported)
     pooled = family.classes.pooled is not None and theirs != family.classes.plain
     names = frozenset({"bert.pooler.dense.weight"} if pooled else ())
-    config = as_config(family, model_keys(family, published), names, tokenizer)  # type: ignore[arg-type]
-    learner = build.build_learner(config, build.build_objective(config, tokenizer))  # type: ignore[arg-type]
+    config = as_config(family, model_keys(family, published), names, tokenizer)
+    learner = build.build_learner(config, build.build_objective(config, tokenizer))
     randomise(learner)
-    tensors, files = transformers_folder(config, tokenizer, learner_tensors(learner))  # type: ignore[arg-type]
+    tensors, files = transformers_folder(config, tokenizer, learner_tensors(learner))
     written = Published(
         "config.json", json.loads(files["config.json"]), family_of(config.model).name
     )
-    imported = Imported(family, config, tokenizer, learner.eval(), tensors, written, ())  # type: ignore[arg-type]
+    imported = Imported(family, config, tokenizer, learner.eval(), tensors, written, ())
     return largest_difference(imported)
