@@ -8,7 +8,8 @@ a packed row), and moves against the model:
     FreeLB  1/K sum_k L(d_k), d_0 random, d_k as in PGD                    (Zhu et al. 2020, alg. 1)
 
 g is the gradient of the loss with respect to d and |.| the norm over an example's tokens and
-features, so d depends on the example alone: not on micro-batches, ranks or the loss' scale.
+features, so d depends on the example alone: not on micro-batches, ranks or the loss' scale. (Madry
+et al. bound the largest entry and step along sgn g; the Euclidean norm here is that of the others.)
 
 Shapes: B rows, T tokens, D model width.
 """
