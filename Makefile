@@ -76,6 +76,7 @@ matrix: $(VENV)/dev
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 constraints: $(VENV)/dev
 	{ echo "# What the tests ran with: 'make' installs exactly these. Regenerate with 'make constraints'."; \

@@ -13,6 +13,7 @@ DEV = [
     "flask-cors",
     "hypothesis",
     "moto[s3]",
+    "mypy",
     "peft",
     "pytest",
     "pytest-xdist",

@@ -11,7 +11,7 @@ import io
 import json
 import re
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from nanolm.data.text_files import PROBE_BYTES
 
@@ -61,7 +61,7 @@ def values(file: IO[bytes], limit: int = RECORD_BYTES) -> Iterator[Any]:
     decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
     scan, text, position, inside, ended = json.JSONDecoder().raw_decode, "", 0, False, False
     while True:
-        position = BETWEEN.match(text, position).end()
+        position = cast(re.Match, BETWEEN.match(text, position)).end()
         mark = text[position : position + 1]
         if mark == ("]" if inside else "["):
             inside, position = not inside, position + 1

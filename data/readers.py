@@ -17,7 +17,7 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet
@@ -196,7 +196,7 @@ def file_pieces(
         end = min(size, begin + step)
         # A compressed file is longer than its size on disk: it is read to its end.
         last = 1 << 62 if whole else end
-        yield FilePiece(path, kind, begin, last, end - begin, text_field, found)
+        yield FilePiece(path, cast(str, kind), begin, last, end - begin, text_field, found)
 
 
 def _row_groups(path: str, text_field: str) -> Iterator[FilePiece]:

@@ -14,7 +14,7 @@ import gzip
 import io
 import lzma
 import os
-from typing import IO
+from typing import IO, Any, cast
 
 import pyarrow as pa
 
@@ -37,7 +37,9 @@ BYTE_ORDER_MARKS = (
 )
 UNDECODABLE = "\udcff"
 UNDECODABLE_BYTES = UNDECODABLE.encode(UTF8, "surrogatepass")
-codecs.register_error("nanolm.undecodable", lambda error: (UNDECODABLE, error.end))
+codecs.register_error(
+    "nanolm.undecodable", lambda error: (UNDECODABLE, cast(UnicodeDecodeError, error).end)
+)
 
 
 def check_encoding(name: str) -> None:
@@ -100,8 +102,8 @@ def _open_bytes(path: str) -> IO[bytes]:
     suffix = os.path.splitext(path)[1].lower()
     if suffix == ".zst":
         return io.BufferedReader(ZstdStream(path), READ_BYTES)
-    openers = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
-    return openers.get(suffix, open)(path, "rb")
+    opener: Any = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}.get(suffix, open)
+    return opener(path, "rb")
 
 
 class ZstdStream(io.RawIOBase):
@@ -113,7 +115,7 @@ class ZstdStream(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: Any) -> int:
         block = self._stream.read(len(buffer))
         buffer[: len(block)] = block
         return len(block)
@@ -134,7 +136,7 @@ class Recoded(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: Any) -> int:
         while not self._rest and not self._ended:
             block = self._file.read(READ_BYTES)
             self._ended = not block

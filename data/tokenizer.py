@@ -18,6 +18,7 @@ import itertools
 import pathlib
 import re
 import unicodedata
+from typing import cast
 
 import numpy as np
 import sentencepiece
@@ -199,8 +200,9 @@ class Tokenizer:
         if not specials:
             return self._decode_text(ids[~hidden])
         cuts = np.flatnonzero(hidden)
-        parts, begin = [], 0
-        for cut in cuts:
+        parts: list[str] = []
+        begin = 0
+        for cut in cuts.tolist():
             parts += [self._decode_text(ids[begin:cut]), self.piece(int(ids[cut]))]
             begin = cut + 1
         return "".join([*parts, self._decode_text(ids[begin:])])
@@ -283,11 +285,11 @@ class Tokenizer:
             ids = (self._lookup(pattern.format(index)) for index in itertools.count())
             found = tuple(itertools.takewhile(lambda index: index is not None, ids))
             if found:
-                return found
+                return cast(tuple[int, ...], found)
         return ()
 
     def _describe_pieces(self) -> None:
-        processor, size = self._processor, self.vocab_size
+        size = self.vocab_size
         self.special_mask = np.zeros(size, bool)
         self.byte_length = np.zeros(size, np.int32)
         self.joins_left = np.zeros(size, bool)
@@ -296,6 +298,7 @@ class Tokenizer:
         if self._json is not None:
             self._describe_json_pieces(self._json, reserved)
             return
+        processor = cast(sentencepiece.SentencePieceProcessor, self._processor)
         for index in range(size):
             if (
                 index in reserved

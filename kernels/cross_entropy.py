@@ -60,10 +60,14 @@ def cross_entropy_kernel(
     total = tl.zeros([], WIDE)
     chosen = tl.zeros([], WIDE)
     best = tl.full([], -1, tl.int32)
+    # A row of logits (50,257 for GPT-2) is too long for a program's registers, so it is read twice.
+    # First loop: maximum and sum together, the sum made smaller whenever the maximum grows, so that
+    # neither needs a loop of its own.
     for start in range(0, n_columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
         z, _ = load_logits(logits, column, n_columns, softcap, SOFTCAP, WIDE)
         block_max = tl.max(z, axis=0)
+        # Of equal logits the first, as torch.argmax has it.
         first = tl.min(tl.where(z == block_max, column, 2147483647), axis=0)
         best = tl.where(block_max > m, first, best)
         m_new = tl.maximum(m, block_max)
@@ -82,6 +86,8 @@ def cross_entropy_kernel(
     if GRADIENT:
         # All threads must have read a logit before one of them overwrites it.
         tl.debug_barrier()
+        # Second loop: the lse is known only at the end of the first. The gradient takes the place
+        # of the logits, which nobody needs again.
         for start in range(0, n_columns, BLOCK):
             column = start + tl.arange(0, BLOCK)
             z, slope = load_logits(logits, column, n_columns, softcap, SOFTCAP, WIDE)
@@ -131,6 +137,8 @@ def cross_entropy_op(
     grad_bias.zero_()
     n_tokens, n_columns = hidden.shape[0], weight.shape[0]
     chunk = max(1, LOGITS // n_columns)
+    # Chunks bound the logits that exist at a time to LOGITS numbers; 2**26 of them keep the
+    # products large enough for their full speed.
     for start in range(0, n_tokens, chunk):
         part = slice(start, min(start + chunk, n_tokens))
         logits = F.linear(hidden[part], narrow, narrow_bias)

@@ -67,6 +67,8 @@ def glu_backward_kernel(
     gate = tl.load(gate_up + at, mask=inside, other=0.0).to(ACCUMULATE)
     up = tl.load(gate_up + at + width, mask=inside, other=0.0).to(ACCUMULATE)
     given = tl.load(grad_out + row * width + column, mask=inside, other=0.0).to(ACCUMULATE)
+    # Computed again from the input: the layer is bound by memory, and an exponential is cheaper
+    # than reading a kept tensor.
     value, slope = activation(gate, KIND)
     tl.store(grad + at, (given * up * slope).to(grad.dtype.element_ty), mask=inside)
     tl.store(grad + at + width, (given * value).to(grad.dtype.element_ty), mask=inside)

@@ -50,6 +50,11 @@ class Launch:
         return {"M": self.m, "N": self.n} | self.options()
 
 
+# Why these tiles: a program keeps running sums [M, K] in float32 and a tile of scores [M, N] in
+# registers, of which a thread has 255. The larger M, the more queries each loaded key serves; the
+# limit is the registers, so wider heads get smaller tiles, and dK and dV, two sums at once, the
+# smallest. Stages are tiles loaded ahead: two hide the latency of memory where shared memory holds
+# them (100 KB a processor on sm_86, 228 KB on sm_90).
 # (architecture, COLUMNS) -> launches of 16-bit attention: forward, dK and dV, dQ and bias.
 HALF = {
     ("sm_80", 64): (Launch(128, 64, 8, 2), Launch(32, 64, 4, 2), Launch(128, 64, 8, 2)),

@@ -48,6 +48,8 @@ def norm_forward_kernel(
     y = y.to(ACCUMULATE)
     if CENTRED:
         centre = tl.sum(y, axis=1)[:, None] / WIDTH
+        # In two passes over registers, centred first: mean(y^2) - mean(y)^2 would cancel where the
+        # mean is large beside the spread.
         y = tl.where(inside, y - centre, 0.0)
         tl.store(mean + row, centre, mask=row < n_rows)
     scale = 1 / tl.sqrt(tl.sum(y * y, axis=1)[:, None] / WIDTH + eps)
@@ -70,6 +72,8 @@ def norm_backward_kernel(
     sum_weight = tl.zeros([1, COLUMNS], ACCUMULATE)
     sum_bias = tl.zeros([1, COLUMNS], ACCUMULATE)
     step = tl.num_programs(0) * ROWS
+    # A program takes many rows, in steps, and keeps their sums of dw and db: one row of partial
+    # sums a program is left to add, instead of one a row of the batch.
     for first in range(tl.program_id(0) * ROWS, n_rows, step):
         row = first + tl.arange(0, ROWS)[:, None]
         inside = (row < n_rows) & (column < WIDTH)
@@ -150,6 +154,8 @@ def norm_backward_op(
     if total.numel() == 0:
         return grad_x, torch.zeros_like(weight), weight.new_zeros(width if has_bias else 0)
     launch = row_launch(width)
+    # Two programs a multiprocessor hide each other's waiting; each more would be another row of
+    # partial sums.
     n_programs = min(triton.cdiv(n_rows, launch.rows), 2 * processors(total.device))
     grad_weight = mean.new_empty((n_programs, width), dtype=wide_dtype(total.dtype))
     grad_bias = torch.empty_like(grad_weight) if has_bias else None

@@ -29,6 +29,7 @@ def rotary_kernel(
     INVERSE: tl.constexpr, ACCUMULATE: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """One program: one token, all its heads; its angles are read once."""
+    # All heads of a token in one program, since they are rotated by the same angles.
     batch = tl.program_id(0) // n_tokens
     token = tl.program_id(0) % n_tokens
     pair = tl.arange(0, PAIR_COLUMNS)[None, :]

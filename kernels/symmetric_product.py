@@ -29,6 +29,7 @@ def symmetric_product_kernel(
     n_tiles = tl.cdiv(n_rows, M)
     i = tl.program_id(0) // n_tiles % n_tiles
     j = tl.program_id(0) % n_tiles
+    # The upper triangle is the lower one's mirror image: its programs leave at once.
     if i < j:
         return
     matrix = tl.cast(tl.program_id(0) // (n_tiles * n_tiles), tl.int64)
@@ -36,6 +37,8 @@ def symmetric_product_kernel(
     row = i * M + tl.arange(0, M)
     column = j * M + tl.arange(0, M)
     total = tl.zeros([M, M], ACCUMULATE)
+    # Along the columns in steps of K: both tiles of a step fit into shared memory, and the next
+    # step's are loaded while this one is multiplied.
     for start in range(0, n_columns, K):
         k = start + tl.arange(0, K)[None, :]
         along = tl.cast(k, tl.int64) * stride_column

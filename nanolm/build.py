@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from nanolm.objectives.base import Objective
 from nanolm.ops.contract import Kernels, Phase
 from nanolm.registry import HEADS, OBJECTIVES, POSITIONS, TRUNKS
 
+C = TypeVar("C", bound=Config)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -33,7 +35,7 @@ def build_tokenizer(config: Config) -> Tokenizer:
     return Tokenizer.load(config.data.mixture[0][0])
 
 
-def resolve(config: Config, tokenizer: Tokenizer) -> Config:
+def resolve(config: C, tokenizer: Tokenizer) -> C:
     """The config with everything that depends on the data filled in, ready to be saved.
 
     Raises UserError when the vocabulary, the row length or the trunk cannot serve.

@@ -55,7 +55,7 @@ class AtomicFile:
         self.closed = False
         return self
 
-    def write(self, block: bytes) -> int:
+    def write(self, block: Any) -> int:
         """Append bytes (anything with the buffer protocol)."""
         view = memoryview(block)
         with self._disk_errors():

@@ -8,6 +8,7 @@ State-dict keys are `trunk.…` and `heads.<name>.…`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -31,12 +32,12 @@ class Adapter:
         self.options, self.heads = options, tuple(heads)
         self.base, self.base_hash = base, base_hash
         self.names: tuple[str, ...] = ()
-        self.replaced: list[tuple[nn.Module, str, Any]] = []
+        self.replaced: list[tuple[Any, str, Any]] = []
         self.added: list[tuple[nn.Module, str]] = []
         self.undo: list[Callable[[], object]] = []
         self.watch: Watch = lambda optimizers, steps: None
 
-    def replace(self, parent: nn.Module, name: str, other: Any) -> None:
+    def replace(self, parent: Any, name: str, other: Any) -> None:
         """Puts something else where the parent's module or function of this name stands."""
         self.replaced.append((parent, name, getattr(parent, name)))
         setattr(parent, name, other)
@@ -51,12 +52,17 @@ class Adapter:
         for parameter in parameters:
             before = parameter.detach().clone()
             parameter.requires_grad_(True)
-            self.undo.append(lambda p=parameter, value=before: p.detach().copy_(value))
+            self.undo.append(functools.partial(put_back, parameter, before))
 
     def tensors(self, learner: nn.Module) -> dict[str, Tensor]:
         """The small weights (the live tensors) by name: all of the model that is saved."""
         named = dict(learner.named_parameters()) | dict(learner.named_buffers())
         return {name: named[name].detach() for name in self.names}
+
+
+def put_back(parameter: nn.Parameter, value: Tensor) -> None:
+    """Gives the parameter this value again."""
+    parameter.detach().copy_(value)
 
 
 class Learner(nn.Module):
@@ -71,5 +77,7 @@ class Learner(nn.Module):
         """The objective's terms for one micro-batch; gradient rules and evaluations may ask under
         another one, and get what its `loss` returns."""
         asked: ForwardObjective = objective or self.objective
+        # The loss is inside the wrapped module: DDP sees every parameter in use, and FSDP frees the
+        # vocabulary's weight only after the head has read it.
         hidden_BTD = self.trunk(asked.inputs(batch))
         return asked.loss(hidden_BTD, self.heads, batch)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
-
-from torch import nn
+from typing import Any, cast
 
 from nanolm import build
 from nanolm.checkpoint.checkpoints import load_trunk, locate
@@ -61,13 +59,16 @@ def plan(config: Config, tokenizer: Tokenizer) -> Pretraining:
 class Pretraining(Plan):
     """Trains on a token stream, from initial weights or those of another run."""
 
+    stream: RowStream
+
     def start_weights(self, learner: Learner, checkpoint: pathlib.Path | None) -> list[str]:
         """Trunk and matching heads from config.init_from, and the adapter of config.peft."""
         return start_from(self.config, learner, checkpoint, self.facts["tokenizer_hash"])
 
     def evaluator(self, world: World) -> Evaluator:
         """That of the val split."""
-        return build_evaluator(self.config, self.objective, self.tokenizer, world, "val")
+        tokenizer = cast(Tokenizer, self.tokenizer)  # `plan` has given one
+        return build_evaluator(self.config, self.objective, tokenizer, world, "val")
 
     def throughput(self, world: World, note: Note) -> Throughput:
         """With model FLOPs by formula and the device's peak."""
@@ -83,7 +84,7 @@ class Pretraining(Plan):
 
 
 def start_from(
-    config: Config, learner: nn.Module, checkpoint: pathlib.Path | None, tokenizer_hash: str
+    config: Config, learner: Learner, checkpoint: pathlib.Path | None, tokenizer_hash: str
 ) -> list[str]:
     """Fills the trunk and matching heads from config.init_from, and puts the adapter of config.peft
     on them; returns what to tell the user.
@@ -124,7 +125,7 @@ def evaluator_of(
     stream: RowStream, config: Config, objective: Objective, tokenizer: Tokenizer, world: World
 ) -> Evaluator:
     """The evaluator of the rows of a stream."""
-    counts = sum(
+    counts: Any = sum(
         unigram_counts(folder, manifest)
         for (folder, _), manifest in zip(stream.corpora, stream.manifests, strict=True)
     )

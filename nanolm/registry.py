@@ -33,7 +33,8 @@ class Entry:
     """What a registry knows of one name: what builds it, and the dataclass of its options."""
 
     name: str
-    build: Callable[..., Any]
+    build: Any
+    """A function, or a class whose attributes are read too."""
     options: type[Options] | None
 
 
@@ -61,7 +62,7 @@ class Registry:
                     f"{self.kind} {name!r} is registered already, by {taken.__module__}"
                 )
             default = dataclasses.fields(options)[0].default if options else name
-            if default != name:
+            if options and default != name:
                 raise ValueError(f"{options.__name__}.name must default to {name!r}")
             self._entries[name] = Entry(name, build, options)
             return build

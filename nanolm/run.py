@@ -25,7 +25,6 @@ from nanolm.checkpoint.checkpoints import Checkpoints
 from nanolm.checkpoint.run_folder import claim
 from nanolm.config.load import dump
 from nanolm.config.schema import Config
-from nanolm.data.stream import RowStream
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.distributed.world import World, close, launch, undivided
 from nanolm.files import RESUME, write_json
@@ -33,8 +32,8 @@ from nanolm.learner import Learner
 from nanolm.objectives.base import Objective
 from nanolm.peft.base import trainable_counts
 from nanolm.peft.files import adapter_files
-from nanolm.training.evaluation import Evaluator
-from nanolm.training.loader import RowObjective, steps
+from nanolm.training.evaluation import Evaluate
+from nanolm.training.loader import RowObjective, Stream, steps
 from nanolm.training.sinks import open_sinks
 from nanolm.training.throughput import Throughput
 from nanolm.training.trainer import Trainer
@@ -53,7 +52,7 @@ class Plan:
 
     config: Config
     objective: Objective
-    stream: RowStream
+    stream: Stream
     tokenizer: Tokenizer | None = None
     facts: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -75,7 +74,7 @@ class Plan:
         adapter on; returns what to tell the user."""
         return []
 
-    def evaluator(self, world: World) -> Evaluator | None:
+    def evaluator(self, world: World) -> Evaluate | None:
         """What gives the figures of the validation split."""
         return None
 
@@ -128,7 +127,7 @@ def carry_out(plan: Plan) -> dict[str, Any]:
         )
         trainer.state.began = started
         if start.checkpoint:
-            trainer.restore(start.checkpoint, start.saved)
+            trainer.restore(start.checkpoint, start.saved or {})
             note(f"resumed from {start.checkpoint} at step {trainer.state.done}")
         figures = trainer.fit()
         summary: dict[str, Any] = {}

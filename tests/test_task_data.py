@@ -135,6 +135,17 @@ class Plain:
         return {"x": len(batch["items"])}
 
 
+def test_worker_processes_bring_the_same_batches():
+    def read(workers):
+        stream = TaskStream(list(range(100, 123)), seed=5)
+        loader = Loader(stream, Plain(), global_batch=6, micro_batch=3, workers=workers)
+        steps = [next(batches) for batches in [iter(loader)] for _ in range(2)]
+        loader.close()
+        return [batch.tensors["items"].tolist() for step in steps for batch in step]
+
+    assert read(workers=1) == read(workers=0)
+
+
 def test_the_stream_is_the_same_for_any_ranks_and_restarts():
     stream = TaskStream(list(range(100, 123)), seed=5)
     rows = stream.rows(0, 69)

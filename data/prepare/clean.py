@@ -11,6 +11,7 @@ import dataclasses
 import re
 import unicodedata
 from collections import Counter
+from typing import Any
 
 from nanolm.data.prepare.pii import mask_pii
 from nanolm.errors import UserError
@@ -82,7 +83,7 @@ def clean(raw: bytes, options: CleaningOptions, counts: Counter) -> str | None:
         return None
     if options.control_characters == "remove":
         text = remove_controls(text, counts)
-    form = options.unicode_normalisation.upper()
+    form: Any = options.unicode_normalisation.upper()
     if form != "NONE" and not text.isascii() and not unicodedata.is_normalized(form, text):
         text = unicodedata.normalize(form, text)
         counts[f"changed/documents rewritten by {form}"] += 1

@@ -9,12 +9,13 @@ from __future__ import annotations
 import concurrent.futures
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.process
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import pyarrow as pa
 
@@ -95,7 +96,7 @@ def _start_worker() -> None:
     """One thread a worker, and its end when its parent is killed: it would wait for ever."""
     pa.set_cpu_count(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends the pool
-    parent = multiprocessing.parent_process()
+    parent = cast(multiprocessing.process.BaseProcess, multiprocessing.parent_process())
 
     def watch() -> None:
         multiprocessing.connection.wait([parent.sentinel])

@@ -173,7 +173,7 @@ class Preparation:
 
     def read(self) -> list[dict]:
         """Read and clean every unit; their counts in input order."""
-        infos = [read_unit_info(unit) for unit in self.units]
+        infos: list[Any] = [read_unit_info(unit) for unit in self.units]
         todo = [index for index, info in enumerate(infos) if info is None]
         calls = [(self.units[index], self.config.cleaning(), self.config.seed) for index in todo]
         sizes = [unit.size for unit in self.units]

@@ -74,7 +74,8 @@ class RecordsPiece:
     def text(self, record: Record) -> str | None:
         """The fields of a record, one a line; None when one is absent or holds no text."""
         lines = [flat(record.get(field), self.joiner) for field in self.fields]
-        return None if None in lines else "\n".join(lines)
+        found = [line for line in lines if line is not None]
+        return "\n".join(found) if len(found) == len(lines) else None
 
 
 def flat(value: Any, joiner: str) -> str | None:

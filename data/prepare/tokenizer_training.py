@@ -15,6 +15,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import sentencepiece
 
@@ -92,7 +93,7 @@ def train_tokenizer(
     return model.getvalue()
 
 
-LOSSLESS = {
+LOSSLESS: dict[str, Any] = {
     "normalization_rule_name": "identity",
     "remove_extra_whitespaces": False,
     "add_dummy_prefix": False,
@@ -101,7 +102,7 @@ LOSSLESS = {
     "user_defined_symbols": ["\n", "\t"],
     "minloglevel": 2,
 }
-PIECES = {
+PIECES: dict[str, Any] = {
     **{f"{role}_id": index for index, role in enumerate(("pad", "unk", "bos", "eos"))},
     **{f"{role}_piece": ROLE_PIECES[role] for role in ("pad", "unk", "bos", "eos")},
 }

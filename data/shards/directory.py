@@ -132,10 +132,16 @@ def check_entry(entry: Any) -> None:
     """Raises ValueError when this cannot be a shard's entry."""
     if not isinstance(entry, dict):
         raise ValueError("an entry of a shard is no mapping")
-    kinds = {"file": str, "sha256": str, "size": int, **dict.fromkeys(COUNTED, int)}
+    kinds: dict[str, type] = {
+        "file": str,
+        "sha256": str,
+        "size": int,
+        **dict.fromkeys(COUNTED, int),
+    }
     for key, kind in kinds.items():
-        value = entry.get(key)
-        if not isinstance(value, kind) or isinstance(value, bool) or (kind is int and value < 0):
+        value: Any = entry.get(key)
+        other = not isinstance(value, kind) or isinstance(value, bool)
+        if other or (kind is int and value < 0):
             raise ValueError(f"a shard's {key} is {str(value)[:40]!r}")
     check_name(entry["file"])
     if not re.fullmatch("[0-9a-f]{64}", entry["sha256"]):

@@ -19,7 +19,7 @@ from nanolm.config.schema import CacheConfig
 from nanolm.data.object_store import ObjectStore
 from nanolm.data.shards.block_cache import HEAD_FILE, THREADS, Block, shared_cache
 from nanolm.data.shards.shard_file import Shard, damaged
-from nanolm.errors import require
+from nanolm.errors import UserError, require
 from nanolm.files import full_disk_is_told, temporary_name
 
 FETCHES = 6
@@ -40,8 +40,8 @@ class RemoteShard(Shard):
         if not head.is_file():
             write_head(self.blocks, head)
         super().__init__(head)
-        self.path = store.name(entry["file"])
-        address, length = token_buffer(self._map, self.path)
+        name = self.path = store.name(entry["file"])
+        address, length = token_buffer(self._map, name)
         self.tokens = RemoteTokens(self.blocks, address, length, self.tokens.dtype)
 
     def __reduce__(self) -> tuple:
@@ -100,11 +100,11 @@ class RemoteBlocks:
         self.store, self.file, self.size = store, entry["file"], entry["size"]
         self.content = entry["sha256"]
         sums = entry.get("blocks")
-        require(
-            bool(sums),
-            f"the manifest of {store.url} has no checksums of blocks (an older nanolm wrote it), "
-            f"and reading from a bucket needs them; prepare the data again",
-        )
+        if not sums:
+            raise UserError(
+                f"the manifest of {store.url} has no checksums of blocks (an older nanolm wrote "
+                f"it), and reading from a bucket needs them; prepare the data again"
+            )
         self.length = sums["bytes"]
         self.sums = [int(sums["crc32"][at : at + 8], 16) for at in range(0, len(sums["crc32"]), 8)]
         require(

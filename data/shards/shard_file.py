@@ -127,7 +127,7 @@ class Shard:
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
-        self.path = pathlib.Path(path)
+        self.path: pathlib.Path | str = pathlib.Path(path)
         self._windows: dict[int, np.ndarray] = {}
         try:
             self._map = pa.memory_map(str(self.path))

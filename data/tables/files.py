@@ -204,11 +204,11 @@ def _cells(text: str, path: str, delimiter: str) -> list[list[str]]:
     elif ";" in first and "," not in first:
         delimiter = ";"
     csv.field_size_limit(LONGEST_CELL)
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        return list(rows)
+        return list(reader)
     except csv.Error as error:
-        raise UserError(f"{path} line {rows.line_num} is not valid CSV: {error}") from None
+        raise UserError(f"{path} line {reader.line_num} is not valid CSV: {error}") from None
 
 
 def _unquoted(cell: str) -> str:

@@ -16,6 +16,8 @@ import pathlib
 import re
 from typing import Any
 
+import numpy as np
+
 from nanolm.data.permutation import Permutation
 from nanolm.data.tables.files import SUFFIXES, Table, read_table
 from nanolm.errors import UserError
@@ -184,7 +186,7 @@ def sample(table: Table, limit: int, seed: int) -> Table:
     if limit >= len(table):
         return table
     order = Permutation(len(table), (seed, limit))
-    return pick(table, sorted(int(order([i])[0]) for i in range(limit)))
+    return pick(table, sorted(int(order(np.array([i]))[0]) for i in range(limit)))
 
 
 def sample_per_label(table: Table, shots: int, column: str, seed: int) -> Table:
@@ -192,7 +194,7 @@ def sample_per_label(table: Table, shots: int, column: str, seed: int) -> Table:
     order = Permutation(len(table), (seed, shots))
     taken: dict[str, int] = {}
     chosen = []
-    for index in (int(order([i])[0]) for i in range(len(table))):
+    for index in (int(order(np.array([i]))[0]) for i in range(len(table))):
         label = json.dumps(table.records[index].get(column), default=str)
         if taken.get(label, 0) < shots:
             taken[label] = taken.get(label, 0) + 1

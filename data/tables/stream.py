@@ -38,10 +38,10 @@ class TaskRow:
 class TaskStream:
     """Endless shuffled epochs over a list of items (`name` is what errors call it)."""
 
-    read_ahead = 0
+    remote, read_ahead = False, 0
     """Items lie in memory: the loader need not announce them."""
 
-    def __init__(self, items: Sequence[Any], *, seed: int, name: str = "the task's data") -> None:
+    def __init__(self, items: list[Any], *, seed: int, name: str = "the task's data") -> None:
         if not items:
             raise UserError(f"{name} has no usable row")
         self.items, self.seed, self.name = items, seed, name
@@ -56,6 +56,9 @@ class TaskStream:
     def places_of(self, row_ids: np.ndarray, epoch: int = 0) -> TaskPlaces:
         """The items with these numbers."""
         return TaskPlaces(np.full(len(row_ids), epoch), np.asarray(row_ids, dtype=np.int64))
+
+    def expect(self, start: int, stop: int) -> None:
+        """Told that rows [start, stop) of training will be read soon: they lie in memory."""
 
     def read(self, places: TaskPlaces) -> list[TaskRow]:
         """The rows at these places."""
@@ -94,7 +97,7 @@ class MixedTaskStream(TaskStream):
 
     def __init__(
         self,
-        items: Sequence[Any],
+        items: list[Any],
         sizes: Sequence[int],
         shares: Sequence[float],
         *,

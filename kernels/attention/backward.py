@@ -57,6 +57,8 @@ def attention_delta_kernel(
         COLUMNS,
         True,
     )
+    # Once a query, here, instead of once a pair of tiles: sum_s P_ts dP_ts is dO_t . out_t, which
+    # needs no keys.
     total = tl.sum(out_tile.to(ACCUMULATE) * grad_tile.to(ACCUMULATE), axis=1)
     t = first + tl.arange(0, M)
     at = tl.cast(row, tl.int64) * shape.n_queries + t
@@ -75,6 +77,8 @@ def weights_and_gradient(
     score, slope = scores_tile(
         dots, batch, head, t, s, shape, masks, bias, scores, CAUSAL, STRICT, BIAS, SOFTCAP, CHECKED
     )
+    # The forward pass's weights again, from scores and one number a query: q . k once more costs a
+    # product of tiles, keeping the weights would cost T x S numbers a head.
     # A query without any key has lse = -inf; its scores are all -inf too, and its weights 0.
     weight = tl.exp2(score - tl.where(lse_tile == float("-inf"), 0.0, lse_tile * LOG2E))
     dropped = weight
@@ -117,6 +121,8 @@ def key_value_tile(
     grad_tile = load_tile(grad_out, grad_head, start, shape.n_queries, WIDTH, M, COLUMNS, CHECKED)
     lse_tile = load_row(lse, row, start, shape, M)[None, :]
     delta_tile = load_row(delta, row, start, shape, M)[None, :]
+    # Transposed, [keys, queries]: then P^T dO and dX^T q are products of tiles as they lie in
+    # registers, and no weight has to be transposed.
     dots = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
     dots_value = tl.dot(v_tile, tl.trans(grad_tile), input_precision=PRECISION)
     weight, _, grad_dots = weights_and_gradient(
@@ -150,8 +156,11 @@ def attention_key_value_kernel(
     begin, full_begin, full_end, end = query_range(masks, batch, first, shape, CAUSAL, STRICT, M, N)
     n_before = (full_begin - begin) // M
     n_masked = n_before + tl.cdiv(end - full_end, M)
+    # The heads of a group one after the other in the same program, because they share dK and dV:
+    # their sum stays in registers and needs no atomic addition.
     for member in range(0, GROUP):
         head = group * GROUP + member
+        # Without the mask, then with it: see attention_forward_kernel.
         for start in range(full_begin, full_end, M):
             sum_k, sum_v = key_value_tile(
                 (sum_k, sum_v), k_tile, v_tile, q, grad_out, lse, delta, batch, head, first, start,
@@ -168,6 +177,7 @@ def attention_key_value_kernel(
 
     grad_k_head = head_pointer(grad_k, batch, group)
     grad_v_head = head_pointer(grad_v, batch, group)
+    # The scale of q . k is applied once to the sum, not to every tile.
     store_tile(grad_k, grad_k_head, sum_k * scale, first, shape.n_keys, WIDTH, N, COLUMNS)
     store_tile(grad_v, grad_v_head, sum_v, first, shape.n_keys, WIDTH, N, COLUMNS)
 
@@ -216,7 +226,10 @@ def attention_query_kernel(
     delta_tile = load_row(delta, row, first, shape, M)
     total = tl.zeros([M, COLUMNS], ACCUMULATE)
 
+    # dQ has a walk of its own along the keys. In the kernel above it would have to be added to
+    # memory by many programs at once, in an order that differs from run to run.
     begin, full_begin, full_end, end = key_range(masks, batch, first, shape, CAUSAL, STRICT, M, N)
+    # Without the mask, then with it, as forward.
     for start in range(full_begin, full_end, N):
         total = query_tile(
             total, q_tile, grad_tile, lse_tile, delta_tile, k, v, k_head, v_head, batch, head,

@@ -64,6 +64,8 @@ def attention_dense_bias_kernel(
     own = tl.program_id(0) // n_tiles
     own_batch, own_head = own // n_bias_heads, own % n_bias_heads
     total = tl.zeros([M, N], ACCUMULATE)
+    # Rows and heads that share the tile, in one program: the sum stays in registers, and no order
+    # of additions is left to chance.
     for batch in range(own_batch, n_rows, n_bias_rows):
         for head in range(own_head, shape.n_heads, n_bias_heads):
             total += score_gradient(
@@ -95,6 +97,8 @@ def attention_bucket_bias_kernel(
     row = tl.program_id(0) // n_diagonals
     batch, head = row // shape.n_heads, row % shape.n_heads
     total = tl.zeros([M, M], ACCUMULATE)
+    # Along a diagonal t - s is the same for the same place in each tile, so the tiles are added
+    # before anything is sorted into buckets.
     for i in range(tl.maximum(diagonal, 0), tl.minimum(n_query_tiles, n_key_tiles + diagonal)):
         total += score_gradient(
             q, k, v, grad_out, lse, delta, batch, head, i * M, (i - diagonal) * M, shape, masks,
@@ -107,6 +111,8 @@ def attention_bucket_bias_kernel(
     bucket_tile = tl.load(buckets + index, mask=inside, other=-1)
     n_rows = tl.num_programs(0) // n_diagonals
     own = tl.program_id(0) % n_diagonals * n_rows + row
+    # A loop over the buckets instead of a scatter: it needs no atomic addition, and runs once a
+    # program.
     for bucket in range(0, n_buckets):
         part = tl.sum(tl.sum(tl.where(bucket_tile == bucket, total, 0.0), axis=1), axis=0)
         tl.store(grad_table + tl.cast(own, tl.int64) * n_buckets + bucket, part)

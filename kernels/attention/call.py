@@ -10,7 +10,7 @@ Shapes: B batch, T queries, S keys, H query heads, G key/value heads, K head wid
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -146,13 +146,14 @@ def view(x_BTHK: Tensor) -> tiles.View:
 def kernel_bias(bias_kind: str, tensors: Tensors, n_distances: int) -> tiles.Bias:
     """The bias as the kernels read it; a T5 table is spread out by distance first."""
     bias = tensors.bias
-    if bias_kind == "none":
+    if bias_kind == "none" or bias is None:
         return tiles.Bias(None, None, None, None, None)
     if bias_kind == "dense":
         strides = [0 if n == 1 else d for n, d in zip(bias.shape, bias.stride(), strict=True)]
         return tiles.Bias(bias, *strides)
     if bias_kind == "bucket":
-        bias = bias[tensors.buckets[:n_distances].long()].t()
+        buckets = cast(Tensor, tensors.buckets)
+        bias = bias[buckets[:n_distances].long()].t()
     return tiles.Bias(bias.contiguous(), None, None, None, None)
 
 

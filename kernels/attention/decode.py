@@ -63,6 +63,8 @@ def attention_decode_kernel(
 
     begin, _full_begin, _full_end, end = key_range(masks, batch, 0, shape, CAUSAL, STRICT, R, N)
     first = tl.maximum(begin, part * part_keys)
+    # One loop, masked throughout: with a handful of queries the kernel waits for keys from memory,
+    # and comparisons are hidden behind that.
     for start in range(first, tl.minimum(end, (part + 1) * part_keys), N):
         s = start + tl.arange(0, N)[None, :]
         k_tile = load_tile(k, k_head, start, shape.n_keys, WIDTH, N, COLUMNS, True)
@@ -97,6 +99,8 @@ def attention_decode_op(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Te
     call = Call(q, k, v, *rest)
     pairs = call.n_rows * call.n_groups
     tiles = triton.cdiv(call.n_keys, N_KEYS)
+    # Enough parts that every multiprocessor has two programs; more would only add results to put
+    # together.
     n_parts = max(1, min(tiles, 2 * processors(q.device) // max(pairs, 1)))
     part_keys = max(1, triton.cdiv(tiles, n_parts)) * N_KEYS
     n_parts = max(1, triton.cdiv(call.n_keys, part_keys))  # without a key one part says so
@@ -110,6 +114,8 @@ def attention_decode_op(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Te
         *call.inputs, part_out, part_lse, *call.problem[:-1], part_keys,
         R=max(16, triton.next_power_of_2(rows)), N=N_KEYS, num_warps=4, num_stages=2,
     )  # fmt: skip
+    # exp(lse_p - lse) is part p's share of the softmax's sum, so no maximum has to be passed
+    # between programs.
     lse = torch.logsumexp(part_lse, dim=0)
     share = torch.exp(part_lse - torch.where(lse == -torch.inf, 0.0, lse))
     out = (share[..., None] * part_out).sum(0).to(q.dtype)

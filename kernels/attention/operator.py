@@ -9,7 +9,7 @@ Shapes: B batch, T queries, S keys, H query heads, G key/value heads, K head wid
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import triton
@@ -85,8 +85,9 @@ def attention_backward_op(
     call = Call(q, k, v, *rest)
     grad_q, grad_k, grad_v = (x.new_empty(x.shape) for x in (q, k, v))
     if grad_q.numel() == 0 or grad_k.numel() == 0:
-        grads = (x.zero_() for x in (grad_q, grad_k, grad_v))
-        return *grads, q.new_zeros(call.tensors.bias.shape if needs_bias else 0)
+        grad_q, grad_k, grad_v = (x.zero_() for x in (grad_q, grad_k, grad_v))
+        bias_shape = cast(Tensor, call.tensors.bias).shape if needs_bias else 0
+        return grad_q, grad_k, grad_v, q.new_zeros(bias_shape)
     inputs = (*call.inputs, view(grad_out), lse, launch_delta(call, out, grad_out, grad_lse))
     tile = call.tile("key_value")
     call.start(
@@ -116,7 +117,7 @@ def launch_delta(call: Call, out: Tensor, grad_out: Tensor, grad_lse: Tensor | N
 
 def launch_bias(call: Call, inputs: tuple) -> Tensor:
     """The gradient of a dense or bucket bias, in its shape and dtype."""
-    tile, bias, delta = call.tile("bias"), call.tensors.bias, inputs[-1]
+    tile, bias, delta = call.tile("bias"), cast(Tensor, call.tensors.bias), inputs[-1]
     if call.options.bias_kind == "dense":
         grad = torch.empty_like(bias, dtype=delta.dtype, memory_format=torch.contiguous_format)
         n_tiles = triton.cdiv(call.n_queries, tile.m) * triton.cdiv(call.n_keys, tile.n)
@@ -142,7 +143,9 @@ def empty_gradients(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of the right shape, not computed."""
-    grad_bias = bias.new_empty(bias.shape) if needs_bias else q.new_empty(0)
+    grad_bias = q.new_empty(0)
+    if needs_bias and bias is not None:
+        grad_bias = bias.new_empty(bias.shape)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), grad_bias
 
 

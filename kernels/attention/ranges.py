@@ -43,6 +43,8 @@ def matching_range(
             bound = tl.min(tl.load(order + row), axis=0)
         else:
             bound = tl.max(tl.load(order + row), axis=0)
+    # The whole other side is read, in steps of SCAN: T numbers a program, against a tile's M x K:
+    # little beside the tiles that it saves.
     for start in range(begin, end, SCAN):
         other = start + tl.arange(0, SCAN)
         match = other < end
@@ -65,6 +67,8 @@ def split_range(begin, full_begin, full_end, end, STEP: tl.constexpr):
     """(begin, full_begin, full_end, end) on tile boundaries: tiles in [full_begin, full_end) need
     no mask, those in [begin, full_begin) and [full_end, end) do; all others are skipped."""
     begin = begin // STEP * STEP
+    # The outer bounds are rounded outwards and the inner ones inwards: a tile that is partly free
+    # of masks is one that needs them.
     full_begin = tl.maximum((full_begin + STEP - 1) // STEP * STEP, begin)
     full_end = full_end // STEP * STEP
     if full_end <= full_begin:

@@ -123,6 +123,7 @@ def load_tile(
     pointers = tile_pointers(view, base, first, ROWS, COLUMNS)
     row = first + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
+    # A tile that sticks out of the row, or out of the mask; others load without a comparison.
     if CHECKED:
         inside = (row < n_rows) & (column < WIDTH)
         return tl.load(pointers, mask=inside, other=0.0)
@@ -162,12 +163,16 @@ def visible(masks, batch, t, s, shape, CAUSAL: tl.constexpr, STRICT: tl.constexp
             behind = behind | (s < tl.load(masks.prefix_lengths + batch))
         allowed = allowed & behind
     if masks.window is not None:
+        # Two comparisons a pair, only in tiles on the window's edges: those outside are not
+        # visited.
         allowed = allowed & (at - s < masks.window) & (s - at < masks.window)
     if masks.key_lengths is not None:
         allowed = allowed & (s < tl.load(masks.key_lengths + batch))
     query_row = tl.cast(batch, tl.int64) * shape.n_queries
     key_row = tl.cast(batch, tl.int64) * shape.n_keys
     if masks.documents is not None:
+        # The dearest conditions: numbers of queries and of keys are read in every tile, [M] + [N]
+        # of them, since where documents end is not arithmetic.
         mine = tl.load(masks.documents + query_row + t, mask=t < shape.n_queries, other=0)
         theirs = tl.load(masks.key_documents + key_row + s, mask=s < shape.n_keys, other=0)
         allowed = allowed & (mine == theirs)

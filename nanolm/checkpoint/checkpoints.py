@@ -18,7 +18,7 @@ import pathlib
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -267,7 +267,7 @@ def load_trunk(path: str | pathlib.Path, learner: nn.Module, *, ema: bool = True
         saved = encoder_alone(saved)
     load_named(_part(live, "trunk."), _part(saved, "trunk."), f"checkpoint {folder}")
     fresh = []
-    for name in learner.heads:
+    for name in cast(nn.ModuleDict, learner.heads):
         mine, theirs = _part(live, f"heads.{name}."), _part(saved, f"heads.{name}.")
         same = {k: v.shape for k, v in mine.items()} == {k: v.shape for k, v in theirs.items()}
         if same:

@@ -23,10 +23,11 @@ def learner_tensors(learner: nn.Module) -> Tensors:
 
     Of a learner with a PEFT adapter, the adapter's only: its base is on disk already.
     """
-    if getattr(learner, "adapter", None) is not None:
-        return learner.adapter.tensors(learner)
+    adapter = getattr(learner, "adapter", None)
+    if adapter is not None:
+        return adapter.tensors(learner)
     persistent = set(learner.state_dict(keep_vars=True))
-    named = dict(learner.named_parameters())
+    named: Tensors = dict(learner.named_parameters())
     named.update({k: v for k, v in learner.named_buffers() if k in persistent})
     return {name: tensor.detach() for name, tensor in named.items()}
 

@@ -25,7 +25,8 @@ def common_checkpoint(run: pathlib.Path, world: World) -> tuple[pathlib.Path | N
     Raises UserError, on every rank, when there are checkpoints and each lacks something somewhere.
     """
     checkpoints = Checkpoints(run, world, shared=False)
-    leads, lacking = checkpoints.leads, []
+    leads = checkpoints.leads
+    lacking: list[str] = []
     steps = set().union(*world.gather(checkpoints.steps() if leads else []))
     for step in sorted(steps, reverse=True):
         folder = checkpoints.path(step)

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from nanolm.commands.figures import write_json
 from nanolm.distributed.world import close, launch
-from nanolm.errors import require
+from nanolm.errors import UserError, require
 from nanolm.saved import read_config
 from nanolm.tools.gpu_check import check_device
 from nanolm.tools.replay import examine, replay, trainer_before
@@ -53,22 +53,21 @@ def run(arguments: Arguments) -> None:
     if arguments.gpu:
         check_gpu(arguments, "cpu" if arguments.device == "cpu" else "cuda")
         return
-    require(
-        arguments.run is not None and arguments.step is not None,
-        "doctor needs a run and a step, `nanolm doctor RUN STEP`; or `nanolm doctor --gpu`",
-    )
+    step = arguments.step
+    if arguments.run is None or step is None:
+        raise UserError(
+            "doctor needs a run and a step, `nanolm doctor RUN STEP`; or `nanolm doctor --gpu`"
+        )
     folder = pathlib.Path(arguments.run)
     config = read_config(folder, arguments.plugins)
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     world = launch(config.distributed, arguments.device)
     with tempfile.TemporaryDirectory() as scratch:
-        trainer, notes = trainer_before(
-            arguments.step, config, folder, world, pathlib.Path(scratch)
-        )
+        trainer, notes = trainer_before(step, config, folder, world, pathlib.Path(scratch))
         for note in notes if world.is_main else []:
             print(note)
-        figures = examine(trainer, replay(trainer, arguments.step))
+        figures = examine(trainer, replay(trainer, step))
     if world.is_main:
         table = Table("figure", f"step {arguments.step} of {folder}")
         for name, value in figures.items():

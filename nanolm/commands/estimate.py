@@ -19,7 +19,7 @@ from nanolm.config.model import ModelConfig
 from nanolm.config.schema import Config
 from nanolm.errors import require
 from nanolm.tools.estimate import Limit, Needs, Sizes, estimate, find_device, largest, parts_of
-from nanolm.tools.stand_in import StandInTokenizer
+from nanolm.tools.stand_in import stand_in_tokenizer
 from nanolm.training.accelerators import ACCELERATORS
 
 POSITIONAL = ("config_file",)
@@ -57,13 +57,13 @@ def read(arguments: Arguments) -> Config:
     words = [f"--{word}" for word in arguments.set]
     config = load_config([f"--config={arguments.config_file}", *words])
     size = config.model.vocab_size or arguments.vocab_size
-    return build.resolve(config, StandInTokenizer(size))
+    return build.resolve(config, stand_in_tokenizer(size))
 
 
 def run(arguments: Arguments) -> None:
     """Estimate and print."""
     config = read(arguments)
-    objective = build.build_objective(config, StandInTokenizer(config.model.vocab_size))
+    objective = build.build_objective(config, stand_in_tokenizer(config.model.n_tokens))
 
     def sizes_of(model: ModelConfig) -> Sizes:
         changed = dataclasses.replace(config, model=model)

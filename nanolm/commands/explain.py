@@ -70,7 +70,7 @@ def explain(saved: Saved, arguments: Arguments) -> Explanation:
     task = predictor.task
     record = record_of_line(arguments.text, "the text", task)
     table = Table("the text", [record], [1])
-    split = make_split("input", table, task, saved.config.data, with_gold=False)
+    split = make_split("input", table, task, predictor.data, with_gold=False)
     learner = saved.learner.requires_grad_(False)
     explainer = best_window(learner, split.items, arguments.target)
     integrated = explainer.integrated_gradients(

@@ -40,7 +40,7 @@ class Arguments:
 
 def picture(allowed: np.ndarray, cell: int) -> np.ndarray:
     """uint8 [T * cell, S * cell, 3]: queries downwards, keys to the right, dark where seen."""
-    pixels = np.where(allowed[..., None], np.uint8(SEEN), np.uint8(HIDDEN))
+    pixels = np.where(allowed[..., None], np.array(SEEN, np.uint8), np.array(HIDDEN, np.uint8))
     pixels = pixels.repeat(cell, axis=0).repeat(cell, axis=1)
     pixels[::cell], pixels[:, ::cell] = LINE, LINE
     return pixels

@@ -14,7 +14,7 @@ from nanolm.checkpoint.container import INDEX, write_folder
 from nanolm.checkpoint.named_tensors import learner_tensors
 from nanolm.commands.figures import write_json
 from nanolm.config.load import dump
-from nanolm.errors import require
+from nanolm.errors import UserError, require
 from nanolm.model.trunk import Inputs
 from nanolm.peft.base import NoPeftOptions, merge
 from nanolm.peft.files import DESCRIPTION
@@ -64,7 +64,8 @@ def run(arguments: Arguments) -> None:
     require(not out.exists(), f"--out {out} exists already; name a folder that does not")
     saved = open_saved(arguments.run, plugins=arguments.plugins)
     adapter = saved.learner.adapter
-    require(adapter is not None, f"{saved.folder} has no adapter (peft is none): nothing to merge")
+    if adapter is None:
+        raise UserError(f"{saved.folder} has no adapter (peft is none): nothing to merge")
     before = hidden_states(saved)
     small = sum(tensor.numel() for tensor in adapter.tensors(saved.learner).values())
     merge(saved.learner)

@@ -72,7 +72,7 @@ def run(arguments: Arguments) -> None:
     interactive = arguments.file is None and sys.stdin.isatty()
     if arguments.file is not None:
         table = read_table(arguments.file)
-        own = saved.config.data.columns
+        own = predictor.data.columns
         own = {field: column for field, column in own.items() if column in table.columns}
         table = renamed(table, own | arguments.columns)
         tables: Iterable[Table] = [table]

@@ -8,7 +8,7 @@ schema back into the plain classes of `config/schema.py`.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 from nanolm.config.schema import Config
 from nanolm.config.typed import fields_of
@@ -78,7 +78,9 @@ def widen(value: Any) -> Any:
     if not dataclasses.is_dataclass(value) or not hasattr(type(value), "narrowed_from"):
         return value
     fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    return type(value).narrowed_from(**{key: widen(part) for key, part in fields.items()})
+    return cast(Any, type(value)).narrowed_from(
+        **{key: widen(part) for key, part in fields.items()}
+    )
 
 
 def choose(names: dict[str, str], schema: type = Config) -> type:
@@ -101,7 +103,7 @@ def choose(names: dict[str, str], schema: type = Config) -> type:
 def nested(options: dict[str, type], key: str) -> type:
     """The options dataclass of a choice that may hold one of its own kind under `inner`."""
     if key not in options:
-        return RULES.get("plain").options
+        return RULES.get("plain").options or Options
     kind = options[key]
     if "inner" not in fields_of(kind):
         return kind

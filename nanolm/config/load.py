@@ -17,7 +17,7 @@ import dataclasses
 import importlib
 import os
 import sys
-from typing import Any
+from typing import Any, TypeVar, overload
 
 from nanolm.config import strict_yaml
 from nanolm.config.choices import CHOICES, choose, registered_names, widen
@@ -26,11 +26,22 @@ from nanolm.config.typed import dotted, fields_of, from_words, instance, n_words
 from nanolm.errors import UserError
 
 Words = dict[str, list[str]]
+S = TypeVar("S")
+
+
+@overload
+def load_config(argv: list[str], *, prog: str = ..., base: dict | None = ...) -> Config: ...
+
+
+@overload
+def load_config(
+    argv: list[str], *, schema: type[S], prog: str = ..., base: dict | None = ...
+) -> S: ...
 
 
 def load_config(
     argv: list[str], *, schema: type = Config, prog: str = "nanolm train", base: dict | None = None
-) -> Config:
+) -> Any:
     """The run's config from `--config` files and dotted overrides such as `--optim.lr 3e-4`.
 
     `base` is a mapping that the files are merged onto. Raises UserError; prints and exits 0 for
@@ -161,9 +172,9 @@ def look_up(mapping: dict, choice: str) -> Any:
     return value
 
 
-def leaf_kinds(schema: type, prefix: str = "") -> dict[str, Any]:
+def leaf_kinds(schema: Any, prefix: str = "") -> dict[str, Any]:
     """{dotted key: annotation} of every field that is not itself a group of fields."""
-    leaves = {}
+    leaves: dict[str, Any] = {}
     for name, kind in fields_of(schema).items():
         key = dotted(prefix, name)
         leaves |= leaf_kinds(kind, key) if dataclasses.is_dataclass(kind) else {key: kind}

@@ -6,7 +6,7 @@ A part of the schema in `schema.py`, as `model:`; a saved model carries it as it
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, cast
 
 from nanolm.errors import require, require_at_least
 from nanolm.registry import Options
@@ -122,6 +122,11 @@ class ModelConfig:
         require(len(self.window) > 0, "model.window is empty; use [null] for global attention")
         for width in self.window:
             require(width is None or width > 0, f"model.window has {width}; widths are positive")
+
+    @property
+    def n_tokens(self) -> int:
+        """The size of the vocabulary, where it is known: in a resolved config."""
+        return cast(int, self.vocab_size)
 
     @property
     def kv_heads(self) -> int:

@@ -27,7 +27,7 @@ def fields_of(schema: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(schema)}
 
 
-def instance(schema: type, mapping: Any, key: str = "") -> Any:
+def instance(schema: Any, mapping: Any, key: str = "") -> Any:
     """The dataclass `schema` from a mapping; `key` is where the mapping stands.
 
     Raises UserError for an unknown or missing key, a wrong type, or whatever the dataclass refuses.

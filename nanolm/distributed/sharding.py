@@ -14,6 +14,7 @@ one parameter at a time, the same as an unsharded model would get, and keeps thi
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -83,12 +84,13 @@ def shard(
     """
     require_shardable(config)
     options = _options(world, config)
-    last = {id(list(block.parameters())[-1]): block for block in learner.trunk.blocks}
+    last = {id(list(block.parameters())[-1]): block for block in cast(Any, learner).trunk.blocks}
     made: dict[int, nn.Parameter] = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         for name, parameter in list(learner.named_parameters()):
             if parameter.is_meta:
+                assert initialise is not None, f"nothing draws {name}, which is on the meta device"
                 full = torch.empty(parameter.shape, dtype=parameter.dtype)
                 initialise(name, full)
                 made[id(parameter)] = nn.Parameter(full.to(world.device), parameter.requires_grad)

@@ -229,7 +229,7 @@ def wrap(
     """
     if not world.joined:
         return module
-    switches = {SYNC_BUFFERS: False, "gradient_as_bucket_view": True}
+    switches: dict[str, Any] = {SYNC_BUFFERS: False, "gradient_as_bucket_view": True}
     wrapped = DistributedDataParallel(module, **switches)
     wrapped.register_comm_hook(on_last, _sum_bucket)
     return wrapped

@@ -55,7 +55,8 @@ class Augmented:
             f"augment.opposites turns an answer into the other one: it needs a choice between two "
             f"candidates or objective=classify with two labels, not objective={name}",
         )
-        self.synonyms = self.opposites = None
+        self.synonyms: WordTable | None = None
+        self.opposites: WordTable | None = None
         if config.synonyms:
             self.synonyms = WordTable.synonyms(config.synonyms, tokenizer)
         if config.opposites:
@@ -73,7 +74,7 @@ class Augmented:
         """The task's item, perhaps turned, with noise in its sequences."""
         item = self.task.example(row, rng, draw)
         if self.opposites and rng.random() < self.config.opposite_rate:
-            item = self.turned(item, rng)
+            item = self.turned(self.opposites, item, rng)
         return dataclasses.replace(
             item, sequences=[self.sequence(sequence, rng) for sequence in item.sequences]
         )
@@ -97,7 +98,7 @@ class Augmented:
         begin, end = inner[0], inner[-1] + 1
         words = tokens_T[begin:end]
         if self.synonyms:
-            words = self.replace_words(words, rng, room)
+            words = self.replace_words(self.synonyms, words, rng, room)
         if config.dropout > 0:
             words = leave_out(words, config.dropout, rng)
         if config.swap > 0:
@@ -108,14 +109,14 @@ class Augmented:
         return np.concatenate([tokens_T[:begin], words, tokens_T[end:]])
 
     def replace_words(
-        self, tokens_T: np.ndarray, rng: np.random.Generator, room: int
+        self, table: WordTable, tokens_T: np.ndarray, rng: np.random.Generator, room: int
     ) -> np.ndarray:
         """Words of the table replaced, each with its probability; longest match first."""
         ids, done, out = tokens_T.tolist(), 0, []
-        for begin, end in self.synonyms.matches(ids):
+        for begin, end in table.matches(ids):
             new = ids[begin:end]
             if rng.random() < self.config.synonym_rate:
-                others = self.synonyms.entries[tuple(new)]
+                others = table.entries[tuple(new)]
                 other = others[rng.integers(len(others))]
                 if len(other) - len(new) <= room:
                     room -= len(other) - len(new)
@@ -124,7 +125,7 @@ class Augmented:
             done = end
         return np.array(out + ids[done:], dtype=tokens_T.dtype)
 
-    def turned(self, item: Item, rng: np.random.Generator) -> Item:
+    def turned(self, table: WordTable, item: Item, rng: np.random.Generator) -> Item:
         """The item with one word of its first text replaced by an opposite, and the other answer;
         as it is where no word has one or the result would be too long. The first text stands in the
         first sequence and in all that hold two."""
@@ -136,11 +137,11 @@ class Augmented:
             if held
         )
         target, ids = self.task.turned(item), first.tolist()
-        places = list(self.opposites.matches(ids))
+        places = list(table.matches(ids))
         if target is None or not shared or not places:
             return item
         begin, end = places[rng.integers(len(places))]
-        others = self.opposites.entries[tuple(ids[begin:end])]
+        others = table.entries[tuple(ids[begin:end])]
         other = others[rng.integers(len(others))]
         longest = max(len(sequence.tokens) for sequence in item.sequences)
         if longest + len(other) - (end - begin) > self.task.length:

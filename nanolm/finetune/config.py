@@ -72,7 +72,8 @@ class TaskDataConfig:
 class TaskTrainConfig(TrainConfig):
     """How one step is taken, and how many."""
 
-    steps: int | None = None
+    # null is resolved (`count_steps`) before anything that knows the run's groups reads it.
+    steps: int | None = None  # type: ignore[assignment]
     """Optimizer steps; null means train.epochs."""
     epochs: float = 3.0
     """Passes over the train split."""
@@ -88,7 +89,7 @@ class TaskTrainConfig(TrainConfig):
 class TaskEvalConfig(EvalConfig):
     """Evaluation during training, and the choice of the best checkpoint."""
 
-    every: int | None = None
+    every: int | None = None  # type: ignore[assignment]  # resolved, as steps is
     """Steps between evaluations on val; null: once an epoch; 0: only at the end."""
     metric: str | None = None
     """Figure of val that names the best checkpoint; null means the task's own."""
@@ -100,7 +101,7 @@ class TaskRunConfig(RunConfig):
 
     dir: str = "runs/finetune"
     """Folder of the run: config, metrics, checkpoints, evaluation, MODEL.md."""
-    checkpoint_every: int | None = None
+    checkpoint_every: int | None = None  # type: ignore[assignment]  # resolved, as steps is
     """Steps between checkpoints; null means eval.every: only what is saved can be the best."""
     keep_last: int = 1
     """Newest checkpoints to keep beside the best one."""
@@ -166,7 +167,8 @@ class TaskConfig(Config):
     weights: Literal["saved", "random"] = "saved"
     """random: the checkpoint's shape and tokenizer with fresh weights, to see what pretraining is
     worth."""
-    data: TaskDataConfig = dataclasses.field(default_factory=TaskDataConfig)
+    # Tables instead of corpora; both have what the loader and the trainer read of this group.
+    data: TaskDataConfig = dataclasses.field(default_factory=TaskDataConfig)  # type: ignore[assignment]
     """On what."""
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
     """Noise on the training examples."""

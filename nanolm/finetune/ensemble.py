@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from nanolm.checkpoint.named_tensors import learner_tensors
 from nanolm.errors import require
 from nanolm.finetune.config import TaskConfig
+from nanolm.finetune.tasks.base import as_objective, task_in
 from nanolm.learner import Learner
-from nanolm.model.trunk import Inputs
+from nanolm.model.trunk import Inputs, Trunk
 from nanolm.ops.contract import Phase
 from nanolm.saved import Saved, open_saved
 
@@ -96,7 +97,7 @@ def require_alike(run: str, first: Saved, path: str, member: Saved) -> None:
 def of_logits(members: Sequence[Saved]) -> Learner:
     """One learner that asks all; raises UserError for a task that writes."""
     learners = [member.learner for member in members]
-    task = learners[0].objective
+    task = task_in(learners[0])
     require(
         not task.generates,
         f"ensemble: objective={members[0].config.objective.name} writes token by token; average "
@@ -104,19 +105,21 @@ def of_logits(members: Sequence[Saved]) -> Learner:
     )
     heads = {name: MeanHead(each.heads[name] for each in learners) for name in learners[0].heads}
     trunk = SideBySide(each.trunk for each in learners)
-    return Learner(trunk, nn.ModuleDict(heads), task).eval()
+    # Evaluation and prediction only call the trunk.
+    return Learner(cast(Trunk, trunk), nn.ModuleDict(heads), as_objective(task)).eval()
 
 
 def of_weights(members: Sequence[Saved]) -> Learner:
     """The first learner with the mean of all weights; raises UserError when that means nothing."""
-    bases = {(m.config.init_from, m.config.weights) for m in members}
+    configs = [cast(TaskConfig, member.config) for member in members]  # see `require_alike`
+    bases = {(config.init_from, config.weights) for config in configs}
     require(
-        len(bases) == 1 and members[0].config.weights == "saved",
+        len(bases) == 1 and configs[0].weights == "saved",
         "ensemble: --average weights needs runs that started from the same pretrained weights; "
         "use --average logits",
     )
     require(
-        all(member.config.peft.name == "none" for member in members),
+        all(config.peft.name == "none" for config in configs),
         "ensemble: --average weights cannot average adapters; fold them into their bases first "
         "(`nanolm merge`), or use --average logits",
     )

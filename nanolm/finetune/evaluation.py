@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +19,7 @@ from nanolm.data.tables.splits import pick
 from nanolm.data.tables.stream import TaskStream
 from nanolm.distributed.world import World
 from nanolm.finetune.splits import Split
-from nanolm.finetune.tasks.base import Item, Task
+from nanolm.finetune.tasks.base import Item, Task, task_in
 from nanolm.finetune.tasks.metrics import Report
 from nanolm.model.trunk import Inputs
 from nanolm.training.batch import MicroBatch
@@ -54,7 +55,7 @@ class TaskEvaluator:
         for part in parts:
             for name, (value, count) in part["sums"].items():
                 sums.add(name, value, count)
-        task = engine.learner.objective
+        task = task_in(engine.learner)
         found = means_of(sums, task.weights)
         if task.generates:
             return found
@@ -64,7 +65,7 @@ class TaskEvaluator:
         return found | self.report.figures
 
     def _batches(self, engine: Engine) -> Iterator[MicroBatch]:
-        task = engine.learner.objective
+        task = task_in(engine.learner)
         return eval_batches(self.stream, task, self.batch, self.world.rank, self.world.size)
 
 
@@ -78,7 +79,7 @@ def drawn(split: Split, limit: int) -> Split:
     chosen: list[int] = []
     n_items = 0
     for place in range(len(split.table)):
-        record = int(order([place])[0])
+        record = int(order(np.array([place]))[0])
         n_items += len(items_of[record])
         if chosen and n_items > limit:
             break
@@ -96,7 +97,7 @@ def evaluated(
     engine: Engine, batches: Iterator[MicroBatch], stop: Callable[[], bool] = lambda: False
 ) -> dict[str, Any]:
     """{answers, sums, stopped} of this rank's batches, in order; without gold there are no sums."""
-    learner, task = engine.learner, engine.learner.objective
+    learner, task = engine.learner, task_in(engine.learner)
     answers: list[Any] = []
     sums = Sums()
     was_training = learner.training
@@ -136,7 +137,7 @@ class Answering:
 
 def predict(engine: Engine, split: Split, batch: int) -> list[Prediction]:
     """One prediction per record of a split, without looking at gold labels."""
-    task: Task = engine.learner.objective
+    task = task_in(engine.learner)
     items: list[Item] = split.items
     stream = TaskStream(items, seed=0, name=split.table.path)
     found = evaluated(engine, eval_batches(stream, task, batch))

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from nanolm.data.tables.files import Table
-from nanolm.finetune.tasks.write import WriteOptions
+from nanolm.finetune.tasks.base import task_in
+from nanolm.finetune.tasks.write import Write, WriteOptions
 from nanolm.inference.beam_search import BeamSearch, write_best
 from nanolm.inference.generate import Generator, write
 from nanolm.inference.generate_from_source import GENERATORS
@@ -30,12 +31,17 @@ def search_of(options: WriteOptions) -> Search:
     return functools.partial(write_best, search=search)
 
 
+def writing_task(saved: Saved) -> Write:
+    """The task of a run whose task `generates`."""
+    return cast(Write, task_in(saved.learner))
+
+
 def write_answers(
     saved: Saved, table: Table, batch: int, *, with_gold: bool = False
 ) -> list[dict[str, Any]]:
     """{"text": …} for each record: the most probable answer that the task's search finds; with
     gold, in the place of the answer that the record has."""
-    task = saved.learner.objective
+    task = writing_task(saved)
     generator = GENERATORS[saved.config.model.trunk](
         saved, frame=lambda prompt: task.prompt_tokens(prompt).tolist()
     )

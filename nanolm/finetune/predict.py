@@ -12,12 +12,12 @@ from collections.abc import Iterable, Iterator
 from nanolm.data.tables.files import Record, Table
 from nanolm.data.tables.splits import pick
 from nanolm.distributed.world import World
-from nanolm.errors import UserError, require
+from nanolm.errors import UserError
 from nanolm.finetune.config import TaskConfig
 from nanolm.finetune.evaluation import predict
 from nanolm.finetune.generation import write_answers
 from nanolm.finetune.splits import make_split
-from nanolm.finetune.tasks.base import Task
+from nanolm.finetune.tasks.base import Task, task_in
 from nanolm.saved import Saved
 from nanolm.training.engine import Engine
 
@@ -29,13 +29,13 @@ class Predictor:
     """A saved task, ready to answer records."""
 
     def __init__(self, saved: Saved, world: World, batch: int) -> None:
-        require(
-            isinstance(saved.config, TaskConfig),
-            f"{saved.folder} was pretrained, not fine-tuned: fine-tune it first (`nanolm finetune`)"
-            f", or write with it (`nanolm generate`, `nanolm fill`)",
-        )
+        if not isinstance(saved.config, TaskConfig):
+            raise UserError(
+                f"{saved.folder} was pretrained, not fine-tuned: fine-tune it first "
+                f"(`nanolm finetune`), or write with it (`nanolm generate`, `nanolm fill`)"
+            )
         self.saved, self.world, self.batch = saved, world, batch
-        self.task: Task = saved.learner.objective
+        self.data, self.task = saved.config.data, task_in(saved.learner)
         self.engine = Engine(saved.learner, world, saved.config, trains=False)
 
     def __call__(self, table: Table) -> list[Record]:
@@ -56,12 +56,12 @@ class Predictor:
         """Why there is no answer for a record, which is said in its place."""
         if record is BLANK:
             return "the line is empty"
-        skip = self.saved.config.data.bad_rows == "skip"
+        skip = self.data.bad_rows == "skip"
         return self.task.check(record, with_gold=False) if skip else None
 
     def answered(self, table: Table) -> list[Record]:
         """One prediction per record; raises UserError for one that cannot be used."""
-        split = make_split("input", table, self.task, self.saved.config.data, with_gold=False)
+        split = make_split("input", table, self.task, self.data, with_gold=False)
         if self.task.generates:
             return write_answers(self.saved, split.table, self.batch)
         return predict(self.engine, split, self.batch)

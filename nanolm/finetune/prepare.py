@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import pathlib
-from typing import Any
+from typing import Any, cast
 
 from nanolm import build
 from nanolm.checkpoint.checkpoints import load_trunk, locate
@@ -23,7 +23,7 @@ from nanolm.data.tables.files import Table
 from nanolm.data.tables.stream import TaskStream
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.distributed.world import World
-from nanolm.errors import require
+from nanolm.errors import UserError, require
 from nanolm.finetune.config import TaskConfig
 from nanolm.finetune.evaluation import TaskEvaluator
 from nanolm.finetune.several import MixedSplit, MultiEvaluator, joined, mixed, resolve_parts
@@ -34,7 +34,7 @@ from nanolm.finetune.splits import (
     training_split,
     training_tables,
 )
-from nanolm.finetune.tasks.base import Task
+from nanolm.finetune.tasks.base import Task, task_in
 from nanolm.finetune.tasks.multi import Multi
 from nanolm.learner import Learner
 from nanolm.peft.files import DESCRIPTION, begin_adapter
@@ -65,15 +65,18 @@ def prepare(config: TaskConfig) -> Prepared:
     config = reading(config)
     tokenizer = Tokenizer.load(base)
     makers = {"train": training_split, "val": make_split}
+    task: Task
+    train: Split
+    val: Split
     if issubclass(task_of(config), Multi):
         config, found = resolve_parts(config, functools.partial(read_tables, tokenizer=tokenizer))
-        task = build.build_objective(config, tokenizer)
+        task = multi = cast(Multi, build.build_objective(config, tokenizer))
         tables = [table for pair in found.values() for table in pair]
         train, val = (
             joined(
                 name,
                 {
-                    part: make(name, pair[place], task.parts[part], task.configs[part].data)
+                    part: make(name, pair[place], multi.parts[part], multi.configs[part].data)
                     for part, pair in found.items()
                 },
             )
@@ -81,9 +84,9 @@ def prepare(config: TaskConfig) -> Prepared:
         )
     else:
         config, tables = read_tables(config, tokenizer)
-        task = build.build_objective(config, tokenizer)
+        task = single = cast(Task, build.build_objective(config, tokenizer))
         train, val = (
-            make(name, table, task, config.data)
+            make(name, table, single, config.data)
             for (name, make), table in zip(makers.items(), tables)
         )
     check_metric(config.eval.metric, task, val)
@@ -111,11 +114,11 @@ def read_tables(config: TaskConfig, tokenizer: Tokenizer) -> tuple[TaskConfig, l
 
 def base_folder(config: TaskConfig) -> pathlib.Path:
     """The checkpoint that is fine-tuned; raises UserError when none is named."""
-    require(
-        config.init_from is not None,
-        "nothing to fine-tune: set init_from to a run or checkpoint that nanolm wrote (with "
-        "--weights random for its shape and tokenizer only)",
-    )
+    if config.init_from is None:
+        raise UserError(
+            "nothing to fine-tune: set init_from to a run or checkpoint that nanolm wrote (with "
+            "--weights random for its shape and tokenizer only)"
+        )
     base = locate(config.init_from, best=True)
     require(
         not (base / DESCRIPTION).is_file(),
@@ -153,7 +156,7 @@ def resolve(config: TaskConfig, task: type[Task], tokenizer: Tokenizer, train: T
     )
 
 
-def check_metric(metric: str, task: Task, val: Split) -> None:
+def check_metric(metric: str | None, task: Task, val: Split) -> None:
     """Raises UserError for a figure to choose by that evaluating `val` will not give."""
     known = [name for name, _ in task.metrics(task.options)]
     require(
@@ -164,7 +167,7 @@ def check_metric(metric: str, task: Task, val: Split) -> None:
         names = [
             f"{name}/{figure}"
             for name, part in val.parts.items()
-            for figure in task.parts[name].offered(part.table)
+            for figure in cast(Multi, task).parts[name].offered(part.table)
         ]
         names += [name for name in known if "/" not in name]
     else:
@@ -229,7 +232,7 @@ def start_weights(
     fresh = load_trunk(base, learner)
     saved = {key.split(".")[1] for key in read_tensors(base, "model") if key.startswith("heads.")}
     unused = sorted(saved - set(learner.heads))
-    learner.objective.require_heads(fresh, str(base))
+    task_in(learner).require_heads(fresh, str(base))
     part = "" if base_trunk(base) == config.model.trunk else f" (its {config.model.trunk})"
     told = [f"weights from {base}{part}"]
     if fresh:
@@ -263,7 +266,7 @@ def describe(train: Split, val: Split, learner: Learner) -> list[str]:
 def open_stream(config: TaskConfig, task: Task, train: Split) -> TaskStream:
     """The rows of training; of several tasks, mixed."""
     if isinstance(train, MixedSplit):
-        return mixed(task, train, config.run.seed)
+        return mixed(cast(Multi, task), train, config.run.seed)
     return TaskStream(train.items, seed=config.run.seed, name=train.table.path)
 
 

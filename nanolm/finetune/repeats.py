@@ -41,7 +41,8 @@ def each_fold(config: TaskConfig) -> bool:
 def repeats(config: TaskConfig) -> dict[str, TaskConfig]:
     """{folder under run.dir: config} of every seed and fold."""
     seeds = [config.run.seed] if config.run.seeds is None else config.run.seeds
-    folds = range(config.data.folds) if each_fold(config) else [config.data.fold]
+    every = range(config.data.folds or 0)
+    folds = every if each_fold(config) else [config.data.fold]
     found = {}
     for seed, fold in itertools.product(seeds, folds):
         parts = [f"seed-{seed}"] if config.run.seeds is not None else []

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import pathlib
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 from rich.table import Table as Grid
@@ -28,6 +28,7 @@ from nanolm.finetune.evaluation import TaskEvaluator, drawn
 from nanolm.finetune.generation import write_answers
 from nanolm.finetune.model_card import write_card
 from nanolm.finetune.splits import Split, make_split, open_table, renamed, training_tables
+from nanolm.finetune.tasks.base import task_in
 from nanolm.finetune.tasks.metrics import Report
 from nanolm.saved import Saved
 from nanolm.training.engine import Engine
@@ -43,7 +44,7 @@ def evaluate_task(
     batches: int | None = None,
 ) -> dict[str, Any]:
     """Figures of a split (test, or val where there is no test), printed and written; collective."""
-    config, task = saved.config, saved.learner.objective
+    config, task = cast(TaskConfig, saved.config), task_in(saved.learner)
     name, table = find_table(config, type(task), split, data)
     found = make_split(name, table, task, config.data)
     rows = batch or config.eval.batch or config.train.global_batch
@@ -74,9 +75,9 @@ def find_table(
         table = renamed(read_split(data, split or "test"), config.data.columns)
         return f"{pathlib.Path(data).stem}-{table.digest()[:8]}", table
     if split in (None, "test"):
-        table = open_table(config.data, "test")
-        if table is not None:
-            return "test", table
+        found = open_table(config.data, "test")
+        if found is not None:
+            return "test", found
         require(split is None, "the run's data has no test split; name one with --data FILE")
     if split in ("train", "val", None):
         train, val, _ = training_tables(config, task)
@@ -124,7 +125,9 @@ def keep(
     if report is not None and report.confusion is not None:
         draw_confusion(report, folder / f"{name}_confusion.png", f"{run.name}: {name}")
     if (run / "summary.json").is_file():
-        write_card(run, saved.whole or saved.config, read_json(run, "summary.json"))
+        write_card(
+            run, cast(TaskConfig, saved.whole or saved.config), read_json(run, "summary.json")
+        )
 
 
 def draw_confusion(report: Report, path: pathlib.Path, title: str) -> None:
@@ -142,7 +145,7 @@ def draw_confusion(report: Report, path: pathlib.Path, title: str) -> None:
     shares = [[n / max(1, sum(row)) for n in row] for row in counts]
     axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     ticks = range(len(labels))
-    plain = {"parse_math": False}  # a label may hold dollars
+    plain: dict[str, Any] = {"parse_math": False}  # a label may hold dollars
     axis.set_xticks(ticks, labels, rotation=45, ha="right", **plain)
     axis.set_yticks(ticks, labels, **plain)
     axis.set(xlabel="predicted", ylabel="gold")

@@ -11,11 +11,12 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from nanolm.checkpoint.checkpoints import locate
 from nanolm.config import strict_yaml
 from nanolm.config.load import load_config, read_files, split_words
+from nanolm.data.tokenizer import Tokenizer
 from nanolm.distributed.world import World
 from nanolm.files import RESUME
 from nanolm.finetune.augment import Augmented
@@ -35,6 +36,7 @@ from nanolm.finetune.prepare import (
 from nanolm.finetune.repeats import is_repeated, run_repeats
 from nanolm.finetune.several import MultiEvaluator
 from nanolm.finetune.splits import Split
+from nanolm.finetune.tasks.base import Task, as_objective
 from nanolm.hub.importing import base_of
 from nanolm.learner import Learner
 from nanolm.peft.base import trainable_counts
@@ -63,10 +65,10 @@ def base_model(path: str) -> dict[str, Any]:
 def load_task_config(argv: list[str], shape_of: ShapeOf = base_model) -> TaskConfig:
     """The run's config; the group `model` starts from that of the checkpoint in `init_from`."""
     words = split_words(argv)
-    named = words.get("init_from") or [read_files(dict(words), {}).get("init_from")]
+    named: list[Any] = words.get("init_from") or [read_files(dict(words), {}).get("init_from")]
     start = base_of(None if named[0] == "null" else named[0])
     base = {} if start is None else {"model": shape_of(start)}
-    config = load_config(argv, schema=TaskConfig, prog="nanolm finetune", base=base)
+    config: TaskConfig = load_config(argv, schema=TaskConfig, prog="nanolm finetune", base=base)
     return dataclasses.replace(config, init_from=base_of(config.init_from))
 
 
@@ -83,7 +85,8 @@ def plan(config: TaskConfig) -> FineTuning:
     ready = prepare(config)
     made = FineTuning(
         config=ready.config,
-        objective=ready.task,
+        objective=as_objective(ready.task),
+        task=ready.task,
         stream=open_stream(ready.config, ready.task, ready.train),
         tokenizer=ready.tokenizer,
         facts=ready.facts,
@@ -101,6 +104,7 @@ class FineTuning(Plan):
     chooses the best checkpoint by a figure of `val`."""
 
     config: TaskConfig
+    task: Task
     base: pathlib.Path
     train: Split
     val: Split
@@ -109,8 +113,8 @@ class FineTuning(Plan):
     def examples(self) -> RowObjective:
         """The task, with noise where the config asks for some."""
         if not self.config.augment.used:
-            return self.objective
-        return Augmented(self.objective, self.config.augment, self.tokenizer)
+            return self.task
+        return Augmented(self.task, self.config.augment, cast(Tokenizer, self.tokenizer))
 
     @property
     def tokens_per_step(self) -> int:
@@ -120,7 +124,7 @@ class FineTuning(Plan):
     def check(self, world: World) -> None:
         """A loss that compares rows needs them together on each rank; augmentation must leave the
         task's targets where they are, which making it finds out."""
-        check_scope(self.config, self.objective, world)
+        check_scope(self.config, self.task, world)
         _ = self.examples
 
     def start_weights(self, learner: Learner, checkpoint: pathlib.Path | None) -> list[str]:
@@ -137,13 +141,18 @@ class FineTuning(Plan):
         return build_throughput(self.config, self.objective, self.train, world)
 
     @property
+    def metric(self) -> str:
+        """eval.metric, which `prepare` has resolved."""
+        return cast(str, self.config.eval.metric)
+
+    @property
     def higher_is_better(self) -> bool:
         """The direction of eval.metric, as the task declares it."""
-        return dict(self.objective.metrics(self.config.objective))[self.config.eval.metric]
+        return dict(self.task.metrics(self.config.objective))[self.metric]
 
     def badness(self, figures: Mapping[str, float]) -> float:
         """eval.metric, turned round where more is better."""
-        value = figures[self.config.eval.metric]
+        value = figures[self.metric]
         return -value if self.higher_is_better else value
 
     def summarise(self, trainer: Trainer, figures: Mapping[str, float]) -> dict[str, Any]:

@@ -14,19 +14,26 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from nanolm.data.tables.files import Table
 from nanolm.data.tables.stream import MixedTaskStream
 from nanolm.errors import UserError, require
 from nanolm.finetune.config import TaskConfig
-from nanolm.finetune.evaluation import TaskEvaluator
 from nanolm.finetune.splits import Split
+from nanolm.finetune.tasks.base import Item, as_objective, task_in
 from nanolm.finetune.tasks.metrics import Report
-from nanolm.finetune.tasks.multi import Multi, PartItem, own_heads, part_configs
+from nanolm.finetune.tasks.multi import (
+    Multi,
+    MultiOptions,
+    PartItem,
+    own_heads,
+    part_configs,
+)
 from nanolm.learner import Learner
 from nanolm.saved import Saved
 from nanolm.training.engine import Engine
+from nanolm.training.evaluation import Evaluate
 from nanolm.training.gradient import total_loss
 
 
@@ -44,18 +51,19 @@ def resolve_parts(
 
     `resolve` fills in what one task's data decide. Raises UserError naming the task.
     """
+    given = cast(MultiOptions, config.objective)
     tasks, found = {}, {}
     for name, own in part_configs(config).items():
         try:
             own, found[name] = resolve(own)
         except UserError as error:
             raise UserError(f"objective.tasks.{name}: {error}") from None
-        tasks[name] = config.objective.tasks[name] | {
+        tasks[name] = given.tasks[name] | {
             "objective": dataclasses.asdict(own.objective),
             "data": dataclasses.asdict(own.data),
         }
         config = dataclasses.replace(config, model=own.model)
-    objective = dataclasses.replace(config.objective, tasks=tasks)
+    objective = dataclasses.replace(given, tasks=tasks)
     metric = config.eval.metric or Multi.metric_of(objective)
     evaluation = dataclasses.replace(config.eval, metric=metric)
     return dataclasses.replace(config, objective=objective, eval=evaluation), found
@@ -63,7 +71,7 @@ def resolve_parts(
 
 def joined(name: str, parts: dict[str, Split]) -> MixedSplit:
     """One split of all tasks' splits."""
-    items = [
+    items: list[Item] = [
         PartItem(item.record, item.sequences, item.target, item.cut, item.extra, part=part)
         for part, split in parts.items()
         for item in split.items
@@ -80,7 +88,7 @@ def joined(name: str, parts: dict[str, Split]) -> MixedSplit:
 
 def mixed(task: Multi, split: MixedSplit, seed: int) -> MixedTaskStream:
     """The tasks' items, interleaved by their shares."""
-    task.stand_in(split.items)
+    task.stand_in(cast(list[PartItem], split.items))
     sizes = [len(part.items) for part in split.parts.values()]
     given = [task.options.tasks[name].get("share") for name in split.parts]
     shares = [own or size for own, size in zip(given, sizes, strict=True)]
@@ -91,7 +99,7 @@ class MultiEvaluator:
     """Evaluates each task on its own split; figures are called NAME/figure, and `score` is the mean
     of the tasks' own metrics where it means something (`Multi.metric_of`)."""
 
-    def __init__(self, parts: Mapping[str, TaskEvaluator]) -> None:
+    def __init__(self, parts: Mapping[str, Evaluate]) -> None:
         self.parts = dict(parts)
         self.report: Report | None = None
 
@@ -99,7 +107,7 @@ class MultiEvaluator:
         self, engine: Engine, stop: Callable[[], bool] = lambda: False
     ) -> dict[str, float] | None:
         """The figures, on every rank; None when `stop` said so on any of them. Collective."""
-        multi: Multi = engine.learner.objective
+        multi = multi_in(engine.learner)
         found: dict[str, float] = {}
         for name, evaluator in self.parts.items():
             figures = evaluator(engine_of(engine, name), stop)
@@ -116,10 +124,15 @@ class MultiEvaluator:
         return found
 
 
+def multi_in(learner: Learner) -> Multi:
+    """The composition of tasks that a learner of several holds."""
+    return cast(Multi, learner.objective)
+
+
 def learner_of(learner: Learner, name: str) -> Learner:
     """A learner of one task: the same trunk and weights, under the names of a run of its own."""
-    part = learner.objective.parts[name]
-    own = Learner(learner.trunk, own_heads(name, part, learner.heads), part)
+    part = multi_in(learner).parts[name]
+    own = Learner(learner.trunk, own_heads(name, part, learner.heads), as_objective(part))
     own.adapter = learner.adapter
     return own.train(learner.training)
 
@@ -134,14 +147,14 @@ def engine_of(engine: Engine, name: str) -> Engine:
 def part_of(saved: Saved, name: str | None) -> Saved:
     """The saved run of one task; raises UserError when the run has several and none is named, or
     has no such task."""
-    task = saved.learner.objective
+    task = task_in(saved.learner)
     if not isinstance(task, Multi):
         require(name is None, f"{saved.folder} is a run of one task: leave --task out")
         return saved
-    require(
-        name in task.parts,
-        f"{saved.folder} has several tasks: say which one with --task "
-        f"{' or --task '.join(task.parts)}",
-    )
+    if name is None or name not in task.parts:
+        raise UserError(
+            f"{saved.folder} has several tasks: say which one with --task "
+            f"{' or --task '.join(task.parts)}"
+        )
     learner, own = learner_of(saved.learner, name), task.configs[name]
     return dataclasses.replace(saved, config=own, learner=learner, part=name, whole=saved.config)

@@ -85,17 +85,17 @@ def open_table(data: TaskDataConfig, split: str) -> Table | None:
 def renamed(table: Table, columns: Mapping[str, str | None]) -> Table:
     """The table with the fields of the task filled from the columns that the config names; null
     leaves a field as it is in the file."""
-    columns = {field: column for field, column in columns.items() if column is not None}
-    for field, column in columns.items():
+    named = {field: column for field, column in columns.items() if column is not None}
+    for field, column in named.items():
         if column not in table.columns:
             raise UserError(
                 f"data.columns says that {field} stands in column {column}, but {table.path} has "
                 f"{', '.join(table.columns)}"
             )
-    if not columns:
+    if not named:
         return table
     records = [
-        record | {field: record.get(column) for field, column in columns.items()}
+        record | {field: record.get(column) for field, column in named.items()}
         for record in table.records
     ]
     return dataclasses.replace(table, records=records)

@@ -26,10 +26,10 @@ class Published:
 
     def size(self, key: str) -> int:
         """A size; raises UserError unless it is there."""
-        value = self.values.get(key)
+        value: Any = self.values.get(key)
         whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
         require(whole, f"{self.path} gives {key} as {value!r}; it must be a positive whole number")
-        return int(value)  # type: ignore[arg-type]  (checked above)
+        return int(value)
 
     def get(self, key: str, default: Any) -> Any:
         """A value, or the family's default where the key is missing or null."""

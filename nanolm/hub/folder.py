@@ -58,7 +58,8 @@ def read_weights(folder: pathlib.Path, *, pickled: bool) -> dict[str, Tensor]:
     if (folder / SHARDED).is_file():
         return read_shards(folder, SHARDED, read_safetensors)
     found = next((folder / name for name in (PICKLE, PICKLES) if (folder / name).is_file()), None)
-    require(found is not None, f"{folder} holds no weights: neither {SINGLE} nor {SHARDED}")
+    if found is None:
+        raise UserError(f"{folder} holds no weights: neither {SINGLE} nor {SHARDED}")
     if not pickled:
         raise NeedsFlagError(
             f"{found} is a pickle, a format that can hide code; if you trust its authors add "

@@ -131,7 +131,9 @@ def their_model(imported: Imported) -> Any:
             f"without transformers' model nothing can be proved"
         ) from error
     config._attn_implementation = "eager"
-    model = getattr(transformers, names.pooled if pooled else names.plain)(config).float().eval()
+    model = (
+        getattr(transformers, str(names.pooled if pooled else names.plain))(config).float().eval()
+    )
     answer = model.load_state_dict(imported.theirs, strict=False)
     if imported.config.model.tied:
         model.tie_weights()

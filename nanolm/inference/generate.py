@@ -60,7 +60,7 @@ class Generator:
         self.device = self.trunk.embedding.weight.device
         special = torch.from_numpy(saved.tokenizer.special_mask).to(self.device)
         # Padding rows of the vocabulary and special tokens are never written; eos ends a text.
-        self.forbidden_V = torch.ones(self.model.vocab_size, dtype=torch.bool, device=self.device)
+        self.forbidden_V = torch.ones(self.model.n_tokens, dtype=torch.bool, device=self.device)
         self.forbidden_V[: len(special)] = special
         self.forbidden_V[saved.tokenizer.eos] = False
 
@@ -189,7 +189,7 @@ def write(
         for index in range(len(prompts))
     ]
     seen_BV = torch.zeros(
-        len(ids), generator.model.vocab_size, dtype=torch.bool, device=generator.device
+        len(ids), generator.model.n_tokens, dtype=torch.bool, device=generator.device
     )
     for row, prompt in enumerate(ids):
         seen_BV[row, prompt] = True

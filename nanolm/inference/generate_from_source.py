@@ -12,11 +12,14 @@ Shapes: B sequences, S source tokens, T target tokens, V vocabulary.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 
 from nanolm.errors import require
 from nanolm.inference.generate import Frame, Generator, Steps
-from nanolm.model.trunk import Inputs
+from nanolm.model.trunk import EncoderDecoder, Inputs
+from nanolm.objectives.span import Span
 from nanolm.ops.masks import Mask
 from nanolm.saved import Saved
 
@@ -30,7 +33,7 @@ class SourceGenerator(Generator):
 
     def __init__(self, saved: Saved, *, use_cache: bool = True, frame: Frame | None = None) -> None:
         super().__init__(saved, use_cache=use_cache, frame=frame)
-        self.sentinels = saved.learner.objective.sentinels.tolist()
+        self.sentinels = cast(Span, saved.learner.objective).sentinels.tolist()
         self.forbidden_V[self.sentinels] = False
 
     def document(self, text: str) -> list[int]:
@@ -69,7 +72,9 @@ class SourceGenerator(Generator):
             source_BS[row, : len(prompt)] = torch.tensor(prompt, device=self.device)
         lengths_B = torch.tensor([len(p) for p in prompts], device=self.device)
         mask = Mask(key_lengths=lengths_B)
-        source_BSD = self.trunk.encode(Inputs(source_tokens_BS=source_BS, source_mask=mask))
+        source_BSD = cast(EncoderDecoder, self.trunk).encode(
+            Inputs(source_tokens_BS=source_BS, source_mask=mask)
+        )
         cache = self.new_cache(len(prompts), max_tokens) if self.use_cache else None
         written_BT = new_BT = torch.full((len(prompts), 1), pad, device=self.device)
         while True:

@@ -9,13 +9,14 @@ Nothing is downloaded and nothing is written.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from nanolm import build
 from nanolm.checkpoint.named_tensors import learner_tensors
+from nanolm.data.tokenizer import Tokenizer
 from nanolm.hub.configs import Published
 from nanolm.hub.families import FAMILIES
 from nanolm.hub.proof import prove
@@ -99,7 +100,7 @@ def difference(case: str, direction: str) -> float:
     import transformers  # noqa: PLC0415  (slow to import, and not always installed)
 
     name, theirs, keys = CASES[case]
-    family, tokenizer = FAMILIES[name], NoTokenizer()
+    family, tokenizer = FAMILIES[name], cast(Tokenizer, NoTokenizer())
     values = keys | {"vocab_size": VOCABULARY, "model_type": name}
     model_class = getattr(transformers, theirs)
     published = Published(f"the config.json of {case}", values, name)
@@ -110,12 +111,12 @@ def difference(case: str, direction: str) -> float:
         for other, own in family.duplicates.items():  # two parameters that real files hold equal
             stored |= {other: stored[own]} if other in stored else {}
         ours = model_keys(family, published)
-        imported = assembled(family, published, ours, stored, tokenizer, case)  # type: ignore[arg-type]
+        imported = assembled(family, published, ours, stored, tokenizer, case)
         return prove(imported).largest
     pooled = family.classes.pooled is not None and theirs != family.classes.plain
     names = frozenset({"bert.pooler.dense.weight"} if pooled else ())
-    config = as_config(family, model_keys(family, published), names, tokenizer)  # type: ignore[arg-type]
-    learner = build.build_learner(config, build.build_objective(config, tokenizer))  # type: ignore[arg-type]
+    config = as_config(family, model_keys(family, published), names, tokenizer)
+    learner = build.build_learner(config, build.build_objective(config, tokenizer))
     randomise(learner)
-    tensors, files = transformers_folder(config, tokenizer, learner_tensors(learner))  # type: ignore[arg-type]
-    return prove(as_published(config, tokenizer, learner.eval(), tensors, files)).largest  # type: ignore[arg-type]
+    tensors, files = transformers_folder(config, tokenizer, learner_tensors(learner))
+    return prove(as_published(config, tokenizer, learner.eval(), tensors, files)).largest

@@ -8,6 +8,7 @@ sqrt(K); `model.attention_scale: 1` says so here, and no weight is changed on th
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,16 +22,17 @@ Row = tuple[str, tuple[str, ...], tuple[int, ...]]
 
 def t5_table(model: ModelConfig) -> Iterator[Row]:
     """Every parameter of a T5 of this shape."""
-    yield "trunk.embedding.weight", ("shared.weight",), (model.vocab_size,)
+    n_buckets: int = cast(Any, model.positions).n_buckets  # T5BiasOptions
+    yield "trunk.embedding.weight", ("shared.weight",), (model.n_tokens,)
     for ours, theirs in (("encoder_", "encoder"), ("", "decoder")):
         stack = f"trunk.{ours}stack"
         table = f"{theirs}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-        yield (f"trunk.{ours}positions.table.weight", (table,), (model.positions.n_buckets,))
+        yield (f"trunk.{ours}positions.table.weight", (table,), (n_buckets,))
         yield f"{stack}.final_norm.weight", (f"{theirs}.final_layer_norm.weight",), (model.d_model,)
         for layer in range(model.n_layers):
             yield from _block(model, f"{stack}.blocks.{layer}", f"{theirs}.block.{layer}", theirs)
     if not model.tied:
-        yield "heads.lm.weight", ("lm_head.weight",), (model.vocab_size,)
+        yield "heads.lm.weight", ("lm_head.weight",), (model.n_tokens,)
 
 
 def _block(model: ModelConfig, ours: str, theirs: str, side: str) -> Iterator[Row]:

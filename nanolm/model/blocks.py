@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import (
@@ -135,6 +136,7 @@ class Block(nn.Module):
         self.feed_forward = feed_forward(model, kernels)
         self.feed_forward_norm = Norm(model, kernels)
         self.dropout = nn.Dropout(model.dropout) if model.dropout else nn.Identity()
+        self.sublayer: Callable[[Tensor, Any, Any], Tensor]
         self.sublayer = self.pre_norm if model.norm_position == "pre" else self.post_norm
         self.recompute = "none"  # see Stack
 
@@ -158,6 +160,8 @@ class Block(nn.Module):
                 x, c.source_mask, c.positions, None, None, c.cache, source_BSD=c.source_BSD
             )
 
+        # Attention moves information between tokens, the feed-forward works on each by itself: one
+        # after the other, each adding to the stream what it has found.
         x_BTD = self.sublayer(x_BTD, self.attention_norm, attend)
         if context.source_BSD is not None:
             x_BTD = self.sublayer(x_BTD, self.cross_attention_norm, attend_to_source)
@@ -170,10 +174,14 @@ class Block(nn.Module):
 
     def pre_norm(self, x_BTD: Tensor, norm: nn.Module, layer: Any) -> Tensor:
         """x + layer(norm(x)) (Xiong et al. 2020)."""
+        # x itself is never normed: from the last block to the first the gradient has a way through
+        # sums alone, so deep stacks train without a long warm-up.
         return x_BTD + self.dropout(layer(norm(x_BTD)))
 
     def post_norm(self, x_BTD: Tensor, norm: Norm, layer: Any) -> Tensor:
         """norm(x + layer(x)) (Vaswani et al. 2017, section 3.1)."""
+        # The stream itself is normed, so it keeps its size with depth and no final norm is needed;
+        # the price is a gradient that passes every norm, and a warm-up.
         return norm.after_sum(self.dropout(layer(x_BTD)), x_BTD)[0]
 
 
@@ -190,6 +198,8 @@ class Stack(nn.Module):
             self.block_kind(model, layer, spec, kernels, bias_kind)
             for layer in range(model.n_layers)
         )
+        # A pre-norm stream grows with every block; the head reads it at the size that the blocks'
+        # layers read it.
         self.final_norm = Norm(model, kernels) if model.norm_position == "pre" else nn.Identity()
         rate = model.final_dropout
         self.final_dropout = nn.Dropout(rate) if rate else nn.Identity()
@@ -198,11 +208,11 @@ class Stack(nn.Module):
     @property
     def recompute(self) -> str:
         """Activation checkpointing: none, full or selective."""
-        return self.blocks[0].recompute
+        return cast(Block, self.blocks[0]).recompute
 
     @recompute.setter
     def recompute(self, how: str) -> None:
-        for block in self.blocks:
+        for block in cast(Iterable[Block], self.blocks):
             block.recompute = how
             # Nothing inside is kept anyhow, and what `keeping_input` holds would be.
             block.feed_forward.keeps_input = how == "none"
@@ -215,5 +225,7 @@ class Stack(nn.Module):
 
     def of_layer(self, context: Context, layer: int) -> Context:
         """What block `layer` needs of the context."""
+        # Angles are computed once for the stack; layers differ at most in which of them they
+        # take (a local layer's base is another than a global one's).
         prepared = context.positions.of_layer(context.prepared, layer)
         return dataclasses.replace(context, prepared=prepared)

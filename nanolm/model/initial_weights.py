@@ -39,6 +39,9 @@ def init_parameter(name: str, parameter: Tensor, model: ModelConfig) -> None:
 def init_normal(name: str, parameter: Tensor, model: ModelConfig) -> None:
     """Normal(0, init_std), smaller where a block writes into a pre-norm residual stream."""
     writes = name.endswith(("attention.out.weight", "feed_forward.down.weight"))
+    # A pre-norm stream is a sum of 2 n layers' outputs. If these are independent its variance is
+    # the sum of theirs, so each is made sqrt(2 n) times smaller and the sum starts at the same size
+    # for every depth. Post-norm brings the stream back to size 1 itself.
     shrink = math.sqrt(2 * model.n_layers) if model.norm_position == "pre" else 1.0
     nn.init.normal_(parameter, std=model.init_std / (shrink if writes else 1.0))
     if name.endswith(".attention.qkv.weight"):
@@ -49,6 +52,7 @@ def init_t5(name: str, parameter: Tensor, model: ModelConfig) -> None:
     """What T5 starts from (Raffel et al. 2020, in their code): a product of a normed token starts
     with variance 1, and so do embeddings and logits. An untied head starts like any matrix; with
     the 1 that `transformers` gives it, logits would start sqrt(D) times as large."""
+    # A sum of D products of variance 1/D each has variance 1.
     std = parameter.shape[-1] ** -0.5
     if name.endswith("embedding.weight"):
         std = 1.0
@@ -56,6 +60,7 @@ def init_t5(name: str, parameter: Tensor, model: ModelConfig) -> None:
         std = model.d_model**-0.5
     nn.init.normal_(parameter, std=std)
     if name.endswith("attention.qkv.weight"):
+        # T5 does not divide scores by sqrt(K): its queries start smaller by that factor instead.
         parameter.data[: model.n_heads * model.head_width] *= model.head_width**-0.5
 
 
@@ -69,7 +74,8 @@ def keep_normal(qkv: Tensor, model: ModelConfig) -> None:
 def mimetic(qkv: Tensor, model: ModelConfig) -> None:
     """Every key head becomes random orthogonal rows P, and so does each query head that reads it:
     a score starts as x^T P^T P y, high where x and y are alike, as trained attention is seen to be
-    (Trockman & Kolter 2023). So a model can compare from its first step, where it would else have
+    (Trockman & Kolter 2023, who start values and output the same way, as about minus the identity;
+    here they stay normal). So a model can compare from its first step, where it would else have
     to discover it. qkv: [(n_heads + 2 n_kv_heads) K, D], K the width of a head."""
     K, readers = model.head_width, model.n_heads // model.kv_heads
     queries, keys = qkv.data.split([model.n_heads * K, 2 * model.kv_heads * K])

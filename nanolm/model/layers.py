@@ -13,6 +13,7 @@ key/value heads, K head width, F feed-forward width.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,6 +34,10 @@ class Linear(nn.Linear):
 
     def __init__(self, n_in: int, n_out: int, kernels: Kernels, *, bias: bool) -> None:
         super().__init__(n_in, n_out, bias=bias)
+        # An op only because a CPU without bfloat16 instructions is slow at torch's bfloat16 product
+        # (ops/cpu_bf16.py). It may not leave the core: a Linear that asked for its kernel only on
+        # such a CPU would be a branch on the device here, and one that was swapped from outside
+        # would have to be found again in every layer, head and adapter.
         self.kernel = kernels.choose("linear", LinearSpec)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -105,6 +110,8 @@ class MultiHeadAttention(nn.Module):
         self.window = None if cross else model.window[layer % len(model.window)]
         self.n_heads, self.n_kv_heads = model.n_heads, model.kv_heads
         self.head_dim = model.head_width
+        # One product instead of three: x is read once, and a wide matrix keeps a processor busier
+        # than three narrow ones.
         n_rows = (self.n_heads + 2 * self.n_kv_heads) * self.head_dim
         self.qkv = Linear(model.d_model, n_rows, kernels, bias=model.bias)
         self.out = Linear(self.n_heads * self.head_dim, model.d_model, kernels, bias=model.bias)
@@ -125,6 +132,9 @@ class MultiHeadAttention(nn.Module):
             dropout=model.attention_dropout,
             cross=cross,
         )
+        # q . k is a sum of K products. Where the entries have variance 1 the sum has variance K,
+        # and softmax of scores that far apart is nearly one-hot, with hardly any gradient; divided
+        # by sqrt(K) the scores have variance 1 for every K (Vaswani et al. 2017, section 3.2.1).
         # T5 does not divide scores by sqrt(K): its queries start smaller by that factor, which is
         # the same function at first, and under Adafactor, whose steps are relative to a weight's
         # size, the same training (Raffel et al. 2020, in their code). Its published weights hold
@@ -150,9 +160,13 @@ class MultiHeadAttention(nn.Module):
         """[B, T, D] -> [B, T, D]."""
         if source_BSD is None:
             q_BTHK, k_BSGK, v_BSGK = self.project(x_BTD)
+            # Normed before the rotation, which keeps lengths: what the norm fixed stays fixed, and
+            # its gains do not depend on the position.
             q_BTHK, k_BSGK = self.q_norm(q_BTHK), self.k_norm(k_BSGK)
             q_BTHK, k_BSGK = positions.rotate(q_BTHK, k_BSGK, prepared, self.layer)
             if cache is not None:
+                # Cached after the rotation: a key's position never changes, so it is rotated once
+                # and not again for every token that is written.
                 k_BSGK, v_BSGK = cache.extend(self.layer, k_BSGK, v_BSGK)
         else:
             q_BTHK = self.q_norm(self.project_queries(x_BTD))
@@ -167,8 +181,12 @@ class MultiHeadAttention(nn.Module):
         self, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Mask, bias: Bias | None
     ) -> Tensor:
         """[B, T, D]: what the queries find, projected."""
+        # The batch brings what it alone knows (lengths, documents); whether it is causal and how
+        # far a window reaches belongs to the layer.
         mask = mask.at(causal=self.causal, window=self.window)
         dropout = self.dropout if self.training else 0.0
+        # A single query leaves most of a GPU idle in the kernel for many, which gives each program
+        # a tile of queries; the decoding kernel divides the keys instead.
         attend = self.attend_to_cache if q_BTHK.shape[1] == 1 else self.attend
         out_BTHK = attend(q_BTHK, k_BSGK, v_BSGK, mask, bias=bias, dropout=dropout)
         return self.out(out_BTHK.flatten(2))
@@ -181,6 +199,7 @@ class MultiHeadAttention(nn.Module):
     def project_queries(self, x_BTD: Tensor) -> Tensor:
         """Queries [B, T, H, K], alone."""
         n_query = self.n_heads * self.head_dim
+        # Queries come from x, keys and values from the source: the same weight is used by rows.
         bias = None if self.qkv.bias is None else self.qkv.bias[:n_query]
         return self.by_head(self.qkv.kernel.run(x_BTD, self.qkv.weight[:n_query], bias))
 
@@ -201,7 +220,7 @@ class FeedForward(nn.Module):
     """W2 act(W1 x) (Vaswani et al. 2017, section 3.3), act = GELU, ReLU or ReLU^2 (So et al.
     2021)."""
 
-    ACTIVATIONS = {
+    ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
         "gelu": F.gelu,
         "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
         "relu": F.relu,
@@ -219,6 +238,10 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
+        # The activation's output is as wide as anything that a block keeps, and cheap to compute
+        # again from its input, which is kept anyhow. It may not leave the core for a CPU plug-in:
+        # the switch is one of memory, for every device, and what to keep is decided in the forward
+        # pass, where nothing outside of it can look.
         if self.keeps_input:
             return keeping_input(self.write, self.activation, self.up(x_BTD))
         return self.write(self.activation(self.up(x_BTD)))
@@ -242,6 +265,8 @@ class GatedFeedForward(nn.Module):
 
     def __init__(self, model: ModelConfig, kernels: Kernels) -> None:
         super().__init__()
+        # Both halves in one weight: one product reads x once, and a kernel can fuse act(gate) * up
+        # from its output.
         self.gate_up = Linear(model.d_model, 2 * model.ff_width, kernels, bias=model.bias)
         self.down = Linear(model.ff_width, model.d_model, kernels, bias=model.bias)
         self.glu = self.UNFUSED.get(model.feed_forward) or self.fused(model, kernels)

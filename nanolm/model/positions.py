@@ -180,6 +180,7 @@ class Alibi(Positions):
     """score - slope_h * distance; symmetric in the distance for encoders."""
 
     bias_kind = "alibi"
+    slopes_H: Tensor
 
     def __init__(self, options: AlibiOptions, model: ModelConfig, kernels: Kernels) -> None:
         super().__init__()

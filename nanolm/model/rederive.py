@@ -23,6 +23,8 @@ def keeping_input(
 
     A compiler decides for itself what to keep, so a graph that is being traced is left alone.
     """
+    # Called by FeedForward alone, and switched by Stack where recomputing a whole block makes it
+    # idle. It may not leave the core: saved-tensor hooks act while the layer runs.
     y = inner(x)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return function(y)

@@ -95,9 +95,13 @@ class Trunk(nn.Module):
         positions = positions or self.positions
         x_BTD = inputs.embeddings_BTD
         if x_BTD is None:
+            # sqrt(D), where the model asks for it: an embedding tied to the vocabulary head starts
+            # with entries of init_std, too small beside sinusoidal positions of size 1 (Vaswani et
+            # al. 2017, section 3.4).
             x_BTD = self.embedding(inputs.tokens_BT) * self.scale
         positions_BT = inputs.positions_BT
         if positions_BT is None:
+            # New tokens stand behind those that the cache holds.
             start = 0 if inputs.cache is None else inputs.cache.length
             stop = start + x_BTD.shape[1]
             positions_BT = torch.arange(start, stop, device=x_BTD.device)[None]
@@ -105,6 +109,8 @@ class Trunk(nn.Module):
             segments_BT = inputs.segments_BT  # one-segment inputs are all segment 0, as in BERT
             segments_BT = torch.zeros_like(positions_BT) if segments_BT is None else segments_BT
             x_BTD = x_BTD + self.segments(segments_BT)
+        # Absolute positions are added once, at the bottom; rotary and bias encodings leave x alone
+        # and act inside each attention instead.
         x_BTD = positions.embed(x_BTD, positions_BT)
         return self.dropout(self.embedding_norm(x_BTD)), positions_BT
 

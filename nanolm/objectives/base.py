@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -23,14 +23,15 @@ from nanolm.config.schema import Config
 from nanolm.data.rows import Row
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import require
-from nanolm.model.heads import HeadRequest
+from nanolm.model.heads import HeadRequest, TokenLogits
 from nanolm.model.trunk import Inputs
 from nanolm.registry import Options
 
 IGNORED = -100
 """Target value of positions that are not predicted."""
 
-Example = dict[str, np.ndarray]
+Example: TypeAlias = Any
+"""What `example` returns is the objective's own: only its `collate` reads it."""
 Draw = Callable[[int], Row]
 
 
@@ -38,7 +39,7 @@ class Term(NamedTuple):
     """A sum over targets (scalar, float32) and the number of targets it runs over."""
 
     sum: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody asks of a Term
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,8 +134,10 @@ def token_terms(
     name: str, head: nn.Module, hidden_ND: Tensor, targets_N: Tensor, options: TokenLossOptions
 ) -> dict[str, Term]:
     """The terms of a loss over the vocabulary: `name` (optimised), nll and accuracy (metrics)."""
+    # On the device, and never divided here: only the trainer knows how many targets the whole step
+    # has.
     count = (targets_N != IGNORED).sum()
-    out = head.cross_entropy(
+    out = cast(TokenLogits, head).cross_entropy(
         hidden_ND, targets_N, label_smoothing=options.label_smoothing, z_loss=options.z_loss
     )
     return {

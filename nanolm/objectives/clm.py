@@ -23,6 +23,7 @@ from nanolm.model.trunk import Inputs
 from nanolm.objectives.base import (
     IGNORED,
     Draw,
+    Example,
     Term,
     TokenLossOptions,
     token_terms,
@@ -42,22 +43,24 @@ class ClmOptions(TokenLossOptions):
 class Clm:
     """Every token predicts the next one."""
 
-    trunks = ("decoder",)
+    trunks: tuple[str, ...] = ("decoder",)
 
-    def __init__(self, options: ClmOptions, config: Config, tokenizer: Tokenizer) -> None:
+    def __init__(self, options: TokenLossOptions, config: Config, tokenizer: Tokenizer) -> None:
         self.options = options
         self.length = config.data.row_length
         self.documents = config.data.document_mask
+        # The extra token is the last one's target, and the first input of the next row: every token
+        # of the stream is a target exactly once.
         self.stride, self.span = self.length, self.length + 1
         self.heads = {"lm": HeadRequest("token_logits", options.used())}
-        self.masks = frozenset({"documents"} if self.documents else ())
+        self.masks: frozenset[str] = frozenset({"documents"} if self.documents else ())
         self.weights = {"clm": 1.0}
 
-    def example(self, row: Row, rng: np.random.Generator, draw: Draw) -> Row:
+    def example(self, row: Row, rng: np.random.Generator, draw: Draw) -> Example:
         """The row as it is: nothing about it is random."""
         return row
 
-    def collate(self, examples: list[Row] | RowBlock) -> dict[str, np.ndarray]:
+    def collate(self, examples: list[Example] | RowBlock) -> dict[str, np.ndarray]:
         """tokens, targets [B, T], and with the document mask positions and documents [B, T]."""
         return fill_blocks(examples, self.length, with_documents=self.documents)
 

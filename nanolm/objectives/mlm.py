@@ -144,6 +144,7 @@ class Mlm:
         self, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: dict[str, Tensor]
     ) -> dict[str, Term]:
         """The mlm term with nll and accuracy, from the M masked positions only."""
+        # Gathered before the head: the vocabulary is projected for one token in seven, not for all.
         hidden_MD = hidden_BTD.flatten(0, 1)[batch["masked_index"]]
         return token_terms("mlm", heads["lm"], hidden_MD, batch["masked_targets"], self.options)
 

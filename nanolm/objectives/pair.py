@@ -43,6 +43,7 @@ class MlmPairOptions(MlmOptions):
 class MlmPair(Mlm):
     """MLM plus a decision about the pair, read from <cls>."""
 
+    options: MlmPairOptions
     n_specials = 3  # <cls> A <sep> B <sep>
 
     def __init__(self, options: MlmPairOptions, config: Config, tokenizer: Tokenizer) -> None:

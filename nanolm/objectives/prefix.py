@@ -11,6 +11,7 @@ Shapes: B batch, T tokens.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -20,7 +21,7 @@ from nanolm.data.rows import Row, fill_blocks
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import require
 from nanolm.model.trunk import Inputs
-from nanolm.objectives.base import IGNORED, Draw, TokenLossOptions
+from nanolm.objectives.base import IGNORED, Draw, Example, TokenLossOptions
 from nanolm.objectives.clm import Clm
 from nanolm.ops.masks import Mask
 from nanolm.registry import OBJECTIVES
@@ -37,7 +38,7 @@ class PrefixOptions(TokenLossOptions):
 class Prefix(Clm):
     """Causal language modelling behind a bidirectional prefix of random length."""
 
-    batch = None  # the prefix is random: rows go through `example`
+    batch = None  # type: ignore[assignment]  # the prefix is random: rows go through `example`
 
     def __init__(self, options: PrefixOptions, config: Config, tokenizer: Tokenizer) -> None:
         super().__init__(options, config, tokenizer)
@@ -47,12 +48,12 @@ class Prefix(Clm):
         )
         self.masks = frozenset({"prefix"})
 
-    def example(self, row: Row, rng: np.random.Generator, draw: Draw) -> tuple[Row, int]:
+    def example(self, row: Row, rng: np.random.Generator, draw: Draw) -> Example:
         """The row and its prefix length in tokens."""
         n_tokens = min(len(row.tokens), self.length)
         return row, int(rng.integers(1, max(2, n_tokens)))
 
-    def collate(self, examples: list[tuple[Row, int]]) -> dict[str, np.ndarray]:
+    def collate(self, examples: Any) -> dict[str, np.ndarray]:
         """tokens, targets [B, T] and prefix_lengths [B]; targets inside the prefix are ignored."""
         rows, prefixes = zip(*examples, strict=True)
         batch = fill_blocks(list(rows), self.length, with_documents=False)

@@ -40,12 +40,16 @@ class ChunkedLinearCrossEntropy(torch.autograd.Function):
         needs = [needed and options.with_gradient for needed in ctx.needs_input_grad[:3]]
         grad_hidden = torch.empty_like(hidden_ND) if needs[0] else None
         grad_weight = torch.zeros_like(weight_VD, dtype=wide) if needs[1] else None
-        grad_bias = torch.zeros_like(bias_V, dtype=wide) if needs[2] else None
+        grad_bias = None
+        if bias_V is not None and needs[2]:
+            grad_bias = torch.zeros_like(bias_V, dtype=wide)
         nll_N = torch.zeros(n_tokens, dtype=wide, device=hidden_ND.device)
         correct_N = torch.zeros(n_tokens, device=hidden_ND.device)
         lse_N = torch.zeros_like(nll_N)
         loss = torch.zeros((), dtype=wide, device=hidden_ND.device)
         weight, bias = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
+        # Chunks of tokens and not of the vocabulary: a token's softmax needs all its logits at
+        # once.
         for start in range(0, n_tokens, options.chunk):
             part = slice(start, min(start + options.chunk, n_tokens))
             hidden, targets = hidden_ND[part].to(dtype), targets_N[part]
@@ -59,6 +63,8 @@ class ChunkedLinearCrossEntropy(torch.autograd.Function):
             correct_N[part] = figures.correct
             if not any(needs):
                 continue
+            # Now, while the logits exist: to take it in the backward pass they would have to be
+            # kept, or multiplied out again.
             grad = logit_gradient(figures, logits, targets, options).to(dtype)
             # An ignored token's row is left out of the sums by its zero in `kept`: that is a
             # product of [chunk, D], where zeros in `grad` would be one of [chunk, V].

@@ -236,7 +236,7 @@ class Kernels:
         phase: Phase = "train",
     ) -> None:
         self.requested = requested or {}
-        self.common = {"dtype": dtype, "device": device, "phase": phase}
+        self.common: dict[str, Any] = {"dtype": dtype, "device": device, "phase": phase}
         self.choices: dict[Spec, Choice] = {}
 
     def chosen(self, op: str) -> list[Kernel]:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanolm.ops.chunked_cross_entropy import ChunkedCrossEntropy
-from nanolm.ops.contract import Spec, kernel
+from nanolm.ops.contract import AttentionSpec, CrossEntropySpec, Spec, kernel
 from nanolm.ops.pytorch import SdpaAttention
 from nanolm.ops.reference import CrossEntropyOutput
 
@@ -100,7 +100,7 @@ class WideAttention(SdpaAttention):
 
     name = "wide"
 
-    def why_not(self, spec: Spec) -> str | None:
+    def why_not(self, spec: AttentionSpec) -> str | None:
         return why_not_wide(spec) or super().why_not(spec)
 
     def run(self, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Any, **rest: Any) -> Tensor:
@@ -108,8 +108,8 @@ class WideAttention(SdpaAttention):
         if not autocasts():
             return super().run(q_BTHK, k_BSGK, v_BSGK, mask, **rest)
         with torch.autocast("cpu", enabled=False):
-            inputs = (rounded(x) for x in (q_BTHK, k_BSGK, v_BSGK))
-            return super().run(*inputs, mask, **rest).to(BF16)
+            q, k, v = (rounded(x) for x in (q_BTHK, k_BSGK, v_BSGK))
+            return super().run(q, k, v, mask, **rest).to(BF16)
 
 
 @kernel("linear_cross_entropy")
@@ -118,7 +118,7 @@ class WideCrossEntropy(ChunkedCrossEntropy):
 
     name = "wide"
 
-    def why_not(self, spec: Spec) -> str | None:
+    def why_not(self, spec: CrossEntropySpec) -> str | None:
         return why_not_wide(spec) or super().why_not(spec)
 
     def run(

@@ -57,17 +57,18 @@ class ByLengthAttention:
         if not (rounds and autocasts()):
             return self.by_length(q_BTHK, k_BSGK, v_BSGK, mask, **rest)
         with torch.autocast("cpu", enabled=False):
-            inputs = (rounded(x) for x in (q_BTHK, k_BSGK, v_BSGK))
-            return self.by_length(*inputs, mask, **rest).to(BF16)
+            q, k, v = (rounded(x) for x in (q_BTHK, k_BSGK, v_BSGK))
+            return self.by_length(q, k, v, mask, **rest).to(BF16)
 
     def by_length(
         self, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Mask, **rest: Any
     ) -> Tensor:
         """Attention on [N, L, H, K] for each length."""
-        sizes = [number * length for number, length in mask.classes]
+        classes = mask.classes or ()  # `run` has seen that there are some
+        sizes = [number * length for number, length in classes]
         within = Mask(causal=mask.causal, window=mask.window)
         # One split and one cat: the gradient of many slices would be many full-sized tensors.
-        parts = zip(mask.classes, *(x.flatten(0, 1).split(sizes) for x in (q_BTHK, k_BSGK, v_BSGK)))
+        parts = zip(classes, *(x.flatten(0, 1).split(sizes) for x in (q_BTHK, k_BSGK, v_BSGK)))
         found = []
         for (number, length), *part in parts:
             q, k, v = (x.unflatten(0, (number, length)) for x in part)

@@ -101,7 +101,10 @@ def functions(compiled: bool) -> tuple[Callable, Callable]:
     from torch.nn.attention import flex_attention  # noqa: PLC0415  (imports dynamo)
 
     both = (flex_attention.create_block_mask, flex_attention.flex_attention)
-    return tuple(torch.compile(f, fullgraph=True) for f in both) if compiled else both
+    if not compiled:
+        return both
+    create, attend = (torch.compile(f, fullgraph=True) for f in both)
+    return create, attend
 
 
 def pairs_allowed(
@@ -109,7 +112,7 @@ def pairs_allowed(
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """`Mask.dense`, pair by pair, as a function of (batch, head, query, key)."""
 
-    def rows(x: Tensor | None, length: int) -> Tensor | None:
+    def rows(x: Tensor | None, length: int) -> Any:
         return None if x is None else x.expand(n_rows, length)
 
     key_documents = mask.documents if mask.key_documents is None else mask.key_documents

@@ -46,6 +46,9 @@ class Mask:
     order: Tensor | None = None  # [B, T]
     key_order: Tensor | None = None  # [B, S]; None means order
     strict: bool = False  # order: < (the query stream of XLNet) instead of <=
+    # A field for CPU kernels alone. It may not leave the core: it is known where a row is packed
+    # (finetune/tasks) and read where it is attended, and a Mask is all that travels between the
+    # two.
     # No condition of its own: documents again, for kernels that run length by length. Only where
     # the one row of the batch is full of documents, each of which lies in one piece.
     classes: Classes | None = None
@@ -68,6 +71,10 @@ class Mask:
 
     def dense(self, n_queries: int, n_keys: int, device: torch.device | str = "cpu") -> Tensor:
         """The definition: bool [B or 1, 1, T, S], True where the query may see the key."""
+        # What each condition costs a kernel: causal, window, lengths and prefixes are bounds of its
+        # loops, so hidden tiles are never visited and only tiles on a boundary compare indices.
+        # Documents and order are numbers in memory: one scan a program to bound the loop, and a
+        # comparison in every tile that is left.
         t = torch.arange(n_queries, device=device)[:, None] + (n_keys - n_queries)
         s = torch.arange(n_keys, device=device)[None, :]
         allowed = torch.ones(1, 1, n_queries, n_keys, dtype=torch.bool, device=device)

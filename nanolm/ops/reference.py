@@ -75,6 +75,7 @@ class ReferenceAttention:
         softcap: float | None,
     ) -> tuple[Tensor, Tensor]:
         """(weights_BHTS, lse_BHT): what an observer looks at when it wants the attention map."""
+        # Grouped queries (Ainslie et al. 2023): H / G query heads read the same key head.
         repeats = q_BTHK.shape[2] // k_BSGK.shape[2]
         q_BHTK = wide(q_BTHK).transpose(1, 2)
         k_BHSK = wide(k_BSGK).transpose(1, 2).repeat_interleave(repeats, dim=1)
@@ -87,6 +88,8 @@ class ReferenceAttention:
         if bias is not None:  # -inf hides as the mask does, from the gradient too
             allowed = allowed & ~torch.isneginf(scores_BHTS)
         scores_BHTS = scores_BHTS.masked_fill(~allowed, -torch.inf)
+        # exp(score - lse) and not softmax: the lse is also what a backward pass, a ring of devices
+        # or a prefix needs to put parts together.
         lse_BHT = torch.logsumexp(scores_BHTS, dim=-1)
         # A row without any visible key has lse -inf: subtracting 0 instead gives weights 0, no NaN.
         shift_BHT = torch.where(lse_BHT == -torch.inf, 0.0, lse_BHT)

@@ -5,7 +5,8 @@
 Each triplet (column of B, entry of e, row of A) has a score: the product of the smoothed |w dL/dw|
 and of its smoothed change, e's own plus the means over the column and the row (section 3.2). From
 `warm_steps` on, a falling number of triplets keeps its e and all others' become 0, chosen over all
-weights together (section 3.3, equation 10). The loss gains weight * mean ||A A^T - I||.
+weights together (section 3.3, equation 10). The loss gains weight * mean ||A A^T - I||, as in the
+authors' code; the paper squares the norm (equation 4).
 
 Scores live in buffers, so a resumed run goes on with them.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -62,8 +63,20 @@ class AdaLoraOptions(LowRankOptions):
         )
 
 
+def gradient_of(weight: nn.Parameter) -> Tensor:
+    """The gradient that a step has given it: a trained weight has one in every step."""
+    return cast(Tensor, weight.grad)
+
+
 class Triplets(nn.Module):
     """(alpha / r) B diag(e) A dropout(x), and how important each part of it has been."""
+
+    a_importance: Tensor
+    a_change: Tensor
+    e_importance: Tensor
+    e_change: Tensor
+    b_importance: Tensor
+    b_change: Tensor
 
     def __init__(self, n_in: int, n_out: int, options: AdaLoraOptions) -> None:
         super().__init__()
@@ -93,7 +106,7 @@ class Triplets(nn.Module):
         for name, weight in self.named_parameters():
             importance = getattr(self, f"{name}_importance")
             change = getattr(self, f"{name}_change")
-            now = (weight * weight.grad).abs()
+            now = (weight * gradient_of(weight)).abs()
             importance.lerp_(now, 1 - first)
             change.lerp_((now - importance).abs(), 1 - second)
 
@@ -118,6 +131,8 @@ class AdaLoraLinear(LoraLinear):
 class Budget(nn.Module):
     """Hands out ranks between the steps of the optimizer."""
 
+    step: Tensor
+
     def __init__(self, options: AdaLoraOptions, triplets: list[Triplets]) -> None:
         super().__init__()
         self.options = options
@@ -140,9 +155,9 @@ class Budget(nn.Module):
     def before_step(self) -> None:
         """Adds the gradient of the orthogonality term; it is the same on every rank."""
         weights = [p for t in self.triplets for p in (t.a, t.b)]
-        disorder = sum(t.disorder() for t in self.triplets) / len(weights)
+        disorder = torch.as_tensor(sum(t.disorder() for t in self.triplets)) / len(weights)
         for p, gradient in zip(weights, torch.autograd.grad(disorder, weights), strict=True):
-            p.grad.add_(gradient, alpha=self.options.orthogonality)
+            gradient_of(p).add_(gradient, alpha=self.options.orthogonality)
 
     @torch.no_grad()
     def after_step(self) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -138,7 +139,8 @@ class Adopted(Linear):
     def __init__(self, base: nn.Linear) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.weight, self.bias, self.kernel = base.weight, base.bias, base.kernel
+        self.weight, self.bias = base.weight, base.bias
+        self.kernel = cast(Linear, base).kernel
         self.base = (base,)  # in a tuple, so that it is no child of this module
 
     def fold(self, weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
@@ -151,7 +153,7 @@ class Adopted(Linear):
         return base
 
 
-def rows_of(block: nn.Module) -> dict[tuple[str, str], dict[str, int]]:
+def rows_of(block: Any) -> dict[tuple[str, str], dict[str, int]]:
     """{(sub-layer, its Linear): {part: number of output rows}} of one block, in their order.
 
     Queries, keys and values share one Linear, and so do a gate and what it gates.

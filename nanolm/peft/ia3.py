@@ -8,6 +8,7 @@ The vectors start at one, and fold into the weights without a trace.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,4 +75,5 @@ def ia3(options: Ia3Options, learner: Learner, adapter: Adapter) -> None:
     for parent, name, parts, chosen in linears(learner, ["k", "v"]):
         adapter.replace(parent, name, ScaledRows(getattr(parent, name), parts, chosen))
     for block in learner.trunk.blocks:
-        adapter.replace(block.feed_forward, "down", ScaledColumns(block.feed_forward.down))
+        forward: Any = block.feed_forward
+        adapter.replace(forward, "down", ScaledColumns(forward.down))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +74,7 @@ class LowRank(nn.Module):
 class LoraLinear(Adopted):
     """A Linear whose rows fall into parts, some of which have a low-rank change."""
 
-    low_rank: type[nn.Module] = LowRank
+    low_rank: type[Any] = LowRank
 
     def __init__(
         self,
@@ -85,12 +85,12 @@ class LoraLinear(Adopted):
     ) -> None:
         super().__init__(base)
         self.parts = parts
-        self.lora = nn.ModuleDict(
+        self.lora: Any = nn.ModuleDict(
             {name: self.low_rank(base.in_features, parts[name], options) for name in chosen}
         )
 
-    def split(self, rows: Tensor | None, dim: int) -> list[Tensor | None]:
-        """A tensor's pieces along the output rows, one for each part."""
+    def split(self, rows: Tensor | None, dim: int) -> list[Any]:
+        """A tensor's pieces along the output rows, one for each part; of None, as many None."""
         if rows is None:
             return [None] * len(self.parts)
         return list(rows.split(list(self.parts.values()), dim=dim))

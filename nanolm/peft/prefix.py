@@ -68,10 +68,15 @@ class Prefix(nn.Module):
         softcap: float | None,
     ) -> Tensor:
         """What the kernel of the attention op computes, the prefix included: [B, T, H, K]."""
-        settings = {"scale": scale, "softcap": softcap, "dropout": dropout, "return_lse": True}
-        text = self.kernel.run(q_BTHK, k_BSGK, v_BSGK, mask, bias=bias, **settings)
+        settings: dict[str, Any] = {
+            "scale": scale,
+            "softcap": softcap,
+            "dropout": dropout,
+            "return_lse": True,
+        }
+        text: Any = self.kernel.run(q_BTHK, k_BSGK, v_BSGK, mask, bias=bias, **settings)
         keys, values = self.k_PGK[None], self.v_PGK[None]
-        prefix = self.kernel.run(q_BTHK, keys, values, Mask(), **settings)
+        prefix: Any = self.kernel.run(q_BTHK, keys, values, Mask(), **settings)
         share_BHT = torch.sigmoid(prefix.lse - text.lse)
         share_BTH1 = share_BHT.transpose(1, 2)[..., None]
         mixed = torch.lerp(wide(text.out), wide(prefix.out), share_BTH1)

@@ -77,7 +77,7 @@ class Prompt(nn.Module):
             f"peft.length",
         )
         if self.classes is not None:
-            return (self.before_each(inputs, x_BTD),)
+            return (self.before_each(inputs, x_BTD, self.classes),)
         if inputs.cache is not None:
             inputs.cache.grow(length)
         if positions_BT is not None:
@@ -98,21 +98,23 @@ class Prompt(nn.Module):
             ),
         )
 
-    def before_each(self, inputs: Inputs, x_1TD: Tensor) -> Inputs:
+    def before_each(self, inputs: Inputs, x_1TD: Tensor, classes: Classes) -> Inputs:
         """The inputs of one row of texts by length, with the prompt in front of every text."""
         length, device = len(self.vectors_PD), x_1TD.device
         # Here and in `after` nobody waits: rows of texts by length exist on a CPU only.
-        self.places, first = (found.to(device) for found in places_by_class(self.classes, length))
+        self.places, first = (found.to(device) for found in places_by_class(classes, length))
         all_TD = torch.cat([self.vectors_PD.to(x_1TD.dtype), x_1TD[0]])
         counted_P = torch.arange(length, device=device)
-        positions_T = inputs.positions_BT[0] + length
+        positions_BT, documents_BT = inputs.positions_BT, inputs.mask.documents
+        assert positions_BT is not None and documents_BT is not None  # rows of several texts
+        positions_T = positions_BT[0] + length
         segments_BT = inputs.segments_BT
         if segments_BT is not None:
             segments_BT = nn.functional.pad(segments_BT, (length, 0))[:, self.places]
         mask = dataclasses.replace(
             inputs.mask,
-            documents=inputs.mask.documents[:, first],
-            classes=tuple((number, own + length) for number, own in self.classes),
+            documents=documents_BT[:, first],
+            classes=tuple((number, own + length) for number, own in classes),
         )
         return dataclasses.replace(
             inputs,
@@ -144,7 +146,7 @@ class Prompt(nn.Module):
     def after(self, trunk: Trunk, arguments: Any, hidden_BTD: Tensor) -> Tensor:
         """The hidden states of the text alone."""
         length = len(self.vectors_PD)
-        if self.classes is not None:
+        if self.places is not None and self.classes is not None:
             return hidden_BTD[:, self.places >= length]
         return hidden_BTD[:, length:] if self.added else hidden_BTD
 

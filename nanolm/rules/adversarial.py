@@ -8,7 +8,8 @@ a packed row), and moves against the model:
     FreeLB  1/K sum_k L(d_k), d_0 random, d_k as in PGD                    (Zhu et al. 2020, alg. 1)
 
 g is the gradient of the loss with respect to d and |.| the norm over an example's tokens and
-features, so d depends on the example alone: not on micro-batches, ranks or the loss' scale.
+features, so d depends on the example alone: not on micro-batches, ranks or the loss' scale. (Madry
+et al. bound the largest entry and step along sgn g; the Euclidean norm here is that of the others.)
 
 Shapes: B rows, T tokens, D model width.
 """
@@ -119,6 +120,7 @@ class Perturbation:
 
     def ascend(self, step_size: float, radius: float) -> None:
         """One step of length `step_size` along the gradient, then back into the ball."""
+        assert self.delta is not None and self.delta.grad is not None  # a pass has gone before
         gradient, self.delta.grad = self.delta.grad, None
         with torch.no_grad():
             moved = self.delta + step_size * gradient / self.lengths(gradient)
@@ -154,11 +156,13 @@ def ascent_of(backward: Backward, perturbation: Perturbation) -> Backward:
     other.sums, other.seen = {}, {}
 
     def differentiate(total: Tensor) -> None:
-        (gradient,) = torch.autograd.grad(total, perturbation.delta)
-        before = perturbation.delta.grad
-        perturbation.delta.grad = gradient if before is None else before + gradient
+        delta = perturbation.delta
+        assert delta is not None  # the forward pass has made it
+        (gradient,) = torch.autograd.grad(total, delta)
+        before = delta.grad
+        delta.grad = gradient if before is None else before + gradient
 
-    other.differentiate = differentiate
+    other.differentiate = differentiate  # type: ignore[method-assign]  # of this copy alone
     return other
 
 

@@ -9,17 +9,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanolm.errors import require
+from nanolm.errors import UserError, require
 from nanolm.learner import Learner
-from nanolm.objectives.base import ForwardObjective, Objective, Term
+from nanolm.objectives.base import ForwardObjective, Term
 from nanolm.registry import RULES
-from nanolm.rules.base import WithLogits, Wrapped, WrapperOptions, logits_in, only_terms
+from nanolm.rules.base import (
+    ChoiceObjective,
+    WithLogits,
+    Wrapped,
+    WrapperOptions,
+    logits_in,
+    only_terms,
+)
 from nanolm.training.batch import MicroBatch
 from nanolm.training.engine import RuleEngine
 from nanolm.training.gradient import Backward, GradientRule, build_rule
@@ -53,14 +60,14 @@ class Taught(Wrapped):
         """Terms of one micro-batch, and if asked for the student's logits."""
         asked = objective or self.engine.learner.objective
         terms = dict(self.engine(batch, WithLogits(asked)))
-        taught = self.taught(batch, asked)
+        taught = self.taught(batch, cast(ChoiceObjective, asked))  # WithLogits has asked it
         for name, logits_NC in logits_in(terms).items():
             divergence = divergence_from(taught[name], logits_NC, self.temperature)
             terms[f"{name}_distill"] = Term(divergence, terms[name].count)
         return terms if isinstance(objective, WithLogits) else only_terms(terms)
 
     @torch.no_grad()
-    def taught(self, batch: Any, objective: Objective) -> dict[str, Tensor]:
+    def taught(self, batch: MicroBatch, objective: ChoiceObjective) -> dict[str, Tensor]:
         """The teacher's logits of the same targets."""
         tensors = self.engine.move(batch)
         with self.engine.precision():
@@ -104,16 +111,17 @@ def open_teacher(path: str, engine: RuleEngine) -> Learner:
 @RULES.register("distill", options=DistillOptions)
 def distill(options: DistillOptions) -> GradientRule:
     """The inner rule, on an engine with a teacher; the teacher is opened before the first step."""
-    require(
-        options.teacher is not None,
-        "train.rule=distill needs a teacher: set train.rule.teacher to a run or checkpoint",
-    )
+    path = options.teacher
+    if path is None:
+        raise UserError(
+            "train.rule=distill needs a teacher: set train.rule.teacher to a run or checkpoint"
+        )
     inner = build_rule(options.inner)
     teachers: list[Learner] = []
 
     def rule(learner: RuleEngine, micro_batches: Sequence[MicroBatch], backward: Backward) -> None:
         if not teachers:
-            teachers.append(open_teacher(options.teacher, learner))
+            teachers.append(open_teacher(path, learner))
         names = list(backward.weights)
         weights = {f"{n}_distill": options.weight * backward.weights[n] for n in names}
         counts = {f"{n}_distill": backward.counts.get(n, 0) for n in names}

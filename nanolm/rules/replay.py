@@ -18,6 +18,7 @@ from nanolm.checkpoint.facts import facts_of, require_same_facts
 from nanolm.data.stream import RowStream
 from nanolm.data.tokenizer import MODEL_FILE
 from nanolm.errors import UserError, require
+from nanolm.learner import Learner
 from nanolm.model.trunk import Inputs
 from nanolm.objectives.base import Objective, Term
 from nanolm.registry import RULES
@@ -79,7 +80,7 @@ class Replayed:
 class Source:
     """The corpus, the objective and the head of a pretraining checkpoint."""
 
-    def __init__(self, options: ReplayOptions, engine: RuleEngine) -> None:
+    def __init__(self, options: ReplayOptions, base: str, engine: RuleEngine) -> None:
         from nanolm.build import build_stream  # noqa: PLC0415  (it imports this module)
         from nanolm.saved import open_saved  # noqa: PLC0415
 
@@ -88,7 +89,7 @@ class Source:
             options.rows >= world.size,
             f"train.rule.rows={options.rows} is less than one row for each of {world.size} ranks",
         )
-        saved = open_saved(options.base, phase="train", device=str(world.device))
+        saved = open_saved(base, phase="train", device=str(world.device))
         config = saved.config
         if options.data is not None:
             data = dataclasses.replace(config.data, path=options.data, corpora=[])
@@ -111,7 +112,8 @@ class Source:
         )
         self.objective = Replayed(saved.learner.objective, borrowed_heads(saved.learner, engine))
         self.options, self.world = options, world
-        self.next_step, self.batches = -1, iter(())
+        self.next_step = -1
+        self.batches: Iterator[list[MicroBatch]] = iter(())
 
     def rows(self, step: int) -> list[MicroBatch]:
         """This rank's rows of a step."""
@@ -138,7 +140,7 @@ class Source:
         )
 
 
-def borrowed_heads(base: nn.Module, engine: RuleEngine) -> nn.ModuleDict:
+def borrowed_heads(base: Learner, engine: RuleEngine) -> nn.ModuleDict:
     """The base's heads, frozen; where one is tied to the base's embedding, tied to the learner's.
 
     Raises UserError when the two trunks are of different widths or vocabularies.
@@ -160,16 +162,17 @@ def borrowed_heads(base: nn.Module, engine: RuleEngine) -> nn.ModuleDict:
 @RULES.register("replay", options=ReplayOptions)
 def replay(options: ReplayOptions) -> GradientRule:
     """Passes over the replayed rows, then the inner rule, in whose last pass ranks meet."""
-    require(
-        options.base is not None,
-        "train.rule=replay needs train.rule.base: the pretraining run whose rows are replayed",
-    )
+    base = options.base
+    if base is None:
+        raise UserError(
+            "train.rule=replay needs train.rule.base: the pretraining run whose rows are replayed"
+        )
     inner = build_rule(options.inner)
     sources: list[Source] = []
 
     def rule(learner: RuleEngine, micro_batches: Sequence[MicroBatch], backward: Backward) -> None:
         if not sources:
-            sources.append(Source(options, learner))
+            sources.append(Source(options, base, learner))
         source = sources[0]
         batches = source.rows(backward.step)
         names = list(source.objective.objective.weights)

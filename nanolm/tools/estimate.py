@@ -27,12 +27,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
-
-from torch import nn
+from typing import Any
 
 from nanolm.config.model import ModelConfig
 from nanolm.config.schema import Config
 from nanolm.errors import UserError
+from nanolm.learner import Learner
 from nanolm.training.accelerators import ACCELERATORS
 from nanolm.training.flops import train_flops_per_token
 
@@ -54,7 +54,7 @@ class Sizes:
     stacks: int = 1
 
     @classmethod
-    def of(cls, learner: nn.Module) -> Sizes:
+    def of(cls, learner: Learner) -> Sizes:
         """Those of a learner, which may be on the meta device."""
         blocks = [list(block.parameters()) for block in learner.trunk.blocks]
         return cls(
@@ -186,7 +186,7 @@ def estimate(
             train.activation_checkpointing,
             *READ.get(model.trunk, of_rows)(tokens, predicted_share, length, memory),
         ),
-        "logits": model.vocab_size * (8.0 * min(CHUNK, tokens) + 4.0 * model.d_model),
+        "logits": model.n_tokens * (8.0 * min(CHUNK, tokens) + 4.0 * model.d_model),
     }
     flops = train_flops_per_token(model, length, predicted_share=predicted_share, memory=memory)
     speed = gpus * ACCELERATORS[name].peak(train.precision) * mfu / flops
@@ -296,7 +296,7 @@ def largest(
     return found
 
 
-def lean(config: Config, model: ModelConfig, strategy: str, gpus: int) -> Config:
+def lean(config: Config, model: ModelConfig, strategy: Any, gpus: int) -> Config:
     """The config with this model, one row per GPU and full recomputation."""
     train = dataclasses.replace(
         config.train, global_batch=gpus, micro_batch=1, activation_checkpointing="full"

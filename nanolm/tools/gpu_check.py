@@ -86,7 +86,7 @@ def check_kernels(device: str, folder: pathlib.Path) -> Verdict:
 
 def check_losses(device: str, folder: pathlib.Path, data: pathlib.Path) -> Verdict:
     """The same 20 steps on the device and on the CPU."""
-    found = []
+    found: list[list[float]] = []
     for where in ("cpu", device):
         run = folder / f"losses-{where}-{len(found)}"
         words = [f"--train.steps={STEPS}", "--run.checkpoint_every=0"]
@@ -94,10 +94,10 @@ def check_losses(device: str, folder: pathlib.Path, data: pathlib.Path) -> Verdi
         found.append(losses(run))
     require(len(found[0]) == STEPS, "the run on the CPU took other steps than it was told")
     far = max(abs(a - b) for a, b in zip(*found, strict=True))
-    words = f"{STEPS} float32 losses from {found[1][0]:.3f} to {found[1][-1]:.3f}"
-    words += f", at most {far:.1e} from the CPU's"
+    told = f"{STEPS} float32 losses from {found[1][0]:.3f} to {found[1][-1]:.3f}"
+    told += f", at most {far:.1e} from the CPU's"
     passed = far <= LOSS_TOLERANCE and found[0][-1] < found[0][0]
-    return Verdict("training", f"nanolm train --run.device {device}", passed, words)
+    return Verdict("training", f"nanolm train --run.device {device}", passed, told)
 
 
 def check_kill(device: str, folder: pathlib.Path, data: pathlib.Path, steps: int) -> Verdict:
@@ -118,11 +118,11 @@ def check_kill(device: str, folder: pathlib.Path, data: pathlib.Path, steps: int
         job.kill()
     command = f"torchrun --nproc_per_node {ranks} --max-restarts 3 … --resume auto"
     far = abs(losses(calm)[-1] - losses(hit)[-1])
-    words = f"{ranks} ranks ({backend}), one killed after step {killed_at} of {steps}; "
-    words += "last loss bit-equal" if far == 0 else f"last loss {far:.1e} from the undisturbed one"
-    words += f", torchrun ended with {status}"
+    told = f"{ranks} ranks ({backend}), one killed after step {killed_at} of {steps}; "
+    told += "last loss bit-equal" if far == 0 else f"last loss {far:.1e} from the undisturbed one"
+    told += f", torchrun ended with {status}"
     whole = status == 0 and killed_at is not None and len(losses(hit)) == steps
-    return Verdict("kill and resume", command, whole and far <= KILL_TOLERANCE[device], words)
+    return Verdict("kill and resume", command, whole and far <= KILL_TOLERANCE[device], told)
 
 
 def backend_of(device: str, ranks: int) -> str:

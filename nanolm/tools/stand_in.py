@@ -4,11 +4,19 @@ on them, `nanolm estimate` counts what a run would hold."""
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 
+from nanolm.data.tokenizer import Tokenizer
+
 ROLES = {"pad": 0, "mask": 1, "cls": 2, "sep": 3}
+
+
+def stand_in_tokenizer(vocab_size: int, **more: Any) -> Tokenizer:
+    """One of this size, for who asks for no more of a tokenizer than it has; `more` are further
+    fields of it."""
+    return cast(Tokenizer, StandInTokenizer(vocab_size, **more))
 
 
 @dataclasses.dataclass(frozen=True)

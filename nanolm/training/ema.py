@@ -26,6 +26,8 @@ class ExponentialMovingAverage:
 
     def update(self) -> None:
         """One step of the average."""
+        # One fused pass over all tensors; in float32, because 1 - decay is often below what
+        # bfloat16 can add to a weight.
         torch._foreach_lerp_(list(self.tensors.values()), list(self._live.values()), 1 - self.decay)
 
     @contextlib.contextmanager

@@ -79,7 +79,7 @@ class Engine:
 
     def __init__(
         self,
-        learner: nn.Module,
+        learner: Learner,
         world: World,
         config: Config,
         *,
@@ -94,7 +94,7 @@ class Engine:
         self.dtype = AUTOCAST.get(config.train.precision)
         if config.train.compile:
             compile_blocks(learner.trunk.blocks)
-        self.module = self.learner
+        self.module: nn.Module = self.learner
         if self.sharded:
             self.module = shard(self.learner, world, config, initialise)
         elif trains:

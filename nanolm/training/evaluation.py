@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -53,6 +54,13 @@ class Sums(dict[str, tuple[float, float]]):
         """Adds a micro-batch's terms; the host waits for them."""
         for name, term in terms.items():
             self.add(name, float(term.sum), float(term.count))
+
+
+class Evaluate(Protocol):
+    """What the trainer and a plan know of an evaluator."""
+
+    def __call__(self, engine: Engine, stop: Callable[[], bool] = ...) -> dict[str, float] | None:
+        """The figures, on every rank; None when `stop` said so on any of them. Collective."""
 
 
 class Evaluator:
@@ -102,7 +110,7 @@ class Evaluator:
                 continue
             sums.add_terms(terms)
             if self.yardstick is not None:
-                targets = engine.learner.objective.targets(batch.tensors)
+                targets = engine.learner.objective.targets(dict(batch.tensors))
                 text_bytes, nats = self.yardstick.measure(targets)
                 sums.add("unigram bytes", nats, text_bytes)
         return sums, 0.0

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -56,9 +56,13 @@ class Backward:
         A micro-batch without rows stands in on a rank that got none: its tensors only make the
         collectives match, and it counts for nothing.
         """
+        # Multiplied by zero rather than left out: DDP and FSDP wait in the backward pass for every
+        # parameter's gradient on every rank, so a rank without rows must have one too.
         real = len(micro_batch.row_ids) > 0
         self.differentiate(self.scale(self.total(terms) * (1.0 if real else 0.0)))
         for name, term in terms.items():
+            # Sums and not means are logged, and in float64: means of unequal parts cannot be put
+            # together afterwards, and float32 loses small terms beside a sum of a million.
             value = term.sum.detach().double()
             # A count that lies on the host goes along with the addition: to copy it first would
             # make the host wait for the device.
@@ -94,11 +98,14 @@ def share_of_total(
     terms: Mapping[str, Term], weights: Mapping[str, float], counts: Mapping[str, float]
 ) -> Tensor:
     """What these sums add to the loss to minimise, when `counts` are the whole step's targets."""
-    return sum(
+    # A count of zero, on a step without a target of this term, must not divide: its sum is zero
+    # too.
+    total = sum(
         weight * terms[name].sum / max(counts.get(name, 0), 1)
         for name, weight in weights.items()
         if name in terms
     )
+    return cast(Tensor, total)  # every objective minimises a term at least
 
 
 def total_loss(means: Mapping[str, float], weights: Mapping[str, float]) -> float:
@@ -110,7 +117,7 @@ class GradientRule(Protocol):
     """What a rule must be: a callable that leaves the step's gradient in `.grad`."""
 
     def __call__(
-        self, learner: RuleEngine, micro_batches: Sequence[MicroBatch], backward: Backward
+        self, learner: RuleEngine, micro_batches: Sequence[MicroBatch], backward: Backward, /
     ) -> None: ...
 
 
@@ -134,6 +141,8 @@ def plain(options: PlainOptions) -> GradientRule:
     def rule(learner: RuleEngine, micro_batches: Sequence[MicroBatch], backward: Backward) -> None:
         last = len(micro_batches) - 1
         for number, batch in enumerate(micro_batches):
+            # Gradients add up on the rank first and cross the network once: an exchange after each
+            # micro-batch would move the same bytes k times for the same sum.
             with learner.synchronised(when=number == last):
                 backward(learner(batch), batch)
 

@@ -20,8 +20,8 @@ import collections
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -31,20 +31,57 @@ from torch.utils.data import DataLoader, Dataset
 from nanolm.config.schema import Config
 from nanolm.data.permutation import Permutation
 from nanolm.data.schedule import cut, shard_rows, share_of
-from nanolm.data.stream import Places, Row, RowStream
+from nanolm.data.stream import RowStream
 from nanolm.distributed.world import World
 from nanolm.errors import UserError
-from nanolm.objectives.base import Objective
+from nanolm.objectives.base import Draw
 from nanolm.training.batch import MicroBatch
 
 PREFETCH = 4
 """Micro-batches that each worker process prepares ahead."""
 
 
+class Stream(Protocol):
+    """What the loader asks of a stream of rows: `RowStream` reads tokens, `TaskStream` items.
+
+    Places and rows are the stream's own types: it alone, and the objective, look into them.
+    """
+
+    @property
+    def seed(self) -> int:
+        """Keys every random choice."""
+
+    @property
+    def remote(self) -> bool:
+        """Whether it reads from an object store."""
+
+    @property
+    def read_ahead(self) -> int:
+        """Micro-batches that it wants to hear of before they are read."""
+
+    def __len__(self) -> int:
+        """Rows of one pass."""
+
+    def places(self, start: int, stop: int) -> Any:
+        """Where rows [start, stop) of training stand."""
+
+    def places_of(self, row_ids: np.ndarray) -> Any:
+        """Where the rows with these ids stand."""
+
+    def expect(self, start: int, stop: int) -> None:
+        """Told that rows [start, stop) of training will be read soon."""
+
+    def read(self, places: Any) -> list[Any]:
+        """The rows that stand there."""
+
+    def draw(self, row: Any, k: int) -> Any:
+        """The k-th keyed other row."""
+
+
 class RowObjective(Protocol):
     """The data side of an objective, all that the loader knows of it."""
 
-    def example(self, row: Row, rng: np.random.Generator, draw: functools.partial) -> Any:
+    def example(self, row: Any, rng: np.random.Generator, draw: Draw) -> Any:
         """One row made ready; `draw(k)` gives the k-th keyed other row."""
 
     def collate(self, examples: list) -> dict[str, np.ndarray]:
@@ -54,13 +91,11 @@ class RowObjective(Protocol):
         """Number of targets of each loss term."""
 
 
-def micro_batch_of(
-    places: Places, stream: RowStream, objective: RowObjective, seed: int
-) -> MicroBatch:
+def micro_batch_of(places: Any, stream: Stream, objective: RowObjective, seed: int) -> MicroBatch:
     """Rows -> examples -> batch; each row's generator is default_rng((seed, epoch, row_id))."""
     whole = getattr(objective, "batch", None)
     if whole is not None:
-        batch = whole(stream.read_block(places))
+        batch = whole(cast(RowStream, stream).read_block(places))
     else:
         rows = stream.read(places)
         batch = objective.collate([_example(row, stream, objective, seed) for row in rows])
@@ -68,7 +103,7 @@ def micro_batch_of(
     return MicroBatch(tensors, objective.counts(batch), places.row_id)
 
 
-def _example(row: Row, stream: RowStream, objective: RowObjective, seed: int) -> Any:
+def _example(row: Any, stream: Stream, objective: RowObjective, seed: int) -> Any:
     rng = np.random.default_rng((seed, row.epoch, row.row_id))
     return objective.example(row, rng, functools.partial(stream.draw, row))
 
@@ -91,7 +126,7 @@ class Loader:
 
     def __init__(
         self,
-        stream: RowStream,
+        stream: Stream,
         objective: RowObjective,
         *,
         global_batch: int,
@@ -195,7 +230,7 @@ class Loader:
 
 
 def open_loader(
-    config: Config, stream: RowStream, objective: Objective, world: World, start: int = 0
+    config: Config, stream: Stream, objective: RowObjective, world: World, start: int = 0
 ) -> Loader:
     """This rank's loader, at optimizer step `start`."""
     return Loader(
@@ -214,17 +249,17 @@ def open_loader(
 
 
 def steps(
-    config: Config, stream: RowStream, objective: Objective, world: World, start: int
-) -> Iterator[Sequence[MicroBatch]]:
+    config: Config, stream: Stream, objective: RowObjective, world: World, start: int
+) -> Generator[Sequence[MicroBatch], None, None]:
     """Micro-batches of each optimizer step from `start` on; a rank without rows gets a blank one,
     with the tensors of a real row (see `MicroBatch.blank`)."""
     loader = open_loader(config, stream, objective, world, start)
     try:
-        blank = None
+        blank: MicroBatch | None = None
         for micro_batches in loader:
             if not micro_batches and blank is None:
                 blank = loader.build(range(1)).to(world.device, pin=False).blank()
-            yield micro_batches or [blank]
+            yield micro_batches or [cast(MicroBatch, blank)]
     finally:
         loader.close()
 
@@ -239,7 +274,7 @@ class _Refusal:
 class _Builder(Dataset):
     """What a worker process holds: global rows -> MicroBatch."""
 
-    def __init__(self, stream: RowStream, objective: RowObjective, seed: int) -> None:
+    def __init__(self, stream: Stream, objective: RowObjective, seed: int) -> None:
         self.stream, self.objective, self.seed = stream, objective, seed
 
     def __getitem__(self, rows: range) -> MicroBatch | _Refusal:
@@ -250,7 +285,7 @@ class _Builder(Dataset):
             return _Refusal(str(error))
 
 
-def _as_it_is(batch: MicroBatch) -> MicroBatch:
+def _as_it_is(batch: Any) -> Any:
     return batch
 
 
@@ -262,7 +297,7 @@ def _leave_the_process_group(worker: int) -> None:
 
 
 def eval_batches(
-    stream: RowStream,
+    stream: Stream,
     objective: RowObjective,
     batch: int,
     rank: int = 0,

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -117,6 +118,8 @@ def build_optimizers(learner: nn.Module, options: Options) -> list[torch.optim.O
 def decay_groups(named: Iterable[Named], lr: float, weight_decay: float) -> list[dict]:
     """Two parameter groups of one peak learning rate: matrices with decay, vectors without."""
     named = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+    # Decay pulls towards zero. A gain's neutral value is 1 and a bias is an offset: for neither is
+    # a smaller one a simpler model.
     matrices = [(name, parameter) for name, parameter in named if parameter.ndim >= 2]
     vectors = [(name, parameter) for name, parameter in named if parameter.ndim < 2]
     return [
@@ -140,14 +143,15 @@ def _group(named: list[Named], lr: float, weight_decay: float) -> dict:
 def adamw(learner: nn.Module, options: AdamWOptions) -> list[torch.optim.Optimizer]:
     """torch's fused AdamW: one kernel over all parameters."""
     groups = decay_groups(learner.named_parameters(), options.lr, options.weight_decay)
-    return [torch.optim.AdamW(groups, betas=tuple(options.betas), eps=options.eps, fused=True)]
+    first, second = options.betas
+    return [torch.optim.AdamW(groups, betas=(first, second), eps=options.eps, fused=True)]
 
 
 @OPTIMIZERS.register("muon", options=MuonOptions)
 def muon(learner: nn.Module, options: MuonOptions) -> list[torch.optim.Optimizer]:
     """Muon on the matrices of `trunk.blocks`, AdamW on embeddings, heads, gains and biases."""
     named = list(learner.named_parameters())
-    inside = {id(parameter) for parameter in learner.trunk.blocks.parameters()}
+    inside = {id(parameter) for parameter in cast(Any, learner).trunk.blocks.parameters()}
     matrices = [
         (name, parameter)
         for name, parameter in named
@@ -167,7 +171,8 @@ def muon(learner: nn.Module, options: MuonOptions) -> list[torch.optim.Optimizer
         optimizers.append(Muon([group], options.momentum, steps, product=product.run, dtype=dtype))
     groups = decay_groups(rest, options.adamw_lr, options.weight_decay)
     if groups:
-        betas = tuple(options.betas)
+        first, second = options.betas
+        betas = (first, second)
         optimizers.append(torch.optim.AdamW(groups, betas=betas, eps=options.eps, fused=True))
     return optimizers
 
@@ -225,7 +230,7 @@ class Muon(torch.optim.Optimizer):
         self.product, self.dtype = product, dtype
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """Updates every parameter that has a gradient."""
         for group in self.param_groups:
             for weight in group["params"]:
@@ -235,9 +240,16 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum"] = torch.zeros_like(weight)
                 momentum, mu = state["momentum"], group["momentum"]
+                # An average, where SGD keeps a sum: orthogonalising forgets the size anyhow, and an
+                # average cannot overflow.
                 momentum.lerp_(weight.grad, 1 - mu)
                 update = self.orthogonal_part(weight.grad.lerp(momentum, mu), group["steps"])
+                # An orthogonal update of [M, N] changes an output by at most lr times its input,
+                # for all shapes alike; tall matrices get sqrt(M / N) more, so that each output
+                # coordinate moves by as much (Jordan et al. 2024).
                 scale = math.sqrt(max(1.0, weight.shape[0] / weight.shape[1]))
+                # Decoupled: the decay acts on the weight and is not orthogonalised with the
+                # gradient.
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
                 weight.add_(update, alpha=-group["lr"] * scale)
 
@@ -247,10 +259,9 @@ class Muon(torch.optim.Optimizer):
         Every rank gathers the whole matrix and orthogonalises it, one matrix at a time: the update
         of some rows needs all rows.
         """
-        sharded = isinstance(matrix_MN, DTensor)
-        whole_MN = matrix_MN.full_tensor() if sharded else matrix_MN
+        whole_MN = matrix_MN.full_tensor() if isinstance(matrix_MN, DTensor) else matrix_MN
         found_MN = orthogonalise(whole_MN, steps, self.product, self.dtype).to(matrix_MN.dtype)
-        return divided(found_MN, matrix_MN) if sharded else found_MN
+        return divided(found_MN, matrix_MN) if isinstance(matrix_MN, DTensor) else found_MN
 
 
 def orthogonalise(
@@ -265,6 +276,7 @@ def orthogonalise(
     at 0.47, 0.0001 at 0.05, and 0 stays 0.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
+    # X X^T of the shorter side: a smaller Gram matrix, and the same singular values.
     tall = matrix_MN.shape[0] > matrix_MN.shape[1]
     x_MN = (matrix_MN.mT if tall else matrix_MN).to(dtype)
     x_MN = x_MN / x_MN.norm().clamp(min=1e-7)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -34,7 +35,7 @@ class Progress:
         self.entries = 0
         self.changed = time.monotonic()
         self._cuda = device.type == "cuda"
-        self._marks: list[tuple[str, float | torch.cuda.Event]] = []
+        self._marks: list[tuple[str, Any]] = []  # seconds, or on CUDA events
         self._steps = 0
 
     def enter(self, phase: str, step: int | None = None) -> None:
@@ -47,7 +48,7 @@ class Progress:
         self.changed = time.monotonic()
         self._marks.append((phase, self._now()))
 
-    def _now(self) -> float | torch.cuda.Event:
+    def _now(self) -> Any:
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)

@@ -111,6 +111,7 @@ def build_schedule(options: Options, steps: int) -> Factor:
     after = SCHEDULES.get(options.name).build(options, steps)
 
     def factor(step: int) -> float:
+        # step + 1: a first step at rate 0 would be a forward and a backward pass for nothing.
         return (step + 1) / warmup if step < warmup else after(step)
 
     return factor

@@ -170,7 +170,8 @@ class Wandb:
         config: Mapping[str, Any],
         note: Callable[[str], None],
     ) -> None:
-        self._note, self._pending, self._broken = note, [], False
+        self._note, self._broken = note, False
+        self._pending: list[dict[str, Any]] = []
         self._wake = threading.Condition()
         self._closing = False
         arguments = (folder, options, dict(config))
@@ -210,7 +211,7 @@ class Wandb:
     def _open(self, folder: pathlib.Path, options: WandbConfig, config: dict[str, Any]) -> Any:
         import wandb  # noqa: PLC0415 (takes a second, and off the training thread)
 
-        mode = options.mode
+        mode: Any = options.mode
         if mode == "auto":
             mode = os.environ.get("WANDB_MODE") or (_logged_in(wandb) and "online") or "offline"
         identity = folder / "wandb" / "run_id"

@@ -16,19 +16,19 @@ import dataclasses
 import math
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from nanolm.checkpoint.checkpoints import Checkpoints
 from nanolm.config.schema import Config
 from nanolm.distributed.world import World, peer_lost
 from nanolm.errors import UserError
+from nanolm.learner import Learner
 from nanolm.training.batch import MicroBatch
 from nanolm.training.engine import Engine, Initialise
-from nanolm.training.evaluation import Evaluator
+from nanolm.training.evaluation import Evaluate
 from nanolm.training.gradient import Backward, total_loss
 from nanolm.training.guards.nonfinite import NonFinitePolicy
 from nanolm.training.guards.patience import Patience
@@ -44,7 +44,7 @@ from nanolm.training.throughput import Throughput
 from nanolm.training.tuning import freeze
 from nanolm.training.update import Update
 
-LoaderFactory = Callable[[int], Iterator[Sequence[MicroBatch]]]
+LoaderFactory = Callable[[int], Generator[Sequence[MicroBatch], None, None]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,12 +72,12 @@ class Trainer:
     def __init__(
         self,
         config: Config,
-        learner: nn.Module,
+        learner: Learner,
         world: World,
         loader_factory: LoaderFactory,
         *,
         checkpoints: Checkpoints,
-        evaluator: Evaluator | None = None,
+        evaluator: Evaluate | None = None,
         sinks: Sequence[Sink] = (),
         throughput: Throughput | None = None,
         note: Callable[[str], None] = print,
@@ -196,9 +196,11 @@ class Trainer:
         if self.state.done + 1 in self.policy.passed:
             return self._pass_over()
         lr = self.update.set_rates(self.state.done)
+        # All ranks get the same loss and norm, so they decide alike what follows, without asking.
         terms, norm, counts, stop = self.gradient(micro_batches)
         self.progress.enter("optimizer")
         loss = total_loss(terms, self.weights)
+        # Judged before anything moves: one NaN would stay in every weight and in Adam's moments.
         applied, rewound = self.policy.accepts(loss, norm), False
         if applied:
             self.update.apply(norm)
@@ -206,13 +208,14 @@ class Trainer:
         else:
             rewound = self._refuse(micro_batches, loss, counts)
         self.update.clear()
+        # A skipped step counts, or its rows would come again; a rewind has set the count itself.
         if not rewound:
             self.state.done += 1
         return StepResult(loss, terms, lr, norm, applied, stop, rewound)
 
     def gradient(
         self, micro_batches: Sequence[MicroBatch]
-    ) -> tuple[dict[str, float], float, dict[str, float], bool]:
+    ) -> tuple[dict[str, float], float, Mapping[str, float], bool]:
         """The next step's gradient, in `.grad`, with the terms' means, its norm, the target counts
         and whether any rank was told to stop; collective."""
         done, seed = self.state.done, self.seed()
@@ -230,7 +233,7 @@ class Trainer:
         return StepResult(math.nan, {}, lr, math.nan, False, stop)
 
     def _agree(self, backward: Backward) -> tuple[dict[str, float], bool]:
-        """Global means of all terms, and whether any rank was told to stop."""
+        """Global means of all terms, and whether any rank was told to stop: then all stop here."""
         names = sorted(backward.sums)
         flat = [backward.sums[name] for name in names] + [backward.seen[name] for name in names]
         values = torch.stack(flat).tolist()  # the gradient's norm has been waited for already

@@ -44,6 +44,7 @@ class Update:
 
     def set_rates(self, done: int) -> float:
         """Gives every parameter group its learning rate after `done` steps; the first group's."""
+        # A function of the steps done alone: no state to save, and a resumed run has the same rate.
         factor = self.factor(done)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -62,17 +63,26 @@ class Update:
         `weights` are those of the objective's terms, `seed` is this rank's dropout. Returns the
         pass with its target counts and this rank's sums of the terms.
         """
+        # Dropout draws from a generator that is set anew in each step: no generator state has to be
+        # saved, and a step that is replayed drops the same units.
         torch.manual_seed(seed)
         progress = self.engine.progress
         progress.enter("communication")
         names = list(weights)
+        # Counted before the first backward pass, since every pass divides by the count of the whole
+        # step. To divide by each micro-batch's own count and average afterwards would weigh a
+        # target in a short micro-batch more than one in a long micro-batch.
         mine = [sum(batch.counts.get(name, 0) for batch in micro_batches) for name in names]
         counts = dict(zip(names, self.world.all_sum(mine), strict=True))
         backward = Backward(weights, counts, self._scaled, done)
         self.rule(self.engine, micro_batches, backward)
         progress.enter("optimizer")
+        # fp16 multiplied the loss, and so the gradient, to keep it in range: taken back before the
+        # norm is measured, or clipping would compare a norm that is thousands of times too large.
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
+        # One norm over all parameters, not one a tensor: clipping then shortens the gradient and
+        # leaves its direction (Pascanu et al. 2013).
         norm = torch.nn.utils.get_total_norm(self._gradients())
         # The host waits here, once a step: it decides whether the weights move, and tells the log.
         # (fp16's scaler waits beside it, to learn what overflowed.)
@@ -88,6 +98,9 @@ class Update:
 
     def apply(self, norm: float) -> None:
         """Moves the weights by the gradient, which has this norm, and their average after them."""
+        # Clip, step, average, in this order. Clipped before the step, so that an outlier does not
+        # enter the optimizer's moments at full size; averaged after it, since the average is over
+        # weights that a step has reached.
         if self.clip is not None and norm > self.clip:
             torch._foreach_mul_(self._gradients(), self.clip / norm)
         for optimizer in self.optimizers:

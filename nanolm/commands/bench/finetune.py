@@ -48,7 +48,7 @@ from nanolm.tools.bench.finetune import (
 from nanolm.tools.devices import DeviceWord, device_type
 
 PRECISIONS = ("fp32", "bf16", "fp16")
-CONTESTANTS = {
+CONTESTANTS: dict[str, dict[str, Any]] = {
     "nanolm": {"model": "nanolm"},
     "nanolm, masked rectangle": {"model": "nanolm", "kernels": {"attention": "sdpa"}},
     "transformers, padded": {"model": "padded"},

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from nanolm.finetune.explain.questions import Question, question_of
-from nanolm.finetune.tasks.base import Item, Task
+from nanolm.finetune.tasks.base import Item, task_in
 from nanolm.learner import Learner
 from nanolm.ops.reference import ReferenceAttention
 
@@ -61,7 +61,7 @@ class Explainer:
 
     def __init__(self, learner: Learner, item: Item, target: str | None = None) -> None:
         self.learner, self.item = learner, item
-        self.task: Task = learner.objective
+        self.task = task_in(learner)
         self.task.in_line = False  # a rectangle, in which each point has a row of its own
         trunk, tokens = learner.trunk, item.sequences[0].tokens
         self.device = trunk.embedding.weight.device
@@ -153,7 +153,8 @@ def observed_attention(learner: Learner) -> Iterator[list[Tensor]]:
     Of prefix-tuning, the weights are those among the text's own tokens.
     """
     maps: list[Tensor] = []
-    kept = [(block.attention, block.attention.attend) for block in learner.trunk.blocks]
+    attentions: list[Any] = [block.attention for block in learner.trunk.blocks]
+    kept = [(attention, attention.attend) for attention in attentions]
 
     def watch(attend: Any) -> Any:
         constants = {name: attend.keywords[name] for name in ("scale", "softcap")}

@@ -161,7 +161,8 @@ def draw(explanation: Explanation, path: pathlib.Path) -> None:
     pieces, places = explanation.pieces, np.arange(len(explanation.pieces))
     width = max(6.0, 0.28 * len(pieces), 1.6 * n_heads)
     figure = plt.figure(figsize=(width, 3.2 + 1.7 * n_layers), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=[3.2, 1.7 * n_layers])
+    halves: Any = figure.subfigures(2, 1, height_ratios=[3.2, 1.7 * n_layers])
+    above, below = halves
     axis = above.subplots()
     share = 0.8 / len(explanation.attributions)
     for number, (name, values) in enumerate(explanation.attributions.items()):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -78,7 +78,7 @@ def _(
         f"--target {target} is none of the scores {', '.join(task.gold)}",
     )
     place = 0 if target is None else task.gold.index(target)
-    mean, std = task.options.mean[place], task.options.std[place]
+    mean, std = (cast(list[float], v)[place] for v in (task.options.mean, task.options.std))
     return Question(
         task.gold[place],
         lambda hidden, heads, batch: (

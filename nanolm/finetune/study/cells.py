@@ -83,8 +83,7 @@ def build_cell(
     metric, higher_is_better = chosen_by(config)
     run = pathlib.Path(study.out) / study.name / f"{slug(row.name)}-{slug(variant)}-{key}"
     words.append(f"--run.dir={run}")
-    words = tuple(words)
-    return Cell(row.name, variant, seed, setting, words, metric, higher_is_better, key, run)
+    return Cell(row.name, variant, seed, setting, tuple(words), metric, higher_is_better, key, run)
 
 
 def filled(value: Any, study: StudyConfig) -> Any:

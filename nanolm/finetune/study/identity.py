@@ -22,7 +22,7 @@ from nanolm.checkpoint.container import INDEX, read_json
 from nanolm.data.json_pieces import JSON_FILE
 from nanolm.data.tables.splits import find_split, shards_of
 from nanolm.data.tokenizer import MODEL_FILE
-from nanolm.errors import require
+from nanolm.errors import UserError
 from nanolm.files import file_sha256, key_of
 from nanolm.finetune.config import TaskConfig
 
@@ -69,8 +69,8 @@ def at_default(value: Any, owner: Any, field: dataclasses.Field, defaults: dict[
         return False
     key = f"{type(owner).__name__}.{field.name}"
     if key not in defaults:
-        made = field.default_factory is not dataclasses.MISSING
-        default = field.default_factory() if made else field.default
+        make: Any = field.default_factory
+        default = field.default if make is dataclasses.MISSING else make()
         if default is dataclasses.MISSING:
             return False
         defaults[key] = default
@@ -89,7 +89,8 @@ def content(where: str) -> str:
 @functools.cache
 def origin(path: str | None, weights: str) -> dict[str, str]:
     """Hashes of a checkpoint's tokenizer and, unless the weights are random, of its weights."""
-    require(path is not None, "a cell has no init_from: name the checkpoint to fine-tune")
+    if path is None:
+        raise UserError("a cell has no init_from: name the checkpoint to fine-tune")
     files = read_json(locate(path, best=True), INDEX)["files"]
     model = [name for name in files if name.startswith(("model", "ema"))]
     tokenizer = [name for name in files if name in (MODEL_FILE, JSON_FILE)]

@@ -151,8 +151,11 @@ def chosen(group: Group, tried: list[Record]) -> list[Cell]:
 
 def finished_records(group: Group, results: Results) -> list[Record] | None:
     """The records of the chosen setting when the whole group was run, else None."""
-    tried = [results.cells.get(cell.key) for cell in group.tries]
-    if None in tried:
+    done = results.cells
+    tried = [done[cell.key] for cell in group.tries if cell.key in done]
+    if len(tried) < len(group.tries):
         return None
-    records = [results.cells.get(cell.key) for cell in chosen(group, tried)]
-    return records if all(record and record["test"] for record in records) else None
+    finals = chosen(group, tried)
+    records = [done[cell.key] for cell in finals if done.get(cell.key)]
+    whole = len(records) == len(finals) and all(record["test"] for record in records)
+    return records if whole else None

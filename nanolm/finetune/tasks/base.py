@@ -13,9 +13,10 @@ width, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias, cast
 
 import numpy as np
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from nanolm.config.schema import Config
@@ -28,9 +29,10 @@ from nanolm.finetune.config import TaskConfig
 from nanolm.finetune.tasks.frames import frame_of
 from nanolm.finetune.tasks.heads import Layout
 from nanolm.finetune.tasks.metrics import Metric, Report, lower
+from nanolm.learner import Learner
 from nanolm.model.heads import HeadRequest
 from nanolm.model.trunk import Inputs
-from nanolm.objectives.base import Draw, Term
+from nanolm.objectives.base import Draw, Objective, Term
 from nanolm.ops.contract import Kernels
 from nanolm.ops.masks import Mask
 from nanolm.registry import Options
@@ -85,15 +87,21 @@ class PairOptions(TaskOptions):
     embedding: the exact match feature of Chen et al. (2017, section 3.2)."""
 
 
+OwnOptions: TypeAlias = Any
+"""The options that the class at hand is registered with: its subclasses have others."""
+
+
 class Task:
     """Base of the task objectives; see `nanolm.objectives.base.Objective` for the contract."""
 
+    options: Options
+    """A subclass names its own class here."""
     schema: ClassVar[type[Config]] = TaskConfig
     """The schema of a run that trains it."""
     trunks: tuple[str, ...] = ("encoder", "decoder", "two_stream")
-    fields: ClassVar[tuple[str, ...]] = ("text",)
+    fields: tuple[str, ...] = ("text",)
     """Fields that every record must have, also to predict."""
-    gold: ClassVar[tuple[str, ...]] = ("label",)
+    gold: tuple[str, ...] = ("label",)
     """Fields that it must have to be trained on or evaluated."""
     metric = "accuracy"
     """The figure by which the best checkpoint is chosen; see `metric_of`."""
@@ -110,15 +118,15 @@ class Task:
     """Whether tokens may change their places: no target points at one of them."""
     turns = False
     """Whether there may be exactly two answers, so that a text's opposite has the other one."""
-    split_by: ClassVar[tuple[str, ...]] = ()
+    split_by: tuple[str, ...] = ()
     """Columns whose content decides on which side of a carved split a record falls; see
     `split_columns`."""
 
-    def __init__(self, options: TaskOptions, config: Config, tokenizer: Tokenizer) -> None:
-        require(
-            isinstance(config, TaskConfig),
-            f"objective={options.name} is a task for labelled tables: use `nanolm finetune`",
-        )
+    def __init__(self, options: OwnOptions, config: Config, tokenizer: Tokenizer) -> None:
+        if not isinstance(config, TaskConfig):
+            raise UserError(
+                f"objective={options.name} is a task for labelled tables: use `nanolm finetune`"
+            )
         self.options, self.tokenizer = options, tokenizer
         self.trunk, self.length = config.model.trunk, config.data.row_length
         self.packed = config.data.pack
@@ -139,28 +147,28 @@ class Task:
     # From records to items.
 
     @classmethod
-    def resolve(cls, options: TaskOptions, table: Table) -> TaskOptions:
+    def resolve(cls, options: OwnOptions, table: Table) -> Any:
         """The options with what the training records decide (label sets) filled in."""
         return options
 
     @classmethod
-    def gold_fields(cls, options: TaskOptions) -> tuple[str, ...]:
+    def gold_fields(cls, options: OwnOptions) -> tuple[str, ...]:
         """The columns that training needs besides `fields`, as far as options say."""
         return cls.gold
 
     @classmethod
-    def metrics(cls, options: TaskOptions) -> tuple[Metric, ...]:
+    def metrics(cls, options: OwnOptions) -> tuple[Metric, ...]:
         """Every figure that evaluating it may give, each with its direction."""
         return lower("loss", cls.term)
 
     @classmethod
-    def split_columns(cls, options: TaskOptions) -> tuple[str, ...]:
+    def split_columns(cls, options: OwnOptions) -> tuple[str, ...]:
         """The columns by which val and folds are carved: what the task reads and nothing else, so
         that records which differ in an id or a label alone stay together."""
         return cls.split_by or cls.fields
 
     @classmethod
-    def metric_of(cls, options: TaskOptions) -> str:
+    def metric_of(cls, options: OwnOptions) -> str:
         """The figure by which the best checkpoint is chosen unless the user names another."""
         return cls.metric
 
@@ -215,7 +223,7 @@ class Task:
         total = len(first) + (0 if second is None else len(second))
         if second is None:
             first = first[:room]
-            parts = [begin, first, end]
+            parts: list[ArrayLike] = [begin, first, end]
         else:
             half = room // 2
             keep = min(len(first), max(half, room - len(second)))
@@ -336,6 +344,16 @@ class Task:
     def report(self, table: Table, predictions: list[dict[str, Any]]) -> Report:
         """Metrics of predictions against the records' own labels."""
         raise NotImplementedError
+
+
+def as_objective(task: Task) -> Objective:
+    """The task as the core knows it: the rest of `Objective` is asked of token streams only."""
+    return cast(Objective, task)
+
+
+def task_in(learner: Learner) -> Task:
+    """The task that a fine-tuned learner holds."""
+    return cast(Task, learner.objective)
 
 
 def text_problem(record: Record, fields: tuple[str, ...]) -> str | None:

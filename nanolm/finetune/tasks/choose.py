@@ -22,7 +22,7 @@ from nanolm.config.schema import Config
 from nanolm.data.tables.files import Record, Table
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.finetune.tasks import metrics
-from nanolm.finetune.tasks.base import Item, Task, text_problem
+from nanolm.finetune.tasks.base import Item, OwnOptions, Task, text_problem
 from nanolm.finetune.tasks.classify import HeadOptions, sequence_head
 from nanolm.finetune.tasks.metrics import Metric, Report, higher
 from nanolm.finetune.tasks.ragged import columns, ragged, within
@@ -49,11 +49,11 @@ class Choose(Task):
     term = "choose"
     turns = True
 
-    def __init__(self, options: ChooseOptions, config: Config, tokenizer: Tokenizer) -> None:
+    def __init__(self, options: OwnOptions, config: Config, tokenizer: Tokenizer) -> None:
         super().__init__(options, config, tokenizer)
         self.heads = self.requests(options)
 
-    def requests(self, options: ChooseOptions) -> dict[str, HeadRequest]:
+    def requests(self, options: OwnOptions) -> dict[str, HeadRequest]:
         """The heads that score candidates."""
         return {"choose": sequence_head(options, self.trunk, 1)}
 
@@ -78,7 +78,8 @@ class Choose(Task):
 
     def right(self, record: Record) -> int | None:
         """The index of the right candidate, from an index or from the candidate's text."""
-        label, choices = record.get("label"), list(record["choices"])
+        label: Any = record.get("label")
+        choices = list(record["choices"])
         if isinstance(label, str) and label in choices:
             return choices.index(label)
         try:

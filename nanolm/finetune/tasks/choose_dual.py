@@ -42,6 +42,8 @@ class ChooseDualOptions(VectorOptions):
 class ChooseDual(Choose):
     """Which candidate lies nearest."""
 
+    options: ChooseDualOptions
+
     def requests(self, options: ChooseDualOptions) -> dict[str, HeadRequest]:
         """The head that `embed` has."""
         return {"choose": vector_head(options, self.trunk)}

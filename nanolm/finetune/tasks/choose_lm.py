@@ -16,6 +16,7 @@ import dataclasses
 
 import numpy as np
 import torch.nn.functional as F
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from nanolm.config.schema import Config
@@ -46,6 +47,7 @@ class ChooseLmOptions(TaskOptions):
 class ChooseLm(Choose):
     """Which candidate is likelier."""
 
+    options: ChooseLmOptions
     reads_source = False
     trunks = ("encoder", "decoder")  # whose vocabulary head reads a place from the place itself
 
@@ -83,7 +85,7 @@ class ChooseLm(Choose):
         The second segment is the candidate's."""
         t = self.tokenizer
         if self.trunk == "encoder":
-            parts = [[t.cls], question, np.full(len(candidate), t.mask), [t.sep]]
+            parts: list[ArrayLike] = [[t.cls], question, np.full(len(candidate), t.mask), [t.sep]]
         else:
             parts = [[t.eos], question, candidate]
         return Sequence(np.concatenate(parts).astype(np.int64), len(question) + 1)

@@ -23,7 +23,14 @@ from nanolm.data.tables.labels import class_weights, infer_labels, label_problem
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import require
 from nanolm.finetune.tasks import metrics
-from nanolm.finetune.tasks.base import Item, PairOptions, Task, chosen, text_problem
+from nanolm.finetune.tasks.base import (
+    Item,
+    OwnOptions,
+    PairOptions,
+    Task,
+    chosen,
+    text_problem,
+)
 from nanolm.finetune.tasks.heads import Pooling, pooling_of
 from nanolm.finetune.tasks.metrics import Metric, Report
 from nanolm.model.heads import HeadRequest
@@ -90,9 +97,10 @@ def sequence_head(options: HeadOptions, trunk: str, n_classes: int) -> HeadReque
 class Pooled(Task):
     """Base of tasks with one framed text, or pair, per record and a head on its pooled state."""
 
+    options: PooledOptions
     split_by = ("text", "text_pair")
 
-    def __init__(self, options: PooledOptions, config: Config, tokenizer: Tokenizer) -> None:
+    def __init__(self, options: OwnOptions, config: Config, tokenizer: Tokenizer) -> None:
         super().__init__(options, config, tokenizer)
         self.fields = self.split_by if options.pair else ("text",)
         require(
@@ -102,7 +110,7 @@ class Pooled(Task):
         )
 
     @classmethod
-    def resolve(cls, options: PooledOptions, table: Table) -> PooledOptions:
+    def resolve(cls, options: OwnOptions, table: Table) -> Any:
         """Whether records are pairs, from the training records."""
         pair = options.pair
         return dataclasses.replace(
@@ -136,10 +144,11 @@ class Pooled(Task):
 class Classify(Pooled):
     """Which class a text is of."""
 
+    options: ClassifyOptions
     term = "classify"
     metric = "accuracy"
 
-    def __init__(self, options: ClassifyOptions, config: Config, tokenizer: Tokenizer) -> None:
+    def __init__(self, options: OwnOptions, config: Config, tokenizer: Tokenizer) -> None:
         super().__init__(options, config, tokenizer)
         self.labels = chosen(options.labels, options.name)
         self.number = {label: i for i, label in enumerate(self.labels)}
@@ -153,7 +162,7 @@ class Classify(Pooled):
         )
 
     @classmethod
-    def resolve(cls, options: ClassifyOptions, table: Table) -> ClassifyOptions:
+    def resolve(cls, options: OwnOptions, table: Table) -> Any:
         """Label set and balanced weights from the training records."""
         options = super().resolve(options, table)
         values = [v for r in table.records for v in listed(r.get("label"), options.multi_label)]
@@ -165,7 +174,7 @@ class Classify(Pooled):
         return dataclasses.replace(options, labels=labels, class_weights=weights)
 
     @classmethod
-    def metrics(cls, options: ClassifyOptions) -> tuple[Metric, ...]:
+    def metrics(cls, options: OwnOptions) -> tuple[Metric, ...]:
         """The loss, and what scikit-learn counts."""
         return super().metrics(options) + metrics.CLASSIFICATION
 
@@ -181,7 +190,7 @@ class Classify(Pooled):
 
     def check_gold(self, record: Record) -> str | None:
         """Labels must be in the set."""
-        value = record.get("label")
+        value: Any = record.get("label")
         if self.options.multi_label and not isinstance(value, (list, tuple)):
             return f"label is {value!r}, and objective.multi_label needs a list"
         for label in value if self.options.multi_label else [value]:
@@ -192,7 +201,7 @@ class Classify(Pooled):
                 return f"label {label!r} is not in the label set {', '.join(self.labels)}"
         return None
 
-    def gold_of(self, record: Record) -> np.ndarray:
+    def gold_of(self, record: Record) -> np.ndarray | np.int64:
         """The class's number, or for several labels a vector of 0 and 1."""
         if not self.options.multi_label:
             return np.int64(self.number[label_text(record["label"])])
@@ -278,11 +287,13 @@ class Classify(Pooled):
         self, table: Table, items: list[Item], answers: list[Any]
     ) -> list[dict[str, Any]]:
         """label (or labels) and all probabilities."""
-        found = []
+        found: list[dict[str, Any]] = []
         for values in answers:
             by_label = dict(zip(self.labels, values))
             if self.options.multi_label:
-                shown = {"labels": [label for label, p in by_label.items() if p >= 0.5]}
+                shown: dict[str, Any] = {
+                    "labels": [label for label, p in by_label.items() if p >= 0.5]
+                }
             else:
                 best = max(by_label, key=by_label.__getitem__)
                 shown = {"label": best, "probability": by_label[best]}

@@ -70,6 +70,7 @@ class EmbedOptions(VectorOptions):
 class Embed(Task):
     """Which document belongs to a query, by the nearness of their vectors."""
 
+    options: EmbedOptions
     fields = ("query",)
     gold = ("positive",)
     metric = "mrr"

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from nanolm.data.tokenizer import UNSPACED
 from nanolm.errors import UserError
@@ -68,28 +69,26 @@ AVERAGES = [f"{a}_{n}" for a in ("macro", "micro", "weighted") for n in PRECISIO
 CLASSIFICATION = higher("accuracy", *AVERAGES, "mcc", "roc_auc")
 
 
-def classification(
-    gold: Sequence[int], probabilities_NC: np.ndarray, labels: Sequence[str]
-) -> Report:
+def classification(gold: ArrayLike, probabilities_NC: np.ndarray, labels: Sequence[str]) -> Report:
     """Accuracy, precision, recall and F1 (macro, micro, weighted), MCC; ROC-AUC when binary."""
     metrics = library("sklearn.metrics")
-    gold = np.asarray(gold)
+    gold_N = np.asarray(gold)
     predicted = probabilities_NC.argmax(axis=1)
     everything = list(range(len(labels)))
-    figures = {"accuracy": float(metrics.accuracy_score(gold, predicted))}
-    figures |= _averages(metrics, gold, predicted, everything)
-    figures["mcc"] = float(metrics.matthews_corrcoef(gold, predicted))
-    if len(labels) == 2 and len(set(gold.tolist())) == 2:
-        figures["roc_auc"] = float(metrics.roc_auc_score(gold, probabilities_NC[:, 1]))
+    figures = {"accuracy": float(metrics.accuracy_score(gold_N, predicted))}
+    figures |= _averages(metrics, gold_N, predicted, everything)
+    figures["mcc"] = float(metrics.matthews_corrcoef(gold_N, predicted))
+    if len(labels) == 2 and len(set(gold_N.tolist())) == 2:
+        figures["roc_auc"] = float(metrics.roc_auc_score(gold_N, probabilities_NC[:, 1]))
     text = metrics.classification_report(
-        gold, predicted, labels=everything, target_names=list(labels), digits=4, zero_division=0
+        gold_N, predicted, labels=everything, target_names=list(labels), digits=4, zero_division=0
     )
-    confusion = metrics.confusion_matrix(gold, predicted, labels=everything).tolist()
+    confusion = metrics.confusion_matrix(gold_N, predicted, labels=everything).tolist()
     return Report(figures, text, list(labels), confusion)
 
 
 def _averages(metrics: Any, gold: Any, predicted: Any, labels: list[int]) -> dict[str, float]:
-    figures = {}
+    figures: dict[str, float] = {}
     for average in ("macro", "micro", "weighted"):
         values = metrics.precision_recall_fscore_support(
             gold, predicted, labels=labels, average=average, zero_division=0

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from nanolm.finetune.tasks.base import Item, Task, TaskOptions
 from nanolm.finetune.tasks.metrics import Metric, higher, lower
 from nanolm.model.heads import HeadRequest
 from nanolm.objectives.base import Term
-from nanolm.registry import OBJECTIVES
+from nanolm.registry import OBJECTIVES, Options
 
 SHARED_HEAD = "lm"
 """The vocabulary head comes from the base: all parts that read it share it."""
@@ -72,7 +72,7 @@ class MultiOptions(TaskOptions):
         )
 
 
-def parts_of(options: MultiOptions) -> dict[str, tuple[type[Task], TaskOptions]]:
+def parts_of(options: MultiOptions) -> dict[str, tuple[type[Task], Options]]:
     """{task: its class and its options, as far as they are known}."""
     found = {}
     for name, mapping in options.tasks.items():
@@ -91,7 +91,7 @@ def _all_higher(options: MultiOptions) -> bool:
 
 def part_configs(config: TaskConfig) -> dict[str, TaskConfig]:
     """{task: the config of a run that trained it alone}; raises UserError naming the task's key."""
-    tasks = config.objective.tasks
+    tasks = cast(MultiOptions, config.objective).tasks
     require(
         len(tasks) >= 2,
         "objective=multi needs at least two tasks: objective.tasks={NAME: {objective: …}, …}",
@@ -103,7 +103,7 @@ def _part_config(config: TaskConfig, name: str, mapping: dict[str, Any]) -> Task
     data = dataclasses.asdict(config.data) | (mapping.get("data") or {})
     try:
         base = {"objective": mapping["objective"], "data": data}
-        own = load_config([], schema=TaskConfig, base=base, prog="nanolm finetune")
+        own: TaskConfig = load_config([], schema=TaskConfig, base=base, prog="nanolm finetune")
     except UserError as error:
         raise UserError(f"objective.tasks.{name}: {error}") from None
     require(
@@ -129,6 +129,7 @@ class PartItem(Item):
 class Multi(Task):
     """What several tasks ask, at once."""
 
+    options: MultiOptions
     fields = ()
     gold = ()
     metric = "score"
@@ -136,7 +137,7 @@ class Multi(Task):
 
     def __init__(self, options: MultiOptions, config: Config, tokenizer: Tokenizer) -> None:
         super().__init__(options, config, tokenizer)
-        self.configs = part_configs(config)
+        self.configs = part_configs(cast(TaskConfig, config))
         self.parts: dict[str, Task] = {}
         self.weights, self.heads = {}, {}
         self.stand_ins: dict[str, PartItem] = {}
@@ -193,7 +194,7 @@ class Multi(Task):
         for name, part in self.parts.items():
             part.require_heads([head for head in part.heads if head_key(name, head) in fresh], base)
 
-    def collate(self, examples: list[PartItem]) -> dict[str, np.ndarray]:
+    def collate(self, examples: list[Any]) -> dict[str, np.ndarray]:
         """All sequences in one batch, and under each task's name what it reads of them."""
         present = {item.part for item in examples}
         absent = [item for name, item in self.stand_ins.items() if name not in present]
@@ -239,7 +240,7 @@ class Multi(Task):
         self, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: dict[str, Tensor]
     ) -> dict[str, Term]:
         """All tasks' terms."""
-        terms = {}
+        terms: dict[str, Term] = {}
         for name, part, own in self._views(batch):
             found = part.loss(hidden_BTD, own_heads(name, part, heads), own)
             share = 0 if "stand_in" in own else 1

@@ -65,6 +65,7 @@ class PromptOptions(ClassifyOptions):
 class Prompt(Classify):
     """Which label's word fits."""
 
+    options: PromptOptions
     reads_source = False
     trunks = ("encoder", "decoder")  # whose vocabulary head reads a place from the place itself
     movable = False

@@ -88,6 +88,7 @@ class Window(NamedTuple):
 class Read(Task):
     """Where in a text the answer stands."""
 
+    options: ReadOptions
     movable = False
     fields = ("question", "context")
     gold = ("answers",)
@@ -278,7 +279,7 @@ class Read(Task):
         self, table: Table, items: list[Item], answers: list[Any]
     ) -> list[dict[str, Any]]:
         """answer with the characters [start, end) of the context and its score; "" for none."""
-        best: list[tuple | None] = [None] * len(table.records)
+        best: list[Any] = [None] * len(table.records)
         none = [float("inf")] * len(table.records)
         for item, (score, first, last, no_answer) in zip(items, answers, strict=True):
             r = item.record

@@ -46,7 +46,8 @@ class RegressOptions(PooledOptions):
 class Regress(Pooled):
     """How much of something a text has."""
 
-    gold = ("score",)
+    options: RegressOptions
+    gold: tuple[str, ...] = ("score",)
     metric = "pearson"
     term = "regress"
 
@@ -91,7 +92,8 @@ class Regress(Pooled):
     def gold_of(self, record: Record) -> np.ndarray:
         """The standardised scores, float32[C]."""
         scores_C = np.array([number(record[name]) for name in self.gold])
-        return ((scores_C - self.options.mean) / self.options.std).astype(np.float32)
+        mean_C, std_C = np.array(self.options.mean), np.array(self.options.std)
+        return ((scores_C - mean_C) / std_C).astype(np.float32)
 
     def targets_of(
         self, examples: list[Item], batch: dict[str, np.ndarray]

@@ -12,7 +12,7 @@ Shapes: B rows, T tokens, S sequences (two to a pair), N pairs, D width of a vec
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch import Tensor, nn
@@ -52,6 +52,7 @@ class SimilarOptions(VectorOptions):
 class Similar(Task):
     """How alike two texts are, by the nearness of their vectors."""
 
+    options: SimilarOptions
     fields = ("text", "text_pair")
     gold = ("score",)
     metric = "spearman"
@@ -92,8 +93,9 @@ class Similar(Task):
         framed = [self.frame(self.encode(record[field])) for field in self.fields]
         target = None
         if with_gold:
-            span = self.options.high - self.options.low
-            target = np.float32((number(record["score"]) - self.options.low) / span)
+            low, high = cast(float, self.options.low), cast(float, self.options.high)
+            score = cast(float, number(record["score"]))
+            target = np.float32((score - low) / (high - low))
         return [Item(index, [s for s, _ in framed], target, sum(cut for _, cut in framed))]
 
     def targets_of(

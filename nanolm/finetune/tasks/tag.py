@@ -54,6 +54,7 @@ class TagOptions(TaskOptions):
 class Tag(Task):
     """What kind of word each word is."""
 
+    options: TagOptions
     movable = False
     fields = ("tokens",)
     gold = ("tags",)
@@ -230,14 +231,14 @@ def spaced(words: list[str], spaces: str) -> list[str]:
 def entities(words: list[str], tags: list[str]) -> list[dict[str, Any]]:
     """The spans that BIO, BIOES, BILOU or BMEWO tags mark: type, start, stop (in words), words."""
     found: list[dict[str, Any]] = []
-    open_ = None
+    open_: dict[str, Any] | None = None
     for i, tag in enumerate(tags):
         prefix, _, kind = tag.partition("-")
         begins = prefix in ("B", "S", "U", "W") or open_ is None or open_["type"] != kind
         if not kind:
             open_ = None
             continue
-        if begins:
+        if begins or open_ is None:
             open_ = {"type": kind, "start": i, "stop": i, "words": []}
             found.append(open_)
         open_["stop"] = i + 1

@@ -62,10 +62,11 @@ class WriteOptions(TokenLossOptions):
 class Write(Task):
     """What to write after a prompt."""
 
+    options: WriteOptions
     trunks = ("decoder", "encoder_decoder")
     forms: ClassVar[dict[str, type[Write]]] = {}  # see write_from_source.py
-    fields = ("prompt",)
-    gold = ("response",)
+    fields: tuple[str, ...] = ("prompt",)
+    gold: tuple[str, ...] = ("response",)
     metric = "perplexity"
     term = "write"
     generates = True

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from nanolm.build import build_learner, build_objective
 from nanolm.errors import UserError, require
 from nanolm.tools.bench.shape import Shape
 from nanolm.tools.bench.step import nanolm_config
-from nanolm.tools.stand_in import StandInTokenizer
+from nanolm.tools.stand_in import stand_in_tokenizer
 
 Settings = dict[str, Any]
 Job = dict[str, Any]
@@ -47,7 +47,7 @@ def why_not(job: Job, device: str) -> str | None:
     if settings["model"] != "nanolm":
         return None
     config = nanolm_config(settings, shape, job["precision"], "nowhere", device)
-    return refusal(config, StandInTokenizer(shape.vocab_size), device)
+    return refusal(config, stand_in_tokenizer(shape.vocab_size), device)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Entries:
 
 
 def enter_all(
-    contestants: dict[str, Settings],
+    contestants: Mapping[str, Settings],
     common: Job,
     device: str,
     *,

@@ -24,8 +24,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import IO, Any, cast
 
 from nanolm.errors import UserError
 from nanolm.processes import python_path
@@ -63,6 +63,8 @@ class Player:
             stderr=self._said,
             text=True,
         )
+        self._input = cast(IO[str], self._process.stdin)
+        self._output = cast(IO[str], self._process.stdout)
 
     def ready(self) -> None:
         """Waits until it is built and warm; raises UserError with its last words when it fails."""
@@ -70,13 +72,13 @@ class Player:
 
     def turn(self) -> dict[str, Any]:
         """One turn's figures, also kept in `turns`."""
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
+        self._input.write("\n")
+        self._input.flush()
         self.turns.append(self._answer())
         return self.turns[-1]
 
     def _answer(self) -> dict[str, Any]:
-        line = self._process.stdout.readline()
+        line = self._output.readline()
         if not line:
             self._process.wait()
             self._said.seek(0)
@@ -103,7 +105,7 @@ def start(job: dict[str, Any], module: str) -> Player:
 
 
 def play(
-    variants: dict[str, Sequence[dict[str, Any]]],
+    variants: Mapping[str, Sequence[dict[str, Any]]],
     rounds: int,
     module: str,
     rate: Callable[[dict[str, Any]], float],

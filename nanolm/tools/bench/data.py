@@ -17,7 +17,8 @@ import pathlib
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from nanolm.data.stream import RowStream
 from nanolm.errors import UserError
 from nanolm.training.loader import Loader
 
-Batches = Iterator[dict[str, Tensor]]
+Batches = Iterator[Mapping[str, Tensor]]
 
 
 class CausalBlocks:
@@ -53,7 +54,7 @@ class CausalBlocks:
 def ours(directory: str, split: str, batch: int, length: int, documents: bool) -> Batches:
     """Batches of the public loader."""
     stream = RowStream([(directory, 1.0)], split, stride=length, span=length + 1, seed=0)
-    objective = CausalBlocks(length, documents)
+    objective: Any = CausalBlocks(length, documents)  # whose `batch` is all that is called
     for micro_batches in Loader(stream, objective, global_batch=batch, micro_batch=batch):
         yield micro_batches[0].tensors
 

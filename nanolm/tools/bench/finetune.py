@@ -25,12 +25,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanolm.data.tokenizer import Tokenizer
 from nanolm.tools.bench.clock import Clock, clock_on
 from nanolm.tools.bench.contest import serve
 from nanolm.tools.bench.peers import CPU, bert_config
 from nanolm.tools.bench.shape import Shape
 from nanolm.tools.bench.step import chosen_kernels
-from nanolm.tools.stand_in import StandInTokenizer
+from nanolm.tools.stand_in import stand_in_tokenizer
 from nanolm.training.engine import AUTOCAST
 
 MEGABATCH = 50
@@ -76,9 +77,9 @@ class Examples:
         np.savez(path, tokens=tokens, ends=ends, labels=self.labels)
 
 
-def stand_in(shape: TuneShape) -> StandInTokenizer:
+def stand_in(shape: TuneShape) -> Tokenizer:
     """The sequences' tokenizer: they come framed, so padding alone is special."""
-    return StandInTokenizer(shape.vocab_size, specials=1, hash="bench finetune")
+    return stand_in_tokenizer(shape.vocab_size, specials=1, hash="bench finetune")
 
 
 def nanolm_config(shape: TuneShape, job: dict[str, Any], folder: str, device: str = "cpu") -> Any:

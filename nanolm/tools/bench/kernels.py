@@ -6,6 +6,7 @@ The kernels take turns, after one round of warming up.
 from __future__ import annotations
 
 import contextlib
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -66,7 +67,8 @@ def peak_bytes(function: Callable[[], Any], device: str) -> int:
 def measure(op: str, sizes: Sizes, repetitions: int) -> list[dict[str, Any]]:
     """One row per kernel of the op: figures, or why it is left out."""
     a, problem = sizes, PROBLEMS[op](sizes)
-    serving, table = {}, []
+    serving: dict[str, Any] = {}
+    table: list[dict[str, Any]] = []
     for name, kernel in candidates(op).items():
         reason = kernel.why_not(problem.spec)
         if reason is None and a.device in getattr(kernel, "only_by_name_on", ()):
@@ -78,7 +80,7 @@ def measure(op: str, sizes: Sizes, repetitions: int) -> list[dict[str, Any]]:
     times: dict[str, list[float]] = {name: [] for name in serving}
     for _ in range(repetitions + 1):  # the first round warms up
         for name, kernel in serving.items():
-            times[name].append(seconds_of(lambda k=kernel: call(problem, k, a), a.device))
+            times[name].append(seconds_of(functools.partial(call, problem, kernel, a), a.device))
     for name, kernel in serving.items():
         seconds = statistics.median(times[name][1:])
         results = call(problem, kernel, a)
@@ -95,7 +97,7 @@ def measure(op: str, sizes: Sizes, repetitions: int) -> list[dict[str, Any]]:
                 "ms": 1e3 * seconds,
                 "tflops": None if problem.flops is None else problem.flops / seconds / 1e12,
                 "gb_per_s": moved / seconds / 1e9,
-                "peak_mb": peak_bytes(lambda k=kernel: call(problem, k, a), a.device) / 1e6,
+                "peak_mb": peak_bytes(functools.partial(call, problem, kernel, a), a.device) / 1e6,
             }
         )
     return table

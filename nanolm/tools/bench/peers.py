@@ -12,7 +12,7 @@ Shapes: B batch, T tokens, D model width, H heads, K head width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -100,6 +100,10 @@ class FromTransformers(nn.Module):
         return self.model(input_ids=tokens_BT, labels=labels_BT).loss
 
 
+SDPA: dict[str, Any] = {"attn_implementation": "sdpa"}
+"""What every config of transformers takes, though its classes do not name it."""
+
+
 def transformers_gpt2(shape: Shape) -> nn.Module:
     """GPT2LMHeadModel at the shape, without dropout and cache."""
     from transformers import GPT2Config, GPT2LMHeadModel  # noqa: PLC0415
@@ -117,7 +121,7 @@ def transformers_gpt2(shape: Shape) -> nn.Module:
         use_cache=False,
         bos_token_id=0,
         eos_token_id=0,
-        attn_implementation="sdpa",
+        **SDPA,
     )
     model = GPT2LMHeadModel(config)
     return FromTransformers(model, model.transformer, shifts=True)
@@ -136,7 +140,7 @@ def bert_config(shape: Shape, **more: Any) -> Any:
         max_position_embeddings=shape.row_length,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        attn_implementation="sdpa",
+        **SDPA,
         **more,
     )
 
@@ -202,7 +206,9 @@ class PeerStep:
         if self.compiled:
             self.model.compile()
         else:
-            self.model.trunk.register_forward_hook(lambda *_: clock.mark("forward"))
+            cast(nn.Module, self.model.trunk).register_forward_hook(
+                lambda *_: clock.mark("forward")
+            )
 
 
 def peer_batches(shape: Shape, objective: str, count: int = 4) -> list[tuple[Tensor, Tensor]]:

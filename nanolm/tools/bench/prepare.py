@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import Any
+from typing import Any, cast
 
 import sentencepiece
 from rich.console import Console
@@ -123,7 +123,7 @@ def bench_prepare(
                 out=out,
                 sources=sources,
                 vocab_size=vocab_size,
-                tokenizer_type=kind,
+                tokenizer_type=cast(Any, kind),
                 text_field=text_field,
                 workers=workers,
             )
@@ -158,8 +158,8 @@ def print_bench(rows: list[dict[str, Any]], console: Console | None = None) -> N
     """Show the figures of `bench_prepare`, a line for each kind of tokenizer."""
     workers = rows[0]["workers"]
     table = Table(title=f"prepare with {workers} workers, MB of text a second (medians)")
-    headings = ("alone, one process", f"alone, {workers} processes", "prepare: encoding")
-    headings = ("tokenizer", *headings, "encoding / alone", "prepare: everything", "peak memory")
+    rates = ("alone, one process", f"alone, {workers} processes", "prepare: encoding")
+    headings = ("tokenizer", *rates, "encoding / alone", "prepare: everything", "peak memory")
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "tokenizer" else "right")
     for row in rows:

@@ -26,7 +26,7 @@ from nanolm.files import write_json
 from nanolm.run import Plan, rehearse
 from nanolm.tools.bench.shape import Shape
 from nanolm.tools.bench.step import nanolm_config, write_random_shard
-from nanolm.tools.stand_in import StandInTokenizer
+from nanolm.tools.stand_in import stand_in_tokenizer
 from nanolm.training.phases import PHASES
 from nanolm.training.trainer import Trainer
 
@@ -41,7 +41,7 @@ def build_trainer(job: dict[str, Any], world: World, folder: pathlib.Path) -> Tr
     )
     ranks = DistributedConfig(strategy=settings["strategy"])
     config = dataclasses.replace(config, distributed=ranks)
-    objective = build.build_objective(config, StandInTokenizer(shape.vocab_size))
+    objective = build.build_objective(config, stand_in_tokenizer(shape.vocab_size))
     stream = build.build_stream(config, objective, "train")
     plan = Plan(config=config, objective=objective, stream=stream)
     return rehearse(plan, world, folder / "run")

@@ -14,6 +14,7 @@ import json
 import pathlib
 import sys
 import tempfile
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,8 +23,10 @@ import torch
 from nanolm.tools.bench.clock import Clock, Step, clock_on, listed
 from nanolm.tools.bench.contest import serve
 from nanolm.tools.bench.shape import Shape
-from nanolm.tools.stand_in import StandInTokenizer
-from nanolm.training.engine import AUTOCAST
+from nanolm.tools.stand_in import stand_in_tokenizer
+from nanolm.training.batch import MicroBatch
+from nanolm.training.engine import AUTOCAST, RuleEngine
+from nanolm.training.gradient import Backward
 from nanolm.training.throughput import matmul_flops
 
 CPU = torch.device("cpu")
@@ -125,7 +128,7 @@ class NanolmStep:
         folder = pathlib.Path(self.folder.name)
         write_random_shard(folder, shape)
         config = nanolm_config(settings, shape, precision, str(folder), device.type)
-        objective = build.build_objective(config, StandInTokenizer(shape.vocab_size))
+        objective = build.build_objective(config, stand_in_tokenizer(shape.vocab_size))
         stream = build.build_stream(config, objective, "train")
         plan = Plan(config=config, objective=objective, stream=stream)
         self.trainer = rehearse(plan, World(device=device), folder / "run")
@@ -138,8 +141,10 @@ class NanolmStep:
         """Marks after the trunk, after the learner (its loss included) and after the gradient."""
         learner, rule = self.trainer.engine.learner, self.trainer.update.rule
 
-        def marked_rule(*arguments: Any) -> None:
-            rule(*arguments)
+        def marked_rule(
+            learner: RuleEngine, micro_batches: Sequence[MicroBatch], backward: Backward
+        ) -> None:
+            rule(learner, micro_batches, backward)
             clock.mark("backward")
 
         learner.trunk.register_forward_hook(lambda *_: clock.mark("forward"))

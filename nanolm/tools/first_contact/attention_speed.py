@@ -11,6 +11,7 @@ Shapes: B batch, T tokens, H query heads, G key/value heads, K head width.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -79,15 +80,25 @@ class Problem:
 def problems(device: str) -> list[Problem]:
     """GPT-2's and BERT's attention, then longer, wider, grouped and local ones."""
     if device == "cpu":
-        shape = {"batch": 1, "length": 64, "heads": 2, "kv_heads": 2, "head_dim": 16}
-        return [Problem(Sizes(**shape, dtype="bfloat16", device=device), own=("sdpa",))]
+        tiny: dict[str, Any] = {"batch": 1, "length": 64, "heads": 2, "kv_heads": 2, "head_dim": 16}
+        return [Problem(Sizes(**tiny, dtype="bfloat16", device=device), own=("sdpa",))]
 
     def problem(
         batch: int, length: int, heads: int, kv_heads: int, width: int, causal: bool = True,
         window: int | None = None, own: tuple[str, ...] = ("triton",),
     ) -> Problem:  # fmt: skip
-        shape = {"batch": batch, "length": length, "heads": heads, "kv_heads": kv_heads}
-        options = {"head_dim": width, "causal": causal, "dtype": "bfloat16", "device": device}
+        shape: dict[str, Any] = {
+            "batch": batch,
+            "length": length,
+            "heads": heads,
+            "kv_heads": kv_heads,
+        }
+        options: dict[str, Any] = {
+            "head_dim": width,
+            "causal": causal,
+            "dtype": "bfloat16",
+            "device": device,
+        }
         return Problem(Sizes(**shape, **options), window, own)
 
     return [
@@ -104,12 +115,12 @@ def problems(device: str) -> list[Problem]:
 def contenders(problem: Problem) -> dict[str, Callable[[], Attend]]:
     """Name -> what makes its call; nanolm's own come first."""
     found: dict[str, Callable[[], Attend]] = {
-        f"nanolm {name}": lambda name=name: nanolm_call(problem, name) for name in problem.own
+        f"nanolm {name}": functools.partial(nanolm_call, problem, name) for name in problem.own
     }
     if problem.window is None:
         for backend in backends(problem.sizes.device):
             name = f"SDPA {backend.name.removesuffix('_ATTENTION').lower()}"
-            found[name] = lambda backend=backend: sdpa_call(problem, backend)
+            found[name] = functools.partial(sdpa_call, problem, backend)
     if problem.sizes.device == "cuda":
         found["FlexAttention, mask built once"] = lambda: flex_call(problem)
     return found
@@ -132,7 +143,7 @@ def nanolm_call(problem: Problem, name: str) -> Attend:
 
 def sdpa_call(problem: Problem, backend: SDPBackend) -> Attend:
     """scaled_dot_product_attention with one backend or none."""
-    options = {
+    options: dict[str, Any] = {
         "is_causal": problem.sizes.causal,
         "enable_gqa": problem.sizes.heads != problem.sizes.kv_heads,
     }
@@ -155,8 +166,8 @@ def flex_call(problem: Problem) -> Attend:
     if mask.kinds():
         allowed = pairs_allowed(mask, s.batch, s.length, s.length)
         block_mask = flex.create_block_mask(allowed, None, None, s.length, s.length, s.device)
-    compiled = torch.compile(flex.flex_attention, fullgraph=True)
-    options = {"block_mask": block_mask, "enable_gqa": s.heads != s.kv_heads}
+    compiled: Any = torch.compile(flex.flex_attention, fullgraph=True)
+    options: dict[str, Any] = {"block_mask": block_mask, "enable_gqa": s.heads != s.kv_heads}
 
     def attend(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor) -> Tensor:
         out_BHTK = compiled(*(x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK)), **options)

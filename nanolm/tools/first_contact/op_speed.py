@@ -41,7 +41,8 @@ class Arguments:
 def measure(op: str, arguments: Arguments) -> Iterator[dict[str, Any]]:
     """A row for each kernel of the op that serves."""
     on_cuda = arguments.device == "cuda"
-    sizes = Sizes(**(GPT2 if on_cuda else TINY), dtype="bfloat16", device=arguments.device)
+    shape: dict[str, Any] = GPT2 if on_cuda else TINY
+    sizes = Sizes(**shape, dtype="bfloat16", device=arguments.device)
     problem = PROBLEMS[op](sizes)
     for name, kernel in candidates(op).items():
         by_name = arguments.device in getattr(kernel, "only_by_name_on", ())

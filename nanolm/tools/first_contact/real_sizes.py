@@ -10,6 +10,7 @@ Shapes: B batch, T queries, S keys, H query heads, G key/value heads, K head wid
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -54,7 +55,7 @@ class Check:
 def checks(device: str, divide: int = 1) -> Iterator[Check]:
     """All checks on a device, every size divided by a number (for a CPU)."""
     for name, case in attention_cases(divide).items():
-        yield Check("attention", name, lambda case=case: trial_of(case, device))
+        yield Check("attention", name, functools.partial(trial_of, case, device))
     for dtype in DTYPES:
         yield dropout_check(dtype, device, divide)
     for dtype in DTYPES:
@@ -153,7 +154,7 @@ def decode_cases(divide: int) -> dict[str, Case]:
 class KeyedReference(ReferenceAttention):
     """The definition with the Triton kernels' dropout: a function of (seed, b, h, t, s) alone."""
 
-    def run(
+    def run(  # type: ignore[override]  # the seed is needed, and no bias is known
         self,
         q_BTHK: Tensor,
         k_BSGK: Tensor,
@@ -166,7 +167,8 @@ class KeyedReference(ReferenceAttention):
     ) -> Tensor:
         """Attention [B, T, H, K], its weights kept or not as `philox.keep_mask` says."""
         weights, _ = self.weights(q_BTHK, k_BSGK, mask, bias=None, scale=scale, softcap=None)
-        keep = torch.from_numpy(keep_mask(int(seed), dropout, tuple(weights.shape)))
+        b, h, t, s = weights.shape
+        keep = torch.from_numpy(keep_mask(int(seed), dropout, (b, h, t, s)))
         weights_BHTS = torch.where(keep.to(weights.device), weights / (1 - dropout), 0.0)
         return (weights_BHTS @ wide(v_BSGK).transpose(1, 2)).transpose(1, 2).to(q_BTHK.dtype)
 
@@ -174,7 +176,7 @@ class KeyedReference(ReferenceAttention):
 def dropout_check(dtype: torch.dtype, device: str, divide: int) -> Check:
     """Causal attention with keyed dropout."""
     length = max(LENGTH // divide, 1)
-    sizes = {"n_queries": length, "n_keys": length, "n_heads": 2, "n_kv_heads": 2}
+    sizes: dict[str, Any] = {"n_queries": length, "n_keys": length, "n_heads": 2, "n_kv_heads": 2}
     case = Case(causal=True, width=64, dtype=dtype, **sizes)
 
     def make() -> Trial:
@@ -207,10 +209,10 @@ def other_checks(dtype: torch.dtype, device: str, divide: int) -> Iterator[Check
     for kind in ("layernorm", "rmsnorm"):
         for rows, width in ((40_000, 768), (257, 1000), (8192, 4096), (600, 16_384)):
             for residual in (False, True):
-                options = {"bias": kind == "layernorm", "residual": residual}
-                yield check("norm", norm_trial, kind, size(rows), size(width), **options)
-    plain = {"bias": False, "softcap": None, "label_smoothing": 0.0, "z_loss": 0.0}
-    busy = {"bias": True, "softcap": 30.0, "label_smoothing": 0.1, "z_loss": 1e-4}
+                given = {"bias": kind == "layernorm", "residual": residual}
+                yield check("norm", norm_trial, kind, size(rows), size(width), **given)
+    plain: dict[str, Any] = {"bias": False, "softcap": None, "label_smoothing": 0.0, "z_loss": 0.0}
+    busy: dict[str, Any] = {"bias": True, "softcap": 30.0, "label_smoothing": 0.1, "z_loss": 1e-4}
     for tokens, vocabulary, options in ((3000, 50_257, plain), (1500, 50_304, busy)):
         yield check(
             "linear_cross_entropy", cross_entropy_trial, size(tokens), size(vocabulary),

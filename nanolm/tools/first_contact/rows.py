@@ -97,7 +97,7 @@ def speed_words(entries: Entries) -> str:
         if own is None:
             words.append(f"{problem}: none")
             continue
-        best = min(others, key=others.get, default=None)
+        best = min(others, key=others.__getitem__, default=None)
         beside = f", {others[best] / own:.2f}x the speed of {best}" if best else ""
         words.append(f"{problem}: {own:.3f} ms{beside}")
     return "; ".join(words)

@@ -79,7 +79,7 @@ class Table:
         tiny = ("--divide", "128", "--kernels", "sdpa", "chunked", "reference")
         words = (*(tiny if self.device == "cpu" else ()), *words)
         shares = [("--share", str(i), "--shares", str(self.jobs)) for i in range(self.jobs)]
-        calls = {}
+        calls: dict[str, list[str]] = {}
         for number, share in enumerate(shares):
             calls |= self.call(f"{name}-{number}", "numerics", *share, *words)
         return calls

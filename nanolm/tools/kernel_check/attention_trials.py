@@ -142,6 +142,7 @@ def make_bias(case: Case, leaf: Tensor | None, dtype: torch.dtype, device: Any) 
         return None
     if case.bias == "alibi":
         return AlibiBias(slopes(case.n_heads).to(case.bias_dtype or dtype).to(device, dtype))
+    assert leaf is not None  # the other kinds have parameters, see `bias_leaf`
     if case.bias == "learned_alibi":
         return AlibiBias(leaf)
     if case.bias == "bucket":
@@ -152,7 +153,7 @@ def make_bias(case: Case, leaf: Tensor | None, dtype: torch.dtype, device: Any) 
 def spec_of(case: Case, device: str) -> AttentionSpec:
     """What a kernel is asked at build time."""
     mask = make_mask(case)
-    kind = "dense" if case.bias.startswith("dense") else case.bias
+    kind: Any = "dense" if case.bias.startswith("dense") else case.bias
     return AttentionSpec(
         dtype=case.dtype,
         device=device,
@@ -171,7 +172,7 @@ def spec_of(case: Case, device: str) -> AttentionSpec:
 
 def to_device(mask: Mask, device: Any) -> Mask:
     """The mask with its tensors moved."""
-    moved = {
+    moved: dict[str, Any] = {
         field.name: value.to(device)
         for field in dataclasses.fields(mask)
         if isinstance(value := getattr(mask, field.name), Tensor)
@@ -308,7 +309,7 @@ MIXED = {
 """What autocast and FSDP hand in: 16-bit activations beside float32 parameters, and the reverse.
 In the last three all sums are float32, so that a bias which is rounded again shows."""
 
-ALONE = {"n_rows": 1, "n_heads": 1, "n_kv_heads": 1}
+ALONE: dict[str, Any] = {"n_rows": 1, "n_heads": 1, "n_kv_heads": 1}
 LARGE = {
     "1100 keys": Case(**ALONE, n_queries=70, n_keys=1100, causal=True),
     "1100 queries": Case(**ALONE, n_queries=1100, n_keys=70),

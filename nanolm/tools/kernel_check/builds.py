@@ -80,7 +80,7 @@ SAMPLE = (BUILDS[0], Build("norm", "bfloat16", 1024))
 def variant_options(build: Build) -> dict[str, Any]:
     """Arguments of attention that a variant adds; biases are in float32, as in training."""
     n_heads = 2
-    wide = {"dtype": torch.float32, "requires_grad": True}
+    wide: dict[str, Any] = {"dtype": torch.float32, "requires_grad": True}
     choices: dict[str, Callable[[], dict[str, Any]]] = {
         "": dict,
         "documents": lambda: {
@@ -103,8 +103,9 @@ def attention(build: Build) -> None:
     from nanolm.kernels.attention.operator import attention as run  # noqa: PLC0415
 
     options = {"mask": Mask(causal=build.causal)} | variant_options(build)
-    wanted = [build.leaf(1, N_TOKENS, 2, build.width) for _ in range(3)]
-    out, _ = run(*wanted, options.pop("mask"), scale=0.1, **options)
+    q, k, v = (build.leaf(1, N_TOKENS, 2, build.width) for _ in range(3))
+    wanted = [q, k, v]
+    out, _ = run(q, k, v, options.pop("mask"), scale=0.1, **options)
     bias = vars(options["bias"]).values() if "bias" in options else ()
     wanted += [x for x in bias if isinstance(x, Tensor) and x.requires_grad]
     torch.autograd.grad(out, wanted, out)

@@ -18,7 +18,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     raise ImportError("TRITON_INTERPRET=1 is set: this process interprets kernels, start another")
@@ -115,7 +115,7 @@ def nvidia_figures(kernel: Any) -> dict[str, Any]:
     ptx = kernel.asm["ptx"]
     words = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", code, re.M)
     return {
-        "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
+        "registers": int(cast(re.Match, re.search(r"REG:(\d+)", usage)).group(1)),
         "spills": sum(word in ("STL", "LDL") for word in words),
         "tensor_core": {
             name: count
@@ -139,7 +139,7 @@ def amd_figures(kernel: Any) -> dict[str, Any]:
     text = kernel.asm["amdgcn"]
 
     def number(key: str) -> int:
-        return int(re.search(rf"\.{key}:\s+(\d+)", text).group(1))
+        return int(cast(re.Match, re.search(rf"\.{key}:\s+(\d+)", text)).group(1))
 
     mfma = len(re.findall(r"v_mfma_", text))
     return {

@@ -72,7 +72,7 @@ def numbers(kernel: Any, trial: Trial, found: Result, right: Mapping[str, Tensor
     if moved:
         return f"it gives other numbers each time on the same input: {', '.join(moved)}"
     outputs = [name for name in wrong if name in found.outputs]
-    worst = max(outputs or wrong, key=off.get)
+    worst = max(outputs or wrong, key=off.__getitem__)
     limit = trial.tolerance(found.tensors[worst].dtype)
     size = f"is off by {off[worst] * limit:.1e} of its largest value, {limit:.0e} allowed"
     if outputs:

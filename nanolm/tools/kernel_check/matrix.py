@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any, cast
 
 from nanolm.tools.kernel_check.builds import BUILDS, SAMPLE, Build, launch
 
@@ -75,10 +75,10 @@ def compile_elsewhere(
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:
-        for line in process.stdout:
+        for line in cast(IO[str], process.stdout):
             if line.startswith("{"):
                 yield json.loads(line)
-        words = process.stderr.read()
+        words = cast(IO[str], process.stderr).read()
     if process.returncode != 0:
         raise RuntimeError(f"compiling for {', '.join(archs)} failed:\n{words}")
 
@@ -90,7 +90,7 @@ def key(row: dict[str, Any]) -> str:
 
 def main() -> None:
     """Prints rows as JSON, one a line."""
-    builds = SAMPLE if "--sample" in sys.argv else BUILDS
+    builds: tuple[Build, ...] = SAMPLE if "--sample" in sys.argv else BUILDS
     if "--only" in sys.argv:
         word = sys.argv[sys.argv.index("--only") + 1]
         builds = tuple(build for build in builds if word in build.name)

@@ -89,7 +89,7 @@ def attention(s: Sizes) -> Problem:
         n_heads=s.heads, n_kv_heads=s.kv_heads, head_dim=s.head_dim, causal=s.causal, **s.common()
     )
     mask, scale = Mask(causal=s.causal), s.head_dim**-0.5
-    flops = 4 * s.batch * s.heads * s.length**2 * s.head_dim
+    flops = 4.0 * s.batch * s.heads * s.length**2 * s.head_dim
     flops *= (0.5 if s.causal else 1) * (3.5 if s.backward else 1)
     words = f"{s.batch} x {s.length} x {s.heads} x {s.head_dim}{', causal' * s.causal}"
 

@@ -50,7 +50,8 @@ def named(trial: Trial, outputs: dict[str, Tensor]) -> str | None:
 
 def without(mask: Mask, *fields: str, **others: Any) -> Mask:
     """The mask with some fields as if they had not been given."""
-    return dataclasses.replace(mask, **dict.fromkeys(fields), **others)
+    left_out: dict[str, Any] = dict.fromkeys(fields)
+    return dataclasses.replace(mask, **left_out, **others)
 
 
 def attention_suspects() -> Iterator[Suspect]:

@@ -9,6 +9,7 @@ evaluation of its step; a resumed run repeats that evaluation, and so counts it 
 from __future__ import annotations
 
 import math
+from typing import cast
 
 from nanolm.errors import require
 
@@ -47,7 +48,7 @@ class Patience:
         """
         if saved is None:
             return
-        lowest, stale = saved.get("lowest"), saved.get("stale")
+        lowest, stale = saved.get("lowest"), cast(int, saved.get("stale"))
         require(
             isinstance(lowest, float | int | None) and isinstance(stale, int) and stale >= 0,
             f"trainer.json has no usable 'patience': {saved}; use another checkpoint",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import signal
 import types
+from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -18,7 +19,7 @@ class Preemption:
 
     def __init__(self) -> None:
         self.signal: str | None = None
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Preemption:
         for number in SIGNALS:
