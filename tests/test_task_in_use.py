@@ -5,11 +5,12 @@ import re
 
 import numpy as np
 import pytest
+import torch
 
 from nanolm.config.load import load_config
 from nanolm.data.tables import splits as table_splits
 from nanolm.errors import UserError
-from nanolm.finetune.prepare import prepare
+from nanolm.finetune.prepare import describe, prepare
 from nanolm.finetune.splits import open_table, training_tables
 from nanolm.finetune.tasks.classify import Classify
 from nanolm.finetune.tasks.regress import rounded
@@ -57,10 +58,48 @@ def test_other_data_never_take_the_place_of_the_runs_own_figures(dollars, tmp_pa
     other = table(tmp_path, "test", [json.loads(line) for line in (data / "val.jsonl").open()])
     before = set((run / "evaluation").iterdir())
     printed = command("evaluate", str(run), f"--data={other}")
-    assert str(other) in printed.replace("\n", "")
+    assert f"read from {other}" in printed.splitlines()
     assert (run / "evaluation" / "test.json").read_text() == own
     (new,) = [p for p in set((run / "evaluation").iterdir()) - before if p.suffix == ".json"]
     assert json.loads(new.read_text())["rows"] == 12 and new.stem.startswith("test-")
+
+
+def test_columns_of_other_data_are_named_in_the_command_that_reads_them(dollars, tmp_path):
+    data, run = dollars
+    rows = [json.loads(line) for line in (data / "val.jsonl").open()]
+    other = table(tmp_path, "other", [{"body": r["text"], "kind": r["label"]} for r in rows])
+    remedy = r"say which one it is with (--columns) '\{(\w+): NAME\}'$"
+    for words in (("evaluate", str(run), f"--data={other}"), ("predict", str(run), str(other))):
+        columns = {}
+        for field, column in (("text", "body"), ("label", "kind"))[: 2 - (words[0] == "predict")]:
+            option = [f"--columns={json.dumps(columns)}"] * bool(columns)
+            with pytest.raises(UserError, match=f"no column {field}.*{remedy}"):
+                command(*words, *option)
+            columns[field] = column
+        command(*words, f"--columns={json.dumps(columns)}")
+        with pytest.raises(UserError, match=r"says that text stands in column x.*--columns"):
+            command(*words, "--columns={text: x}")
+    with pytest.raises(UserError, match=r"text is empty; mend it$"):
+        command("predict", str(run), str(table(tmp_path, "empty", [{"text": " "}])))
+    with pytest.raises(UserError, match=r"no column text; it has x: call it text$"):
+        command("explain", str(run), '{"x": "a"}')
+    with pytest.raises(UserError, match="--columns is about other data"):
+        command("evaluate", str(run), "--columns={text: body}")
+    with pytest.raises(UserError, match=r"cannot write --out .*/none/x: No such file"):
+        command("predict", str(run), str(data / "val.jsonl"), f"--out={tmp_path / 'none' / 'x'}")
+
+
+def test_what_is_read_is_said(dollars, tmp_path):
+    data, _ = dollars
+    shipped = ("--config=configs/finetune/classify.yaml", *QUICK)
+    val = table(tmp_path, "mine", distinct(60))
+    for words, said in (
+        ((), f"train is read from {data / 'train.jsonl'}, val from {data / 'val.jsonl'}"),
+        ((f"--data.train={val}", "--data.path=null"), f"train is read from {val}, val is a part"),
+    ):
+        ready = prepare(config(checkpoint("mlm"), data, tmp_path / "run", *shipped, *words))
+        learner = torch.nn.Linear(1, 1)
+        assert describe(ready.train, ready.val, learner)[0].startswith(said)
 
 
 @pytest.mark.parametrize(("batches", "rows"), [(1, 4), (2, 8), (9, 9)])

@@ -230,7 +230,10 @@ def describe(train: Split, val: Split, learner: Learner) -> list[str]:
     """What is trained on what, in lines for the log."""
     total = sum(p.numel() for p in learner.parameters())
     trained = sum(p.numel() for p in learner.parameters() if p.requires_grad)
+    carved = train.table.path == val.table.path
     return [
+        f"train is read from {train.table.path}, val {'is a part of it' if carved else ''}"
+        f"{'' if carved else f'from {val.table.path}'}",
         *train.notes,
         *val.notes,
         f"train {len(train.table):,} records ({len(train.items):,} rows, "

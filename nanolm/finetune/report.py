@@ -109,9 +109,12 @@ def show(name: str, split: Split, figures: dict[str, float], report: Report | No
     for key, value in figures.items():
         grid.add_row(key, f"{value:.6g}")
     console.print(grid)
-    console.print(f"read from {split.table.path}", markup=False, highlight=False)
-    for text in [*split.notes, *([report.text] if report and report.text else [])]:
-        console.print(text, markup=False, highlight=False)
+    for text in [
+        f"read from {split.table.path}",
+        *split.notes,
+        *([report.text] if report and report.text else []),
+    ]:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def keep(
