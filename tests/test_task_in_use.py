@@ -222,6 +222,9 @@ def test_faults_are_told_before_training(tmp_path):
         with pytest.raises(UserError, match=f"eval.metric={metric} {sentence}"):
             words = (*shipped, f"--eval.metric={metric}")
             finetune(checkpoint("mlm"), tmp_path / "data", tmp_path / "next", *words)
+    with pytest.raises(UserError, match=r"schedule.warmup=9 is longer than train.steps=1"):
+        words = (*shipped, "--schedule.warmup=9")
+        finetune(checkpoint("mlm"), tmp_path / "data", tmp_path / "next", *words)
     with pytest.raises(UserError, match="synonyms: there is no file"):
         noise = "--augment.synonyms=/nowhere"
         finetune(checkpoint("mlm"), tmp_path / "data", tmp_path / "next", *shipped, noise)
