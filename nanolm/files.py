@@ -39,11 +39,12 @@ class AtomicFile:
 
     Counts bytes and their SHA-256 while they pass (`size`, `sha256`). Raises UserError when the
     file cannot be written: a full disk, a limit on file sizes, a folder of somebody else. `again`
-    says in that sentence how the command goes on.
+    says in that sentence how the command goes on, and `name` what the file is called there: the
+    option that named it, where there is one.
     """
 
-    def __init__(self, path: str | os.PathLike, again: str = KEPT) -> None:
-        self.path, self.again = pathlib.Path(path), again
+    def __init__(self, path: str | os.PathLike, again: str = KEPT, name: str | None = None) -> None:
+        self.path, self.again, self.name = pathlib.Path(path), again, name or str(path)
         self.temporary = temporary_name(self.path)
         self.size = 0
         self._digest = hashlib.sha256()
@@ -98,7 +99,7 @@ class AtomicFile:
         try:
             yield
         except OSError as error:
-            raise UserError(f"cannot write {self.path}: {reason(error, self.again)}") from error
+            raise UserError(f"cannot write {self.name}: {reason(error, self.again)}") from error
 
 
 def write_text(path: str | os.PathLike, text: str, again: str = KEPT) -> None:

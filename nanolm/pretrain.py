@@ -20,7 +20,7 @@ from nanolm.hub.importing import base_of
 from nanolm.learner import Learner
 from nanolm.objectives.base import Objective
 from nanolm.peft.base import trainable_counts
-from nanolm.peft.files import begin_adapter
+from nanolm.peft.files import begin_adapter, require_whole
 from nanolm.run import Note, Plan, carry_out
 from nanolm.training.batch import MicroBatch
 from nanolm.training.evaluation import Evaluator, Yardstick
@@ -44,6 +44,8 @@ def run_train(config: Config) -> dict[str, Any]:
 def plan(config: Config, tokenizer: Tokenizer) -> Pretraining:
     """The run that the config describes, its data opened and checked."""
     config = dataclasses.replace(config, init_from=base_of(config.init_from))
+    if config.init_from is not None:
+        require_whole(locate(config.init_from), config.init_from)
     config = build.resolve(config, tokenizer)
     objective = build.build_objective(config, tokenizer)
     stream = build.build_stream(config, objective, "train")

@@ -34,6 +34,7 @@ from nanolm.peft.base import trainable_counts
 from nanolm.peft.files import adapter_files
 from nanolm.training.evaluation import Evaluate
 from nanolm.training.loader import RowObjective, Stream, steps
+from nanolm.training.schedules import build_schedule
 from nanolm.training.sinks import open_sinks
 from nanolm.training.throughput import Throughput
 from nanolm.training.trainer import Trainer
@@ -101,6 +102,7 @@ def carry_out(plan: Plan) -> dict[str, Any]:
     Ctrl-C, after all that it interrupts was saved.
     """
     started, config = time.perf_counter(), plan.config
+    build_schedule(config.schedule, config.train.steps)  # refused before the run has a folder
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     world = launch(config.distributed, config.run.device)

@@ -1,13 +1,19 @@
 """Attributions and attention maps: what they must add up to, and the command."""
 
 import json
+import math
 
 import pytest
 import torch
 
+from nanolm.commands.fill import fill
 from nanolm.errors import UserError
 from nanolm.finetune.explain.explainer import Explainer, best_window, observed_attention
+from nanolm.finetune.explain.guess import Guess
+from nanolm.inference.generate import Generator
+from nanolm.saved import open_saved
 from tests.finetuned import checkpoint, command, finetune, questions, table
+from tests.prepared import train
 from tests.test_objectives_tasks import build
 
 TASKS = ["classify", "regress", "tag", "read", "prompt"]
@@ -106,7 +112,66 @@ def test_the_command_writes_a_page_and_a_picture(tmp_path):
     assert strongest.strip("▁") and found["prediction"]["label"] == "file"
     with pytest.raises(UserError, match="none of the labels error, file, list"):
         command("explain", str(run), line, "--target=poem")
-    with pytest.raises(UserError, match="was pretrained, not fine-tuned"):
+    with pytest.raises(UserError, match="--text has no <mask>"):
         command("explain", str(checkpoint("mlm")), line)
     with pytest.raises(UserError, match="text is empty"):
         command("explain", str(run), '{"text": " "}')
+
+
+@pytest.mark.parametrize(
+    ("objective", "text"),
+    [
+        ("mlm", "def open(<mask>, name): return"),
+        ("clm", "def open(self, name):"),
+        ("prefix", "def open(self, name): "),
+    ],
+)
+def test_a_pretrained_model_is_asked_for_one_token(objective, text, tmp_path):
+    """The number is the log probability that `fill` and `generate` have; attributions add up."""
+    run = checkpoint(objective)
+    figures = tmp_path / "why.json"
+    words = ("--steps=64", f"--json={figures}", f"--out={tmp_path / 'why'}")
+    printed = command("explain", str(run), text, *words)
+    found = json.loads(figures.read_text())
+    saved = open_saved(run)
+    if objective == "mlm":
+        best = fill(saved, text, top=1)[0][0]
+        piece, probability = saved.tokenizer.piece(best["token"]), best["probability"]
+    else:
+        generator = Generator(saved)
+        stem, begin = generator.held(text)
+        logits_V = next(generator.logits([generator.prompt_ids(stem)], 1))[0]
+        p_V = logits_V.masked_fill(generator.forbidden_at_first(begin), -torch.inf).softmax(dim=-1)
+        piece, probability = saved.tokenizer.piece(int(p_V.argmax())), float(p_V.max())
+    where = "at the first <mask>" if objective == "mlm" else "behind the text"
+    assert found["explained"] == f"log probability of {piece!r} {where}"
+    assert found["value"] == pytest.approx(math.log(probability), abs=1e-4)
+    assert next(iter(found["prediction"]["guesses"].items())) == (
+        piece,
+        pytest.approx(probability, abs=1e-5),
+    )
+    assert "attributions miss" in printed and (tmp_path / "why.html").is_file()
+    guess = Guess(saved, text)
+    learner = guess.learner(saved).double().requires_grad_(False)
+    explainer = Explainer(learner, guess.item, "return")
+    integrated = explainer.integrated_gradients(tolerance=1e-3)
+    assert abs(integrated.gap) <= 1e-3 * abs(integrated.at_text - integrated.at_baseline)
+    first = saved.tokenizer.piece(int(saved.tokenizer.encode(f"{guess.begin}return")[0]))
+    assert explainer.question.name == f"log probability of {first!r} {where}"
+
+
+def test_what_a_pretrained_model_cannot_be_asked_is_refused(tmp_path):
+    folder = tmp_path / "span"
+    words = ("--objective.name=span", "--model.trunk=encoder_decoder", "--train.steps=1")
+    train(folder, *words, "--model.positions.name=rotary", "--schedule.warmup=0")
+    encoder, decoder = str(checkpoint("mlm")), str(checkpoint("clm"))
+    refused = [
+        (encoder, "no mask", (), "--text has no <mask>"),
+        (encoder, "a <mask>", ("--task=x",), "leave --task out"),
+        (encoder, "a <mask>", ("--target=",), "--target is empty"),
+        (decoder, "word " * 500, (), "tokens; the model reads 1 to"),
+        (str(folder), "a <mask>", (), "holds an encoder_decoder; explain reads"),
+    ]
+    for run, text, words, sentence in refused:
+        with pytest.raises(UserError, match=sentence):
+            command("explain", run, text, *words)

@@ -13,7 +13,8 @@ from nanolm.checkpoint.container import INDEX, read_tensors, write_folder
 from nanolm.checkpoint.lazy_tensors import part_name
 from nanolm.config.model import ModelConfig
 from nanolm.errors import UserError
-from nanolm.inference.export_transformers import family_of
+from nanolm.hub.families import FAMILIES
+from nanolm.inference.export_transformers import family_of, published_tensors
 from nanolm.model.trunk import Inputs
 from nanolm.registry import Options
 from nanolm.saved import open_saved
@@ -127,3 +128,18 @@ def test_what_t5_has_and_no_family_knows_is_refused(keys, words):
     assert family_of(ModelConfig(positions=Options(name="learned"))).name == "gpt2"
     with pytest.raises(UserError, match=words):
         family_of(ModelConfig(positions=Options(name="learned"), **keys))
+
+
+@pytest.mark.parametrize(
+    ("names", "blamed"),
+    [
+        (["heads.lm.bias"], "its vocabulary head has no transform"),
+        (["heads.classify.out.weight"], "this model has heads.classify in its place"),
+        (["heads.a_tag.out.bias", "heads.b.x"], "this model has heads.a_tag, heads.b in its place"),
+        ([], "this model has no head in its place"),
+    ],
+)
+def test_an_encoder_without_a_vocabulary_head_is_told_what_it_has(names, blamed):
+    tensors = dict.fromkeys(["trunk.embedding.weight", *names], torch.zeros(1))
+    with pytest.raises(UserError, match=f"{blamed}; export it with --format nanolm"):
+        published_tensors(FAMILIES["bert"], None, tensors)

@@ -9,6 +9,7 @@ from nanolm.data.tables import stdlib
 from nanolm.data.tables.labels import tag_labels
 from nanolm.data.tables.stdlib import SPLITS, TASKS, stdlib_table
 from nanolm.errors import UserError
+from nanolm.finetune.prepare import prepare
 from nanolm.finetune.run import load_task_config
 from tests.finetuned import checkpoint, finetune, table
 from tests.test_objectives_tasks import RECORDS
@@ -37,16 +38,14 @@ def a_small_library():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_two_shrunken_steps(path, tmp_path):
-    base = checkpoint("clm" if path.stem in ("write", "demo_clm") else "mlm")
+    base = base_of(path)
     full = load_task_config([f"--config={path}", f"--init_from={base}"])
     name, data = full.objective.name, full.data.path
     if name == "multi":
         data = "null"  # each task brings its own
-    elif not data.startswith("stdlib:"):
-        names = full.data.columns
-        records = [{names.get(k, k): v for k, v in record.items()} for record in RECORDS[name]]
+    elif data is None:
         for split in ("train", "val"):
-            table(tmp_path / "data", split, records)
+            table(tmp_path / "data", split, own_records(full))
         data = tmp_path / "data"
     words = [f"--config={path}", "--data.row_length=96", "--data.limit=24"]
     words += [
@@ -63,6 +62,44 @@ def test_two_shrunken_steps(path, tmp_path):
         words.append('--objective.words={"yes": list, "no": file}')
     summary = finetune(base, data, tmp_path / "run", *words)
     assert summary["steps"] == 2 and summary["metric"] in summary["val"]
+
+
+def base_of(path):
+    return checkpoint("clm" if path.stem in ("write", "translate", "demo_clm") else "mlm")
+
+
+def own_records(full):
+    """Records of the config's task, with the columns that it names."""
+    names = {field: column for field, column in full.data.columns.items() if column}
+    if full.objective.name == "write" and "{source}" in full.objective.template:
+        names["prompt"] = "source"
+    records = RECORDS[full.objective.name]
+    return [{names.get(key, key): value for key, value in record.items()} for record in records]
+
+
+def distinct(record, number):
+    """The record with a text of its own: equal ones are carved together."""
+    if "tokens" in record:
+        return {"tokens": [*record["tokens"], str(number)], "tags": [*record["tags"], "O"]}
+    read = {"text", "question", "context", "query", "prompt", "source"}
+    return {k: f"{v} {number}" if k in read else v for k, v in record.items()}
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem != "multi"], ids=str)
+def test_a_shipped_config_reads_a_file_of_ones_own(path, tmp_path):
+    """Nothing but the file is named; val is carved. (Rows are short here, since the base is.)"""
+    full = load_task_config([f"--config={path}", f"--init_from={base_of(path)}"])
+    records = [distinct(record, i) for i, record in enumerate(own_records(full) * 4)]
+    if full.objective.name == "prompt":
+        records = [r | {"label": {"yes": "pos", "no": "neg"}[r["label"]]} for r in records]
+    file = table(tmp_path, "mine", records)
+    words = [f"--config={path}", f"--init_from={base_of(path)}", f"--data.train={file}"]
+    if full.objective.name == "read":
+        words += ["--data.row_length=128", "--objective.stride=16"]
+    ready = prepare(load_task_config(words))
+    assert ready.train.table.path == ready.val.table.path == str(file)
+    expected = min(full.data.limit or len(records), len(records))
+    assert len(ready.train.table) + len(ready.val.table) == expected
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -5,7 +5,9 @@ known size costs what it must.
 """
 
 import dataclasses
+import itertools
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -26,31 +28,10 @@ from nanolm.finetune.tasks.base import Item
 from nanolm.finetune.tasks.embed import Embed
 from nanolm.finetune.tasks.tag import entities
 from nanolm.finetune.tasks.write import last_answer
+from tests import metric_table
 from tests.finetuned import checkpoint, command, finetune, table
+from tests.metric_table import N_WORDS, SCHEMES, SCRIPTS, SPANS, halves, tags_of
 from tests.test_objectives_tasks import build
-
-SCRIPTS = {
-    "Latin": "parser reads one long file",
-    "Latin with marks": "žluťoučký kůň pěl ďábelské ódy",
-    "Cyrillic": "привет мир как твои дела",
-    "Greek": "η γρήγορη αλεπού πηδάει ψηλά",
-    "Arabic": "القط يجلس على السجادة الحمراء",
-    "Hebrew": "החתול יושב על השטיח האדום",
-    "Devanagari": "बिल्ली लाल चटाई पर बैठी",
-    "Hangul": "고양이가 빨간 매트 위에 앉았다",
-    "Chinese": "今天天气很好",
-    "Japanese": "猫が赤い敷物に座る",
-}
-N_WORDS = {"Chinese": 6, "Japanese": 9}
-
-
-def halves(script):
-    """(a text, the same with its last word turned into another one, its number of words)."""
-    text, n = SCRIPTS[script], N_WORDS.get(script, 5)
-    if script in N_WORDS:
-        return text, text[:-1] + "国", n
-    *others, last = text.split()
-    return text, " ".join([*others, last + others[0]]), n
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -100,30 +81,6 @@ def test_rouge_of_plain_english_is_the_librarys_own(pairs):
         assert found[name] == pytest.approx(np.mean(scores))
 
 
-# Schemes of tags. Spans: (type, start, stop) of a sentence of 9 words.
-
-SPANS = [("LOC", 0, 1), ("LOC", 1, 2), ("PER", 3, 6), ("LOC", 6, 8)]
-SCHEMES = {  # single, first, inside, last
-    "BIO": "BBII",
-    "IOE": "EIIE",
-    "BIOES": "SBIE",
-    "BILOU": "UBIL",
-    "BMEWO": "WBME",
-    "BMES": "SBME",
-}
-
-
-def tags_of(spans, scheme):
-    single, first, inside, last = SCHEMES[scheme]
-    tags = ["O"] * 9
-    for kind, start, stop in spans:
-        tags[start:stop] = [f"{inside}-{kind}"] * (stop - start)
-        tags[start], tags[stop - 1] = f"{first}-{kind}", f"{last}-{kind}"
-        if stop - start == 1:
-            tags[start] = f"{single}-{kind}"
-    return tags
-
-
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_entities_of_every_scheme(scheme):
     gold = tags_of(SPANS, scheme)
@@ -168,6 +125,20 @@ def test_all_schemes_agree(data):
         assert metrics.tagging(*pair, spans=True).figures["f1"] == pytest.approx(float(expected))
 
 
+@pytest.mark.parametrize("scheme", ["BIOES", "BILOU", "BMEWO", "BMES"])
+def test_tags_out_of_order_are_read_as_seqeval_reads_them(scheme):
+    """A model may begin an entity with I, E or M, or never end it: all sequences of three tags."""
+    letters = dict(zip("SBIE", SCHEMES[scheme], strict=True))
+    kinds = ["O", *(f"{letter}-{kind}" for letter in "SBIE" for kind in "XY")]
+    words = list("abc")
+    for tags in itertools.product(kinds, repeat=3):
+        own = ["O" if tag == "O" else letters[tag[0]] + tag[1:] for tag in tags]
+        expected = sorted(get_entities(list(tags)))
+        assert sorted(get_entities(list(map(metrics.as_bioes, own)))) == expected
+        found = [(e["type"], e["start"], e["stop"] - 1) for e in entities(words, own)]
+        assert sorted(found) == expected, own
+
+
 @pytest.mark.parametrize("tags", [["0", "1", "2"], ["NOUN", "VERB", "ADJ"], ["B", "I", "O"]])
 def test_tags_that_mark_no_spans_have_no_f1(tags):
     assert not metrics.marks_spans(tags)
@@ -176,6 +147,11 @@ def test_tags_that_mark_no_spans_have_no_f1(tags):
     assert "f1" not in figures and figures["token_accuracy"] == pytest.approx(1 / 3)
     expected = sklearn.metrics.f1_score(gold[0], constant[0], average="macro")
     assert figures["macro_f1"] == pytest.approx(expected)
+
+
+def test_the_table_in_the_docs_is_what_is_counted():
+    page = pathlib.Path(__file__).parent.parent / "docs" / "metrics.md"
+    assert metric_table.table() in page.read_text(encoding="utf-8")
 
 
 # A model that tells nothing apart.

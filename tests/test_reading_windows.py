@@ -6,7 +6,7 @@ import pytest
 
 from nanolm.data.tables.files import Table
 from nanolm.errors import UserError
-from nanolm.finetune.splits import make_split
+from nanolm.finetune.splits import make_split, training_split
 from nanolm.finetune.tasks.read import NO_SPAN
 from tests.finetuned import checkpoint, config
 from tests.test_objectives_tasks import WORDS, build
@@ -52,6 +52,60 @@ def test_answers_that_no_window_holds_and_those_that_were_moved_are_counted():
         {"question": "the", "context": context, "answers": []},
     ]
     data = config(checkpoint("mlm"), "x", "y", "--objective.name=read").data
-    found = make_split("val", Table("t", records, [1, 2, 3, 4]), learner.objective, data)
-    assert "val: 1 answers stand in no window whole" in found.notes
-    assert "val: 1 answers do not stand where their record says and were relocated" in found.notes
+    rows = Table("t", records, [1, 2, 3, 4])
+    found = make_split("val", rows, learner.objective, data)
+    told = "\n".join(found.notes)
+    assert "val: 1 answers stand in no window whole" in told
+    assert "val: 1 answers do not stand where their record says and were relocated" in told
+    assert "longer than" not in told
+
+
+@pytest.mark.parametrize("with_none", [False, True])
+def test_an_answer_that_no_window_holds_is_never_trained_as_none(with_none):
+    """Whether other questions have no answer: this one has."""
+    task = build("read", "encoder", stride=2, question_length=8)[0].objective
+    context = " ".join(WORDS * 3)
+    long = context[: len(context) // 2]
+    records = [
+        {"question": "the", "context": context, "answers": [{"text": long, "answer_start": 0}]}
+    ]
+    data = config(checkpoint("mlm"), "x", "y", "--objective.name=read").data
+    with pytest.raises(UserError, match=r"none of its 1 records .*1 answers stand in no window"):
+        training_split("train", Table("t", records, [1]), task, data)
+    records.append(
+        {
+            "question": "the",
+            "context": context,
+            "answers": [{"text": "file", "answer_start": context.index("file")}],
+        }
+    )
+    records += [{"question": "the", "context": context, "answers": []}] * with_none
+    rows = Table("t", records, list(range(1, len(records) + 1)))
+    found = training_split("train", rows, task, data)
+    whole = make_split("train", rows, task, data)
+    n_unheld = sum(item.record == 0 for item in whole.items)
+    assert n_unheld > 1 and len(found.items) == len(whole.items) - n_unheld
+    assert {item.record for item in found.items} == set(range(1, len(records)))
+    assert f"train: {n_unheld} of {len(whole.items)} rows are not trained on" in found.notes
+    assert len(make_split("val", rows, task, data).items) == len(whole.items)  # all are evaluated
+
+
+def test_answers_too_long_to_be_given_are_counted():
+    task = build("read", "encoder", stride=4, length=64, longest_answer=8)[0].objective
+    context = " ".join(WORDS)
+    records = [
+        {"question": "the", "context": context, "answers": [{"text": text, "answer_start": 0}]}
+        for text in (context[:3], context[:30])
+    ]
+    data = config(checkpoint("mlm"), "x", "y", "--objective.name=read").data
+    found = make_split("val", Table("t", records, [1, 2]), task, data)
+    assert [note for note in found.notes if "val: 1 answers are longer than" in note]
+
+
+def test_cut_questions_are_blamed_on_their_own_limit():
+    task = build("read", "encoder", stride=4, question_length=4)[0].objective
+    record = {"question": " ".join(WORDS), "context": " ".join(WORDS * 4), "answers": []}
+    data = config(checkpoint("mlm"), "x", "y", "--objective.name=read").data
+    notes = make_split("val", Table("t", [record], [1]), task, data).notes
+    (note,) = [note for note in notes if "were cut" in note]
+    assert "a question of 4 tokens (objective.question_length" in note

@@ -190,6 +190,24 @@ def test_mistakes_are_one_sentence_before_anything_is_run(place, tmp_path, old, 
         cli.run([*words(place), f"--table={place / 'study.yaml'}"])
 
 
+def test_a_figure_that_the_test_split_does_not_give_is_told_and_nothing_is_kept(
+    tmp_path, monkeypatch
+):
+    cell = study_cells.Cell("a", "b", 0, {}, (), "roc_auc", True, "key", tmp_path)
+    answer = {"run": "r", "split": "test", "rows": 3, "accuracy": 1.0}
+
+    def run_process(cell, command, words):
+        (tmp_path / "test.json").write_text(json.dumps(answer))
+        return {"cpu_seconds": 1.0, "peak_mib": 1.0}
+
+    monkeypatch.setattr(study_cells, "run_process", run_process)
+    record = {"metric": "roc_auc", "cpu_seconds": 2.0, "test": None}
+    with pytest.raises(UserError, match=r"cell a, b, seed 0: its test split gives no roc_auc"):
+        study_cells.test(cell, record)
+    answer["roc_auc"] = 0.5
+    assert study_cells.test(cell, record)["test"] == {"rows": 3, "accuracy": 1.0, "roc_auc": 0.5}
+
+
 def test_a_study_that_is_told_to_end_takes_its_cells_along(place, tmp_path):
     argv = words(place, f"--out={tmp_path}", f"--results={tmp_path / 'r.json'}")
     more = ["--table=null", "--overrides={train.steps: 100000}"]

@@ -6,6 +6,8 @@ import torch
 
 from nanolm.data.tables.splits import carve, fold_out
 from nanolm.finetune.prepare import prepare
+from nanolm.finetune.tasks.base import Item
+from nanolm.finetune.tasks.embed import also_right
 from tests.finetuned import checkpoint, config, table
 from tests.test_objectives_tasks import EXTRA, RECORDS, build, tensors
 
@@ -66,8 +68,9 @@ def test_a_positive_that_stands_twice_is_no_negative(trunk):
     learner, _ = build("embed", trunk)
     task = learner.objective
 
-    def loss(positives):
-        records = [{"query": f"the file {i}", "positive": p} for i, p in enumerate(positives)]
+    def loss(positives, queries=("the file 0", "the file 1", "the file 2")):
+        pairs = zip(queries, positives, strict=True)
+        records = [{"query": q, "positive": p} for q, p in pairs]
         items = [item for i, r in enumerate(records) for item in task.items(r, i, with_gold=True)]
         batch, _ = tensors(task, items)
         hidden = learner.trunk(task.inputs(batch))
@@ -83,7 +86,29 @@ def test_a_positive_that_stands_twice_is_no_negative(trunk):
             others = [scores[n, n], *scores[n, negatives]]
             expected += np.log(np.exp(others).sum()) - scores[n, n]
         assert found == pytest.approx(expected, abs=1e-4)
+        found, cosines = loss(["a list", "it", "all names"], ["the file", "a file", "the file"])
+        scores = (cosines / task.options.temperature).double().numpy()
+        expected = 0.0
+        for n, negatives in enumerate(([1], [0, 2], [1])):  # one question, two right answers
+            others = [scores[n, n], *scores[n, negatives]]
+            expected += np.log(np.exp(others).sum()) - scores[n, n]
+        assert found == pytest.approx(expected, abs=1e-4)
         found, cosines = loss(["a list", "it", "all names"])  # nothing is equal: plain InfoNCE
         logits = cosines / task.options.temperature
         plain = torch.nn.functional.cross_entropy(logits, torch.arange(3), reduction="sum")
         assert found == float(plain)
+
+
+def test_other_positives_of_the_same_query_do_not_count_against_it():
+    task = build("embed", "encoder")[0].objective
+    eye = np.eye(3)
+    vectors = [[eye[0], eye[0]], [eye[0], 0.9 * eye[0] + 0.1 * eye[1]], [eye[2], eye[2]]]
+    asked = [("q", "a"), ("q", "b"), ("r", "c")]
+    items = [Item(i, [], positive, 0, query) for i, (query, positive) in enumerate(asked)]
+    same = task.predictions(None, items, vectors)
+    assert [row["rank"] for row in same] == [1, 1, 1]
+    for item, query in zip(items, ("q", "s", "r"), strict=True):
+        item.extra = query
+    other = task.predictions(None, items, vectors)
+    assert [row["rank"] for row in other] == [1, 2, 1] and other[1]["loss"] > same[1]["loss"]
+    assert also_right(["q", "q", None, "r", "q"], [0, 1, 2, 0, 0]) == [[1], [0], [], [], [1]]

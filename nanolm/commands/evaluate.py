@@ -46,6 +46,9 @@ class Arguments:
     """train, val or test; null: val of a pretrained model, test of a fine-tuned one."""
     data: str | None = None
     """Prepared folder (or, fine-tuned, a table) to evaluate on; null means the run's own."""
+    columns: dict[str, str | None] = dataclasses.field(default_factory=dict)
+    """Which column of the table --data holds a field, where it has another name: {text: question};
+    those of the run's own data.columns that it has are taken unless they are named here."""
     task: str | None = None
     """Which task of a run of several; null: all, one after the other."""
     batches: int | None = None
@@ -103,7 +106,9 @@ def run(arguments: Arguments) -> None:
 
 def evaluate_tasks(saved: Saved, world: World, arguments: Arguments) -> dict[str, Any]:
     """The figures of a fine-tuned run; of a run of several tasks, those of each by its name."""
-    words = {name: getattr(arguments, name) for name in ("split", "data", "batch", "batches")}
+    words = {
+        name: getattr(arguments, name) for name in ("split", "data", "columns", "batch", "batches")
+    }
     task = saved.learner.objective
     if not isinstance(task, Multi) or arguments.task is not None:
         return evaluate_task(part_of(saved, arguments.task), world, **words)
@@ -113,6 +118,7 @@ def evaluate_tasks(saved: Saved, world: World, arguments: Arguments) -> dict[str
 
 def evaluate_pretrained(saved: Saved, world: World, arguments: Arguments) -> dict[str, Any]:
     """The split and its figures, printed."""
+    require(not arguments.columns, "--columns is for the tables of a fine-tuned run; leave it out")
     config, split = with_evaluation(saved.config, arguments), arguments.split or "val"
     objective = saved.learner.objective
     stream = build_stream(config, objective, split)

@@ -1,8 +1,8 @@
-"""`nanolm explain RUN TEXT`: which tokens made a fine-tuned model say what it says, and where its
-heads look.
+"""`nanolm explain RUN TEXT`: which tokens made a model say what it says, and where its heads look.
 
-The text is a line as `nanolm predict` reads it: the task's fields separated by tabs, or a JSON
-object. Everything comes from the saved folder alone.
+For a fine-tuned model the text is a line as `nanolm predict` reads it: the task's fields separated
+by tabs, or a JSON object. A pretrained decoder is asked for the token behind the text, an encoder
+for the one at its first <mask>. Everything comes from the saved folder alone.
 """
 
 from __future__ import annotations
@@ -12,15 +12,19 @@ import json
 import pathlib
 from typing import Any, Literal
 
+import torch
+
 from nanolm.commands.figures import write_json
 from nanolm.data.tables.files import Table
 from nanolm.distributed.world import World
 from nanolm.errors import UserError, require_at_least
+from nanolm.finetune.config import TaskConfig
 from nanolm.finetune.explain.explainer import Baseline, Explainer, best_window
+from nanolm.finetune.explain.guess import Guess
 from nanolm.finetune.explain.page import Explanation, draw, write_page
 from nanolm.finetune.predict import Predictor, record_of_line
 from nanolm.finetune.several import part_of
-from nanolm.finetune.splits import make_split
+from nanolm.finetune.splits import TYPED, make_split
 from nanolm.saved import Saved, open_saved
 
 POSITIONAL = ("run", "text")
@@ -29,17 +33,18 @@ WRITERS = {"html": write_page, "png": draw}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Explain one prediction of a fine-tuned model."""
+    """Explain one prediction of a fine-tuned model, or one guess of a pretrained one."""
 
     run: str
-    """Folder of a fine-tuning run (its best checkpoint is used) or of a checkpoint."""
+    """Folder of a run (of a fine-tuning run the best checkpoint is used) or of a checkpoint."""
     text: str
-    """The text: fields separated by tabs, or a JSON object."""
+    """The text: of a fine-tuned model fields separated by tabs, or a JSON object; of an encoder a
+    text with <mask>; of a decoder one that it would go on with."""
     task: str | None = None
     """Which task of a run of several."""
     target: str | None = None
-    """What to explain: a label, a score's column, or a word's number from 1 (tag); null: what the
-    model predicts."""
+    """What to explain: a label, a score's column, a word's number from 1 (tag), or of a pretrained
+    model a word, of which the first piece counts; null: what the model predicts."""
     baseline: Baseline = "auto"
     """Where integrated gradients begin: mask, mean (of all embeddings) or zero; auto: mask for an
     encoder, mean for a decoder."""
@@ -66,13 +71,36 @@ class Arguments:
 
 def explain(saved: Saved, arguments: Arguments) -> Explanation:
     """The explanation of one text."""
+    if not isinstance(saved.config, TaskConfig):
+        return explain_guess(saved, arguments)
     predictor = Predictor(saved, World(), batch=1)
     task = predictor.task
     record = record_of_line(arguments.text, "the text", task)
     table = Table("the text", [record], [1])
-    split = make_split("input", table, task, predictor.data, with_gold=False)
+    split = make_split("input", table, task, predictor.data, with_gold=False, remedies=TYPED)
     learner = saved.learner.requires_grad_(False)
     explainer = best_window(learner, split.items, arguments.target)
+    notes = list(split.notes)
+    if len(split.items) > 1:
+        notes.append(f"The text is read in {len(split.items)} windows; this is the best one.")
+    return explained(explainer, predictor(table)[0], notes, arguments)
+
+
+def explain_guess(saved: Saved, arguments: Arguments) -> Explanation:
+    """The explanation of what a pretrained model believes to stand at one place."""
+    guess = Guess(saved, arguments.text)
+    learner = guess.learner(saved).requires_grad_(False)
+    explainer = Explainer(learner, guess.item, arguments.target)
+    with torch.no_grad():
+        hidden_BTD = learner.trunk(guess.inputs(explainer.batch(1)))
+        prediction = guess.prediction(guess.log_probabilities(hidden_BTD, learner.heads)[0])
+    return explained(explainer, prediction, [], arguments)
+
+
+def explained(
+    explainer: Explainer, prediction: dict[str, Any], notes: list[str], arguments: Arguments
+) -> Explanation:
+    """Both attributions and the attention maps of an explainer's text."""
     integrated = explainer.integrated_gradients(
         arguments.baseline,
         steps=arguments.steps,
@@ -80,16 +108,14 @@ def explain(saved: Saved, arguments: Arguments) -> Explanation:
         tolerance=arguments.tolerance,
     )
     notes = [
-        *split.notes,
         f"Integrated gradients in {integrated.steps} steps: {integrated.at_text:.4f} for the text, "
         f"{integrated.at_baseline:.4f} for the baseline; the attributions miss "
         f"{abs(integrated.gap):.2g} of the difference.",
+        *notes,
     ]
-    if len(split.items) > 1:
-        notes.append(f"The text is read in {len(split.items)} windows; this is the best one.")
     return Explanation(
         pieces=pieces_of(explainer),
-        prediction=predictor(table)[0],
+        prediction=prediction,
         question=explainer.question.name,
         value=explainer.value,
         attributions={
@@ -117,10 +143,10 @@ def run(arguments: Arguments) -> None:
         path = pathlib.Path(f"{arguments.out.removesuffix(f'.{name}')}.{name}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            WRITERS[name](explanation, path)
+            notes = WRITERS[name](explanation, path)
         except OSError as error:
             raise UserError(f"cannot write --out {path}: {error.strerror}") from None
-        print(path)
+        print(*notes, path, sep="\n")
     write_json(arguments.json, explanation.figures())
 
 

@@ -1,8 +1,4 @@
-"""`nanolm fill`: what an encoder believes stands where <mask> is.
-
-The text is cut at <mask>, its parts are tokenized, and the spaces before a mask are left out, since
-a piece that begins a word carries its own.
-"""
+"""`nanolm fill`: what an encoder believes stands where <mask> is."""
 
 from __future__ import annotations
 
@@ -15,11 +11,9 @@ from rich.table import Table
 from nanolm.commands.figures import write_json
 from nanolm.commands.pretrained import require_pretrained
 from nanolm.errors import require, require_range
+from nanolm.inference.masked import mask_ids
 from nanolm.model.trunk import Inputs
 from nanolm.saved import Saved, open_saved
-
-MASK = "<mask>"
-
 
 POSITIONAL = ("run", "text")
 
@@ -43,21 +37,6 @@ class Arguments:
 
     def __post_init__(self) -> None:
         require_range("top", self.top, 1, 1 << 31)
-
-
-def mask_ids(text: str, saved: Saved) -> list[int]:
-    """<cls> text <sep> with the mask's id where <mask> stands."""
-    tokenizer = saved.tokenizer
-    parts = text.split(MASK)
-    require(len(parts) > 1, f"--text has no {MASK}; write it where a token is to be guessed")
-    ids = [tokenizer.cls]
-    for index, part in enumerate(parts):
-        last = index == len(parts) - 1
-        ids += tokenizer.encode(part if last else part.rstrip(" ")).tolist()
-        ids.append(tokenizer.sep if last else tokenizer.mask)
-    limit = saved.config.model.max_length
-    require(len(ids) <= limit, f"--text has {len(ids)} tokens; the model reads {limit} at most")
-    return ids
 
 
 @torch.no_grad()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from typing import Any
 
-from nanolm.errors import UserError
+from nanolm.finetune.pictures import fonts_for, pyplot
 from nanolm.training.runs import Run, read_run
 
 PANELS = (
@@ -27,15 +28,19 @@ class Arguments:
     """PNG to write; null means plot.png in the first run's folder."""
 
 
-def draw(runs: list[Run], out: pathlib.Path) -> None:
-    """Write the PNG; raises UserError when matplotlib is not installed."""
-    try:
-        import matplotlib  # noqa: PLC0415
-    except ImportError:
-        raise UserError("plots need matplotlib: pip install 'nanolm[plot]'") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt  # noqa: PLC0415
+def draw(runs: list[Run], out: pathlib.Path) -> list[str]:
+    """Write the PNG, and say what its reader should know; raises UserError when matplotlib is not
+    installed."""
+    plt = pyplot()
+    with fonts_for(run.folder.name for run in runs) as notes:
+        figure = curves(plt, runs)
+        figure.savefig(out, dpi=110)
+        plt.close(figure)
+    return notes
 
+
+def curves(plt: Any, runs: list[Run]) -> Any:
+    """The figure: a panel for each of `PANELS`, a line for each run."""
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
     for axis, (key, title, scale) in zip(axes.flat, PANELS, strict=True):
         for run in runs:
@@ -47,8 +52,7 @@ def draw(runs: list[Run], out: pathlib.Path) -> None:
         axis.set(title=title, xlabel="step", yscale=scale)
         axis.grid(alpha=0.3)
     axes.flat[0].legend()
-    figure.savefig(out, dpi=110)
-    plt.close(figure)
+    return figure
 
 
 def run(arguments: Arguments) -> None:
@@ -57,5 +61,6 @@ def run(arguments: Arguments) -> None:
     for problem in [problem for each in runs for problem in each.problems]:
         print(f"note: {problem}")
     out = pathlib.Path(arguments.out) if arguments.out else runs[0].folder / "plot.png"
-    draw(runs, out)
+    for note in draw(runs, out):
+        print(note)
     print(f"wrote {out}")

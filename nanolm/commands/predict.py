@@ -21,11 +21,11 @@ from typing import Any, Literal
 from nanolm.data.tables.files import Table, read_table
 from nanolm.distributed.world import launch
 from nanolm.errors import UserError, require
-from nanolm.files import AtomicFile
+from nanolm.files import AGAIN, AtomicFile
 from nanolm.finetune.ensemble import open_together
 from nanolm.finetune.predict import Predictor, decoded, lines_as_tables
 from nanolm.finetune.several import part_of
-from nanolm.finetune.splits import renamed
+from nanolm.finetune.splits import ANSWERING, TYPED, other_data
 
 POSITIONAL = ("run", "file")
 
@@ -68,14 +68,12 @@ def run(arguments: Arguments) -> None:
     saved = part_of(saved, arguments.task)
     world = launch(saved.config.distributed, arguments.device)
     saved.learner.to(world.device)
-    predictor = Predictor(saved, world, arguments.batch)
+    remedies = TYPED if arguments.file is None else ANSWERING
+    predictor = Predictor(saved, world, arguments.batch, remedies)
     interactive = arguments.file is None and sys.stdin.isatty()
     if arguments.file is not None:
         table = read_table(arguments.file)
-        own = predictor.data.columns
-        own = {field: column for field, column in own.items() if column in table.columns}
-        table = renamed(table, own | arguments.columns)
-        tables: Iterable[Table] = [table]
+        tables: Iterable[Table] = [other_data(table, predictor.data.columns, arguments.columns)]
     else:
         size = 1 if interactive else arguments.batch
         lines = decoded(sys.stdin.buffer, "standard input")
@@ -100,7 +98,8 @@ def _output(path: str | None) -> Iterator[Callable[[str], Any]]:
     target = pathlib.Path(path).resolve()
     replaced = target.is_file() or not target.exists()
     try:
-        with AtomicFile(target) if replaced else open(target, "wb") as file:
+        whole = AtomicFile(target, AGAIN, name=f"--out {path}")
+        with whole if replaced else open(target, "wb") as file:
             yield lambda text: file.write(text.encode())
     except OSError as error:
         raise UserError(f"cannot write --out {path}: {error.strerror}") from None

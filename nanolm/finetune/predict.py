@@ -16,7 +16,7 @@ from nanolm.errors import UserError
 from nanolm.finetune.config import TaskConfig
 from nanolm.finetune.evaluation import predict
 from nanolm.finetune.generation import write_answers
-from nanolm.finetune.splits import make_split
+from nanolm.finetune.splits import TYPED, Remedies, make_split
 from nanolm.finetune.tasks.base import Task, task_in
 from nanolm.saved import Saved
 from nanolm.training.engine import Engine
@@ -28,13 +28,13 @@ BLANK: Record = {}
 class Predictor:
     """A saved task, ready to answer records."""
 
-    def __init__(self, saved: Saved, world: World, batch: int) -> None:
+    def __init__(self, saved: Saved, world: World, batch: int, remedies: Remedies = TYPED) -> None:
         if not isinstance(saved.config, TaskConfig):
             raise UserError(
                 f"{saved.folder} was pretrained, not fine-tuned: fine-tune it first "
                 f"(`nanolm finetune`), or write with it (`nanolm generate`, `nanolm fill`)"
             )
-        self.saved, self.world, self.batch = saved, world, batch
+        self.saved, self.world, self.batch, self.remedies = saved, world, batch, remedies
         self.data, self.task = saved.config.data, task_in(saved.learner)
         self.engine = Engine(saved.learner, world, saved.config, trains=False)
 
@@ -61,7 +61,9 @@ class Predictor:
 
     def answered(self, table: Table) -> list[Record]:
         """One prediction per record; raises UserError for one that cannot be used."""
-        split = make_split("input", table, self.task, self.data, with_gold=False)
+        split = make_split(
+            "input", table, self.task, self.data, with_gold=False, remedies=self.remedies
+        )
         if self.task.generates:
             return write_answers(self.saved, split.table, self.batch)
         return predict(self.engine, split, self.batch)

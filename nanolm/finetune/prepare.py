@@ -37,7 +37,7 @@ from nanolm.finetune.splits import (
 from nanolm.finetune.tasks.base import Task, task_in
 from nanolm.finetune.tasks.multi import Multi
 from nanolm.learner import Learner
-from nanolm.peft.files import DESCRIPTION, begin_adapter
+from nanolm.peft.files import begin_adapter, require_whole
 from nanolm.registry import OBJECTIVES
 from nanolm.training.flops import train_flops_per_token
 from nanolm.training.throughput import Throughput, peak_flops
@@ -90,6 +90,7 @@ def prepare(config: TaskConfig) -> Prepared:
             for (name, make), table in zip(makers.items(), tables)
         )
     check_metric(config.eval.metric, task, val)
+    task.check_model(config.model)
     config = count_steps(config, len(train.items))
     facts = {"data_hash": digest(tables), "tokenizer_hash": tokenizer.hash}
     return Prepared(config, base, tokenizer, task, train, val, facts)
@@ -120,11 +121,7 @@ def base_folder(config: TaskConfig) -> pathlib.Path:
             "--weights random for its shape and tokenizer only)"
         )
     base = locate(config.init_from, best=True)
-    require(
-        not (base / DESCRIPTION).is_file(),
-        f"init_from={config.init_from} holds an adapter, not a whole model: merge it into its base "
-        f"first (`nanolm merge {config.init_from} --out FOLDER`) and start from that",
-    )
+    require_whole(base, config.init_from)
     return base
 
 
@@ -254,7 +251,10 @@ def describe(train: Split, val: Split, learner: Learner) -> list[str]:
     """What is trained on what, in lines for the log."""
     total = sum(p.numel() for p in learner.parameters())
     trained = sum(p.numel() for p in learner.parameters() if p.requires_grad)
+    carved = train.table.path == val.table.path
     return [
+        f"train is read from {train.table.path}, val {'is a part of it' if carved else ''}"
+        f"{'' if carved else f'from {val.table.path}'}",
         *train.notes,
         *val.notes,
         f"train {len(train.table):,} records ({len(train.items):,} rows, "

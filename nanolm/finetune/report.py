@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any, cast
 
 from rich.console import Console
@@ -27,7 +28,16 @@ from nanolm.finetune.config import TaskConfig
 from nanolm.finetune.evaluation import TaskEvaluator, drawn
 from nanolm.finetune.generation import write_answers
 from nanolm.finetune.model_card import write_card
-from nanolm.finetune.splits import Split, make_split, open_table, renamed, training_tables
+from nanolm.finetune.pictures import fonts_for, pyplot
+from nanolm.finetune.splits import (
+    ANSWERING,
+    TRAINING,
+    Split,
+    make_split,
+    open_table,
+    other_data,
+    training_tables,
+)
 from nanolm.finetune.tasks.base import task_in
 from nanolm.finetune.tasks.metrics import Report
 from nanolm.saved import Saved
@@ -40,13 +50,15 @@ def evaluate_task(
     *,
     split: str | None,
     data: str | None,
+    columns: Mapping[str, str | None],
     batch: int | None,
     batches: int | None = None,
 ) -> dict[str, Any]:
     """Figures of a split (test, or val where there is no test), printed and written; collective."""
     config, task = cast(TaskConfig, saved.config), task_in(saved.learner)
-    name, table = find_table(config, type(task), split, data)
-    found = make_split(name, table, task, config.data)
+    name, table = find_table(config, type(task), split, data, columns)
+    remedies = TRAINING if data is None else ANSWERING
+    found = make_split(name, table, task, config.data, remedies=remedies)
     rows = batch or config.eval.batch or config.train.global_batch
     if batches is not None:
         found = drawn(found, batches * rows)
@@ -60,20 +72,26 @@ def evaluate_task(
         report = task.report(found.table, predictions)
         figures |= report.figures
     if world.is_main:
-        show(name, found, figures, report)
+        whose = f"{name} split" if saved.part is None else f"{saved.part}: {name} split"
+        show(whose, found, figures, report)
         keep(saved, name, found, figures, report, predictions)
     return {"split": name, "rows": len(found.table), **figures}
 
 
 def find_table(
-    config: TaskConfig, task: Any, split: str | None, data: str | None
+    config: TaskConfig,
+    task: Any,
+    split: str | None,
+    data: str | None,
+    columns: Mapping[str, str | None],
 ) -> tuple[str, Table]:
     """(name, table) of what is to be evaluated; raises UserError when there is no such split."""
     if data is not None:
         from nanolm.data.tables.splits import read_split  # noqa: PLC0415
 
-        table = renamed(read_split(data, split or "test"), config.data.columns)
+        table = other_data(read_split(data, split or "test"), config.data.columns, columns)
         return f"{pathlib.Path(data).stem}-{table.digest()[:8]}", table
+    require(not columns, "--columns is about other data: name the file with --data")
     if split in (None, "test"):
         found = open_table(config.data, "test")
         if found is not None:
@@ -88,13 +106,16 @@ def find_table(
 def show(name: str, split: Split, figures: dict[str, float], report: Report | None) -> None:
     """The table on the terminal."""
     console = Console()
-    grid = Grid("figure", f"{name} split, {len(split.table)} records")
+    grid = Grid("figure", f"{name}, {len(split.table)} records")
     for key, value in figures.items():
         grid.add_row(key, f"{value:.6g}")
     console.print(grid)
-    console.print(f"read from {split.table.path}", markup=False, highlight=False)
-    for text in [*split.notes, *([report.text] if report and report.text else [])]:
-        console.print(text, markup=False, highlight=False)
+    for text in [
+        f"read from {split.table.path}",
+        *split.notes,
+        *([report.text] if report and report.text else []),
+    ]:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def keep(
@@ -123,22 +144,27 @@ def keep(
     lines = [json.dumps(p, ensure_ascii=False) + "\n" for p in predictions]
     write_text(folder / f"{name}_predictions.jsonl", "".join(lines))
     if report is not None and report.confusion is not None:
-        draw_confusion(report, folder / f"{name}_confusion.png", f"{run.name}: {name}")
+        for note in draw_confusion(report, folder / f"{name}_confusion.png", f"{run.name}: {name}"):
+            print(note)
     if (run / "summary.json").is_file():
         write_card(
             run, cast(TaskConfig, saved.whole or saved.config), read_json(run, "summary.json")
         )
 
 
-def draw_confusion(report: Report, path: pathlib.Path, title: str) -> None:
-    """The confusion matrix as a picture; raises UserError when matplotlib is not installed."""
-    try:
-        import matplotlib  # noqa: PLC0415  (an extra)
-    except ImportError:
-        raise UserError("plots need matplotlib: pip install 'nanolm[plot]'") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt  # noqa: PLC0415
+def draw_confusion(report: Report, path: pathlib.Path, title: str) -> list[str]:
+    """The confusion matrix as a picture; says what its reader should know. Raises UserError when
+    matplotlib is not installed."""
+    plt = pyplot()
+    with fonts_for([*(report.labels or []), title]) as notes:
+        figure = confusion_figure(plt, report, title)
+        figure.savefig(path, dpi=120)
+        plt.close(figure)
+    return notes
 
+
+def confusion_figure(plt: Any, report: Report, title: str) -> Any:
+    """Shares of each gold label in shades, the numbers of records written on them."""
     labels, counts = report.labels or [], report.confusion or []
     size = min(20.0, 2.5 + 0.55 * len(labels))
     figure, axis = plt.subplots(figsize=(size + 0.8, size), layout="constrained")
@@ -155,5 +181,4 @@ def draw_confusion(report: Report, path: pathlib.Path, title: str) -> None:
             for x, n in enumerate(row):
                 color = "white" if shares[y][x] > 0.5 else "black"
                 axis.text(x, y, str(n), ha="center", va="center", color=color, fontsize=8)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    return figure

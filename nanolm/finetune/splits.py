@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from nanolm.data.tables.files import Table
 from nanolm.data.tables.splits import (
@@ -29,6 +30,23 @@ from nanolm.finetune.tasks.base import Item, Task
 
 MOST_LABELS = 20
 """Labels that are told with their counts; a set with more is no set of labels, or a long one."""
+
+
+class Remedies(NamedTuple):
+    """What helps in the command that reads a table: against a column that is missing, in whose
+    place stands {field}, and against a row that cannot be used."""
+
+    column: str
+    row: str
+
+
+TRAINING = Remedies(
+    "say which one it is with --data.columns '{{{field}: NAME}}'",
+    "mend it, or leave such rows out with --data.bad_rows skip",
+)
+ANSWERING = Remedies("say which one it is with --columns '{{{field}: NAME}}'", "mend it")
+TYPED = Remedies("call it {field}", "mend it")
+"""Of lines that a person or a program wrote for nanolm, which have no columns of their own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,15 +100,27 @@ def open_table(data: TaskDataConfig, split: str) -> Table | None:
     return renamed(read_split(where, split), data.columns)
 
 
-def renamed(table: Table, columns: Mapping[str, str | None]) -> Table:
-    """The table with the fields of the task filled from the columns that the config names; null
-    leaves a field as it is in the file."""
+def other_data(
+    table: Table, own: Mapping[str, str | None], given: Mapping[str, str | None]
+) -> Table:
+    """A table that the run was not trained on, with the task's fields: by the columns of the run's
+    own config that it has, and by those that the user names for it (--columns)."""
+    own = {field: column for field, column in own.items() if column in table.columns}
+    return renamed(table, own | dict(given), "--columns")
+
+
+def renamed(
+    table: Table, columns: Mapping[str, str | None], option: str = "--data.columns"
+) -> Table:
+    """The table with the fields of the task filled from the columns that the config, or `option`,
+    names; null leaves a field as it is in the file."""
     named = {field: column for field, column in columns.items() if column is not None}
     for field, column in named.items():
         if column not in table.columns:
             raise UserError(
-                f"data.columns says that {field} stands in column {column}, but {table.path} has "
-                f"{', '.join(table.columns)}"
+                f"{option.lstrip('-')} says that {field} stands in column {column}, but "
+                f"{table.path} has {', '.join(table.columns)}: name the right one, or take the "
+                f"entry back with {option} '{{{field}: null}}'"
             )
     if not named:
         return table
@@ -101,25 +131,31 @@ def renamed(table: Table, columns: Mapping[str, str | None]) -> Table:
     return dataclasses.replace(table, records=records)
 
 
-def require_fields(table: Table, fields: tuple[str, ...]) -> None:
+def require_fields(table: Table, fields: tuple[str, ...], remedies: Remedies = TRAINING) -> None:
     """Raises UserError naming the columns that the file has when a field of the task is missing."""
     for field in fields:
         if field not in table.columns:
             raise UserError(
-                f"{table.path} has no column {field}; it has {', '.join(table.columns)}: say which "
-                f"one it is with --data.columns '{{{field}: NAME}}'"
+                f"{table.path} has no column {field}; it has {', '.join(table.columns)}: "
+                f"{remedies.column.format(field=field)}"
             )
 
 
 def make_split(
-    name: str, table: Table, task: Task, data: TaskDataConfig, *, with_gold: bool = True
+    name: str,
+    table: Table,
+    task: Task,
+    data: TaskDataConfig,
+    *,
+    with_gold: bool = True,
+    remedies: Remedies = TRAINING,
 ) -> Split:
     """Items of all usable records of a table.
 
     Raises UserError for the first record that cannot be used, unless data.bad_rows is skip, and
     when none can.
     """
-    require_fields(table, task.fields + (task.gold if with_gold else ()))
+    require_fields(table, task.fields + (task.gold if with_gold else ()), remedies)
     kept: list[int] = []
     skipped: dict[str, list[int]] = collections.defaultdict(list)
     for index, record in enumerate(table.records):
@@ -127,10 +163,7 @@ def make_split(
         if problem is None:
             kept.append(index)
         elif data.bad_rows == "refuse":
-            raise UserError(
-                f"{table.where(index)}: {problem}; mend it, or leave such rows out with "
-                f"--data.bad_rows skip"
-            )
+            raise UserError(f"{table.where(index)}: {problem}; {remedies.row}")
         else:
             skipped[problem].append(table.numbers[index])
     if not kept:
@@ -141,7 +174,7 @@ def make_split(
         for index, record in enumerate(table.records)
         for item in task.items(record, index, with_gold=with_gold)
     ]
-    notes = notes_of(name, table, items, skipped, data.row_length)
+    notes = notes_of(name, table, items, skipped, task.cut_to)
     told = task.told(table, items) if with_gold else []
     return Split(name, table, items, [*notes, *(f"{name}: {note}" for note in told)])
 
@@ -150,6 +183,11 @@ def training_split(name: str, table: Table, task: Task, data: TaskDataConfig) ->
     """`make_split` without the items that the task leaves out of training; a note says how many."""
     split = make_split(name, table, task, data)
     items = task.trained(split.items)
+    if not items:
+        raise UserError(
+            f"{table.path}: none of its {len(table):,} records can be trained on"
+            f"{''.join(f'; {note}' for note in split.notes)}"
+        )
     left_out = len(split.items) - len(items)
     notes = [f"{name}: {left_out:,} of {len(split.items):,} rows are not trained on"]
     counts = count_notes(name, task.label_counts(split.table))
@@ -169,7 +207,7 @@ def count_notes(name: str, counts: dict[str, int]) -> list[str]:
 
 
 def notes_of(
-    name: str, table: Table, items: list[Item], skipped: dict[str, list[int]], row_length: int
+    name: str, table: Table, items: list[Item], skipped: dict[str, list[int]], cut_to: str
 ) -> list[str]:
     """What the user should know about a split."""
     notes = []
@@ -185,7 +223,6 @@ def notes_of(
         records = len({item.record for item in cut})
         tokens = sum(item.cut for item in cut)
         notes.append(
-            f"{name}: {records} of {len(table)} texts were cut to data.row_length={row_length} "
-            f"tokens ({tokens} tokens lost)"
+            f"{name}: {records} of {len(table)} texts were cut to {cut_to} ({tokens} tokens lost)"
         )
     return notes

@@ -63,6 +63,10 @@ def as_published(
     return Imported(family, config, tokenizer, learner, tensors, published, ())
 
 
+VOCABULARY = "heads.lm."
+"""What the names of a vocabulary head's tensors begin with."""
+
+
 def transformers_folder(
     config: Config,
     tokenizer: Tokenizer,
@@ -87,6 +91,12 @@ def transformers_folder(
 
 def published_tensors(family: Family, model: ModelConfig, tensors: Mapping[str, Tensor]) -> Tensors:
     """A Learner's tensors under the family's names; raises UserError where it has none for one."""
+    if family.has_head is not None and not any(name.startswith(VOCABULARY) for name in tensors):
+        own = ", ".join(sorted({".".join(n.split(".")[:2]) for n in tensors if "heads." in n}))
+        raise UserError(
+            f"{family.name} of transformers is written with its vocabulary head, and this model "
+            f"has {own or 'no head'} in its place; export it with --format nanolm"
+        )
     if family.has_head is not None and family.has_head not in tensors:
         raise UserError(
             f"no model of transformers computes this one exactly: {family.name} is nearest, but "

@@ -18,12 +18,21 @@ from nanolm.checkpoint.container import read_json, read_tensors, write_folder
 from nanolm.checkpoint.named_tensors import load_named
 from nanolm.config.schema import Config
 from nanolm.config.typed import instance
-from nanolm.errors import UserError
+from nanolm.errors import UserError, require
 from nanolm.learner import Adapter, Learner
 from nanolm.peft.base import attach, detach, trainable_counts
 from nanolm.registry import PEFT, Options
 
 DESCRIPTION = "adapter.json"
+
+
+def require_whole(folder: pathlib.Path, init_from: str) -> None:
+    """Raises UserError when a folder to start from holds an adapter alone."""
+    require(
+        not (folder / DESCRIPTION).is_file(),
+        f"init_from={init_from} holds an adapter, not a whole model: merge it into its base "
+        f"first (`nanolm merge {init_from} --out FOLDER`) and start from that",
+    )
 
 
 def describe(adapter: Adapter) -> bytes:

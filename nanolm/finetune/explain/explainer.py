@@ -1,4 +1,4 @@
-"""Why a fine-tuned model says what it says: token attributions and attention maps of one text.
+"""Why a model says what it says: token attributions and attention maps of one text.
 
 With x the token embeddings, b a baseline that says nothing, and F the number that is explained:
 

@@ -4,6 +4,7 @@
     regress            a score, in its own units
     tag                the logit of a word's tag
     read               start score plus end score of the best span
+    a pretrained model (`guess.py`): the log probability of a token
 
 A `Question` is fixed once, from the prediction on the text itself, and then asked again for every
 changed input: on the way of integrated gradients the prediction may be another one.

@@ -164,6 +164,11 @@ def test(cell: Cell, record: dict[str, Any]) -> dict[str, Any]:
     figures = read_json(cell.run, answers.name)
     named = ("run", "checkpoint", "split")
     figures = {name: value for name, value in figures.items() if name not in named}
+    require(
+        record["metric"] in figures,
+        f"cell {cell.label}: its test split gives no {record['metric']} (roc_auc needs records of "
+        f"both classes); choose another metric for the row, or mend that split",
+    )
     spent = record["cpu_seconds"] + cost["cpu_seconds"]
     return record | {"test": figures, "cpu_seconds": spent}
 

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
+from nanolm.config.model import ModelConfig
 from nanolm.config.schema import Config
 from nanolm.data.tables.files import Record, Table
 from nanolm.data.tables.packing import rectangle, scatter
@@ -184,6 +185,11 @@ class Task:
         """The record made ready, token ids and all; one item, or one for each window."""
         raise NotImplementedError
 
+    @property
+    def cut_to(self) -> str:
+        """How long a text may be and which key says so, for the note of those that were cut."""
+        return f"data.row_length={self.length} tokens"
+
     def label_counts(self, table: Table) -> dict[str, int]:
         """How often each label occurs, for the user to see whether they are labels at all; nothing
         of a task without a set of labels."""
@@ -245,6 +251,9 @@ class Task:
         chosen = kernels.chosen("attention")
         serve = all(hasattr(kernel, "takes_classes") for kernel in chosen)
         self.in_line = self.packed and serve and not self.compiled
+
+    def check_model(self, model: ModelConfig) -> None:
+        """Raises UserError when the model can be trained on the task and yet not be asked it."""
 
     def require_heads(self, fresh: list[str], base: str) -> None:
         """Raises UserError when a head that must come from the base is fresh."""

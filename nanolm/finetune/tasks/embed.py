@@ -104,23 +104,29 @@ class Embed(Task):
             texts += [record["positive"], *(record.get("negatives") or [])]
         framed = [self.frame(self.encode(text)) for text in texts]
         target = record["positive"] if with_gold else None
-        return [Item(index, [s for s, _ in framed], target, sum(cut for _, cut in framed))]
+        cut = sum(lost for _, lost in framed)
+        return [Item(index, [s for s, _ in framed], target, cut, record["query"])]
 
     def targets_of(
         self, examples: list[Item], batch: dict[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
         """query int64[N] and labels int64[N]: the sequences that are queries, and those that are
         their positives; document int64: all that are no queries, with content int64 [., 1], equal
-        where they are read alike."""
+        where they are read alike; pairs int64[N, 2]: the content of a query and of its positive."""
         sizes = [len(item.sequences) for item in examples]
         query = np.cumsum([0, *sizes[:-1]])
         if examples[0].target is None:
             return {"query": query}
         others = np.setdiff1d(np.arange(sum(sizes)), query)
         sequences = [sequence for item in examples for sequence in item.sequences]
-        content = np.array([[content_of(sequences[i].tokens)] for i in others], dtype=np.int64)
-        labels = np.searchsorted(others, query + 1)
-        return {"query": query, "document": others, "content": content, "labels": labels}
+        content_S = np.array([content_of(s.tokens) for s in sequences], dtype=np.int64)
+        return {
+            "query": query,
+            "document": others,
+            "content": content_S[others, None],
+            "pairs": np.stack([content_S[query], content_S[query + 1]], axis=1),
+            "labels": np.searchsorted(others, query + 1),
+        }
 
     def counts(self, batch: dict[str, np.ndarray]) -> dict[str, int]:
         """Queries."""
@@ -130,7 +136,8 @@ class Embed(Task):
         self, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: dict[str, Tensor]
     ) -> dict[str, Term]:
         """InfoNCE over the documents of all ranks; accuracy: the own positive is nearest. Another
-        document that is the own positive again is no negative.
+        document that is the own positive again is no negative, and neither is the positive of
+        another record with the same query.
 
         Without gradients (evaluation) only this batch's documents compete: `report` gives the loss
         over the whole split.
@@ -141,8 +148,11 @@ class Embed(Task):
         logits_NA = queries_ND @ documents_AD.T / self.options.temperature
         labels_N = batch["labels"] + first
         content_A1, _ = competing(batch["content"], stand_in="stand_in" in batch)
-        twin_NA = content_A1[labels_N] == content_A1.T
-        logits_NA = logits_NA.masked_fill(twin_NA.scatter(1, labels_N[:, None], False), -torch.inf)
+        pairs_Q2, _ = competing(batch["pairs"], stand_in="stand_in" in batch)
+        asked_NQ = batch["pairs"][:, :1] == pairs_Q2[:, 0]
+        answers_QA = pairs_Q2[:, 1:] == content_A1.T
+        right_NA = asked_NQ.float() @ answers_QA.float() > 0
+        logits_NA = logits_NA.masked_fill(right_NA.scatter(1, labels_N[:, None], False), -torch.inf)
         count = length_of(labels_N)
         right = (logits_NA.argmax(dim=-1) == labels_N).float().sum()
         loss = F.cross_entropy(logits_NA, labels_N, reduction="sum")
@@ -162,7 +172,8 @@ class Embed(Task):
         self, table: Table, items: list[Item], answers: list[Any]
     ) -> list[dict[str, Any]]:
         """The embedding; with gold instead the positive's rank (from 1) among all positives of the
-        split, equal texts counted once, its similarity, and the InfoNCE loss."""
+        split, equal texts counted once and other positives of the same query not at all, its
+        similarity, and the InfoNCE loss."""
         if items[0].target is None:
             return [{"embedding": vectors[0]} for vectors in answers]
         texts = [item.target for item in items]
@@ -172,6 +183,8 @@ class Embed(Task):
         documents_AD = vectors[np.sort(list(kept.values())), 1]
         similarity_NA = vectors[:, 0] @ documents_AD.T
         mine_N = similarity_NA[np.arange(len(texts)), own_N]
+        for i, others in enumerate(also_right([item.extra for item in items], own_N.tolist())):
+            similarity_NA[i, others] = -np.inf
         # Its own document is among those that are as near. One more that is as near is a tie, and a
         # tie is no hit: a model that tells nothing apart finds nothing.
         ranks_N = (similarity_NA >= mine_N[:, None] - TIE).sum(axis=1)
@@ -189,6 +202,19 @@ class Embed(Task):
         right = float(np.mean([rank == 1 for rank in ranks]))
         figures = {"loss": loss, "embed": loss, "accuracy": right}
         return Report(figures | metrics.ranking(ranks))
+
+
+def also_right(queries: list[str | None], own: list[int]) -> list[list[int]]:
+    """For each query the positives of others that ask the same, but its own; none of an unknown
+    one (None)."""
+    found: dict[str, set[int]] = {}
+    for query, positive in zip(queries, own, strict=True):
+        if query is not None:
+            found.setdefault(query, set()).add(positive)
+    return [
+        [] if query is None else sorted(found[query] - {positive})
+        for query, positive in zip(queries, own, strict=True)
+    ]
 
 
 def content_of(tokens: np.ndarray) -> int:

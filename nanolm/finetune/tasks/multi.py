@@ -24,6 +24,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from nanolm.config.load import load_config
+from nanolm.config.model import ModelConfig
 from nanolm.config.schema import Config
 from nanolm.config.typed import instance
 from nanolm.data.tokenizer import Tokenizer
@@ -45,12 +46,14 @@ class MultiOptions(TaskOptions):
     """Several tasks on one trunk."""
 
     name: str = "multi"
-    tasks: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    tasks: dict[str, dict[str, Any] | None] = dataclasses.field(default_factory=dict)
     """Each task under a name of its own: {objective: …, data: …, share: …, weight: …}. data adds
     to the run's; share (null: by the number of examples) is its part of the examples, weight (1)
-    that of its loss."""
+    that of its loss. null in place of a task takes that of a config file back."""
 
     def __post_init__(self) -> None:
+        named = {name: mapping for name, mapping in self.tasks.items() if mapping is not None}
+        object.__setattr__(self, "tasks", named)
         for name, mapping in self.tasks.items():
             where = f"objective.tasks.{name}"
             require(name.isidentifier(), f"{where}: a task's name is letters, digits and _ only")
@@ -65,10 +68,13 @@ class MultiOptions(TaskOptions):
                 value = mapping.get(key)
                 good = isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
                 require(value is None or good, f"{where}.{key}={value!r} must be a positive number")
-        given = [mapping.get("share") is not None for mapping in self.tasks.values()]
+        without = [name for name, mapping in named.items() if mapping.get("share") is None]
+        shared = [name for name in named if name not in without]
         require(
-            all(given) or not any(given),
-            "objective.tasks: give every task a share, or none of them",
+            not (without and shared),
+            f"objective.tasks: {', '.join(shared)} has a share and {', '.join(without)} has none; "
+            f"give every task one, or none of them; a task of a config file is taken back with "
+            f"--objective.tasks '{{{', '.join(f'{name}: null' for name in shared)}}}'",
         )
 
 
@@ -182,6 +188,14 @@ class Multi(Task):
             self.heads[key] = HeadRequest(*request)
         self.parts[name] = part
         self.weights |= {f"{name}/{term}": weight * w for term, w in part.weights.items()}
+
+    def check_model(self, model: ModelConfig) -> None:
+        """As each part says."""
+        for name, part in self.parts.items():
+            try:
+                part.check_model(model)
+            except UserError as error:
+                raise UserError(f"objective.tasks.{name}: {error}") from None
 
     def stand_in(self, items: list[PartItem]) -> None:
         """Takes the first item of each task: it stands in for its task, counting for nothing, in a

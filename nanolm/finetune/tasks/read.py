@@ -76,12 +76,14 @@ class ReadOptions(PairOptions):
 
 
 class Window(NamedTuple):
-    """Where a window's context tokens begin in the sequence, and which bytes of the context each of
-    them covers: begins and ends int64[n]."""
+    """Where a window's context tokens begin in the sequence, which bytes of the context each of
+    them covers (begins and ends int64[n]), and whether the record has an answer that none of its
+    windows holds whole."""
 
     offset: int
     begins: np.ndarray
     ends: np.ndarray
+    unheld: bool = False
 
 
 @OBJECTIVES.register("read", options=ReadOptions)
@@ -125,6 +127,14 @@ class Read(Task):
             options,
             no_answer=none if options.no_answer is None else options.no_answer,
             by_character=unspaced if options.by_character is None else options.by_character,
+        )
+
+    @property
+    def cut_to(self) -> str:
+        """Only questions are cut: a context is read to its end."""
+        return (
+            f"a question of {self.question_length} tokens (objective.question_length, at most half "
+            f"of data.row_length)"
         )
 
     @classmethod
@@ -182,27 +192,41 @@ class Read(Task):
             target = target_of(span, start, stop, sequence) if with_gold else None
             items.append(Item(index, [sequence], target, cut, window))
             cut = 0
+        if span is not None and all(item.target == NO_SPAN for item in items):
+            for item in items:
+                item.extra = item.extra._replace(unheld=True)
         return items
 
     def told(self, table: Table, items: list[Item]) -> list[str]:
-        """Answers that were looked for elsewhere in their context, and those that no window holds
-        (longer than the stride, they may fall between two): to the model they are none."""
+        """Answers that were looked for elsewhere in their context, those that no window holds
+        (longer than the stride, they may fall between two) and those that are too long to be
+        given."""
         found = [self.located(record) for record in table.records]
         moved = sum(
             answer is not None and answer.start not in [a.start for a in answers_of(record) or []]
             for record, answer in zip(table.records, found, strict=True)
         )
-        held = {item.record for item in items if item.target not in (None, NO_SPAN)}
-        lost = sum(answer is not None and i not in held for i, answer in enumerate(found))
-        notes = [f"{moved:,} answers do not stand where their record says and were relocated"]
-        return notes * bool(moved) + [f"{lost:,} answers stand in no window whole"] * bool(lost)
+        unheld = len({item.record for item in items if item.extra.unheld})
+        most = self.options.longest_answer
+        long = len({item.record for item in items if item.target[1] - item.target[0] >= most})
+        notes = {
+            f"{moved:,} answers do not stand where their record says and were relocated": moved,
+            f"{unheld:,} answers stand in no window whole, and nothing is trained on them; "
+            f"objective.stride is how long an answer is surely held": unheld,
+            f"{long:,} answers are longer than objective.longest_answer={most} tokens, so they are "
+            f"never given": long,
+        }
+        return [note for note, count in notes.items() if count]
 
     def trained(self, items: list[Item]) -> list[Item]:
         """Every window with its answer, every window of a record without one, and evenly spread
-        `empty_windows` of the others."""
+        `empty_windows` of the others. An answer that no window holds is there all the same, so
+        "none" would be a wrong target: its windows are left out."""
         answered = {item.record for item in items if item.target != NO_SPAN}
         kept, n_empty = [], 0
         for item in items:
+            if item.extra.unheld:
+                continue
             if item.target == NO_SPAN and item.record in answered:
                 n_empty += 1
                 if n_empty * GOLDEN % 1 >= self.options.empty_windows:

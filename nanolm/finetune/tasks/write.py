@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor, nn
 
+from nanolm.config.model import ModelConfig
 from nanolm.config.schema import Config
 from nanolm.data.tables.files import Record, Table
 from nanolm.data.tokenizer import Tokenizer
@@ -105,6 +106,18 @@ class Write(Task):
     def split_columns(cls, options: WriteOptions) -> tuple[str, ...]:
         """The dialogue, or what stands in the template."""
         return ("messages", *(name for name in FIELD.findall(options.template) if name))
+
+    def check_model(self, model: ModelConfig) -> None:
+        """The longest prompt and the longest answer must fit into the model together."""
+        half = self.length // 2
+        longest = self.length - min(self.options.max_new_tokens, half)
+        most = model.max_length - (self.length - half)
+        require(
+            longest + self.options.max_new_tokens <= model.max_length,
+            f"objective.max_new_tokens={self.options.max_new_tokens} behind prompts of up to "
+            f"{longest} tokens (data.row_length={self.length}) exceeds the model's "
+            f"max_length={model.max_length}; set it to at most {most}",
+        )
 
     def require_heads(self, fresh: list[str], base: str) -> None:
         """The vocabulary head must come from the base."""
