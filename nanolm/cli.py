@@ -14,6 +14,7 @@ import signal
 import sys
 
 from nanolm.errors import UserError
+from nanolm.files import refused_by_the_disk
 
 COMMANDS = {
     "prepare": ("nanolm.commands.prepare", "text -> tokenizer and token shards"),
@@ -109,6 +110,12 @@ def main(argv: list[str] | None = None) -> None:
         # What is still buffered would be written when Python ends, and fail once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(128 + signal.SIGPIPE) from None
+    except OSError as error:
+        sentence = refused_by_the_disk(error)
+        if sentence is None:
+            raise
+        print(f"nanolm: {sentence}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
 
 
 def _rank_0_says(sentence: str) -> bool:

@@ -28,7 +28,7 @@ class Arguments:
 
 
 def draw(runs: list[Run], out: pathlib.Path) -> None:
-    """Write the PNG; raises UserError when matplotlib is not installed."""
+    """Write the PNG; raises UserError when matplotlib is not installed, or it cannot be written."""
     try:
         import matplotlib  # noqa: PLC0415
     except ImportError:
@@ -47,8 +47,12 @@ def draw(runs: list[Run], out: pathlib.Path) -> None:
         axis.set(title=title, xlabel="step", yscale=scale)
         axis.grid(alpha=0.3)
     axes.flat[0].legend()
-    figure.savefig(out, dpi=110)
-    plt.close(figure)
+    try:
+        figure.savefig(out, dpi=110)
+    except OSError as error:
+        raise UserError(f"cannot write --out {out}: {error.strerror}; name another place") from None
+    finally:
+        plt.close(figure)
 
 
 def run(arguments: Arguments) -> None:
