@@ -26,7 +26,7 @@ from nanolm.peft.files import begin_adapter
 from nanolm.run import Note, Plan, carry_out
 from nanolm.training.batch import MicroBatch
 from nanolm.training.evaluation import Evaluator, Yardstick
-from nanolm.training.flops import train_flops_per_token
+from nanolm.training.flops import largest_products, train_flops_per_token
 from nanolm.training.loader import eval_batches, open_loader
 from nanolm.training.throughput import Throughput, peak_flops
 from nanolm.training.trainer import Trainer
@@ -164,7 +164,9 @@ def build_throughput(
     share = probe.counts[next(iter(objective.weights))] / (rows * length)
     tokens = train.global_batch * length
     flops = train_flops_per_token(config.model, length, predicted_share=share)
-    peak, origin = peak_flops(world.device, train.precision)
+    together = min(train.micro_batch or train.global_batch, -(-train.global_batch // world.size))
+    products = largest_products(config.model, together * length)
+    peak, origin = peak_flops(world.device, train.precision, products)
     note(
         f"model FLOPs per token {flops:.4g} (forward and backward, {share:.1%} of positions "
         f"predicted); peak: {origin}"

@@ -11,7 +11,7 @@ from nanolm.config.typed import require_ranges
 from nanolm.data.prepare.clean import CleaningOptions
 from nanolm.data.text_files import check_encoding
 from nanolm.data.tokenizer import EXTRA_TOKENS, Tokenizer
-from nanolm.errors import UserError, require_whole_path
+from nanolm.errors import UserError, require, require_whole_path
 
 SAMPLE_BYTES_PER_PIECE = 300
 TRAINING = ("tokenizer_type", "vocab_size", "character_coverage", "extra_tokens", "sample_bytes")
@@ -87,12 +87,8 @@ class PrepareConfig:
         check_encoding(self.encoding)
         require_whole_path("out", self.out)
         given = [key for key in TRAINING if getattr(self, key) != getattr(PrepareConfig, key)]
+        require_one_tokenizer(self.tokenizer, given)
         for wrong, sentence in (
-            (
-                self.tokenizer is not None and given,
-                f"{', '.join(given)} says how to train a tokenizer, and tokenizer={self.tokenizer} "
-                f"is used as it is; leave out one of them",
-            ),
             (
                 not is_utf8(self.out),
                 f"out={self.out!a} is no UTF-8, and Arrow opens no such name; choose another --out",
@@ -139,6 +135,15 @@ class PrepareConfig:
             for key in TRAINING:
                 keys.pop(key, None)
         return keys
+
+
+def require_one_tokenizer(tokenizer: str | None, given: list[str]) -> None:
+    """Raises UserError where a tokenizer is given, and also how to train one."""
+    require(
+        tokenizer is None or not given,
+        f"{', '.join(given)} says how to train a tokenizer, and tokenizer={tokenizer} is used as "
+        f"it is; leave out one of them",
+    )
 
 
 def is_utf8(name: str) -> bool:

@@ -38,7 +38,7 @@ from nanolm.finetune.tasks.multi import Multi
 from nanolm.learner import Learner
 from nanolm.peft.files import DESCRIPTION, begin_adapter
 from nanolm.registry import OBJECTIVES
-from nanolm.training.flops import train_flops_per_token
+from nanolm.training.flops import largest_products, train_flops_per_token
 from nanolm.training.throughput import Throughput, peak_flops
 
 
@@ -271,5 +271,6 @@ def build_throughput(config: TaskConfig, train: Split, world: World) -> Throughp
     tokens = tokens_per_step(config, train)
     length = max(1, round(train.mean_tokens))
     flops = train_flops_per_token(config.model, length, predicted_share=0.0)
-    peak, _ = peak_flops(world.device, config.train.precision)
+    products = largest_products(config.model, tokens)
+    peak, _ = peak_flops(world.device, config.train.precision, products)
     return Throughput(tokens, flops * tokens, peak and peak * world.size)

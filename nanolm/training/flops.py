@@ -18,6 +18,9 @@ from __future__ import annotations
 
 from nanolm.config.model import ModelConfig
 
+Product = tuple[int, int, int]
+"""Rows, inner width and columns of a matrix product."""
+
 
 def keys_seen(model: ModelConfig, row_length: int, layer: int) -> float:
     """Mean number of keys that a query of a full row sees in this block."""
@@ -48,6 +51,16 @@ def forward_flops_per_token(
     if model.trunk == "encoder_decoder":
         total += decoder_flops(model, row_length, predicted_share)
     return total + 2.0 * predicted_share * model.d_model * (model.vocab_size or 0)
+
+
+def largest_products(model: ModelConfig, tokens: int) -> list[Product]:
+    """(rows, inner, columns) of the products that a step of so many tokens spends most time in: the
+    feed-forward's two, the gradient of its weights, and some rows of the vocabulary's."""
+    tokens, width, inner = min(tokens, 4096), model.d_model, model.ff_width
+    found = [(tokens, width, inner), (tokens, inner, width), (width, tokens, inner)]
+    if model.vocab_size:
+        found.append((min(tokens, 512), width, model.vocab_size))
+    return found
 
 
 def decoder_flops(model: ModelConfig, source_length: int, targets_share: float) -> float:
