@@ -115,6 +115,8 @@ def carry_out(plan: Plan) -> dict[str, Any]:
     meta = config.distributed.strategy != "ddp" and world.size > 1 and config.init_from is None
     learner = build_learner(config, plan.objective, world.device, meta=meta)
     told = plan.start_weights(learner, start.checkpoint)
+    # Before the sinks: a thread of theirs would take half of a CPU's measured peak (docs/LOG.md).
+    throughput = plan.throughput(world, told.append)
     with open_sinks(config, world, start.done) as (sinks, note):
         for line in [*start.notes, *undivided(config.distributed, world), *told]:
             note(line)
@@ -126,8 +128,9 @@ def carry_out(plan: Plan) -> dict[str, Any]:
             note,
             evaluator=plan.evaluator(world),
             sinks=sinks,
-            throughput=plan.throughput(world, note),
+            throughput=throughput,
         )
+        throughput.resume(0.0, 0)  # the clock starts here
         trainer.state.began = started
         if start.checkpoint:
             trainer.restore(start.checkpoint, start.saved)
