@@ -99,6 +99,7 @@ class Odd:
     [
         (["--count=0"], "count=0 must be at least 1"),
         (["--amount=-1"], "amount=-1 must be at least 0"),
+        (["--amount=-1" + "0" * 30], f"amount=-1{'0' * 30} must be at least 0"),
         (["--seed=4294967296"], "seed=4294967296 must be at most 4294967295"),
         (["--share=0"], "share=0.0 must be more than 0"),
         (["--decay=1"], "decay=1.0 must be less than 1"),
@@ -132,6 +133,38 @@ def test_what_the_disk_refuses_is_one_sentence(number, monkeypatch, capsys):
     told = capsys.readouterr().err
     assert end.value.code == 2 and told.count("\n") == 1
     assert told.startswith("nanolm: cannot use some/where: ")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"
+        ),
+        RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB.\nmore"),
+    ],
+)
+def test_too_little_memory_is_one_sentence(error, monkeypatch, capsys):
+    def wrong(arguments):
+        raise error
+
+    monkeypatch.setattr(importlib.import_module("nanolm.commands.runs"), "run", wrong)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["runs"])
+    told = capsys.readouterr().err
+    assert end.value.code == 2 and told.count("\n") == 1
+    assert told.startswith(f"nanolm: {cli.OUT_OF_MEMORY}")
+
+
+@pytest.mark.parametrize("error", [KeyError("memory"), RuntimeError("a bug")])
+def test_other_errors_keep_their_traceback(error, monkeypatch):
+    def wrong(arguments):
+        raise error
+
+    monkeypatch.setattr(importlib.import_module("nanolm.commands.runs"), "run", wrong)
+    with pytest.raises(type(error)):
+        cli.main(["runs"])
 
 
 def test_json_of_a_name_that_is_no_text_reads_back():

@@ -7,6 +7,8 @@ option of the command that it names, or of the one whose module it stands in, or
 import ast
 import functools
 import re
+import shlex
+import shutil
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -18,7 +20,9 @@ from nanolm.config.load import leaf_kinds
 from nanolm.config.schema import Config
 from nanolm.finetune.config import TaskConfig
 from nanolm.registry import OBJECTIVES
-from tests.command_walk import schema_of
+from tests.command_walk import call, data_of, pretrained, schema_of, tuned, words_of
+from tests.finetuned import QUIET
+from tests.prepared import prepared_corpus
 from tests.test_imports import MODULES
 
 RAISING = ("UserError", "require", "Refused")
@@ -132,6 +136,53 @@ def test_every_key_that_a_refusal_names_exists(hint):
 def test_a_hint_that_cannot_be_followed_is_found(text):
     for option, known in named(Hint("nanolm.commands.compare", 1, text)):
         assert option not in known
+
+
+def refused(*words: str) -> str:
+    """The sentence that a command line is refused with."""
+    done = call([str(word) for word in words])
+    assert done.status == 2, done
+    return done.err.removeprefix("nanolm: ").rstrip("\n")
+
+
+def follow(sentence: str, **given: str) -> None:
+    """Runs the command that a sentence quotes, its words in CAPITALS replaced."""
+    command = next(text for text in QUOTED.findall(sentence) if text.startswith("nanolm "))
+    words = [given.get(word, word) for word in shlex.split(command)[1:]]
+    done = call(words)
+    assert done.status == 0, done
+
+
+def test_a_comparison_that_asks_for_an_evaluation_finds_it_afterwards(tmp_path):
+    run = shutil.copytree(tuned("classify"), tmp_path / "run")
+    shutil.rmtree(run / "evaluation", ignore_errors=True)
+    follow(refused("compare", run, run))
+    assert call(["compare", str(run), str(run)]).status == 0
+    assert "`nanolm runs`" in refused("compare", pretrained("clm"), run)
+
+
+def test_an_adapter_that_is_no_base_is_one_when_it_is_merged(tmp_path):
+    words = [f"--data.path={data_of('classify')}", *words_of("classify"), *QUIET]
+    words.append(f"--run.dir={tmp_path / 'run'}")
+    adapter = tuned("classify", "--peft.name=lora")
+    follow(refused("finetune", *words, "--init_from", adapter), FOLDER=str(tmp_path / "merged"))
+    assert call(["finetune", *words, "--init_from", str(tmp_path / "merged")]).status == 0
+
+
+def test_a_config_that_is_given_like_a_file_is_named_as_told(tmp_path):
+    (tmp_path / "a.yaml").write_text("train: {steps: 3}\n")
+    told = re.search(r"--config \S+", refused("train", tmp_path / "a.yaml"))[0]
+    assert call(["train", *told.split(), "--print_config"]).status == 0
+
+
+def test_a_csv_is_read_as_told(tmp_path):
+    source = tmp_path / "a.csv"
+    source.write_text("text,label\n" + "Some words.,a\nOther words here.,b\n" * 20)
+    out = [f"--out={tmp_path / 'out'}", "--workers=1"]
+    out.append(f"--tokenizer={prepared_corpus() / 'tokenizer.model'}")
+    told = re.search(r"table:\S+", refused("prepare", source, *out))[0]
+    told = told.rstrip(".,;").replace("COLUMN", "text").replace("FILE", str(source))
+    assert call(["prepare", told, *out]).status == 0
 
 
 def test_there_are_many_hints():

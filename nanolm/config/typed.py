@@ -55,6 +55,8 @@ def checked(kind: Any, given: Any, key: str) -> Any:
     """The given value as an instance of the annotation `kind`; raises UserError naming the key."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Annotated:
+        if type(given) is int:  # its own range first: that of all integers would mislead
+            within(kind.__metadata__, given, key)
         return within(kind.__metadata__, checked(parts[0], given, key), key)
     if dataclasses.is_dataclass(kind):
         return instance(kind, given, key)
