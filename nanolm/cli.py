@@ -14,6 +14,7 @@ import signal
 import sys
 
 from nanolm.errors import UserError
+from nanolm.files import refused_by_the_disk
 
 COMMANDS = {
     "prepare": ("nanolm.commands.prepare", "text -> tokenizer and token shards"),
@@ -109,6 +110,30 @@ def main(argv: list[str] | None = None) -> None:
         # What is still buffered would be written when Python ends, and fail once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(128 + signal.SIGPIPE) from None
+    except OSError as error:
+        sentence = refused_by_the_disk(error)
+        if sentence is None:
+            raise
+        print(f"nanolm: {sentence}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
+            raise
+        told = str(error).splitlines()[:1]
+        print(f"nanolm: {OUT_OF_MEMORY} ({' '.join(told)})", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
+OUT_OF_MEMORY = (
+    "there is not enough memory for a model, a batch or a file of this size; make it smaller "
+    "(of a run, `nanolm estimate CONFIG` says what it needs)"
+)
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether Python, or torch in its own words, could not have what was asked for."""
+    signs = ("can't allocate memory", "out of memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
 
 def _rank_0_says(sentence: str) -> bool:

@@ -28,6 +28,15 @@ OLDER = re.compile(r"\.partial-.+-\d+|.+\.\d+\.partial")
 """Temporary names of earlier versions, which may still lie in a folder."""
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
+REMEDIES = {
+    **dict.fromkeys(NOT_ALLOWED, "name another place, or get the right to use this one"),
+    **dict.fromkeys(NO_SPACE, "free some space and run the same command again"),
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOTDIR: "a file stands where a folder is needed, so name another place",
+    errno.EISDIR: "a folder stands where a file is needed, so name another place",
+    errno.ELOOP: "its links lead in a circle, so name another place",
+}
+"""What helps where the file system refuses a path."""
 AGAIN = "run the same command again"
 KEPT = f"{AGAIN}, finished files are kept"
 RESUME = "run again with --resume auto"
@@ -114,8 +123,13 @@ def write_json(path: str | os.PathLike, value: Any, *, indent: int = 2, again: s
 
 
 def json_text(value: Any, indent: int = 2) -> str:
-    """A value as the text of a JSON file that a person can read."""
-    return json.dumps(value, indent=indent, ensure_ascii=False) + "\n"
+    """A value as the text of a JSON file that a person can read.
+
+    A byte of a file's name that is no UTF-8 stands in Python's texts as half a surrogate pair,
+    which no file takes: it is written as JSON's own escape, and read back as it was.
+    """
+    text = json.dumps(value, indent=indent, ensure_ascii=False) + "\n"
+    return text.encode(errors="backslashreplace").decode()
 
 
 def append_line(path: pathlib.Path, line: str, again: str = KEPT) -> None:
@@ -146,6 +160,18 @@ def reason(error: OSError, again: str) -> str:
     if error.errno in NOT_ALLOWED:
         return f"{os.strerror(error.errno)}; make the folder writable and {again}"
     return f"{error.strerror or error}; put that right and {again}"
+
+
+def refused_by_the_disk(error: OSError) -> str | None:
+    """What a file system refuses of a path whoever asks, in one sentence; None for other errors.
+
+    A name that is too long, a file where a folder should be, rights and room: a user's paths may
+    have any of these wherever they are used, so the command line tells them in one place.
+    """
+    if error.filename is None or error.errno not in REMEDIES:
+        return None
+    name = os.fsdecode(error.filename)
+    return f"cannot use {name}: {os.strerror(error.errno)}; {REMEDIES[error.errno]}"
 
 
 def sync(path: str | os.PathLike) -> None:

@@ -24,7 +24,7 @@ from nanolm.peft.files import begin_adapter, require_whole
 from nanolm.run import Note, Plan, carry_out
 from nanolm.training.batch import MicroBatch
 from nanolm.training.evaluation import Evaluator, Yardstick
-from nanolm.training.flops import train_flops_per_token
+from nanolm.training.flops import largest_products, train_flops_per_token
 from nanolm.training.loader import eval_batches, open_loader
 from nanolm.training.throughput import Throughput, peak_flops
 from nanolm.training.trainer import Trainer
@@ -168,7 +168,9 @@ def build_throughput(
     tokens = train.global_batch * length
     memory = getattr(objective, "memory", 0)
     flops = train_flops_per_token(config.model, length, predicted_share=share, memory=memory)
-    peak, origin = peak_flops(world.device, train.precision)
+    together = min(train.micro_batch or train.global_batch, -(-train.global_batch // world.size))
+    products = largest_products(config.model, together * length)
+    peak, origin = peak_flops(world.device, train.precision, products)
     note(
         f"model FLOPs per token {flops:.4g} (forward and backward, {share:.1%} of positions "
         f"predicted); peak: {origin}"

@@ -22,11 +22,12 @@ import torch
 
 from nanolm.build import build_learner, initialiser
 from nanolm.checkpoint.checkpoints import Checkpoints
-from nanolm.checkpoint.run_folder import claim
+from nanolm.checkpoint.run_folder import claim, release
 from nanolm.config.load import dump
 from nanolm.config.schema import Config
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.distributed.world import World, close, launch, undivided
+from nanolm.errors import UserError
 from nanolm.files import RESUME, write_json
 from nanolm.learner import Learner
 from nanolm.objectives.base import Objective
@@ -99,13 +100,14 @@ def carry_out(plan: Plan) -> dict[str, Any]:
     """Trains as planned; returns the summary, which is empty when a signal ended the run.
 
     Raises UserError for anything the user can mend, and KeyboardInterrupt when that signal was
-    Ctrl-C, after all that it interrupts was saved.
+    Ctrl-C, after all that it interrupts was saved. A run that fails before its first checkpoint
+    leaves its folder to the mended command.
     """
     started, config = time.perf_counter(), plan.config
     build_schedule(config.schedule, config.train.steps)  # refused before the run has a folder
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    world = launch(config.distributed, config.run.device)
+    world = launch(config.distributed, config.run.device, "--run.device")
     plan.check(world)
     run, shared = pathlib.Path(config.run.dir), config.run.shared
     start = claim(run, config.resume, dump(config), plan.facts, world, shared=shared)
@@ -114,6 +116,8 @@ def carry_out(plan: Plan) -> dict[str, Any]:
     meta = config.distributed.strategy != "ddp" and world.size > 1 and config.init_from is None
     learner = build_learner(config, plan.objective, world.device, meta=meta)
     told = plan.start_weights(learner, start.checkpoint)
+    # Before the sinks: a thread of theirs would take half of a CPU's measured peak (docs/LOG.md).
+    throughput = plan.throughput(world, told.append)
     with open_sinks(config, world, start.done) as (sinks, note):
         for line in [*start.notes, *undivided(config.distributed, world), *told]:
             note(line)
@@ -125,13 +129,19 @@ def carry_out(plan: Plan) -> dict[str, Any]:
             note,
             evaluator=plan.evaluator(world),
             sinks=sinks,
-            throughput=plan.throughput(world, note),
+            throughput=throughput,
         )
+        throughput.resume(0.0, 0)  # the clock starts here
         trainer.state.began = started
         if start.checkpoint:
             trainer.restore(start.checkpoint, start.saved or {})
             note(f"resumed from {start.checkpoint} at step {trainer.state.done}")
-        figures = trainer.fit()
+        try:
+            figures = trainer.fit()
+        except UserError:
+            if world.is_main:
+                release(run)
+            raise
         summary: dict[str, Any] = {}
         if not trainer.preempted:
             summary = summarise(plan, trainer, figures)

@@ -14,11 +14,13 @@ import torch
 
 from nanolm import build
 from nanolm.checkpoint.checkpoints import load_weights, locate
+from nanolm.checkpoint.places import with_places
 from nanolm.config import strict_yaml
 from nanolm.config.load import import_plugins, load_config
 from nanolm.config.schema import Config
 from nanolm.data.tokenizer import Tokenizer
-from nanolm.errors import UserError, require
+from nanolm.distributed.devices import device_type
+from nanolm.errors import UserError
 from nanolm.learner import Learner
 from nanolm.ops.contract import Phase
 from nanolm.peft.files import open_adapter
@@ -38,8 +40,9 @@ class Saved:
 
 
 def read_config(folder: pathlib.Path, plugins: list[str] | None = None) -> Config:
-    """The resolved config of a checkpoint; raises UserError for plug-ins the user did not name."""
-    mapping = strict_yaml.read_mapping(folder / "config.yaml")
+    """The resolved config of a checkpoint, its relative paths as they are seen from here; raises
+    UserError for plug-ins the user did not name."""
+    mapping = with_places(strict_yaml.read_mapping(folder / "config.yaml"), folder)
     named = mapping.pop("plugins", None) or []
     unnamed = [name for name in named if name not in (plugins or [])]
     if unnamed:
@@ -57,21 +60,6 @@ def schema_of(mapping: dict) -> type[Config]:
     return getattr(OBJECTIVES.get(name).build, "schema", Config)
 
 
-def check_device(name: str) -> None:
-    """Raises UserError for a device that torch does not know or does not find here."""
-    known = name == "cpu" or name.partition(":")[0] == "cuda"
-    require(known, f"device={name} is no device; choose cpu or cuda")
-    try:
-        index = torch.device(name).index or 0
-    except RuntimeError:
-        index = -1
-    require(
-        name == "cpu" or 0 <= index < torch.cuda.device_count(),
-        f"device={name} is not here: torch sees {torch.cuda.device_count()} CUDA devices; choose "
-        f"cpu" + (", or cuda" if torch.cuda.is_available() else ""),
-    )
-
-
 def open_saved(
     path: str | pathlib.Path,
     *,
@@ -79,22 +67,25 @@ def open_saved(
     device: str = "cpu",
     plugins: list[str] | None = None,
     ema: bool = True,
+    base: str | None = None,
 ) -> Saved:
     """The model in a run's folder (its newest good checkpoint; of a fine-tuning run the one that
     did best on val) or in a checkpoint's folder.
 
-    In eval mode, on the device, in float32. Raises UserError when there is none or it is damaged.
+    In eval mode, on the device (auto, cpu or cuda), in float32. Raises UserError when there is no
+    model, it is damaged, or there is no such device. `base` stands for the place of an adapter's
+    base that adapter.json names.
     """
-    check_device(device)
+    kind = device_type(device)
     folder = locate(path)
     config = read_config(folder, plugins)
     if config.opens_best:
         folder = locate(path, best=True)
     tokenizer = Tokenizer.load(folder)
     objective = build.build_objective(config, tokenizer)
-    learner = build.build_learner(config, objective, torch.device(device), phase)
+    learner = build.build_learner(config, objective, torch.device(kind), phase)
     if config.peft.name == "none":
         load_weights(folder, learner, ema=ema)
     else:
-        open_adapter(folder, learner, ema=ema)
+        open_adapter(folder, learner, ema=ema, base=base)
     return Saved(folder, config, tokenizer, learner.eval())

@@ -60,7 +60,7 @@ def test_a_barrier_names_the_rank_that_did_not_come():
 
 def test_cuda_without_a_gpu_is_one_sentence(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(UserError, match="device is cuda, but torch sees no CUDA device"):
+    with pytest.raises(UserError, match=r"^--device cuda: torch sees no CUDA device"):
         launch(DistributedConfig(), "cuda")
     assert launch(DistributedConfig(), "auto").device.type == "cpu"
 

@@ -202,7 +202,7 @@ def test_every_number_in_range_draws_a_token(temperature, penalty, top):
         *((f"--max_tokens={n}", "max_tokens") for n in (0, -5)),
         *((f"--seed={n}", "seed") for n in (-1, 2**32, 10**30)),
         *(
-            (f"--device={name}", f"device={name}")
+            (f"--device={name}", "device: expected one of auto, cpu, cuda")
             for name in ("gpu", "cuda:99", "cuda:x", "meta", "")
         ),
         ("--prompt=a\udcff", "no Unicode text"),

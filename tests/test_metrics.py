@@ -4,7 +4,9 @@ import time
 
 import torch
 
+from nanolm.config.model import ModelConfig
 from nanolm.training import throughput
+from nanolm.training.flops import largest_products
 from nanolm.training.sinks import line_of
 
 
@@ -64,6 +66,28 @@ def test_peaks_by_device_name(monkeypatch):
     assert found > 1e8 and "measured" in origin
 
 
+def test_the_peak_of_a_cpu_is_that_of_the_models_own_products(monkeypatch):
+    asked = []
+
+    def measured(dtype, product, seconds):
+        asked.append((dtype, product))
+        return float(product[0])
+
+    monkeypatch.setattr(throughput, "matmul_flops", measured)
+    monkeypatch.setattr(throughput, "multiplies_bf16", lambda: False)
+    model = ModelConfig(d_model=96, d_ff=256, n_heads=4, vocab_size=1000)
+    products = largest_products(model, tokens=2048)
+    assert products == [(2048, 96, 256), (2048, 256, 96), (96, 2048, 256), (512, 96, 1000)]
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.float32)):
+        asked.clear()
+        peak, told = throughput.peak_flops(torch.device("cpu"), precision, products)
+        assert peak == 2048 and "2048 x 96 x 256" in told
+        assert asked == [(dtype, product) for product in products]
+    monkeypatch.setattr(throughput, "multiplies_bf16", lambda: True)
+    throughput.peak_flops(torch.device("cpu"), "bf16", products)
+    assert asked[-1][0] == torch.bfloat16  # where bf16 products are bf16 products
+
+
 def test_the_peak_of_a_cpu_leaves_out_a_slow_first_product(monkeypatch):
     now, took = [0.0], iter([5.0, 0.3, 0.1, *[0.2] * 9])
 
@@ -73,7 +97,7 @@ def test_the_peak_of_a_cpu_leaves_out_a_slow_first_product(monkeypatch):
 
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(torch, "ones", lambda *size, dtype: Matrix())
-    found = throughput.matmul_flops(torch.float32, size=100, seconds=1.0)
+    found = throughput.matmul_flops(torch.float32, (100, 100, 100), seconds=1.0)
     assert abs(found / (2 * 100**3 / 0.1) - 1) < 1e-9
 
 

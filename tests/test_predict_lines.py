@@ -91,5 +91,5 @@ def test_an_error_leaves_the_output_as_it_was(runs, tmp_path):
 @pytest.mark.parametrize("command_name", ["predict", "evaluate"])
 @pytest.mark.parametrize("batch", [0, -1])
 def test_no_rows_at_a_time_are_refused(runs, command_name, batch):
-    with pytest.raises(UserError, match=f"--batch {batch} must be at least 1"):
+    with pytest.raises(UserError, match=f"batch={batch} must be at least 1"):
         command(command_name, str(runs["classify"]), f"--batch={batch}")

@@ -87,6 +87,19 @@ def test_wandb_offline_writes_inside_the_run_folder(tmp_path, monkeypatch):
     assert notes == [] and len(list(tmp_path.glob("wandb/offline-run-*/*.wandb"))) == 1
 
 
+def test_starts_that_wandb_keeps_offline_are_told_how_they_become_one(tmp_path, monkeypatch):
+    def init(**keys):
+        (tmp_path / "wandb" / f"offline-run-{len(list(tmp_path.glob('wandb/off*')))}").mkdir()
+        return types.SimpleNamespace(log=lambda *_, **__: None, finish=lambda: None)
+
+    fake_wandb(monkeypatch, init)
+    notes = []
+    write_three(tmp_path, notes)
+    assert notes == []
+    write_three(tmp_path, notes)
+    assert len(notes) == 1 and f"wandb sync {tmp_path}/wandb/offline-run-*" in notes[0]
+
+
 def test_tensorboard_writes_event_files(tmp_path):
     pytest.importorskip("tensorboard")
     sink = sinks.TensorBoard(tmp_path)

@@ -243,6 +243,7 @@ def test_a_schedule_that_is_drawn_anew_is_told(prepared, tmp_path):
         (["--schedule.warmup=100"], "warmup"),
         (["--data.path=NO_VAL"], "no val split"),
         (["--init_from=nowhere"], "nowhere"),
+        (["--optim.lr=1e30", "--run.log_every=1"], "step 2: loss or gradient is not finite"),
     ],
 )
 def test_a_start_that_fails_owns_no_folder(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from nanolm.config.ranges import Amount, Count, Fraction, Seed, Within
+from nanolm.config.typed import require_ranges
 from nanolm.data.prepare.clean import CleaningOptions
 from nanolm.data.text_files import check_encoding
 from nanolm.data.tokenizer import EXTRA_TOKENS, Tokenizer
-from nanolm.errors import UserError, require_whole_path
+from nanolm.errors import UserError, require, require_whole_path
 
 SAMPLE_BYTES_PER_PIECE = 300
 TRAINING = ("tokenizer_type", "vocab_size", "character_coverage", "extra_tokens", "sample_bytes")
@@ -46,62 +48,56 @@ class PrepareConfig:
     undecodable: Literal["drop", "replace", "refuse"] = "drop"
     """Documents that are not in their encoding: drop and count them, replace the bytes by U+FFFD,
     or stop."""
-    min_characters: int = 1
+    min_characters: Amount = 1
     """Drop shorter documents."""
-    max_characters: int | None = None
+    max_characters: Count | None = None
     """Drop longer documents."""
     mask_pii: bool = False
     """Replace mail addresses, phone numbers, IP addresses and ID-like numbers by [MAIL] etc."""
     deduplicate: bool = True
     """Keep only the first of documents with the same cleaned text."""
-    val_fraction: float = 0.02
+    val_fraction: Fraction = 0.02
     """Share of documents for validation, chosen by hash (at least one document)."""
-    test_fraction: float = 0.0
+    test_fraction: Fraction = 0.0
     """Share of documents for a test split, chosen by hash (at least one document if not 0)."""
     tokenizer: str | None = None
     """An existing SentencePiece .model (or prepared directory) to use instead of training one."""
     tokenizer_type: Literal["unigram", "bpe"] = "unigram"
     """Kind of tokenizer to train. unigram encodes five times as fast; bpe trains in a tenth of the
     time, so below about 40 MB of text it is done sooner, and needs 1 or 2 % fewer tokens."""
-    vocab_size: int = 8192
+    vocab_size: Count = 8192
     """Size of the vocabulary to train, special pieces and 256 bytes included."""
-    extra_tokens: int = EXTRA_TOKENS
+    extra_tokens: Amount = EXTRA_TOKENS
     """Special pieces without a role in the vocabulary to train. objective=span marks with them what
     it cuts out: 28 for rows of 512 tokens, 57 for 1,024; T5's vocabulary has 100."""
-    character_coverage: float = 0.9995
+    character_coverage: Annotated[float, Within(0.98, 1)] = 0.9995
     """Share of the sample's characters that get a piece; the others are written as bytes."""
-    sample_bytes: int | None = None
+    sample_bytes: Annotated[int, Within(1)] | None = None
     """Text to train the tokenizer on; by default 300 bytes for each entry of the vocabulary."""
-    shard_tokens: int = 1 << 26
+    shard_tokens: Count = 1 << 26
     """A shard holds at most so many tokens (unless one document alone is longer)."""
-    seed: int = 0
+    seed: Seed = 0
     """Decides the splits and the tokenizer's sample."""
-    workers: int | None = None
+    workers: Count | None = None
     """Processes; by default one for each CPU core. The result does not depend on it."""
 
     def check(self) -> None:
         """Raise UserError naming the first key that cannot be right."""
+        require_ranges(self)
         check_encoding(self.encoding)
         require_whole_path("out", self.out)
         given = [key for key in TRAINING if getattr(self, key) != getattr(PrepareConfig, key)]
+        require_one_tokenizer(self.tokenizer, given)
         for wrong, sentence in (
             (
-                self.tokenizer is not None and given,
-                f"{', '.join(given)} says how to train a tokenizer, and tokenizer={self.tokenizer} "
-                f"is used as it is; leave out one of them",
+                not is_utf8(self.out),
+                f"out={self.out!a} is no UTF-8, and Arrow opens no such name; choose another --out",
             ),
             (not self.sources, "sources is empty; name at least one file, folder or `stdlib`"),
-            (self.shard_tokens < 1, "shard_tokens must be positive"),
-            (self.shard_tokens >= 1 << 31, "shard_tokens must stay below 2^31"),
-            (self.workers is not None and self.workers < 1, "workers must be at least 1"),
-            (not 0 <= self.seed < 1 << 32, "seed must be in 0…2^32-1"),
             (
-                min(self.val_fraction, self.test_fraction) < 0
-                or self.val_fraction + self.test_fraction >= 1,
-                "val_fraction and test_fraction must be at least 0 and together below 1",
+                self.val_fraction + self.test_fraction >= 1,
+                "val_fraction and test_fraction must be below 1 together",
             ),
-            (self.extra_tokens < 0, "extra_tokens must not be negative"),
-            (not 0.98 <= self.character_coverage <= 1, "character_coverage must be in 0.98…1"),
             (
                 self.max_characters is not None and self.max_characters < self.min_characters,
                 "max_characters is smaller than min_characters, which would drop everything",
@@ -139,3 +135,17 @@ class PrepareConfig:
             for key in TRAINING:
                 keys.pop(key, None)
         return keys
+
+
+def require_one_tokenizer(tokenizer: str | None, given: list[str]) -> None:
+    """Raises UserError where a tokenizer is given, and also how to train one."""
+    require(
+        tokenizer is None or not given,
+        f"{', '.join(given)} says how to train a tokenizer, and tokenizer={tokenizer} is used as "
+        f"it is; leave out one of them",
+    )
+
+
+def is_utf8(name: str) -> bool:
+    """Whether a file's name is text: Python keeps other bytes as halves of surrogate pairs."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)

@@ -135,6 +135,17 @@ def holds_a_run(run: pathlib.Path) -> bool:
     return lines or any(Checkpoints(run, World()).steps())
 
 
+def release(run: pathlib.Path) -> None:
+    """Gives up the folder of a run that failed before its first checkpoint: there is nothing to go
+    on from, so the next start begins in it. Its lines stay beside, as failed-metrics.jsonl and
+    failed-nonfinite.jsonl."""
+    if any(Checkpoints(run, World()).steps()):
+        return
+    for lines in run.glob("*.jsonl"):
+        if not lines.name.startswith("failed-"):
+            lines.replace(run / f"failed-{lines.name}")
+
+
 def _same_config(saved: pathlib.Path, config_text: str) -> None:
     before = flatten(strict_yaml.read_mapping(saved))
     now = flatten(strict_yaml.parse(config_text, "config"))

@@ -13,9 +13,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table as Grid
 
-from nanolm.checkpoint.checkpoints import locate
 from nanolm.checkpoint.container import read_json
 from nanolm.errors import require
+from nanolm.finetune.config import TaskConfig
 from nanolm.registry import OBJECTIVES
 from nanolm.saved import read_config
 
@@ -32,11 +32,15 @@ class Arguments:
     """Folder of the run that it is compared with."""
     split: str = "test"
     """Split whose evaluation is compared."""
+    plugins: list[str] = dataclasses.field(default_factory=list)
+    """Plug-ins that the runs were trained with."""
 
 
 def run(arguments: Arguments) -> None:
     """Print both runs' figures and the difference."""
     places = (pathlib.Path(arguments.run), pathlib.Path(arguments.other))
+    for place in places:
+        require_tuned(place, arguments.plugins)
     mine, others = (evaluation(place, arguments.split) for place in places)
     summaries = [read_json(place, "summary.json") for place in places]
     metrics = {summary["metric"] for summary in summaries}
@@ -53,16 +57,30 @@ def run(arguments: Arguments) -> None:
         grid.add_row(name, *(f"{v:.4f}" for v in values), f"{values[0] - values[1]:+.4f}")
     console = Console()
     console.print(grid)
-    higher = direction(places[0], summaries[0])
+    higher = direction(places[0], summaries[0], arguments.plugins)
     console.print(verdict(metric, left[metric], right[metric], places, higher), highlight=False)
 
 
-def direction(place: pathlib.Path, summary: dict[str, Any]) -> bool:
+def require_tuned(place: pathlib.Path, plugins: list[str]) -> None:
+    """Raises UserError for what is no run, and for a pretrained one, whose evaluation is printed
+    and not kept."""
+    require(
+        (place / "config.yaml").is_file(),
+        f"{place} holds no run: there is no config.yaml in it; name the folder of a run",
+    )
+    require(
+        isinstance(read_config(place, plugins), TaskConfig),
+        f"{place} was pretrained, and `nanolm compare` is for fine-tuned runs; `nanolm runs` shows "
+        f"pretrained ones below each other",
+    )
+
+
+def direction(place: pathlib.Path, summary: dict[str, Any], plugins: list[str]) -> bool:
     """Whether more of the figure that chose a run's checkpoint is better: as its summary says, or
     in a run whose summary is too old to say so, as its task declares."""
     if "higher_is_better" in summary:
         return summary["higher_is_better"]
-    options = read_config(locate(place)).objective
+    options = read_config(place, plugins).objective
     return dict(OBJECTIVES.get(options.name).build.metrics(options))[summary["metric"]]
 
 

@@ -20,6 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from nanolm.commands.figures import write_json
+from nanolm.config.ranges import Count
+from nanolm.distributed.devices import DeviceWord
 from nanolm.distributed.world import close, launch
 from nanolm.errors import UserError, require
 from nanolm.saved import read_config
@@ -35,12 +37,12 @@ class Arguments:
 
     run: str | None = None
     """Folder of the run."""
-    step: int | None = None
+    step: Count | None = None
     """The step to look into, as the metrics and messages count: the first is 1."""
     gpu: bool = False
     """Check this machine's GPU instead: kernels, 20 losses against the CPU, one of two ranks
     killed; prints the lines for the column *on a GPU* of docs/evidence.md."""
-    device: str = "auto"
+    device: DeviceWord = "auto"
     """auto, cpu or cuda; with `gpu`, cpu stands in for one."""
     plugins: list[str] = dataclasses.field(default_factory=list)
     """Plug-ins that the run was trained with."""

@@ -16,6 +16,7 @@ from nanolm import build
 from nanolm.commands.figures import write_json
 from nanolm.config.load import load_config
 from nanolm.config.model import ModelConfig
+from nanolm.config.ranges import Count, Share
 from nanolm.config.schema import Config
 from nanolm.errors import require
 from nanolm.tools.estimate import Limit, Needs, Sizes, estimate, find_device, largest, parts_of
@@ -31,15 +32,15 @@ class Arguments:
 
     config_file: str = ""
     """YAML file of the run."""
-    gpus: int = 1
+    gpus: Count = 1
     """Devices in all."""
-    gpus_per_node: int = 8
+    gpus_per_node: Count = 8
     """Devices of a node: what hsdp shards over when distributed.shard_size is null."""
     device: str = "h100"
     """a100, h100, rtx4090, mi300x, …: a GPU of the table in nanolm/training/accelerators.py."""
-    mfu: float = 0.4
+    mfu: Share = 0.4
     """Share of the device's dense peak that training is assumed to reach."""
-    vocab_size: int = 50304
+    vocab_size: Count = 50304
     """Vocabulary where the config leaves it to the tokenizer."""
     set: list[str] = dataclasses.field(default_factory=list)
     """Keys of the config to change: distributed.strategy=fsdp train.micro_batch=4."""
@@ -48,8 +49,6 @@ class Arguments:
 
     def __post_init__(self) -> None:
         require(self.config_file != "", "nanolm estimate CONFIG: name the run's YAML file")
-        require(self.gpus >= 1, f"gpus={self.gpus} must be at least 1")
-        require(0 < self.mfu <= 1, f"mfu={self.mfu} must lie in (0, 1]")
 
 
 def read(arguments: Arguments) -> Config:

@@ -16,8 +16,10 @@ from rich.table import Table
 from nanolm.build import build_stream
 from nanolm.checkpoint.facts import facts_of, require_same_facts
 from nanolm.commands.figures import write_json
+from nanolm.config.ranges import Count
 from nanolm.config.schema import Config
 from nanolm.data.tokenizer import MODEL_FILE
+from nanolm.distributed.devices import DeviceWord
 from nanolm.distributed.world import World, close, launch
 from nanolm.errors import require
 from nanolm.finetune.config import TaskConfig
@@ -51,23 +53,18 @@ class Arguments:
     those of the run's own data.columns that it has are taken unless they are named here."""
     task: str | None = None
     """Which task of a run of several; null: all, one after the other."""
-    batches: int | None = None
+    batches: Count | None = None
     """Batches to use; null for the whole split."""
-    batch: int | None = None
+    batch: Count | None = None
     """Rows per batch; null means the run's own."""
     ema: bool = True
     """Use the moving average of the weights when the run kept one."""
-    device: str = "auto"
+    device: DeviceWord = "auto"
     """auto, cpu or cuda."""
     plugins: list[str] = dataclasses.field(default_factory=list)
     """Plug-ins that the checkpoint was trained with."""
     json: str | None = None
     """Also write the figures to this file."""
-
-    def __post_init__(self) -> None:
-        for name in ("batch", "batches"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"--{name} {value} must be at least 1")
 
 
 def with_evaluation(config: Config, arguments: Arguments) -> Config:

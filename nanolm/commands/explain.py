@@ -10,14 +10,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
 from nanolm.commands.figures import write_json
+from nanolm.config.ranges import Count, Within
 from nanolm.data.tables.files import Table
 from nanolm.distributed.world import World
-from nanolm.errors import UserError, require_at_least
+from nanolm.errors import UserError
 from nanolm.finetune.config import TaskConfig
 from nanolm.finetune.explain.explainer import Baseline, Explainer, best_window
 from nanolm.finetune.explain.guess import Guess
@@ -48,11 +49,11 @@ class Arguments:
     baseline: Baseline = "auto"
     """Where integrated gradients begin: mask, mean (of all embeddings) or zero; auto: mask for an
     encoder, mean for a decoder."""
-    steps: int = 32
+    steps: Count = 32
     """Steps of integrated gradients; doubled until attributions add up to `tolerance`."""
-    most_steps: int = 1024
+    most_steps: Count = 1024
     """Steps at which doubling ends."""
-    tolerance: float = 0.01
+    tolerance: Annotated[float, Within(above=0, below=1)] = 0.01
     """How much of the difference between text and baseline the attributions may miss."""
     formats: list[Literal["html", "png"]] = dataclasses.field(default_factory=lambda: ["html"])
     """What to write: html, png."""
@@ -62,11 +63,6 @@ class Arguments:
     """Plug-ins that the checkpoint was trained with."""
     json: str | None = None
     """Also write the figures to this file."""
-
-    def __post_init__(self) -> None:
-        require_at_least("explain", self, steps=1, most_steps=1)
-        if not 0 < self.tolerance < 1:
-            raise UserError(f"explain.tolerance={self.tolerance} must lie in (0, 1)")
 
 
 def explain(saved: Saved, arguments: Arguments) -> Explanation:

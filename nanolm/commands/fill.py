@@ -10,7 +10,9 @@ from rich.table import Table
 
 from nanolm.commands.figures import write_json
 from nanolm.commands.pretrained import require_pretrained
-from nanolm.errors import require, require_range
+from nanolm.config.ranges import Count
+from nanolm.distributed.devices import DeviceWord
+from nanolm.errors import require
 from nanolm.inference.masked import mask_ids
 from nanolm.model.trunk import Inputs
 from nanolm.saved import Saved, open_saved
@@ -26,17 +28,14 @@ class Arguments:
     """Folder of a run or of a checkpoint."""
     text: str
     """Text with one or several <mask>."""
-    top: int = 5
+    top: Count = 5
     """Candidates to show for each mask."""
-    device: str = "cpu"
-    """cpu or cuda."""
+    device: DeviceWord = "cpu"
+    """Where it is computed; auto takes CUDA when there is any."""
     plugins: list[str] = dataclasses.field(default_factory=list)
     """Plug-ins that the checkpoint was trained with."""
     json: str | None = None
     """Also write the candidates to this file."""
-
-    def __post_init__(self) -> None:
-        require_range("top", self.top, 1, 1 << 31)
 
 
 @torch.no_grad()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 from rich.console import Console
 
 from nanolm.commands.figures import write_json
 from nanolm.commands.pretrained import require_pretrained
-from nanolm.errors import require, require_range
+from nanolm.config.ranges import Count, Seed, Within
+from nanolm.distributed.devices import DeviceWord
+from nanolm.errors import require
 from nanolm.inference.beam_search import BeamSearch, write_best
 from nanolm.inference.generate import Generator, write
 from nanolm.inference.generate_from_source import GENERATORS
@@ -27,25 +30,25 @@ class Arguments(Sampling):
     prompt: list[str] | str = ""
     """Text to continue, or a list of texts; '' writes from scratch. An encoder-decoder reads it as
     its source, in which <mask> is a gap."""
-    count: int = 1
+    count: Annotated[int, Within(1, 1 << 16)] = 1
     """Continuations of each prompt."""
-    max_tokens: int = 200
+    max_tokens: Count = 200
     """Tokens to write at most."""
-    beams: int = 1
+    beams: Annotated[int, Within(1, 256)] = 1
     """Texts that are followed side by side to find the most probable whole one; 1 draws token by
     token. With more, nothing is drawn: temperature and its kin do not count."""
-    length_penalty: float = 1.0
+    length_penalty: Annotated[float, Within(-100, 100)] = 1.0
     """Beams are compared by their log probability over their length to this power."""
     stop: list[str] = dataclasses.field(default_factory=list)
     """Strings that end a text."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the draws."""
     cache: bool = True
     """Keep keys and values instead of recomputing them."""
     stream: bool = True
     """Show a single text while it is written."""
-    device: str = "cpu"
-    """cpu or cuda."""
+    device: DeviceWord = "cpu"
+    """Where it is computed; auto takes CUDA when there is any."""
     plugins: list[str] = dataclasses.field(default_factory=list)
     """Plug-ins that the checkpoint was trained with."""
     json: str | None = None
@@ -53,11 +56,6 @@ class Arguments(Sampling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_range("count", self.count, 1, 1 << 16)
-        require_range("max_tokens", self.max_tokens, 1, 1 << 31)
-        require_range("seed", self.seed, 0, (1 << 32) - 1)
-        require_range("beams", self.beams, 1, 256)
-        require_range("length_penalty", self.length_penalty, -100, 100)
         require(
             self.beams == 1 or (self.count == 1 and not self.stop),
             "beams find one text up to its end: leave --count and --stop out, or --beams",

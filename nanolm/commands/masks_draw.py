@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from typing import Annotated
 
 import numpy as np
 import torch
 
+from nanolm.config.ranges import Within
 from nanolm.finetune.explain.png import png
 from nanolm.ops.masks import Mask
 
@@ -34,7 +36,7 @@ class Arguments:
 
     out: str = "docs/masks"
     """Folder for the pictures."""
-    cell: int = 14
+    cell: Annotated[int, Within(2, 256)] = 14
     """Pixels of one query-key pair."""
 
 

@@ -32,6 +32,8 @@ class Arguments:
     """Folder of a run with an adapter, or of one of its checkpoints."""
     out: str
     """Folder to write the merged checkpoint to."""
+    base: str | None = None
+    """Folder of the adapter's base, where it no longer lies where the run found it."""
     plugins: list[str] = dataclasses.field(default_factory=list)
     """Plug-ins that the checkpoint was trained with."""
     json: str | None = None
@@ -62,7 +64,7 @@ def run(arguments: Arguments) -> None:
     """Merge, compare, write."""
     out = pathlib.Path(arguments.out)
     require(not out.exists(), f"--out {out} exists already; name a folder that does not")
-    saved = open_saved(arguments.run, plugins=arguments.plugins)
+    saved = open_saved(arguments.run, plugins=arguments.plugins, base=arguments.base)
     adapter = saved.learner.adapter
     if adapter is None:
         raise UserError(f"{saved.folder} has no adapter (peft is none): nothing to merge")

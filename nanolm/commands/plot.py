@@ -6,6 +6,7 @@ import dataclasses
 import pathlib
 from typing import Any
 
+from nanolm.errors import UserError
 from nanolm.finetune.pictures import fonts_for, pyplot
 from nanolm.training.runs import Run, read_run
 
@@ -30,12 +31,18 @@ class Arguments:
 
 def draw(runs: list[Run], out: pathlib.Path) -> list[str]:
     """Write the PNG, and say what its reader should know; raises UserError when matplotlib is not
-    installed."""
+    installed, or it cannot be written."""
     plt = pyplot()
     with fonts_for(run.folder.name for run in runs) as notes:
         figure = curves(plt, runs)
-        figure.savefig(out, dpi=110)
-        plt.close(figure)
+        try:
+            figure.savefig(out, dpi=110)
+        except OSError as error:
+            raise UserError(
+                f"cannot write --out {out}: {error.strerror}; name another place"
+            ) from None
+        finally:
+            plt.close(figure)
     return notes
 
 

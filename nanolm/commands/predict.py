@@ -18,9 +18,11 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
+from nanolm.config.ranges import Count
 from nanolm.data.tables.files import Table, read_table
+from nanolm.distributed.devices import DeviceWord
 from nanolm.distributed.world import launch
-from nanolm.errors import UserError, require
+from nanolm.errors import UserError
 from nanolm.files import AGAIN, AtomicFile
 from nanolm.finetune.ensemble import open_together
 from nanolm.finetune.predict import Predictor, decoded, lines_as_tables
@@ -49,15 +51,12 @@ class Arguments:
     columns: dict[str, str | None] = dataclasses.field(default_factory=dict)
     """Which column holds a field, where it has another name: {text: question}; those of the run's
     own data.columns that the file has are taken unless they are named here."""
-    batch: int = 64
+    batch: Count = 64
     """Rows at a time."""
-    device: str = "auto"
+    device: DeviceWord = "auto"
     """auto, cpu or cuda."""
     plugins: list[str] = dataclasses.field(default_factory=list)
     """Plug-ins that the checkpoint was trained with."""
-
-    def __post_init__(self) -> None:
-        require(self.batch >= 1, f"--batch {self.batch} must be at least 1")
 
 
 def run(arguments: Arguments) -> None:

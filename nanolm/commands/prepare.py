@@ -7,7 +7,8 @@ import dataclasses
 from rich.console import Console
 
 from nanolm.commands.figures import write_json
-from nanolm.config.load import import_plugins
+from nanolm.config.load import import_plugins, parse, read_files, split_words
+from nanolm.data.prepare.config import TRAINING, require_one_tokenizer
 from nanolm.data.prepare.pipeline import PrepareConfig, prepare
 from nanolm.data.prepare.report import figures, render
 
@@ -22,6 +23,16 @@ class Arguments(PrepareConfig):
     """Modules imported first; their data sources can be named in sources."""
     json: str | None = None
     """Also write the summary to this file."""
+
+
+def main(argv: list[str]) -> None:
+    """Reads the command line and prepares; what says how to train a tokenizer is refused beside one
+    that is given, also where it says what is usual."""
+    arguments = parse(Arguments, argv, prog="nanolm prepare", positional=POSITIONAL)
+    words = split_words(argv)
+    said = {*words, *read_files(dict(words), {})}
+    require_one_tokenizer(arguments.tokenizer, [key for key in TRAINING if key in said])
+    run(arguments)
 
 
 def run(arguments: Arguments) -> None:

@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
     config = load_config(argv, prog="nanolm profile")
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    world = launch(config.distributed, config.run.device)
+    world = launch(config.distributed, config.run.device, "--run.device")
     with tempfile.TemporaryDirectory() as scratch:
         plan = pretrain.plan(dataclasses.replace(config, resume="never"), build_tokenizer(config))
         trainer = rehearse(plan, world, pathlib.Path(scratch), lambda line: None)

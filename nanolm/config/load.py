@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import importlib
 import os
+import re
 import sys
 from typing import Any, TypeVar, overload
 
@@ -202,7 +203,7 @@ def import_plugins(names: Any) -> None:
     for name in names:
         try:
             importlib.import_module(name)
-        except ImportError as error:
+        except (ImportError, ValueError) as error:  # ValueError: '' and '.x' name no module
             raise UserError(f"plugins: cannot import {name}: {error}") from error
 
 
@@ -231,7 +232,7 @@ def help_text(schema: type, prog: str, positional: tuple[str, ...]) -> str:
         if names is not None:
             action.help = f"{action.help} One of {', '.join(names)}, or a plug-in's."
         action.option_strings = [s for s in action.option_strings if not s.endswith("+")]
-    return parser.format_help()
+    return re.sub(r"Annotated\[([^]]+)\]", r"\1", parser.format_help())
 
 
 def as_mapping(config: Any) -> dict:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal, cast
 
+from nanolm.config.ranges import Amount, Count, Decay, Size
 from nanolm.errors import require, require_at_least
 from nanolm.registry import Options
 
@@ -19,17 +20,17 @@ class ModelConfig:
     trunk: str = "decoder"
     """Which trunk: decoder (causal), encoder (bidirectional), encoder_decoder (a decoder that reads
     what an encoder made of a source), or two_stream (an encoder that predicts in any order)."""
-    d_model: int = 384
+    d_model: Count = 384
     """Width of the residual stream."""
-    n_layers: int = 6
+    n_layers: Count = 6
     """Number of blocks; an encoder_decoder has as many in each of its two stacks."""
-    n_heads: int = 6
+    n_heads: Count = 6
     """Query heads per attention."""
-    n_kv_heads: int | None = None
+    n_kv_heads: Count | None = None
     """Key/value heads: n_heads gives MHA, 1 MQA, between them GQA; null means n_heads."""
-    head_dim: int | None = None
+    head_dim: Count | None = None
     """Width of one head; null means d_model / n_heads."""
-    d_ff: int | None = None
+    d_ff: Count | None = None
     """Hidden width of the feed-forward; null means 4 d_model (8/3 d_model, rounded up to a
     multiple of 64, when it is gated)."""
     feed_forward: Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu", "geglu", "geglu_tanh"] = (
@@ -41,7 +42,7 @@ class ModelConfig:
     """Normalisation of the residual stream."""
     norm_position: Literal["pre", "post"] = "pre"
     """Norm before each sub-layer (GPT-2) or after each residual sum (BERT)."""
-    norm_eps: float = 1e-5
+    norm_eps: Size = 1e-5
     """Epsilon inside the norm's square root."""
     norm_bias: bool = True
     """Whether a LayerNorm has a bias."""
@@ -50,7 +51,7 @@ class ModelConfig:
     needs no norm of its own and has none."""
     positions: Options = dataclasses.field(default_factory=lambda: Options(name="learned"))
     """Position encoding and its options."""
-    max_length: int = 1024
+    max_length: Count = 1024
     """Longest sequence that the model is built for, in tokens."""
     bias: bool = True
     """Whether the linear layers of the blocks have biases."""
@@ -58,10 +59,10 @@ class ModelConfig:
     """What attention scores are multiplied by; null means 1 / sqrt(width of a head). T5 has 1."""
     qk_norm: bool = False
     """RMS-normalise queries and keys per head before the product."""
-    window: list[int | None] = dataclasses.field(default_factory=lambda: [None])
+    window: list[Count | None] = dataclasses.field(default_factory=lambda: [None])
     """Sliding window by layer, repeated as a pattern: a query sees keys less than this many tokens
     away; null is global. [128, 128, null] makes every third layer global."""
-    n_segments: int = 0
+    n_segments: Amount = 0
     """Number of segment (token type) embeddings; 0 for none. A two_stream trunk has no embedding of
     them: its blocks tell the same segment from another one."""
     embedding_scale: bool = False
@@ -69,13 +70,13 @@ class ModelConfig:
     logit_scale: bool = False
     """Divide hidden states by sqrt(d_model) before the vocabulary, as T5 does where its head is
     tied to embeddings of standard deviation 1."""
-    dropout: float = 0.0
+    dropout: Decay = 0.0
     """Dropout after embeddings and each sub-layer."""
-    feed_forward_dropout: float = 0.0
+    feed_forward_dropout: Decay = 0.0
     """Dropout between the activation and the last product of each feed-forward."""
-    final_dropout: float = 0.0
+    final_dropout: Decay = 0.0
     """Dropout on what a stack returns, after its final norm."""
-    attention_dropout: float = 0.0
+    attention_dropout: Decay = 0.0
     """Dropout on attention weights."""
     attention_softcap: float | None = None
     """Soft-cap c on attention scores: c tanh(score / c)."""
@@ -83,10 +84,10 @@ class ModelConfig:
     """Soft-cap on the vocabulary logits."""
     tied: bool = True
     """Whether the vocabulary head shares the token embedding."""
-    vocab_size: int | None = None
+    vocab_size: Count | None = None
     """Rows of the token embedding; null means the tokenizer's size rounded up to a multiple of
     64."""
-    init_std: float = 0.02
+    init_std: Size = 0.02
     """Standard deviation of the initial weights."""
     weight_init: Literal["normal", "t5"] = "normal"
     """normal: every matrix has init_std; t5: embeddings have 1, a matrix 1 / sqrt(its inputs), and

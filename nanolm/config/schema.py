@@ -9,9 +9,10 @@ Some fields are *choices*: a registered name decides which options dataclass sta
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from nanolm.config.model import ModelConfig
+from nanolm.config.ranges import Amount, Count, Within
 from nanolm.errors import require, require_at_least, require_whole_path
 from nanolm.registry import Options
 
@@ -34,7 +35,7 @@ class CacheConfig:
     """Folder on this node's disk; all ranks and loader workers of the node share it."""
     gigabytes: float = 100.0
     """Most that it may hold, in 10^9 bytes; what was not read for longest makes room."""
-    read_ahead: int = 8
+    read_ahead: Amount = 8
     """Micro-batches whose blocks are fetched before they are needed."""
     retry_seconds: float = 300.0
     """How long a read that fails (5xx, time-out, truncated body) is tried again."""
@@ -54,11 +55,11 @@ class DataConfig:
     s3://bucket/prefix."""
     cache: CacheConfig = dataclasses.field(default_factory=CacheConfig)
     """Where blocks of corpora in S3-compatible storage are kept."""
-    row_length: int = 256
+    row_length: Count = 256
     """Tokens per training row, T."""
     document_mask: bool = False
     """Documents packed in one row do not see each other, and positions restart in each."""
-    workers: int = 0
+    workers: Amount = 0
     """Loader processes per rank; 0 reads in the training process."""
 
     def __post_init__(self) -> None:
@@ -83,11 +84,11 @@ class DataConfig:
 class TrainConfig:
     """How one step is taken."""
 
-    steps: int = 1000
+    steps: Amount = 1000
     """Optimizer steps."""
-    global_batch: int = 16
+    global_batch: Count = 16
     """Rows per optimizer step over all ranks: *the* batch size, whatever the number of ranks."""
-    micro_batch: int | None = None
+    micro_batch: Count | None = None
     """Rows per forward pass on one rank, at most; null means the rank's whole share."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of forward and backward: fp32, bf16 autocast, or fp16 autocast with loss
@@ -108,9 +109,9 @@ class TrainConfig:
     spike: float | None = None
     """A loss above this many times the median of the last 64 is treated like a non-finite one;
     null for no limit."""
-    rewind_steps: int = 1
+    rewind_steps: Count = 1
     """With nonfinite=rewind: skip the rows of so many steps, the bad one the last of them."""
-    max_skips: int = 10
+    max_skips: Amount = 10
     """With nonfinite=skip or rewind: stop after this many bad steps without a good one between."""
     rule: Options = dataclasses.field(default_factory=lambda: Options(name="plain"))
     """Gradient rule: how one optimizer step gets its gradient."""
@@ -129,13 +130,13 @@ class TuneConfig:
     what: Literal["all", "heads", "last", "named"] = "all"
     """all; heads: the trunk stays as it is; last: heads, final norm and the last n_layers blocks;
     named: heads and the weights that patterns name."""
-    n_layers: int = 2
+    n_layers: Amount = 2
     """With what=last: blocks that are trained."""
     patterns: list[str] = dataclasses.field(default_factory=list)
     """With what=named: shell patterns of parameter names, such as '*.attention.*'."""
     layer_decay: float = 1.0
     """Layer-wise decay: each level below the heads learns at this share of the rate above it."""
-    unfreeze_every: int | None = None
+    unfreeze_every: Count | None = None
     """Gradual unfreezing: train the heads first and one more block from the top every so many
     steps; null trains everything from the start."""
 
@@ -153,13 +154,13 @@ class TuneConfig:
 class EvalConfig:
     """Evaluation during training."""
 
-    every: int = 250
+    every: Amount = 250
     """Steps between evaluations on the validation split; 0 for none but the last."""
-    batches: int | None = None
+    batches: Count | None = None
     """Batches of the validation split to use; null for all of it."""
-    batch: int | None = None
+    batch: Count | None = None
     """Rows per evaluation batch; null means train.global_batch."""
-    patience: int | None = None
+    patience: Count | None = None
     """Stop after so many evaluations in a row without a new best; null trains to the end."""
 
     def __post_init__(self) -> None:
@@ -199,7 +200,7 @@ class DistributedConfig:
     strategy: Literal["ddp", "fsdp", "hsdp"] = "ddp"
     """ddp: every rank holds the whole model; fsdp: weights, gradients and optimizer state are
     divided over all ranks; hsdp: divided over shard_size ranks and replicated over such groups."""
-    shard_size: int | None = None
+    shard_size: Count | None = None
     """Ranks that share one copy of the model under hsdp; null means the ranks of a node."""
     reshard_after_forward: bool = True
     """Under fsdp and hsdp, drop a block's gathered weights between forward and backward (less
@@ -209,12 +210,12 @@ class DistributedConfig:
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     """What carries gradients between ranks: auto takes nccl on GPUs and gloo on CPUs. gloo also
     carries GPU tensors, through host memory: for ranks that share a GPU, or where nccl fails."""
-    timeout: float = 600.0
+    timeout: Annotated[float, Within(above=0, most=1e9)] = 600.0
     """Seconds after which a collective that a peer never joins is an error."""
-    hang_timeout: float | None = None
+    hang_timeout: Annotated[float, Within(0, 1e9)] | None = None
     """Seconds without any progress after which the rank that hangs is named, with step, phase and
     Python stack, and the job ends for restart; null means 0.8 timeout, 0 never."""
-    compare_weights_every: int = 0
+    compare_weights_every: Amount = 0
     """Steps between comparisons of the ranks' weights by hash, against silent corruption; 0 for
     none."""
 
@@ -255,15 +256,15 @@ class RunConfig:
 
     dir: str = "runs/run"
     """Folder of the run: config, metrics, checkpoints, summary."""
-    seed: int = 0
+    seed: Annotated[int, Within(0)] = 0
     """Seed of weights, data order, masks and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA when there is any."""
-    threads: int | None = None
+    threads: Count | None = None
     """Intra-op CPU threads per rank; null leaves torch's choice."""
-    log_every: int = 10
+    log_every: Count = 10
     """Steps between metric lines."""
-    checkpoint_every: int = 500
+    checkpoint_every: Amount = 500
     """Steps between checkpoints; 0 for none but the last."""
     checkpoint_async: bool = False
     """Copy a checkpoint to host memory and write it while training goes on; one at a time. Needs
@@ -271,7 +272,7 @@ class RunConfig:
     shared: bool = True
     """All nodes see one run.dir; false: each node keeps what its ranks hold in a run.dir of its
     own."""
-    keep_last: int = 2
+    keep_last: Count = 2
     """Newest checkpoints to keep."""
     keep_best: bool = True
     """Also keep the checkpoint with the lowest validation loss."""

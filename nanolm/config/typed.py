@@ -1,8 +1,9 @@
 """From plain values (YAML, a command line) to dataclasses, each value checked against its type.
 
 This is the whole type system of configs: dataclasses, int, float, str, bool, Literal, None, and
-lists, tuples, mappings and unions of these. It converts nothing but an integer where a float is
-asked for, and every refusal is one sentence that begins with the key.
+lists, tuples, mappings and unions of these, and a range where the annotation has one (`ranges.py`).
+It converts nothing but an integer where a float is asked for, and every refusal is one sentence
+that begins with the key.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import typing
 from typing import Any, Literal
 
 from nanolm.config import strict_yaml
+from nanolm.config.ranges import WHOLE, Within
 from nanolm.errors import UserError
 
 MOST_KEYS_SHOWN = 12
@@ -23,7 +25,7 @@ NAMES = {int: "an integer", float: "a number", str: "text", bool: "true or false
 
 def fields_of(schema: type) -> dict[str, Any]:
     """{field name: its resolved annotation} of a dataclass, in order."""
-    hints = typing.get_type_hints(schema)
+    hints = typing.get_type_hints(schema, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(schema)}
 
 
@@ -52,6 +54,10 @@ def instance(schema: Any, mapping: Any, key: str = "") -> Any:
 def checked(kind: Any, given: Any, key: str) -> Any:
     """The given value as an instance of the annotation `kind`; raises UserError naming the key."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Annotated:
+        if type(given) is int:  # its own range first: that of all integers would mislead
+            within(kind.__metadata__, given, key)
+        return within(kind.__metadata__, checked(parts[0], given, key), key)
     if dataclasses.is_dataclass(kind):
         return instance(kind, given, key)
     if is_union(kind):
@@ -69,10 +75,35 @@ def checked(kind: Any, given: Any, key: str) -> Any:
     if kind is float and type(given) in (int, float) and math.isfinite(given):
         return float(given)
     if kind in NAMES and kind is not float and type(given) is kind:
-        return given
+        return within((WHOLE,) if kind is int else (), given, key)
     if kind is type(None) and given is None:
         return given
     return refuse(kind, given, key)
+
+
+def within(ranges: tuple[Within, ...], value: Any, key: str) -> Any:
+    """The value; raises UserError, naming the key, unless it lies in every range."""
+    for limits in ranges:
+        if wanted := limits.broken(value):
+            raise UserError(f"{key}={value} must be {wanted}")
+    return value
+
+
+def require_ranges(config: Any) -> None:
+    """Raises UserError for the first field of a dataclass, made in Python, that is not what its
+    annotation says."""
+    for name, kind in fields_of(type(config)).items():
+        checked(kind, getattr(config, name), name)
+
+
+def bare(kind: Any) -> Any:
+    """An annotation without the range that it may have."""
+    return typing.get_args(kind)[0] if typing.get_origin(kind) is typing.Annotated else kind
+
+
+def members(kind: Any) -> tuple:
+    """The members of a union, or the annotation itself, without ranges."""
+    return tuple(map(bare, typing.get_args(kind) if is_union(kind) else (kind,)))
 
 
 def is_union(kind: Any) -> bool:
@@ -82,12 +113,13 @@ def is_union(kind: Any) -> bool:
 
 def member(kinds: tuple, given: Any) -> Any:
     """The member of a union that a value is meant as, judged by its outermost type, or None."""
-    exact = [kind for kind in kinds if kind is type(given)]
+    exact = [kind for kind in kinds if bare(kind) is type(given)]
     return next(iter([*exact, *(kind for kind in kinds if type(given) in outer_types(kind))]), None)
 
 
 def outer_types(kind: Any) -> tuple:
     """The types that a plain value meant as `kind` may have."""
+    kind = bare(kind)
     origin = typing.get_origin(kind)
     if dataclasses.is_dataclass(kind) or origin is dict:
         return (dict,)
@@ -107,6 +139,7 @@ def refuse(kind: Any, given: Any, key: str) -> Any:
 
 def described(kind: Any) -> str:
     """An annotation in words."""
+    kind = bare(kind)
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if kind is type(None):
         return "null"
@@ -145,7 +178,7 @@ def from_words(kind: Any, words: list[str], key: str) -> Any:
     words, or one that is not in brackets, make a list where a list is asked for; no word means true
     where a truth value is asked for. Raises UserError when the number of words is wrong.
     """
-    parts = typing.get_args(kind) if is_union(kind) else (kind,)
+    parts = members(kind)
     listed = next((part for part in parts if typing.get_origin(part) in (list, tuple)), None)
     if not words and bool in parts:
         return True
@@ -172,7 +205,7 @@ def named_values(parts: tuple) -> list[Any]:
 
 def n_words(kind: Any, words: list[str]) -> int:
     """How many of the words behind an option belong to it, by the field's kind."""
-    parts = typing.get_args(kind) if is_union(kind) else (kind,)
+    parts = members(kind)
     if any(typing.get_origin(part) in (list, tuple) for part in parts):
         return len(words)
     if bool in parts:

@@ -26,6 +26,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from nanolm.config.schema import DistributedConfig
+from nanolm.distributed.devices import device_type
 from nanolm.distributed.launch_store import exchange, fresh_store, hosted_store, is_kept_by_agent
 from nanolm.errors import UserError, require
 
@@ -122,15 +123,16 @@ class World:
             dist.monitored_barrier(self.control, timeout=seconds, wait_all_ranks=True)
 
 
-def launch(config: DistributedConfig, device: str = "auto") -> World:
+def launch(config: DistributedConfig, device: str = "auto", option: str = "--device") -> World:
     """Joins the process group that torchrun's environment describes, or makes a world of one.
+    `option` is how the user says which device.
 
     Raises UserError when CUDA is asked for and there is none, when there are fewer devices than
     local ranks, for nccl on CPUs, and when two ranks would share a GPU under nccl.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    chosen = _device(device, local_rank)
+    chosen = _device(device, local_rank, option)
     backend = _backend(config.backend, chosen)
     if size == 1:
         return World(device=chosen, timeout=config.timeout)
@@ -153,13 +155,9 @@ def launch(config: DistributedConfig, device: str = "auto") -> World:
     return World(rank, size, local_rank, local_size, chosen, config.timeout, control)
 
 
-def _device(name: str, local_rank: int) -> torch.device:
-    known = name in ("auto", "cpu", "cuda")
-    require(known, f"device={name} is no device; choose auto, cpu or cuda")
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise UserError("device is cuda, but torch sees no CUDA device; set the device to cpu")
+def _device(name: str, local_rank: int, option: str) -> torch.device:
+    if device_type(name, option) == "cpu":
+        return CPU
     count = torch.cuda.device_count()
     # A launcher that shows each task its own GPU alone (SLURM's --gpus-per-task=1) calls it 0.
     index = 0 if count == 1 else local_rank

@@ -39,7 +39,7 @@ from nanolm.finetune.tasks.multi import Multi
 from nanolm.learner import Learner
 from nanolm.peft.files import begin_adapter, require_whole
 from nanolm.registry import OBJECTIVES
-from nanolm.training.flops import train_flops_per_token
+from nanolm.training.flops import largest_products, train_flops_per_token
 from nanolm.training.throughput import Throughput, peak_flops
 
 
@@ -293,5 +293,6 @@ def build_throughput(config: TaskConfig, task: Task, train: Split, world: World)
     tokens = tokens_per_step(config, train)
     length, share = max(1, round(train.mean_tokens)), task.targets_per_token(train.items)
     flops = train_flops_per_token(config.model, length, predicted_share=share)
-    peak, _ = peak_flops(world.device, config.train.precision)
+    products = largest_products(config.model, tokens)
+    peak, _ = peak_flops(world.device, config.train.precision, products)
     return Throughput(tokens, flops * tokens, peak and peak * world.size)

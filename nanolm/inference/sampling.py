@@ -15,6 +15,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from nanolm.config.ranges import Count
 from nanolm.errors import require
 
 SMALLEST = 1e-6
@@ -27,7 +28,7 @@ class Sampling:
 
     temperature: float = 0.8
     """Divides the logits; 0 always takes the most likely token."""
-    top_k: int | None = None
+    top_k: Count | None = None
     """Keep only this many most likely tokens."""
     top_p: float | None = 0.95
     """Keep the smallest set of tokens whose probabilities reach this sum (Holtzman et al. 2020)."""

@@ -16,6 +16,7 @@ from typing import Any
 from nanolm.checkpoint.checkpoints import load_trunk, load_weights, locate
 from nanolm.checkpoint.container import read_json, read_tensors, write_folder
 from nanolm.checkpoint.named_tensors import load_named
+from nanolm.checkpoint.places import find_again
 from nanolm.config.schema import Config
 from nanolm.config.typed import instance
 from nanolm.errors import UserError, require
@@ -102,18 +103,21 @@ def check_base(
         )
 
 
-def open_adapter(folder: pathlib.Path, learner: Learner, *, ema: bool) -> None:
+def open_adapter(
+    folder: pathlib.Path, learner: Learner, *, ema: bool, base: str | None = None
+) -> None:
     """Fills a learner that was just built from a checkpoint of a run with `peft`: the base that
-    adapter.json names, then the adapter on it.
+    adapter.json names (or the one given), then the adapter on it.
 
     Raises UserError when the base cannot be found or is not the one that the run started from.
     """
     description = read_description(folder)
-    base = description.get("base")
+    base = base or description.get("base")
+    base = base and find_again(base, folder)
     if base is None or not pathlib.Path(base).is_dir():
         raise UserError(
             f"checkpoint {folder} holds an adapter only, and its base {base} is not there; put the "
-            f"base back, or merge the adapter where both are (nanolm merge)"
+            f"base back, or make one model of both: `nanolm merge {folder} --base BASE --out OUT`"
         )
     load_trunk(base, learner)
     options = read_options(folder, description)

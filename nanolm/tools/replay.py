@@ -19,7 +19,9 @@ from nanolm.config.schema import Config
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.distributed.world import World
 from nanolm.errors import UserError, require
-from nanolm.run import rehearse
+from nanolm.finetune import run as finetune
+from nanolm.finetune.config import TaskConfig
+from nanolm.run import Plan, rehearse
 from nanolm.training.batch import MicroBatch
 from nanolm.training.gradient import total_loss
 from nanolm.training.guards.diagnosis import find_tensor
@@ -47,10 +49,11 @@ def trainer_before(
     source = start or next(iter(sorted(folder.glob("checkpoints/step-*"))), None)
     if source is None:
         raise UserError(f"run {folder} holds no checkpoint, so no tokenizer to read its rows with")
-    plan = pretrain.plan(config, Tokenizer.load(source))
-    places = ", ".join(place for place, _ in config.data.mixture)
+    plan = plan_again(config, source)
     require_same_facts(
-        source, plan.facts, f"put into {places} what the run was trained on, to see its rows again"
+        source,
+        plan.facts,
+        "put what the run was trained on where its config.yaml says, to see its rows again",
     )
     trainer = rehearse(plan, world, scratch, notes.append, start)
     trainer.policy.passed = {bad for bad in read_passed(folder) if bad < step}
@@ -59,6 +62,13 @@ def trainer_before(
         trainer.restore(start, saved)
         notes += differences(saved["environment"], world)
     return trainer, notes
+
+
+def plan_again(config: Config, source: pathlib.Path) -> Plan:
+    """The run that a saved config describes; its tokenizer is that of the checkpoint `source`."""
+    if isinstance(config, TaskConfig):
+        return finetune.plan(config)
+    return pretrain.plan(config, Tokenizer.load(source))
 
 
 def checkpoint_before(folder: pathlib.Path, step: int) -> pathlib.Path | None:

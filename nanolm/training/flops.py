@@ -20,6 +20,9 @@ from __future__ import annotations
 
 from nanolm.config.model import ModelConfig
 
+Product = tuple[int, int, int]
+"""Rows, inner width and columns of a matrix product."""
+
 
 def keys_seen(model: ModelConfig, row_length: int, layer: int) -> float:
     """Mean number of keys that a query of a full row sees in this block."""
@@ -80,6 +83,16 @@ def two_streams(model: ModelConfig, row_length: int, share: float, memory: int) 
 BLOCKS = {"encoder_decoder": two_stacks, "two_stream": two_streams}
 """What the blocks of a trunk cost per token of a row, where they are not one stack of one stream;
 a plug-in's are reckoned as one."""
+
+
+def largest_products(model: ModelConfig, tokens: int) -> list[Product]:
+    """(rows, inner, columns) of the products that a step of so many tokens spends most time in: the
+    feed-forward's two, the gradient of its weights, and some rows of the vocabulary's."""
+    tokens, width, inner = min(tokens, 4096), model.d_model, model.ff_width
+    found = [(tokens, width, inner), (tokens, inner, width), (width, tokens, inner)]
+    if model.vocab_size:
+        found.append((min(tokens, 512), width, model.vocab_size))
+    return found
 
 
 def decoder_flops(model: ModelConfig, source_length: int, targets_share: float) -> float:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from nanolm.config.ranges import Count, Decay, Size
 from nanolm.distributed.sharding import divided
 from nanolm.errors import UserError
 from nanolm.ops.contract import Kernels, SymmetricProductSpec
@@ -35,9 +36,9 @@ Product = Callable[[Tensor], Tensor]
 class OptimOptions(Options):
     """What every optimizer has."""
 
-    lr: float = 3e-4
+    lr: Size = 3e-4
     """Peak learning rate."""
-    weight_decay: float = 0.1
+    weight_decay: Size = 0.1
     """Decoupled weight decay on matrices."""
 
     def __post_init__(self) -> None:
@@ -52,9 +53,9 @@ class AdamWOptions(OptimOptions):
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019)."""
 
     name: str = "adamw"
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """Decay of the gradient's first and second moment."""
-    eps: float = 1e-8
+    eps: Size = 1e-8
     """Added to the root of the second moment."""
 
 
@@ -63,17 +64,17 @@ class MuonOptions(OptimOptions):
     """Muon for the blocks' matrices, AdamW for everything else."""
 
     name: str = "muon"
-    lr: float = 0.02
+    lr: Size = 0.02
     """Peak learning rate of Muon."""
-    momentum: float = 0.95
+    momentum: Size = 0.95
     """Momentum of Muon, Nesterov style."""
-    newton_schulz_steps: int = 5
+    newton_schulz_steps: Count = 5
     """Iterations of the orthogonalisation."""
-    adamw_lr: float = 3e-4
+    adamw_lr: Size = 3e-4
     """Peak learning rate of the embeddings, heads and vectors."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """AdamW's moment decays."""
-    eps: float = 1e-8
+    eps: Size = 1e-8
     """AdamW's epsilon."""
 
 
@@ -82,7 +83,7 @@ class SgdOptions(OptimOptions):
     """Stochastic gradient descent with momentum."""
 
     name: str = "sgd"
-    momentum: float = 0.9
+    momentum: Size = 0.9
     """Momentum."""
     nesterov: bool = False
     """Look-ahead momentum."""
@@ -93,11 +94,11 @@ class RmspropOptions(OptimOptions):
     """RMSprop (Tieleman & Hinton 2012)."""
 
     name: str = "rmsprop"
-    alpha: float = 0.99
+    alpha: Size = 0.99
     """Decay of the squared gradient."""
-    eps: float = 1e-8
+    eps: Size = 1e-8
     """Added to the root."""
-    momentum: float = 0.0
+    momentum: Size = 0.0
     """Momentum."""
 
 
@@ -106,7 +107,7 @@ class AdafactorOptions(OptimOptions):
     """Adafactor (Shazeer & Stern 2018): second moments as row and column means."""
 
     name: str = "adafactor"
-    lr: float = 1e-2
+    lr: Size = 1e-2
     """Peak learning rate, relative to each parameter's own scale."""
 
 

@@ -221,7 +221,7 @@ class Wandb:
         settings = wandb.Settings(
             init_timeout=self.TIMEOUT, login_timeout=5, silent=True, console="off"
         )
-        return wandb.init(
+        run = wandb.init(
             project=options.project,
             id=run_id,
             name=folder.name,
@@ -231,6 +231,13 @@ class Wandb:
             config=config,
             settings=settings,
         )
+        starts = len(list(folder.glob("wandb/offline-run-*")))
+        if mode == "offline" and starts > 1:
+            self._note(
+                f"W&B keeps {starts} starts of this run offline; `wandb sync "
+                f"{folder}/wandb/offline-run-*`, all in one command, uploads them in order as one"
+            )
+        return run
 
     def _take(self) -> dict[str, Any] | None:
         with self._wake:

@@ -8,6 +8,7 @@ trainer.json           the RunState, random scheme, environment, hashes of data 
 
 from __future__ import annotations
 
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -128,6 +129,7 @@ class Snapshot:
                 "scheme": "torch seeded before each step from (seed, step, rank); rows from "
                 "(seed, epoch, row id)",
             },
+            "folder": os.getcwd(),
             "environment": environment(self.update.world),
             "facts": dict(self.facts),
         }

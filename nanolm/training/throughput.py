@@ -6,7 +6,9 @@
 
 Model FLOPs are those of forward and backward by formula (`flops.py`), without recomputation. The
 peak is the device's dense matmul peak in the run's precision, from the makers' data sheets; on a
-CPU it is the rate of a matmul measured at the start. Both are assumptions, and are logged as such.
+CPU it is the best rate of the model's own largest products, measured at the start with the run's
+threads. Both are assumptions, and are logged as such: a CPU that other programs leave alone later
+than at the start can be faster than its measured peak.
 """
 
 from __future__ import annotations
@@ -15,13 +17,16 @@ import contextlib
 import pathlib
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
+from nanolm.ops.cpu_bf16 import multiplies_bf16
 from nanolm.training.accelerators import find_accelerator
+from nanolm.training.flops import Product
 from nanolm.training.phases import PHASES
 
+SQUARE: Product = (768, 768, 768)
 TIMING = (
     *("tokens_per_second", "tflops", "mfu", "memory", "data_wait", "seconds"),
     *("straggler", "slowest_rank"),
@@ -30,11 +35,20 @@ TIMING = (
 """Keys of a metrics line that depend on the clock and the machine, not on the run."""
 
 
-def peak_flops(device: torch.device, precision: str) -> tuple[float | None, str]:
-    """(peak FLOP/s of one device or None when unknown, where the figure is from)."""
+def peak_flops(
+    device: torch.device, precision: str, products: Sequence[Product] = (SQUARE,)
+) -> tuple[float | None, str]:
+    """(peak FLOP/s of one device or None when unknown, where the figure is from); on a CPU the best
+    rate of the `products` (rows, inner, columns), in the arithmetic that it does them in."""
     if device.type == "cpu":
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-        return matmul_flops(dtype), f"{precision} matmul of 768 x 768 measured on this CPU"
+        wide = precision == "bf16" and not multiplies_bf16()  # ops/cpu_bf16.py: as float32
+        dtype = torch.bfloat16 if precision == "bf16" and not wide else torch.float32
+        seconds = 0.2 / len(products)
+        rates = {product: matmul_flops(dtype, product, seconds) for product in products}
+        best = max(products, key=rates.__getitem__)
+        shape, threads = " x ".join(map(str, best)), torch.get_num_threads()
+        told = f"{str(dtype).removeprefix('torch.')} product {shape} measured on this CPU"
+        return rates[best], f"{rates[best] / 1e9:.0f} GFLOP/s, {told} with {threads} threads"
     name = torch.cuda.get_device_name(device)
     found = find_accelerator(name)
     if found is None:
@@ -46,19 +60,20 @@ def peak_flops(device: torch.device, precision: str) -> tuple[float | None, str]
     return peak, f"{name}: {peak / 1e12:g} dense {precision} TFLOP/s by its data sheet"
 
 
-def matmul_flops(dtype: torch.dtype, size: int = 768, seconds: float = 0.2) -> float:
-    """FLOP/s of the fastest square matmul on the CPU among those that fit into the time.
+def matmul_flops(dtype: torch.dtype, product: Product = SQUARE, seconds: float = 0.2) -> float:
+    """FLOP/s of the fastest matmul of this shape on the CPU among those that fit into the time.
 
     The first product of a process also starts its threads and is not counted, and a machine that is
     busy for a moment must not pass for its peak.
     """
-    left, right = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
+    rows, inner, columns = product
+    left, right = torch.ones(rows, inner, dtype=dtype), torch.ones(inner, columns, dtype=dtype)
     left @ right
     best, end = float("inf"), time.perf_counter() + seconds
     while (start := time.perf_counter()) < end or best == float("inf"):
         left @ right
         best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+    return 2 * rows * inner * columns / best
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 from nanolm.commands.figures import write_json
+from nanolm.config.ranges import Count, Within
 from nanolm.tools.bench.data import bench_data, print_bench
 
 POSITIONAL = ("directory",)
@@ -18,11 +20,11 @@ class Arguments:
     """Folder that `nanolm prepare` wrote."""
     split: str = "train"
     """Split to read."""
-    batch: int = 16
+    batch: Count = 16
     """Rows per batch."""
-    length: int = 1024
+    length: Annotated[int, Within(2, 1 << 31)] = 1024
     """Tokens per row."""
-    repeats: int = 5
+    repeats: Count = 5
     """Interleaved repetitions; the median is reported."""
     json: str | None = None
     """Also write the figures to this file."""

@@ -23,10 +23,12 @@ from typing import Any
 import numpy as np
 
 from nanolm.commands.figures import write_json
+from nanolm.config.ranges import Count
 from nanolm.data.prepare.tokenizer_training import sentences, train_tokenizer
 from nanolm.data.tables.splits import find_split, read_split
 from nanolm.data.tokenizer import Tokenizer
-from nanolm.errors import UserError, require, require_at_least
+from nanolm.distributed.devices import DeviceWord, device_type
+from nanolm.errors import UserError, require
 from nanolm.tools.bench.admission import (
     Entries,
     announce,
@@ -45,7 +47,6 @@ from nanolm.tools.bench.finetune import (
     nanolm_config,
     stand_in,
 )
-from nanolm.tools.devices import DeviceWord, device_type
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 CONTESTANTS: dict[str, dict[str, Any]] = {
@@ -86,29 +87,29 @@ class Arguments:
     """auto takes CUDA when there is any."""
     precisions: list[str] = dataclasses.field(default_factory=lambda: ["fp32", "bf16"])
     """In which arithmetic: fp32, bf16, on CUDA also fp16."""
-    rounds: int = 15
+    rounds: Count = 15
     """Turns of every contestant, after the turns that try its variants."""
-    steps: int = 10
+    steps: Count = 10
     """Steps of a turn."""
-    warmup: int = 5
+    warmup: Count = 5
     """Steps before all turns."""
-    threads: int | None = None
+    threads: Count | None = None
     """Threads of every contestant; null means all cores."""
     compile: bool = True
     """Also try each contestant with torch.compile."""
     only: list[str] | None = None
     """Contestants to measure; null means all."""
-    n_layers: int = 4
+    n_layers: Count = 4
     """Blocks."""
-    d_model: int = 256
+    d_model: Count = 256
     """Width."""
-    n_heads: int = 4
+    n_heads: Count = 4
     """Heads."""
-    batch: int = 32
+    batch: Count = 32
     """Examples of a step."""
-    vocab_size: int = 8192
+    vocab_size: Count = 8192
     """Tokens of the vocabulary."""
-    row_length: int = 128
+    row_length: Count = 128
     """Longest sequence."""
     results: str = "docs/bench_finetune.json"
     """Where finished measurements are kept, and found by the next call."""
@@ -121,8 +122,6 @@ class Arguments:
         for key, valid in {"precisions": PRECISIONS, "only": CONTESTANTS}.items():
             for value in getattr(self, key) or []:
                 require(value in valid, f"--{key}: {value!r} is none of {'; '.join(valid)}")
-        require_at_least("bench finetune", self, rounds=1, steps=1, warmup=1, threads=1)
-        require_at_least("bench finetune", self, batch=1, n_layers=1)
 
     def shape(self, n_classes: int) -> TuneShape:
         """The shape of model and batch."""
@@ -161,7 +160,7 @@ def read_examples(arguments: Arguments) -> tuple[Examples, int]:
     return Examples(sequences, np.array([classes.index(key) for key in keys])), len(classes)
 
 
-def tokenizer_of(texts: list[str], vocab_size: int) -> Tokenizer:
+def tokenizer_of(texts: list[str], vocab_size: Count) -> Tokenizer:
     """A unigram vocabulary of at most this size; small texts make a smaller one."""
     pieces = [piece for text in texts for piece in sentences(text)]
     size = vocab_size

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import tempfile
+from typing import Annotated
 
 from nanolm.commands.figures import write_json
+from nanolm.config.ranges import Count, Within
 from nanolm.data.prepare.config import PrepareConfig
-from nanolm.errors import require_at_least
 from nanolm.tools.bench.corpus import grow
 from nanolm.tools.bench.prepare import bench_prepare, print_bench
 
@@ -23,21 +24,18 @@ class Arguments:
     """Text to prepare, as for `nanolm prepare`."""
     tokenizer_types: list[str] = dataclasses.field(default_factory=lambda: ["unigram", "bpe"])
     """Kinds of tokenizer."""
-    vocab_size: int = 8192
+    vocab_size: Count = 8192
     """Pieces of the vocabulary."""
     text_field: str = "text"
     """The field that holds the text in .jsonl and .parquet sources."""
-    workers: int | None = None
+    workers: Count | None = None
     """Processes; null means one for each core."""
-    repeats: int = 3
+    repeats: Count = 3
     """Interleaved repetitions; the median is reported."""
-    grow: int | None = None
+    grow: Annotated[int, Within(1)] | None = None
     """Prepare this many bytes of text, grown from the sources' sentences; null: the sources."""
     json: str | None = None
     """Also write the figures to this file."""
-
-    def __post_init__(self) -> None:
-        require_at_least("bench prepare", self, repeats=1, workers=1, grow=1)
 
 
 def run(arguments: Arguments) -> None:

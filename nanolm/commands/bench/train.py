@@ -28,13 +28,14 @@ import os
 from typing import Any
 
 from nanolm.commands.figures import write_json
-from nanolm.errors import require, require_at_least
+from nanolm.config.ranges import Count
+from nanolm.distributed.devices import DeviceWord, device_type
+from nanolm.errors import require
 from nanolm.tools.bench.admission import Entries, announce, enter_all, require_fast, why_not
 from nanolm.tools.bench.cells import Cells, cpu_name, device_name
 from nanolm.tools.bench.contest import play
 from nanolm.tools.bench.figures import against_best, figures_of, peak_of, speed, table
 from nanolm.tools.bench.shape import Shape
-from nanolm.tools.devices import DeviceWord, device_type
 
 MATMUL = {"model": "matmul"}
 OBJECTIVES = ("clm", "mlm")
@@ -55,13 +56,13 @@ class Arguments(Shape):
     """Which steps: clm, mlm."""
     precisions: list[str] = dataclasses.field(default_factory=lambda: ["fp32", "bf16"])
     """In which arithmetic: fp32, bf16, on CUDA also fp16."""
-    rounds: int = 15
+    rounds: Count = 15
     """Turns of every contestant, after the turns that try its variants."""
-    steps: int | None = None
+    steps: Count | None = None
     """Steps of a turn; null means 1 on a CPU, 10 on CUDA."""
-    warmup: int | None = None
+    warmup: Count | None = None
     """Steps before all turns; null means 2 on a CPU, 8 on CUDA."""
-    threads: int | None = None
+    threads: Count | None = None
     """Threads of every contestant; null means all cores."""
     compile: bool = True
     """Also try each contestant with torch.compile."""
@@ -84,8 +85,6 @@ class Arguments(Shape):
         for key, valid in choices.items():
             for value in getattr(self, key) or []:
                 require(value in valid, f"--{key}: {value!r} is none of {'; '.join(valid)}")
-        require_at_least("bench train", self, rounds=1, steps=1, warmup=1, threads=1)
-        require_at_least("bench train", self, batch=1, row_length=1, n_layers=1)
 
     @property
     def shape(self) -> Shape:

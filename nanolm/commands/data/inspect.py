@@ -7,6 +7,7 @@ import dataclasses
 from rich.console import Console
 
 from nanolm.commands.figures import write_json
+from nanolm.config.ranges import Amount
 from nanolm.data.prepare.report import inspect, inspection_figures, render_inspection
 
 POSITIONAL = ("directory",)
@@ -18,7 +19,7 @@ class Arguments:
 
     directory: str
     """Folder that `nanolm prepare` wrote."""
-    samples: int = 3
+    samples: Amount = 3
     """Decoded samples to show."""
     json: str | None = None
     """Also write what is shown to this file."""

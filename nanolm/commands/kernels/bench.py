@@ -14,6 +14,7 @@ import dataclasses
 
 from nanolm.commands.figures import write_json
 from nanolm.config.load import import_plugins
+from nanolm.config.ranges import Count
 from nanolm.errors import UserError
 from nanolm.tools.bench.kernels import line, measure
 from nanolm.tools.kernel_check.problems import PROBLEMS, Sizes
@@ -25,7 +26,7 @@ class Arguments(Sizes):
 
     op: str = "all"
     """One op, or all."""
-    repetitions: int = 7
+    repetitions: Count = 7
     """Measurements of each kernel."""
     plugins: list[str] = dataclasses.field(default_factory=list)
     """Modules with kernels of your own."""

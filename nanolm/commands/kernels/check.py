@@ -7,12 +7,13 @@ nanolm kernels check --op attention --name sdpa
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from nanolm.commands.figures import write_json
 from nanolm.config.load import import_plugins
+from nanolm.distributed.devices import device_type
 from nanolm.errors import UserError
 from nanolm.ops.contract import candidates
 from nanolm.registry import KERNELS, OPS
@@ -29,12 +30,15 @@ class Arguments:
     """Or the op …"""
     name: str | None = None
     """… and the registered name of one kernel."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
     """Where to run it."""
     quick: bool = False
     """Only features one by one, not the hard combinations."""
     json: str | None = None
     """Also write the findings here."""
+
+    def __post_init__(self) -> None:
+        device_type(self.device)  # refuses one that is not here
 
 
 def chosen(arguments: Arguments) -> list[tuple[str, str, Any]]:

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from nanolm.commands.figures import write_json
-from nanolm.errors import require_at_least
-from nanolm.tools.devices import DeviceWord, device_type
+from nanolm.config.ranges import Count
+from nanolm.distributed.devices import DeviceWord, device_type
 from nanolm.tools.kernel_check.conformance import Finding
 from nanolm.tools.kernel_check.survey import Patient, default_jobs, describe, survey
 
@@ -28,14 +28,11 @@ class Arguments:
     """auto takes CUDA when there is any."""
     quick: bool = True
     """Features one by one; false adds the hard combinations."""
-    jobs: int | None = None
+    jobs: Count | None = None
     """Processes that share the checks; null means as many as cores on CUDA, up to 8, and 1 on a
     CPU."""
     json: str | None = None
     """Also write the verdicts here."""
-
-    def __post_init__(self) -> None:
-        require_at_least("kernels doctor", self, jobs=1)
 
 
 def verdict(patient: Patient, found: Sequence[Finding]) -> dict[str, Any]:

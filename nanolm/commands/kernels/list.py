@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 import torch
 
 from nanolm.commands.figures import write_json
 from nanolm.config.load import import_plugins
+from nanolm.config.ranges import Count
 from nanolm.ops.contract import candidates, choose
 from nanolm.registry import OPS
 from nanolm.tools.kernel_check.survey import typical
@@ -17,9 +19,9 @@ from nanolm.tools.kernel_check.survey import typical
 class Arguments:
     """What to list."""
 
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
     """Device type that the kernels are asked about."""
-    head_dim: int = 64
+    head_dim: Count = 64
     """Width of a head."""
     causal: bool = True
     """Whether attention is causal."""

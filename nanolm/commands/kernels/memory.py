@@ -9,11 +9,13 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import resource
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from nanolm.commands.figures import write_json
+from nanolm.config.ranges import Count
+from nanolm.distributed.devices import device_type
 from nanolm.errors import UserError
 from nanolm.ops.contract import CrossEntropySpec, candidates
 
@@ -22,16 +24,19 @@ from nanolm.ops.contract import CrossEntropySpec, candidates
 class Arguments:
     """The size of the problem."""
 
-    tokens: int = 8192
+    tokens: Count = 8192
     """Tokens."""
-    vocab_size: int = 50304
+    vocab_size: Count = 50304
     """Vocabulary."""
-    width: int = 64
+    width: Count = 64
     """Model width; small, so that the matrices do not hide the logits."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
     """Device type."""
     json: str | None = None
     """Also write the table here."""
+
+    def __post_init__(self) -> None:
+        device_type(self.device)  # refuses one that is not here
 
 
 def peak(device: str) -> int:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from nanolm.errors import require, require_at_least
+from nanolm.config.ranges import Count, Seed
+from nanolm.errors import require
 
 Overrides = dict[str, Any]
 
@@ -74,9 +75,9 @@ class StudyConfig:
     """JSON file of finished cells, found by the next call; null means OUT/NAME.json."""
     table: str | None = None
     """Markdown file in which the table is written between the markers; null for none."""
-    jobs: int = 1
+    jobs: Count = 1
     """Cells that run at once, each in a process of its own with one thread."""
-    seeds: list[int] = dataclasses.field(default_factory=lambda: [0])
+    seeds: list[Seed] = dataclasses.field(default_factory=lambda: [0])
     """Seeds of the chosen setting; the table shows mean and standard error."""
     overrides: Overrides = dataclasses.field(default_factory=dict)
     """Keys for all cells."""
@@ -96,7 +97,6 @@ class StudyConfig:
     """Rows to run; the Markdown table is only written when all rows are there."""
 
     def __post_init__(self) -> None:
-        require_at_least("study", self, jobs=1)
         require(len(self.rows) > 0, "rows is empty: a study needs at least one row")
         require(len(self.variants) > 0, "variants is empty: leave it out, or name one")
         require(len(set(self.seeds)) == len(self.seeds) > 0, f"seeds={self.seeds} must differ")

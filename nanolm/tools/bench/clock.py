@@ -26,9 +26,9 @@ from typing import Any, Protocol
 
 import torch
 
+from nanolm.distributed.devices import device_type
 from nanolm.tools.bench.cells import device_name
 from nanolm.tools.bench.shape import PHASES
-from nanolm.tools.devices import device_type
 from nanolm.training.throughput import peak_flops
 
 

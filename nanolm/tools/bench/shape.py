@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 from nanolm.config.model import ModelConfig
+from nanolm.config.ranges import Count, Within
 from nanolm.training.flops import train_flops_per_token
 
 
@@ -12,17 +14,17 @@ from nanolm.training.flops import train_flops_per_token
 class Shape:
     """One model and batch, the same for every contestant."""
 
-    n_layers: int = 6
+    n_layers: Count = 6
     """Blocks."""
-    d_model: int = 384
+    d_model: Count = 384
     """Width."""
-    n_heads: int = 6
+    n_heads: Count = 6
     """Heads."""
-    row_length: int = 256
+    row_length: Annotated[int, Within(2, 1 << 31)] = 256
     """Tokens of a row."""
-    batch: int = 16
+    batch: Count = 16
     """Rows of a step."""
-    vocab_size: int = 8192
+    vocab_size: Count = 8192
     """Tokens of the vocabulary."""
 
     @property

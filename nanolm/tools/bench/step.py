@@ -212,7 +212,7 @@ def enter_matmul(job: dict[str, Any]) -> None:
     """The machine's matrix product in the job's precision: its rate is the denominator of MFU."""
     torch.set_num_threads(job["threads"])
     dtype = AUTOCAST.get(job["precision"], torch.float32)
-    serve({}, lambda: {"matmul_flops": matmul_flops(dtype, size=2048)})
+    serve({}, lambda: {"matmul_flops": matmul_flops(dtype, (2048, 2048, 2048))})
 
 
 def main() -> None:

@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from nanolm.distributed.devices import device_type
 from nanolm.distributed.world import World, close
 from nanolm.tools.bench.scale_step import build_trainer
-from nanolm.tools.devices import device_type
 from nanolm.tools.first_contact.measurement import Figures, enter
 
 SHAPE = {"n_layers": 2, "d_model": 128, "n_heads": 2, "row_length": 128, "batch": 8}

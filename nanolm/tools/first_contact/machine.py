@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
+from nanolm.distributed.devices import device_type
 from nanolm.tools.bench.cells import cpu_name
-from nanolm.tools.devices import device_type
 from nanolm.tools.first_contact.measurement import Figures, enter
 from nanolm.training.accelerators import find_accelerator
 

@@ -20,9 +20,9 @@ import tempfile
 import time
 from typing import Any
 
+from nanolm.distributed.devices import device_type
 from nanolm.errors import require
 from nanolm.tools import gpu_check
-from nanolm.tools.devices import device_type
 from nanolm.tools.first_contact.measurement import Figures, enter
 from nanolm.training.throughput import TIMING
 

@@ -15,9 +15,9 @@ import subprocess
 import tempfile
 from typing import Literal
 
+from nanolm.distributed.devices import device_type
 from nanolm.errors import require
 from nanolm.tools import gpu_check
-from nanolm.tools.devices import device_type
 from nanolm.tools.first_contact.measurement import Figures, enter
 
 STEPS = 20

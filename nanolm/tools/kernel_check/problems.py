@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanolm.config.ranges import Count
 from nanolm.ops.contract import (
     AttentionSpec,
     CrossEntropySpec,
@@ -31,21 +32,21 @@ from nanolm.ops.masks import Mask
 class Sizes:
     """Sizes of the problems; every op takes those that concern it."""
 
-    batch: int = 4
+    batch: Count = 4
     """Rows."""
-    length: int = 1024
+    length: Count = 1024
     """Tokens of a row: queries and keys."""
-    heads: int = 8
+    heads: Count = 8
     """Query heads."""
-    kv_heads: int = 8
+    kv_heads: Count = 8
     """Key/value heads."""
-    head_dim: int = 64
+    head_dim: Count = 64
     """Width of a head."""
-    width: int = 512
+    width: Count = 512
     """Model width: of norms, linear layers and the vocabulary projection."""
-    ff_width: int = 1408
+    ff_width: Count = 1408
     """Feed-forward width: of linear layers and gates."""
-    vocab_size: int = 16384
+    vocab_size: Count = 16384
     """Vocabulary."""
     causal: bool = True
     """Causal or bidirectional."""

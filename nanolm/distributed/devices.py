@@ -11,15 +11,16 @@ from nanolm.errors import require
 DeviceWord = Literal["auto", "cpu", "cuda"]
 
 
-def device_type(word: str) -> str:
+def device_type(word: str, option: str = "--device") -> str:
     """cpu or cuda; auto is cuda where torch sees such a device.
 
-    Raises UserError for cuda where there is none, and for any other word.
+    Raises UserError, naming the option that gave the word, for cuda where there is none, and for
+    any other word.
     """
-    require(word in ("auto", "cpu", "cuda"), f"--device {word}: choose from auto, cpu, cuda")
+    require(word in ("auto", "cpu", "cuda"), f"{option} {word}: choose from auto, cpu, cuda")
     seen = torch.cuda.is_available()
     require(
         seen or word != "cuda",
-        "--device cuda: torch sees no CUDA device here; --device cpu works without one",
+        f"{option} cuda: torch sees no CUDA device here; {option} cpu works without one",
     )
     return "cuda" if seen and word != "cpu" else "cpu"

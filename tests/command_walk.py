@@ -1,0 +1,397 @@
+"""The walk: every command × every kind of run × every way in which a value can be odd.
+
+A cell is one command line. It passes when the command answers (status 0) or refuses in one sentence
+(status 2), and never with a traceback. Commands and options are those of the command line's own
+registry and schemas, so a new command or option is walked without a word here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import io
+import itertools
+import json
+import os
+import pathlib
+import sys
+import tempfile
+import traceback
+import typing
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+from unittest import mock
+
+from nanolm import cli
+from nanolm.config.choices import choose
+from nanolm.config.load import leaf_kinds, split_words
+from nanolm.config.schema import Config
+from nanolm.config.typed import is_union
+from nanolm.finetune.config import TaskConfig
+from nanolm.finetune.study.config import StudyConfig
+from tests.finetuned import QUIET, checkpoint, finetune, table
+from tests.prepared import SMALL, prepared_corpus, train
+from tests.test_objectives_tasks import EXTRA, RECORDS
+
+ROOT = pathlib.Path(__file__).parent.parent
+SHORT = ("--train.steps=1", "--train.global_batch=4", "--data.row_length=48", "--eval.batch=4")
+MEASURED = ("parity", "kernels check", "kernels bench", "kernels memory", "kernels compile")
+MEASURED += ("kernels doctor", *(name for name in cli.COMMANDS if name.startswith("bench")))
+"""Commands that work for long: the walk reads their command lines and leaves out the work."""
+
+
+@functools.cache
+def scratch() -> pathlib.Path:
+    """The folder of this session's runs."""
+    return pathlib.Path(tempfile.mkdtemp(prefix="nanolm-walk-"))
+
+
+# Kinds of run, each made once.
+
+
+@functools.cache
+def pretrained(objective: str) -> pathlib.Path:
+    """A pretrained run of two steps: a decoder, an encoder or an encoder-decoder."""
+    trunk = {"mlm": "encoder", "span": "encoder_decoder"}.get(objective, "decoder")
+    run = scratch() / objective
+    words = ("--train.steps=2", "--schedule.warmup=0", "--model.positions.name=rotary")
+    with contextlib.redirect_stdout(io.StringIO()):
+        train(run, f"--objective.name={objective}", f"--model.trunk={trunk}", *words)
+    return run
+
+
+@functools.cache
+def like_gpt2() -> pathlib.Path:
+    """A run of one step whose model has the shape of GPT-2."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        train(scratch() / "gpt2", "--train.steps=1", "--model.feed_forward=gelu_tanh")
+    return scratch() / "gpt2"
+
+
+@functools.cache
+def data_of(task: str) -> pathlib.Path:
+    """The tables of a task."""
+    for split in ("train", "val", "test"):
+        table(scratch() / "data" / task, split, RECORDS[task])
+    return scratch() / "data" / task
+
+
+def words_of(task: str) -> list[str]:
+    """What a run of the task is told, beside base, data and folder."""
+    extra = EXTRA.get(task, {}) | ({"max_new_tokens": 4} if task == "write" else {})
+    options = [f"--objective.{key}={_word(value)}" for key, value in extra.items()]
+    return [f"--objective.name={task}", *SHORT, *options]
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+@functools.cache
+def tuned(task: str, *more: str) -> pathlib.Path:
+    """A fine-tuned run of one step."""
+    run = scratch() / "-".join([task, *(word.strip("-").replace("=", "-") for word in more)])
+    base = checkpoint("clm" if task == "write" else "mlm")
+    finetune(base, data_of(task), run, *words_of(task), *more)
+    return run
+
+
+@functools.cache
+def folds() -> pathlib.Path:
+    """The folder above the runs of two folds."""
+    table(scratch() / "folded", "train", RECORDS["classify"] * 2)
+    run = scratch() / "folds"
+    words = [f"--init_from={checkpoint('mlm')}", f"--data.path={scratch() / 'folded'}"]
+    done = call(["finetune", *words, f"--run.dir={run}", *QUIET, *SHORT, "--data.folds=2"])
+    assert done.status == 0, done
+    return run
+
+
+@functools.cache
+def several() -> pathlib.Path:
+    """A run of two tasks."""
+    parts = {
+        name: {"objective": {"name": name}, "data": {"path": str(data_of(name))}}
+        for name in ("classify", "tag")
+    }
+    run, words = scratch() / "multi", ("--data.path=null", f"--objective.tasks={json.dumps(parts)}")
+    finetune(checkpoint("mlm"), "unused", run, "--objective.name=multi", *SHORT, *words)
+    return run
+
+
+@functools.cache
+def written(command: str, run: pathlib.Path, *more: str) -> pathlib.Path:
+    """What `merge` or `export` writes of a run."""
+    out = scratch() / f"{command}-{run.name}{'-'.join(more)}"
+    done = call([command, str(run), f"--out={out}", *more])
+    assert done.status == 0, done
+    return out
+
+
+@functools.cache
+def studied() -> pathlib.Path:
+    """The folder of a study that was run."""
+    folder = scratch() / "study"
+    folder.mkdir()
+    (folder / "study.yaml").write_text(
+        f"name: tiny\npaths: {{encoder: {checkpoint('mlm')}}}\n"
+        f"overrides: {{init_from: '{{encoder}}', train.steps: 1}}\n"
+        f"out: {folder / 'out'}\nrows: [{{name: kinds, metric: accuracy, overrides: "
+        f"{{data.path: {data_of('classify')}}}}}]\nvariants: {{pretrained: {{}}}}\n"
+    )
+    done = call(["study", str(folder / "study.yaml")])
+    assert done.status == 0, done
+    return folder / "out"
+
+
+TASKS = [task for task in RECORDS if task != "similar"]
+KINDS: dict[str, Callable[[], pathlib.Path]] = {
+    "clm": lambda: pretrained("clm"),
+    "mlm": lambda: pretrained("mlm"),
+    "span": lambda: pretrained("span"),
+    **{task: functools.partial(tuned, task) for task in TASKS},
+    "multi": several,
+    "adapter": lambda: tuned("classify", "--peft.name=lora"),
+    "adapter of a writer": lambda: tuned("write", "--peft.name=lora"),
+    "merged": lambda: written("merge", tuned("classify", "--peft.name=lora")),
+    "export": lambda: written("export", pretrained("clm")),
+    "export of a task": lambda: written("export", tuned("classify")),
+    "transformers": lambda: written("export", like_gpt2(), "--format=transformers"),
+    "folds": folds,
+    "study": studied,
+    "prepared": prepared_corpus,
+}
+"""Every kind of folder that nanolm writes: name -> where one of this kind lies."""
+
+
+# What stands on a command line that works, and what a value can be.
+
+FITTING = {"fill": "mlm", "merge": "adapter", "explain": "classify", "predict": "classify"}
+FITTING |= {"compare": "evaluated", "train": "clm", "import": "transformers", "doctor": "clm"}
+"""The kind of run with which a command works best; clm where none is named."""
+
+
+@functools.cache
+def evaluated() -> pathlib.Path:
+    """A fine-tuned run with an evaluation of its test split."""
+    done = call(["evaluate", str(tuned("classify"))])
+    assert done.status == 0, done
+    return tuned("classify")
+
+
+@functools.cache
+def texts() -> pathlib.Path:
+    """A folder with one text."""
+    folder = scratch() / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("One text.\n\nAnother one, with words.\n\nA third.\n" * 3)
+    return folder
+
+
+def line_of(command: str, run: str) -> list[str]:
+    """The words behind a command that works on this run, quickly; it writes to new folders of the
+    present one."""
+    corpus = prepared_corpus()
+    small = [word for word in SMALL if not word.startswith("--data.row_length")]
+    tiny = [*small, "--data.row_length=16", *QUIET, "--train.steps=1", f"--data.path={corpus}"]
+    model = f"--tokenizer={corpus / 'tokenizer.model'}"
+    return {
+        "prepare": [str(texts()), "--out=out", model, "--workers=1"],
+        "data inspect": [str(corpus)],
+        "data verify": [str(corpus)],
+        "train": [*tiny, "--run.dir=out", "--eval.batches=1", "--schedule.warmup=0"],
+        "profile": [*tiny, "--run.dir=out"],
+        "finetune": [
+            f"--init_from={checkpoint('mlm')}",
+            f"--data.path={data_of('classify')}",
+            "--run.dir=out",
+            *QUIET,
+            *SHORT,
+        ],
+        "study": [str(studied().parent / "study.yaml")],
+        "predict": [run, str(data_of("classify") / "test.jsonl")],
+        "explain": [run, "the file", "--steps=1", "--most_steps=1"],
+        "merge": [run, "--out=out"],
+        "export": [run, "--out=out"],
+        "import": [run, "out"],
+        "evaluate": [run, "--batches=1"],
+        "compare": [run, run],
+        "generate": [run, "--prompt=def", "--max_tokens=2"],
+        "fill": [run, "a <mask> b"],
+        "estimate": [str(ROOT / "configs/pretrain/demo_clm.yaml")],
+        "doctor": [run, "1"],
+        "runs": [str(pathlib.Path(run).parent if run else run)],
+        "plot": [run, "--out=plot.png"],
+        "masks draw": ["--out=out"],
+        "bench prepare": [str(texts())],
+        "bench data": [str(corpus)],
+    }.get(command, [])
+
+
+def schema_of(command: str) -> type:
+    """The dataclass whose fields are a command's options."""
+    runs = {"train": Config, "profile": Config, "finetune": TaskConfig}
+    if command in runs:
+        names = {"objective": "classify"} if command == "finetune" else {}
+        return choose(names, runs[command])
+    module = importlib.import_module(cli.COMMANDS[command][0])
+    return StudyConfig if command == "study" else module.Arguments
+
+
+HUGE = "1" + "0" * 30
+ODD = {
+    int: ["0", "-1", str(1 << 62), HUGE, f"-{HUGE}", "x", "1.5", ""],
+    float: ["nan", "inf", "-1", "0", "1e-38", "1e38", "x", HUGE],
+    bool: ["maybe", ""],
+    dict: ["{a: 1}", "[1", ""],
+    list: ["[]", "[1", "", "x" * 300, "\udcff"],
+    str: ["", "x" * 300, "na\udcefve", "nowhere/at/all", "FILE", "FOLDER", "/sys/nanolm", "~/x"],
+}
+DEVICES = ["gpu", "cuda", "cuda:7", "", "CPU"]
+
+
+def odd_values(key: str, kind: Any) -> list[str]:
+    """Odd words for an option of this kind."""
+    if key.rpartition(".")[2] == "device":
+        return DEVICES
+    parts = [part for part in (typing.get_args(kind) if is_union(kind) else (kind,))]
+    values: list[str] = []
+    for part in parts:
+        while typing.get_origin(part) is typing.Annotated:
+            part = typing.get_args(part)[0]
+        origin = typing.get_origin(part) or part
+        if origin is Literal:
+            values += ["x", ""]
+        values += ODD.get(list if origin is tuple else origin, [])
+    return list(dict.fromkeys(values)) or ["x", ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One command line: what is odd about it, and on which kind of run."""
+
+    command: str
+    kind: str
+    option: str = ""
+    value: str = ""
+
+    def __str__(self) -> str:
+        shown = self.value if len(self.value) < 40 else f"{self.value[:8]}… ({len(self.value)})"
+        odd = f" --{self.option}={shown!a}" if self.option else ""
+        return f"{self.command} [{self.kind}]{odd}"
+
+
+STREAMS = {
+    "empty": b"",
+    "empty lines": b"\n\n \n",
+    "not UTF-8": b"the \xff\xfe file\n\xc3\n",
+    "zeros": b"a\0b\n\0\n",
+    "long": b"x y " * 30_000 + b"\n",
+    "no end of line": b"the file",
+    "tabs": b"\t\t\t\t\t\t\n",
+    "byte-order mark": "\ufeffthe file\n".encode("utf-16"),
+    "numbers": b'1\n-1e999\n{"text": 1}\nnull\n[]\n{"text": null}\n{}\n',
+    "half a pair": b'{"text": "\\ud800"}\n',
+    "deep": b"[" * 100_000 + b"\n",
+}
+
+
+def cells(kinds: bool = True) -> list[Cell]:
+    """All cells: plain ones on every kind, odd options on the fitting kind, and with `kinds` on
+    each of those that the command reads, and odd streams into `predict`."""
+    found = []
+    for command in cli.COMMANDS:
+        fits = FITTING.get(command, "clm")
+        on_runs = "run" in "".join(line_of(command, "run")[:1])
+        wherever = list(KINDS) if on_runs else [fits]
+        found += [Cell(command, kind) for kind in wherever]
+        for key, kind in leaf_kinds(schema_of(command)).items():
+            for value, where in itertools.product(odd_values(key, kind), wherever):
+                if where == fits or (kinds and key != "json"):
+                    found.append(Cell(command, where, key, value))
+    found += [Cell("predict", kind, "<", stream) for kind in KINDS for stream in STREAMS]
+    return list(dict.fromkeys(found))
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What a command line came to: a status, or the traceback of what escaped."""
+
+    status: int | str
+    out: str
+    err: str
+
+    @property
+    def passes(self) -> bool:
+        """Whether it is an answer or one sentence."""
+        told = [line for line in self.err.splitlines() if line.startswith("nanolm: ")]
+        if self.status == 2:
+            return len(told) == 1 and self.err.endswith(told[0] + "\n")
+        return self.status == 0 and not told
+
+
+def call(argv: list[str], stdin: bytes = b"") -> Answer:
+    """A command line in this process, with streams as a terminal in UTF-8 gives them."""
+    streams = {
+        name: io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
+        for name in ("stdout", "stderr")
+    }
+    streams["stdin"] = io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8")
+    status: int | str = 0
+    with mock.patch.multiple(sys, **streams):
+        try:
+            cli.main(argv)
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, (int, str)) else 0
+        except BaseException:  # noqa: BLE001 (what escapes is what the walk looks for)
+            status = traceback.format_exc()
+    out, err = (
+        streams[name].buffer.getvalue().decode(errors="replace") for name in ("stdout", "stderr")
+    )
+    return Answer(status, out, err)
+
+
+def walk(cell: Cell, place: pathlib.Path) -> Answer:
+    """The cell, from a new folder `place`, into which what has a relative name is written."""
+    place.mkdir()
+    (place / "FILE").write_bytes(b"not what you think\n")
+    (place / "FOLDER").mkdir()
+    kind = evaluated if cell.kind == "evaluated" else KINDS[cell.kind]
+    words = line_of(cell.command, str(kind()))
+    stdin = b""
+    if cell.option == "<":
+        words, stdin = words[:1], STREAMS[cell.value]
+    elif cell.option:
+        words = without(words, cell)
+        words.append(f"--{cell.option}={cell.value}")
+    with contextlib.chdir(place), spared(cell.command):
+        return call([*cell.command.split(), *words], stdin)
+
+
+def without(words: list[str], cell: Cell) -> list[str]:
+    """The words less those that say what the cell says."""
+    if cell.command in ("train", "profile", "finetune"):
+        return words
+    module = importlib.import_module(cli.COMMANDS[cell.command][0])
+    positional = list(getattr(module, "POSITIONAL", ()))
+    named = split_words(words)
+    if cell.option in positional:  # others by name, in its place
+        loose = named.pop("", [])
+        words = [word for word in words if word.startswith("--")]
+        pairs = zip(positional, loose, strict=False)
+        words += [f"--{key}={word}" for key, word in pairs if key != cell.option]
+    return words
+
+
+@contextlib.contextmanager
+def spared(command: str) -> Iterator[None]:
+    """Leaves the work of a command out where it takes long, and a study's processes."""
+    module = importlib.import_module(cli.COMMANDS[command][0])
+    threads = os.environ.get("OMP_NUM_THREADS")
+    with contextlib.ExitStack() as stack:
+        if command in MEASURED:
+            stack.enter_context(mock.patch.object(module, "run", lambda arguments: None))
+        yield
+    assert os.environ.get("OMP_NUM_THREADS") == threads
