@@ -39,7 +39,8 @@ from nanolm.tools.first_contact.real_sizes import attention_cases, checks
 from nanolm.tools.first_contact.report import Report, entry_of
 from nanolm.tools.first_contact.runner import marked_processes, run_together
 from nanolm.tools.first_contact.stages import PARTS, Stage, Table
-from nanolm.tools.kernel_check.attention_trials import SINGLE, make_mask
+from nanolm.tools.kernel_check.attention_cases import SINGLE
+from nanolm.tools.kernel_check.attention_trials import make_mask
 from nanolm.tools.kernel_check.conformance import check_case
 from tests.tiny_run import in_ranks
 
