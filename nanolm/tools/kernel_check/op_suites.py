@@ -101,6 +101,12 @@ def cross_entropy_trials(index: int, common: dict[str, Any]) -> Iterator[Trial]:
             n_tokens, vocab_size, bias=bias, softcap=softcap, label_smoothing=smoothing, z_loss=z,
             **common,
         )  # fmt: skip
+    if common["dtype"] != FP32:
+        for softcap, smoothing, z in ((None, 0.1, 0.0), (3.0, 0.0, 1e-2)):
+            yield cross_entropy_trial(
+                9, 129, bias=True, softcap=softcap, label_smoothing=smoothing, z_loss=z, exact=True,
+                **common,
+            )  # fmt: skip
 
 
 def symmetric_trials(index: int, common: dict[str, Any]) -> Iterator[Trial]:

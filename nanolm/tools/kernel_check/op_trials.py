@@ -30,6 +30,12 @@ def normal(*shape: int, dtype: torch.dtype, seed: int, device: str) -> Tensor:
     return torch.randn(shape, generator=generator).to(device, dtype)
 
 
+def eighths(*shape: int, dtype: torch.dtype, seed: int, device: str) -> Tensor:
+    """-1/4, -1/8, … 1/4: of 16 products of such numbers times 8 every dtype holds the sum."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randint(-2, 3, shape, generator=generator) / 8).to(device, dtype)
+
+
 @dataclasses.dataclass(frozen=True)
 class Mix:
     """Dtypes that differ within one call, as autocast and FSDP make them.
@@ -127,16 +133,24 @@ def glu_trial(
 def cross_entropy_trial(
     n_tokens: int, vocab_size: int, *, bias: bool, softcap: float | None, label_smoothing: float,
     z_loss: float, width: int = 16, dtype: torch.dtype, device: str, mix: Mix | None = None,
+    exact: bool = False,
 ) -> Trial:  # fmt: skip
-    """The projected loss of logits with a deviation of 1.2, some targets ignored."""
+    """The projected loss of logits with a deviation of 1.2, some targets ignored.
+
+    `exact`: 16 bits hold all logits as they are, eighths below 16, so that the loss has to be as
+    exact as float32 and shows whatever is rounded behind the product.
+    """
     mix = mix or Mix(dtype, dtype, dtype)
-    weight = normal(vocab_size, width, dtype=mix.weight, seed=1, device=device)
+    draw = eighths if exact else normal
+    weight = draw(vocab_size, width, dtype=mix.weight, seed=1, device=device)
     leaves = {
-        "hidden": normal(n_tokens, width, dtype=mix.x, seed=0, device=device),
-        "weight": weight * (1.2 * width**-0.5),
+        "hidden": draw(n_tokens, width, dtype=mix.x, seed=0, device=device),
+        "weight": weight * (2.0 if exact else 1.2 * width**-0.5),
     }
+    if exact:
+        leaves["hidden"] *= 4.0  # quarters times halves
     if bias:
-        leaves["bias"] = normal(vocab_size, dtype=mix.weight, seed=2, device=device)
+        leaves["bias"] = draw(vocab_size, dtype=mix.weight, seed=2, device=device)
     generator = torch.Generator().manual_seed(3)
     targets = torch.randint(vocab_size, (n_tokens,), generator=generator)
     targets[torch.arange(n_tokens) % 4 == 1] = -100
@@ -157,7 +171,8 @@ def cross_entropy_trial(
     words = f"{' bias' * bias} softcap={softcap} smoothing={label_smoothing} z={z_loss} {dtype}"
     kinds = "" if mix == Mix(dtype, dtype, dtype) else f" {mix}"
     return Trial(
-        f"{n_tokens}x{vocab_size}{words}{kinds}", spec, leaves, run, autocast=mix.autocast,
+        f"{n_tokens}x{vocab_size}{words}{kinds}{' exact' * exact}", spec, leaves, run,
+        autocast=mix.autocast, computes=FP32 if exact else None,
         detached=frozenset({"nll", "lse", "correct"}),
         dtypes=dict.fromkeys(("loss", "nll", "lse", "correct"), FP32),
     )  # fmt: skip
