@@ -21,7 +21,8 @@ from nanolm.tools.first_contact import (
 )
 from nanolm.tools.first_contact.measurement import LEFT_OUT, read_figures
 from nanolm.tools.first_contact.real_sizes import attention_cases, checks
-from nanolm.tools.kernel_check.attention_trials import SINGLE, make_mask
+from nanolm.tools.kernel_check.attention_cases import SINGLE
+from nanolm.tools.kernel_check.attention_trials import make_mask
 from nanolm.tools.kernel_check.conformance import check_case
 from tests.tiny_run import in_ranks
 

@@ -16,7 +16,7 @@ from nanolm.errors import UserError
 from nanolm.ops.bias import AlibiBias, DenseBias
 from nanolm.ops.contract import KERNELS, AttentionSpec, candidates, choose
 from nanolm.ops.masks import Mask
-from nanolm.tools.kernel_check.attention_trials import (
+from nanolm.tools.kernel_check.attention_cases import (
     AXES,
     HARD,
     MIXED,
@@ -24,8 +24,8 @@ from nanolm.tools.kernel_check.attention_trials import (
     Case,
     covering_cases,
     pairwise,
-    trial_of,
 )
+from nanolm.tools.kernel_check.attention_trials import trial_of
 from nanolm.tools.kernel_check.leaks import KINDS, leak
 from nanolm.tools.kernel_check.sanitizer import sanitized, shuffled
 from nanolm.tools.kernel_check.trial import (

@@ -21,13 +21,18 @@ HALF = 2**31 + 2**22
 """Elements on either side of where a view begins."""
 
 
-@pytest.fixture
-def space():
-    """float16 [2 * HALF] of untouched zeros."""
+def untouched():
+    """float16 [2 * HALF] of zeros in memory that exists when something is written there."""
     unreserved = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux's number; named by Python 3.13
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | unreserved
     memory = mmap.mmap(-1, 4 * HALF, flags=flags)
-    yield torch.frombuffer(memory, dtype=torch.float16)
+    return torch.frombuffer(memory, dtype=torch.float16)
+
+
+@pytest.fixture
+def space():
+    """A tensor larger than any that was ever filled."""
+    return untouched()
 
 
 def placed(space, values, stride):

@@ -6,7 +6,7 @@ import torch
 from nanolm.errors import UserError
 from nanolm.ops.contract import AUTO, KERNELS, AttentionSpec, candidates, choose
 from nanolm.ops.masks import Mask
-from nanolm.tools.kernel_check.attention_trials import HARD, SINGLE
+from nanolm.tools.kernel_check.attention_cases import HARD, SINGLE
 from nanolm.tools.kernel_check.conformance import check_case, check_kernel
 from nanolm.tools.kernel_check.trial import distance, reference
 

@@ -9,9 +9,9 @@ import torch
 
 from nanolm.ops.contract import candidates
 from nanolm.registry import KERNELS, OPS
-from nanolm.tools.kernel_check.attention_trials import MIXED as MIXED_ATTENTION
+from nanolm.tools.kernel_check.attention_cases import MIXED as MIXED_ATTENTION
 from nanolm.tools.kernel_check.attention_trials import trial_of
-from nanolm.tools.kernel_check.op_trials import MIXED, op_trials
+from nanolm.tools.kernel_check.op_suites import MIXED, op_trials
 from nanolm.tools.kernel_check.sanitizer import sanitized
 from nanolm.tools.kernel_check.trial import excess, execute
 

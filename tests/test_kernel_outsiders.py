@@ -4,12 +4,15 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from nanolm import cli
 from nanolm.ops.contract import candidates
 from nanolm.registry import KERNELS, OPS
-from nanolm.tools.kernel_check.attention_trials import HARD
+from nanolm.tools.kernel_check.attention_cases import HARD, LARGE, MIXED, SINGLE
+from nanolm.tools.kernel_check.attention_trials import trial_of
 from nanolm.tools.kernel_check.conformance import check_case, check_kernel, checks_of
+from nanolm.tools.kernel_check.trial import execute, reference
 from tests.kernel_tools.outsiders import WRONG, Outsider, right
 
 
@@ -40,6 +43,45 @@ def test_gradients_that_cancel_are_measured_by_their_terms(kernel, name):
     candidates("attention")
     kernel = KERNELS["attention"].get(kernel).build()
     assert check_case(kernel, name, HARD[name], "cpu").verdict in ("pass", "refused")
+
+
+@pytest.mark.parametrize("kernel", ["triton", "sdpa", "reference"])
+@pytest.mark.parametrize("name", ["large scores", "large scores in bfloat16"])
+def test_scores_of_hundreds_are_as_exact_as_their_dtype(kernel, name):
+    """What is left of terms that cancel is measured by them, beside weights of nearly 0 and 1."""
+    assert check_case(candidates("attention")[kernel], name, LARGE[name], "cpu").verdict == "pass"
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "verdict"),
+    [
+        ("large scores", 1e-3, "FAIL"),
+        ("large scores in bfloat16", 1e-3, "pass"),  # which is why it does not stand alone
+        ("large scores in bfloat16", 1.0, "FAIL"),
+    ],
+)
+def test_large_scores_that_are_off_show_in_float32(name, error, verdict):
+    def run(*given, scale, **options):
+        return right("attention")(*given, scale=scale * (1 + error), **options)
+
+    assert check_case(Outsider(run), name, LARGE[name], "cpu").verdict == verdict
+
+
+def test_only_what_cancels_is_measured_by_its_terms():
+    """The bound of every other trial is what it was: a share of the largest value."""
+    wider = set()
+    for name, case in (SINGLE | MIXED | HARD | LARGE).items():
+        trial = trial_of(case)
+        exact = execute(trial, reference("attention"), torch.float64, backward=True).tensors
+        terms = trial.terms({leaf: x.detach().double() for leaf, x in trial.leaves.items()})
+        for key, x in exact.items():
+            dtype = case.dtype if key == "out" else trial.leaves[key[1:]].dtype
+            largest = float(x.abs().max())
+            if trial.size(largest, terms.get(key, 0.0), dtype) > largest:
+                wider.add(name)
+    assert wider == {
+        "large scores", "large scores in bfloat16", "one query, one key", "many queries, one key"
+    }  # fmt: skip
 
 
 PLUGIN = """

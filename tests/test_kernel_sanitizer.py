@@ -40,6 +40,13 @@ def poison_kernel(x, out, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def scalar_kernel(x, out, n, OTHER: tl.constexpr):
+    i = tl.program_id(0)
+    value = tl.load(x + i, mask=i < n, other=0.0) if OTHER else tl.load(x + i, mask=i < n)
+    tl.store(out + i, value)
+
+
+@triton.jit
 def numbered_kernel(out):
     tl.store(out + tl.program_id(0), tl.load(out + 8) + 1)
     tl.store(out + 8, tl.load(out + 8) + 1)
@@ -85,6 +92,17 @@ def test_undefined_lanes_are_poisoned():
     with sanitized():
         poison_kernel[(1,)](x, out, 5, 8)
     assert out.isnan()
+
+
+def test_a_single_element_that_is_masked_is_what_other_says():
+    """Zero too, which the interpreter takes for no `other`."""
+    x, out = torch.ones(2), torch.zeros(2)
+    with sanitized():
+        scalar_kernel[(2,)](x, out, 1, True)
+    assert out.tolist() == [1, 0]
+    with sanitized():
+        scalar_kernel[(2,)](x, out, 1, False)
+    assert out[1].isnan()
 
 
 def test_shuffled_order_shows_dependence():

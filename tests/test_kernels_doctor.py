@@ -11,7 +11,7 @@ from nanolm import cli
 from nanolm.errors import UserError
 from nanolm.ops.contract import candidates
 from nanolm.tools.kernel_check import survey
-from nanolm.tools.kernel_check.attention_trials import LARGE, MIXED, SINGLE
+from nanolm.tools.kernel_check.attention_cases import LARGE, MIXED, SINGLE
 from nanolm.tools.kernel_check.conformance import Finding, check_kernel, checks_of
 from nanolm.tools.kernel_check.leaks import KINDS
 from nanolm.tools.kernel_check.survey import MOST_JOBS, Patient, default_jobs, describe

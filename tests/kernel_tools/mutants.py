@@ -1,239 +1,187 @@
-"""Planted bugs: the project's own kernels with one line changed, and which check finds each.
+"""Which mutants of the kernels the trials find.
 
-A mutant is a copy of the kernel files in a package of its own, with its own operators, so that it
-can run beside the real ones. Three checks look at it: `numbers` (against the float64 reference),
-`sanitizer` (bounds, races) and `poison` (numbers again, with undefined lanes poisoned).
+    python -m tests.kernel_tools.mutants [--count 60] [--seed check] [--held-out] [--out FILE]
+
+Mutants are drawn by a seed, each is put beside the real kernels in a process of its own, with a
+limit of its own, and asked the questions that concern its file until one finds it. A run that is
+broken off goes on where it was when the same command names the same --out. Prints a table and who
+survived; exits with 1 when less than 95 % are found of those that are not argued away by name in
+tests/kernel_tools/equivalent.py.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import argparse
+import contextlib
+import hashlib
 import importlib
-import math
+import multiprocessing
+import os
 import pathlib
+import resource
+import signal
 import sys
+import tempfile
+import time
 from typing import Any
 
+os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+
 import torch
+import torch._dynamo  # an operator's first call imports it: once here, not in every process
 
-from nanolm.ops.reference import AttentionOutput
-from nanolm.tools.kernel_check.attention_trials import SINGLE, Case, trial_of
-from nanolm.tools.kernel_check.op_trials import norm_trial
-from nanolm.tools.kernel_check.sanitizer import sanitized
-from nanolm.tools.kernel_check.trial import TOLERANCE, Trial, errors
-from nanolm.tools.kernel_check.watch import KernelFaultError
+import nanolm.kernels
+from nanolm.files import Finished
+from tests.kernel_tools.equivalent import EQUIVALENT
+from tests.kernel_tools.examination import ALL, Question, questions_for
+from tests.kernel_tools.mutation import FILES, OPERATORS, Mutant, draw, held_out, mutants
 
-FILES = (
-    "attention.forward",
-    "attention.scores",
-    "attention.ranges",
-    "attention.backward",
-    "attention.bias_gradient",
-    "attention.call",
-    "attention.operator",
-    "norm",
-)
+GOAL = 0.95
+CPU_SECONDS = 240
+"""What a mutant may compute before it counts as found by the time it takes."""
+WALL_SECONDS = 1800
 
 
-@dataclasses.dataclass(frozen=True)
-class Mutant:
-    """One changed place: `old` in `file` becomes `new`; `case` names the trial that shows it."""
-
-    name: str
-    file: str
-    old: str
-    new: str
-    case: str = "plain"
-
-
-SMALL = {"n_queries": 20, "n_keys": 20, "n_rows": 1, "n_heads": 1, "n_kv_heads": 1}
-CASES = {name: dataclasses.replace(case, **SMALL) for name, case in SINGLE.items()} | {
-    "lengths": dataclasses.replace(SINGLE["lengths"], **SMALL | {"n_rows": 2}),
-    "grouped heads": dataclasses.replace(SINGLE["grouped heads"], n_queries=20, n_keys=20),
-    "two rows": Case(**SMALL | {"n_rows": 2}),
-    "more keys": Case(**SMALL | {"n_keys": 37}, causal=True),
-    "narrow": Case(**SMALL, width=20),
-}
-
-MUTANTS = (
-    Mutant(
-        "load without row mask", "attention.scores",
-        "inside = (row < n_rows) & (column < WIDTH)\n        return tl.load",
-        "inside = (row >= 0) & (column < WIDTH)\n        return tl.load",
-    ),
-    Mutant(
-        "padded columns left undefined", "attention.scores",
-        "tl.load(pointers, mask=inside, other=0.0)", "tl.load(pointers, mask=inside)", "narrow",
-    ),
-    Mutant(
-        "store without row mask", "attention.scores",
-        "inside = (row < n_rows) & (column < WIDTH)\n    tl.store",
-        "inside = (row >= 0) & (column < WIDTH)\n    tl.store", "two rows",
-    ),
-    Mutant(
-        "dQ without scale", "attention.backward",
-        "store_tile(grad_q, grad_q_head, total * scale", "store_tile(grad_q, grad_q_head, total",
-    ),
-    Mutant(
-        "causal aligned top-left", "attention.scores",
-        "at = t + (shape.n_keys - shape.n_queries)", "at = t + 0", "more keys",
-    ),
-    Mutant(
-        "key lengths ignored", "attention.scores",
-        "allowed = allowed & (s < tl.load(masks.key_lengths + batch))", "allowed = allowed",
-        "lengths",
-    ),
-    Mutant(
-        "window one too wide", "attention.scores",
-        "(at - s < masks.window)", "(at - s <= masks.window)", "window",
-    ),
-    Mutant(
-        "documents ignored", "attention.scores",
-        "allowed = allowed & (mine == theirs)", "allowed = allowed", "documents",
-    ),
-    Mutant(
-        "strict order taken as loose", "attention.scores",
-        "(theirs < mine) if STRICT", "(theirs <= mine) if STRICT", "strict order",
-    ),
-    Mutant(
-        "last visible tile skipped", "attention.ranges",
-        "end = tl.minimum(end, tl.maximum(high + 1, prefix))",
-        "end = tl.minimum(end, tl.maximum(high - 15, prefix))", "causal",
-    ),
-    Mutant(
-        "running sum not rescaled", "attention.forward",
-        "acc * shrink[:, None] + update", "acc + update",
-    ),
-    Mutant(
-        "division by an empty row's sum", "attention.forward",
-        "divisor = tl.where(seen, l, 1.0)", "divisor = l", "lengths",
-    ),
-    Mutant(
-        "wrong key head for a query head", "attention.forward",
-        "k_head = head_pointer(k, batch, head // GROUP)",
-        "k_head = head_pointer(k, batch, head % (shape.n_heads // GROUP))", "grouped heads",
-    ),
-    Mutant(
-        "all groups write dK of head 0", "attention.backward",
-        "grad_k_head = head_pointer(grad_k, batch, group)",
-        "grad_k_head = head_pointer(grad_k, batch, group * 0)", "grouped heads",
-    ),
-    Mutant(
-        "delta forgotten", "attention.backward",
-        "weight * (grad_weight - delta_tile)", "weight * grad_weight",
-    ),
-    Mutant(
-        "slope of the soft-cap forgotten", "attention.backward",
-        "grad_dots = grad_score * slope", "grad_dots = grad_score", "soft-cap",
-    ),
-    Mutant(
-        "bucket bias one off", "attention.scores",
-        "distance + (shape.n_queries - 1)", "distance + shape.n_queries", "bucket bias",
-    ),
-    Mutant(
-        "bucket gradient of the neighbour", "attention.bias_gradient",
-        "index = difference + shape.n_keys - 1", "index = difference + shape.n_keys",
-        "bucket bias",
-    ),
-    Mutant(
-        "programs add to one row without atomics", "norm",
-        "own = tl.program_id(0) * WIDTH + column\n    tl.store(grad_weight + own, sum_weight",
-        "own = tl.program_id(0) * 0 + column\n"
-        "    sum_weight += tl.load(grad_weight + own, mask=column < WIDTH, other=0.0)\n"
-        "    tl.store(grad_weight + own, sum_weight", "norm",
-    ),
-)  # fmt: skip
+def become(mutant: Mutant, folder: str) -> None:
+    """Lets this process import the mutant in place of the file that it changes."""
+    path = pathlib.Path(folder) / mutant.file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(mutant.source(), encoding="utf-8")
+    nanolm.kernels.__path__.insert(0, folder)
+    for file in FILES:
+        importlib.import_module(f"nanolm.kernels.{file.removesuffix('.py').replace('/', '.')}")
 
 
-class MutantKernel:
-    """A mutant's operators behind the contract's `run`."""
-
-    def __init__(self, package: str, op: str) -> None:
-        self.op = op
-        self.module = importlib.import_module(
-            f"{package}.{'attention.operator' if op == 'attention' else op}"
-        )
-
-    def run(self, *args: Any, return_lse: bool = False, **kwargs: Any) -> Any:
-        """As the real kernel."""
-        if self.op == "norm":
-            return self.module.norm(*args, **kwargs)
-        out, lse = self.module.attention(*args, **kwargs)
-        return AttentionOutput(out, lse) if return_lse else out
-
-
-def build(mutant: Mutant | None, index: int, folder: pathlib.Path) -> MutantKernel:
-    """Writes the mutated kernels into a package under `folder` and imports them; with no mutant
-    the copy is unchanged. Raises ValueError when the place to change is not there once."""
-    package = f"mutant_{index}"
-    target = folder / package
-    (target / "attention").mkdir(parents=True)
-    source = pathlib.Path(importlib.import_module("nanolm.kernels.launch").__file__).parent
-    for name in FILES:
-        file = f"{name.replace('.', '/')}.py"
-        text = (source / file).read_text(encoding="utf-8")
-        if mutant is not None and name == mutant.file:
-            if text.count(mutant.old) < 1:
-                raise ValueError(f"{mutant.name}: {file} has no {mutant.old!r}")
-            text = text.replace(mutant.old, mutant.new)
-            if name == "norm":  # what is added to must start at zero
-                text = text.replace("grad_weight = mean.new_empty", "grad_weight = mean.new_zeros")
-        for other in FILES:
-            text = text.replace(f"nanolm.kernels.{other} ", f"{package}.{other} ")
-        text = text.replace(
-            "from nanolm.kernels.attention import", f"from {package}.attention import"
-        )
-        text = text.replace('"nanolm::', f'"{package}::').replace("ops.nanolm.", f"ops.{package}.")
-        (target / file).write_text(text, encoding="utf-8")
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
-    importlib.invalidate_caches()
-    return MutantKernel(package, "norm" if mutant and mutant.file == "norm" else "attention")
-
-
-def trial_for(mutant: Mutant) -> Trial:
-    """The inputs on which the mutant is looked at."""
-    if mutant.case == "norm":
-        return norm_trial(
-            "rmsnorm", 300, 24, bias=False, residual=False, dtype=torch.float32, device="cpu"
-        )
-    return trial_of(CASES[mutant.case], lse=True)
-
-
-def wrong(trial: Trial, kernel: MutantKernel) -> bool:
-    """Whether numbers differ from the reference."""
-    worst = max(errors(trial, kernel).values())
-    return not (worst < TOLERANCE[trial.spec.dtype]) or math.isnan(worst)
-
-
-def verdict(mutant: Mutant, kernel: MutantKernel) -> dict[str, str]:
-    """What each check says: "found", "-", or "unsafe" where the bug may not run unwatched because
-    it writes into memory that is not its own."""
-    trial = trial_for(mutant)
-    found = {"numbers": "-", "sanitizer": "-", "poison": "-"}
-    unsafe = False
+def ask(mutant: Mutant | str, folder: str) -> dict[str, Any]:
+    """What the questions say of it: by what it was found, "" if by nothing, and by which. A word is
+    a group of questions, which the kernels as they are have to answer."""
+    if isinstance(mutant, str):
+        return answers(list(ALL[mutant]()))
     try:
-        with sanitized():
-            poisoned = wrong(trial, kernel)
-    except KernelFaultError as fault:
-        found["sanitizer"] = "found"
-        unsafe = "out of bounds" in str(fault)
-        poisoned = False
-    if unsafe:
-        found["numbers"] = "unsafe"
-    elif wrong(trial, kernel):
-        found["numbers"] = "found"
-    elif poisoned:
-        found["poison"] = "found"
-    return found
+        become(mutant, folder)
+    except Exception as error:  # noqa: BLE001  (it cannot even be imported)
+        return {"found": "error", "question": f"import: {error}"}
+    return answers(questions_for(mutant))
 
 
-def table(verdicts: dict[str, dict[str, str]]) -> str:
-    """The verdicts as text, one line per mutant."""
-    width = max(map(len, verdicts))
-    checks = list(next(iter(verdicts.values())))
-    lines = [f"{'planted bug':<{width}}  " + "  ".join(checks)]
-    for name, found in verdicts.items():
-        cells = (f"{found[check]:<{len(check)}}" for check in checks)
-        lines.append(f"{name:<{width}}  " + "  ".join(cells))
+def answers(questions: list[Question]) -> dict[str, Any]:
+    """The first question that finds something."""
+    for question in questions:
+        found = question.ask()
+        if found is not None:
+            return {"found": found, "question": question.name}
+    return {"found": "", "question": ""}
+
+
+def child(mutant: Mutant | str, folder: str, pipe: Any) -> None:
+    """The process of one mutant."""
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 10))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    silent = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silent, 1)
+    os.dup2(silent, 2)
+    pipe.send(ask(mutant, folder))
+
+
+def examine(mutant: Mutant | str) -> dict[str, Any]:
+    """The verdict on one mutant; one that crashes or does not end is found by that."""
+    context = multiprocessing.get_context("fork")  # nothing here has threads or kernels yet
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        receive, send = context.Pipe(duplex=False)
+        process = context.Process(target=child, args=(mutant, folder, send))
+        process.start()
+        send.close()
+        verdict = None
+        if receive.poll(WALL_SECONDS):
+            with contextlib.suppress(EOFError):
+                verdict = receive.recv()
+        process.kill()
+        process.join()
+    if verdict is None:
+        late = time.monotonic() - begin >= WALL_SECONDS or process.exitcode == -signal.SIGXCPU
+        verdict = {"found": "time" if late else "crash", "question": ""}
+    return verdict | {"seconds": round(time.monotonic() - begin, 1)}
+
+
+def control() -> None:
+    """Raises SystemExit when a question finds a fault of the kernels as they are: its finding of a
+    mutant would say nothing."""
+    for group in ALL:
+        verdict = examine(group)
+        if verdict["found"]:
+            raise SystemExit(f"the real kernels fail: {group}, {verdict}")
+        print(f"real kernels pass: {group} ({verdict['seconds']} s)", file=sys.stderr, flush=True)
+
+
+def digest(mutant: Mutant) -> str:
+    """Of the file that it makes: a verdict holds for this text alone."""
+    return hashlib.sha256(mutant.source().encode()).hexdigest()[:12]
+
+
+def examined(drawn: list[Mutant], finished: Finished, *, again: bool) -> dict[str, dict[str, Any]]:
+    """The verdicts by name, those that are known already read from the file; with `again` who
+    survived is asked once more."""
+    for number, mutant in enumerate(drawn):
+        known = finished.cells.get(mutant.name)
+        valid = known is not None and known["digest"] == digest(mutant)
+        if not valid or (again and not known["found"]):
+            verdict = examine(mutant) | {"digest": digest(mutant)}
+            finished.put(mutant.name, verdict)
+            said = verdict["found"] or "SURVIVES"
+            line = f"{number + 1}/{len(drawn)} {said} ({verdict['seconds']} s) {mutant.name}"
+            print(line, file=sys.stderr, flush=True)
+    return {mutant.name: finished.cells[mutant.name] for mutant in drawn}
+
+
+def table(drawn: list[Mutant], verdicts: dict[str, dict[str, Any]]) -> str:
+    """How many were found of each operator's, and by what."""
+    ways = ("numbers", "sanitizer", "poison", "dtype", "test", "error", "crash", "time")
+    head = " ".join(f"{way:>9}" for way in ways)
+    lines = [f"{'operator':<12} {'found':>9}  {head}  argued"]
+    for operator in [*OPERATORS, "all"]:
+        rows = [m for m in drawn if operator in ("all", m.operator)]
+        argued = [m for m in rows if m.name in EQUIVALENT and not verdicts[m.name]["found"]]
+        by = [verdicts[m.name]["found"] for m in rows]
+        share = f"{sum(map(bool, by))}/{len(rows) - len(argued)}"
+        cells = " ".join(f"{by.count(way) or '-':>9}" for way in ways)
+        lines.append(f"{operator:<12} {share:>9}  {cells}  {len(argued) or '-':>6}")
     return "\n".join(lines)
+
+
+def main() -> None:
+    """Draw, examine, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=60, help="how many mutants")
+    parser.add_argument("--seed", default="check", help="decides which ones")
+    parser.add_argument("--held-out", action="store_true", help="of the quarter kept apart")
+    parser.add_argument("--only", default="", help="only names that contain this")
+    parser.add_argument("--out", default="runs/mutants.json", help="where verdicts are kept")
+    parser.add_argument("--again", action="store_true", help="ask who survived once more")
+    parser.add_argument("--control", action="store_true", help="put all to the real kernels first")
+    parser.add_argument("--list", action="store_true", help="print their names alone")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    among = [m for m in mutants() if held_out(m) == arguments.held_out and arguments.only in m.name]
+    drawn = draw(arguments.count, arguments.seed, among)
+    if arguments.list:
+        print("\n".join(mutant.name for mutant in drawn))
+        return
+    if arguments.control:
+        control()
+    finished = Finished(arguments.out, "tests.kernel_tools.mutants")
+    verdicts = examined(drawn, finished, again=arguments.again)
+    print(f"{len(drawn)} of {len(mutants())} mutants, seed {arguments.seed!r}")
+    print(table(drawn, verdicts))
+    survivors = [name for name, verdict in verdicts.items() if not verdict["found"]]
+    real = [name for name in survivors if name not in EQUIVALENT]
+    for name in survivors:
+        print(f"  argued {name}: {EQUIVALENT[name]}" if name in EQUIVALENT else f"  MISSED {name}")
+    asked = len(drawn) - (len(survivors) - len(real))
+    share = 1 - len(real) / max(asked, 1)
+    print(f"{share:.1%} found of {asked}, {GOAL:.0%} due")
+    raise SystemExit(0 if share >= GOAL else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -2,6 +2,9 @@
 
 nanolm kernels check --module my_package.my_kernel
 nanolm kernels check --op attention --name sdpa
+
+A Triton kernel is also watched in Triton's interpreter, by a process of its own where this one
+compiles: bounds, races between programs, lanes that a mask leaves undefined.
 """
 
 from __future__ import annotations
@@ -18,6 +21,14 @@ from nanolm.errors import UserError
 from nanolm.ops.contract import candidates
 from nanolm.registry import KERNELS, OPS
 from nanolm.tools.kernel_check.conformance import Finding, check_kernel
+from nanolm.tools.kernel_check.safety import (
+    UNSAFE,
+    has_triton,
+    interpreted,
+    memory_finding,
+    prepare_interpreter,
+    watched_elsewhere,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,6 +75,20 @@ def chosen(arguments: Arguments) -> list[tuple[str, str, Any]]:
     return found
 
 
+def findings_of(op: str, name: str, kernel: Any, arguments: Arguments) -> list[Finding]:
+    """All findings about one kernel. Where kernels are interpreted memory comes first, and alone
+    when the kernel would write where it must not; where they are compiled it comes last."""
+    if interpreted():
+        memory = memory_finding(op, kernel)
+        if memory is not None and memory.words.endswith(UNSAFE):
+            return [memory]
+        found = check_kernel(op, kernel, arguments.device, quick=arguments.quick)
+        return found + [memory] * (memory is not None)
+    found = check_kernel(op, kernel, arguments.device, quick=arguments.quick)
+    memory = watched_elsewhere(arguments.module, op, name) if has_triton(kernel) else None
+    return found + [memory] * (memory is not None)
+
+
 def show(op: str, name: str, findings: list[Finding]) -> None:
     """Print one kernel's findings."""
     print(f"{op}: {name}")
@@ -73,10 +98,11 @@ def show(op: str, name: str, findings: list[Finding]) -> None:
 
 def run(arguments: Arguments) -> None:
     """Check; exits 1 when a check fails, and when a kernel passes none."""
+    prepare_interpreter()
     failed = 0
     record = []
     for op, name, kernel in chosen(arguments):
-        findings = check_kernel(op, kernel, arguments.device, quick=arguments.quick)
+        findings = findings_of(op, name, kernel, arguments)
         show(op, name, findings)
         counts = {v: sum(f.verdict == v for f in findings) for v in ("pass", "FAIL", "refused")}
         print(f"  {counts['pass']} passed, {counts['FAIL']} failed, {counts['refused']} refused")

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from nanolm.ops.masks import Mask
 from nanolm.ops.reference import ReferenceAttention, wide
-from nanolm.tools.kernel_check.attention_trials import Case, spec_of, trial_of
+from nanolm.tools.kernel_check.attention_cases import Case
+from nanolm.tools.kernel_check.attention_trials import spec_of, trial_of
 from nanolm.tools.kernel_check.op_trials import (
     cross_entropy_trial,
     glu_trial,

@@ -21,19 +21,12 @@ from typing import Any
 import torch
 
 from nanolm.registry import OPS
-from nanolm.tools.kernel_check.attention_trials import (
-    HARD,
-    LARGE,
-    MIXED,
-    SINGLE,
-    Case,
-    spec_of,
-    trial_of,
-)
+from nanolm.tools.kernel_check.attention_cases import HARD, LARGE, MIXED, SINGLE, Case
+from nanolm.tools.kernel_check.attention_trials import spec_of, trial_of
 from nanolm.tools.kernel_check.diagnosis import fault
 from nanolm.tools.kernel_check.dropout import RATE, dropout_fault
 from nanolm.tools.kernel_check.leaks import KINDS, leak
-from nanolm.tools.kernel_check.op_trials import op_trials
+from nanolm.tools.kernel_check.op_suites import op_trials
 from nanolm.tools.kernel_check.trial import Trial, execute, forget_graphs
 
 
@@ -122,18 +115,32 @@ def check_case(kernel: Any, name: str, case: Case, device: str) -> Finding:
         served, reason = serving(kernel, case, device)
         if served is None:
             return Finding(name, "refused", reason)
-        return verdict(kernel, trial_of(served, device), name)
+        trial = trial_of(served, device)
+        words = fault(kernel, trial)
+        if words is not None:
+            return Finding(name, "FAIL", words)
+        return Finding(name, "pass", "" if trial.differentiable else "forward only")
 
     return told(name, work)
 
 
-def check_trial(kernel: Any, trial: Trial, name: str | None = None) -> Finding:
+def check_trial(kernel: Any, trial: Trial) -> Finding:
     """Parity on one trial."""
-    name = name or trial.name
+    return asked(trial.name, kernel, lambda: trial, lambda trial: fault(kernel, trial))
+
+
+def asked(
+    name: str, kernel: Any, make: Callable[[], Trial], words_of: Callable[[Trial], str | None]
+) -> Finding:
+    """What `words_of` finds wrong on a trial, once the kernel has said that it serves it."""
 
     def work() -> Finding:
+        trial = make()
         reason = refusal_of(kernel, trial.spec)
-        return Finding(name, "refused", reason) if reason else verdict(kernel, trial, name)
+        if reason is not None:
+            return Finding(name, "refused", reason)
+        words = words_of(trial)
+        return Finding(name, "pass" if words is None else "FAIL", words or "")
 
     return told(name, work)
 
@@ -147,14 +154,6 @@ def told(name: str, work: Callable[[], Finding]) -> Finding:
         return Finding(name, "FAIL", f"it raises {type(error).__name__}: {error}")
 
 
-def verdict(kernel: Any, trial: Trial, name: str) -> Finding:
-    """What is wrong on one trial, if anything."""
-    words = fault(kernel, trial)
-    if words is not None:
-        return Finding(name, "FAIL", words)
-    return Finding(name, "pass", "" if trial.differentiable else "forward only")
-
-
 def causal_trial(kernel: Any, device: str) -> Trial:
     """Causal attention in the first phase that is served, or in training."""
     served, _ = serving(kernel, SINGLE["causal"], device)
@@ -163,21 +162,14 @@ def causal_trial(kernel: Any, device: str) -> Trial:
 
 def check_other_numbers(kernel: Any, make: Callable[[], Trial]) -> Finding:
     """A call is right after one with other numbers of the same shapes."""
-    name = "other numbers"
 
-    def work() -> Finding:
-        trial = make()
-        reason = refusal_of(kernel, trial.spec)
-        if reason is not None:
-            return Finding(name, "refused", reason)
+    def words_of(trial: Trial) -> str | None:
         execute(trial, kernel, backward=trial.differentiable)
         other = {key: x.flip(0).mul(-0.5) for key, x in trial.leaves.items()}
         words = fault(kernel, dataclasses.replace(trial, leaves=other))
-        if words is None:
-            return Finding(name, "pass")
-        return Finding(name, "FAIL", f"after a call with other numbers of these shapes: {words}")
+        return words and f"after a call with other numbers of these shapes: {words}"
 
-    return told(name, work)
+    return asked("other numbers", kernel, make, words_of)
 
 
 def check_dropout(kernel: Any, device: str) -> Finding:
@@ -210,20 +202,13 @@ def check_leak(kernel: Any, kind: str, device: str) -> Finding:
 
 def check_determinism(kernel: Any, make: Callable[[], Trial]) -> Finding:
     """The same bits twice."""
-    name = "determinism"
 
-    def work() -> Finding:
-        trial = make()
-        reason = refusal_of(kernel, trial.spec)
-        if reason is not None:
-            return Finding(name, "refused", reason)
+    def words_of(trial: Trial) -> str | None:
         runs = [execute(trial, kernel, backward=trial.differentiable).tensors for _ in range(2)]
         changed = [key for key, x in runs[0].items() if not torch.equal(x, runs[1][key])]
-        if changed:
-            return Finding(name, "FAIL", f"{', '.join(changed)} differ between two runs")
-        return Finding(name, "pass")
+        return f"{', '.join(changed)} differ between two runs" if changed else None
 
-    return told(name, work)
+    return asked("determinism", kernel, make, words_of)
 
 
 def check_memory(kernel: Any, device: str) -> Finding:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanolm.tools.kernel_check.attention_trials import SINGLE, Case, make_mask, random, spec_of
+from nanolm.tools.kernel_check.attention_cases import SINGLE, Case
+from nanolm.tools.kernel_check.attention_trials import make_mask, random, spec_of, to_device
 
 KINDS = ("causal", "window", "lengths", "documents", "prefix", "order", "strict order")
 NAMES = {"lengths": "key lengths (padding)", "prefix": "the prefix", "order": "the order"}
@@ -35,8 +36,6 @@ def probe(
     kernel: Any, case: Case, leaves: tuple[Tensor, Tensor, Tensor], at: tuple[int, int], device: str
 ) -> tuple[Tensor, ...]:
     """(out_t, and the gradients of q_t, k, v when out_t alone is summed)."""
-    from nanolm.tools.kernel_check.attention_trials import to_device  # noqa: PLC0415
-
     train = kernel.why_not(spec_of(case, device)) is None
     q, k, v = (x.detach().to(device).requires_grad_(train) for x in leaves)
     mask = to_device(make_mask(case), device)

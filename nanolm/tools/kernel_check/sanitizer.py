@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import triton.language as tl
 import triton.runtime.interpreter as stock
+from triton.language.semantic import TritonSemantic
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
 from nanolm.tools.kernel_check.watch import KernelFaultError, Launch, regions_of
@@ -85,6 +86,7 @@ def sanitized(*, races: bool = True) -> Iterator[Traffic]:
     builder = InterpreterBuilder
     load, store = builder.create_masked_load, builder.create_masked_store
     rmw, cas = builder.create_atomic_rmw, builder.create_atomic_cas
+    load_legacy = TritonSemantic._load_legacy
     initialise, execute = GridExecutor._init_args_hst, GridExecutor.__call__
 
     def watched_load(
@@ -94,7 +96,7 @@ def sanitized(*, races: bool = True) -> Iterator[Traffic]:
         addresses = launch.access("load", pointers, mask)
         result = load(self, pointers, mask, other, *rest)
         traffic.add(traffic.loaded, launch.name, addresses.size * result.data.itemsize)
-        if other is None and mask is not None and not mask.data.all():
+        if not launch.has_other and mask is not None and not mask.data.all():
             shown = np.broadcast_to(mask.data, result.data.shape)
             result.data = np.where(shown, result.data, poison(result)).astype(result.data.dtype)
         return result
@@ -108,6 +110,25 @@ def sanitized(*, races: bool = True) -> Iterator[Traffic]:
             launch.check_lanes(addresses, value, mask, np.atleast_1d(pointers.data).shape)
         traffic.add(traffic.stored, launch.name, addresses.size * value.data.itemsize)
         return store(self, pointers, value, mask, *rest)
+
+    def watched_semantic(
+        self: Any, pointers: Any, mask: Any, other: Any, *rest: Any, **options: Any
+    ) -> Any:
+        # The interpreter takes the `other` of a single element for missing when it is 0.
+        running[-1].has_other = other is not None
+        return load_legacy(self, pointers, mask, other, *rest, **options)
+
+    def bare(original: Callable) -> Callable:
+        """A load or store without a mask, which the interpreter gives one that is true."""
+
+        def access(self: Any, *arguments: Any) -> Any:
+            running[-1].bare = True
+            try:
+                return original(self, *arguments)
+            finally:
+                running[-1].bare = False
+
+        return access
 
     def watched_rmw(
         self: Any, op: Any, pointers: TensorHandle, value: Any, mask: Any, *rest: Any
@@ -141,12 +162,15 @@ def sanitized(*, races: bool = True) -> Iterator[Traffic]:
         patched(
             builder,
             {
+                "create_load": bare(builder.create_load),
+                "create_store": bare(builder.create_store),
                 "create_masked_load": watched_load,
                 "create_masked_store": watched_store,
                 "create_atomic_rmw": watched_rmw,
                 "create_atomic_cas": watched_cas,
             },
         ),
+        patched(TritonSemantic, {"_load_legacy": watched_semantic}),
         patched(GridExecutor, {"_init_args_hst": watched_arguments, "__call__": watched_launch}),
     ):
         yield traffic

@@ -3,13 +3,14 @@
 Every op is checked the same way. The kernel runs on the trial's leaves as they are, each in its own
 dtype, under autocast where the trial says so; the reference runs on the same numbers in float64;
 outputs, and the gradients of all differentiable inputs for one random incoming gradient, are
-compared by the largest difference over the largest value.
+compared by the largest difference over the largest value, or over what cancelled to it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,7 +28,7 @@ TOLERANCE = {
     torch.bfloat16: 3e-2,
 }
 SMALL = 1e-3
-"""Values below it throughout are what is left of larger ones that cancel: see `distance`."""
+"""Values below it throughout are what is left of larger ones that cancel: see `Trial.size`."""
 
 Run = Callable[[Any, dict[str, Tensor]], dict[str, Tensor]]
 Terms = Callable[[dict[str, Tensor]], Mapping[str, float]]
@@ -41,8 +42,9 @@ class Trial:
     a kernel on such leaves and names its outputs. Outputs in `detached` have no gradient.
     `autocast` is the dtype of the autocast region that the kernel runs in, `computes` the dtype
     that bounds its precision (the spec's, unless it sums in a wider one), `dtypes` what its outputs
-    must have. `terms(leaves)` is the size of what is added up to each gradient, for those that
-    cancel.
+    must have. `terms(leaves)` is the size of what is added up to each output and gradient, for
+    those that cancel, and `rounding` how far each term may be off for its own part, beside the
+    rounding of its dtype (attention: an exponent is as exact as the scores are large).
     """
 
     name: str
@@ -54,6 +56,7 @@ class Trial:
     computes: torch.dtype | None = None
     dtypes: Mapping[str, torch.dtype] = dataclasses.field(default_factory=dict)
     terms: Terms | None = None
+    rounding: float = 0.0
 
     @property
     def differentiable(self) -> bool:
@@ -63,6 +66,16 @@ class Trial:
     def tolerance(self, dtype: torch.dtype) -> float:
         """How far a result of this dtype may be off."""
         return max(TOLERANCE[self.computes or self.spec.dtype], TOLERANCE[dtype])
+
+    def size(self, largest: float, terms: float, dtype: torch.dtype) -> float:
+        """What a difference is measured by: the largest value, unless that is what is left of far
+        larger terms. A sum of terms, each of which is rounded once, is off by that roundoff times
+        the sum of their sizes, however small it is itself."""
+        if largest < SMALL:
+            return max(terms, SMALL)
+        computed = self.computes or self.spec.dtype
+        roundoff = max(torch.finfo(dtype).eps, torch.finfo(computed).eps) / 2 + self.rounding
+        return max(largest, terms * roundoff / self.tolerance(dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,12 +152,11 @@ def execute(
     return Result(plain, gradients, frozenset(name for name, g in found.items() if g is None))
 
 
-def distance(actual: Tensor, expected: Tensor, terms: float = SMALL) -> float:
-    """max |actual - expected| / max |expected|, over finite values; inf where only one is finite.
-
-    Values below SMALL throughout count by their difference over `terms`: the rounding of terms that
-    cancel is as large as the terms make it, however small their sum.
-    """
+def distance(
+    actual: Tensor, expected: Tensor, size: Callable[[float], float] = lambda x: max(x, SMALL)
+) -> float:
+    """max |actual - expected| / size(max |expected|), over finite values; inf where only one is
+    finite."""
     actual, expected = actual.detach().double(), expected.detach().double()
     if actual.shape != expected.shape:
         return float("inf")
@@ -154,8 +166,7 @@ def distance(actual: Tensor, expected: Tensor, terms: float = SMALL) -> float:
     if not finite.any():
         return 0.0
     difference = (actual - expected)[finite].abs().max()
-    largest = float(expected[finite].abs().max())
-    return float(difference / (largest if largest >= SMALL else max(terms, SMALL)))
+    return float(difference / size(float(expected[finite].abs().max())))
 
 
 def compare(trial: Trial, actual: Result, definition: Any = None) -> dict[str, float]:
@@ -163,11 +174,14 @@ def compare(trial: Trial, actual: Result, definition: Any = None) -> dict[str, f
     definition = definition or reference_of(trial)
     expected = execute(trial, definition, torch.float64, backward=bool(actual.gradients)).tensors
     terms: Mapping[str, float] = {}
-    cancels = (name in expected and expected[name].abs().max() < SMALL for name in actual.tensors)
-    if trial.terms is not None and any(cancels):
+    if trial.terms is not None:
         terms = trial.terms({name: x.detach().double() for name, x in trial.leaves.items()})
+    sizes = {
+        name: functools.partial(trial.size, terms=terms.get(name, 0.0), dtype=x.dtype)
+        for name, x in actual.tensors.items()
+    }
     return {
-        name: distance(x, expected[name], terms.get(name, SMALL))
+        name: distance(x, expected[name], sizes[name])
         for name, x in actual.tensors.items()
         if name in expected
     }

@@ -81,6 +81,10 @@ class Launch:
     def __init__(self, name: str, races: bool) -> None:
         self.name, self.races = name, races
         self.regions: list[Region] = []
+        self.bare = False
+        """Whether the access at hand was written without a mask."""
+        self.has_other = False
+        """Whether the load at hand says what its masked lanes are."""
         self.log: dict[str, list[Access]] = {"load": [], "store": [], "atomic": []}
 
     def where(self) -> str:
@@ -114,7 +118,8 @@ class Launch:
             address = int(addresses[~known][0])
             nearest = min(self.regions, key=lambda region: abs(region.distance(address)))
             raise KernelFaultError(
-                f"{self.name}: {kind} of {int((~known).sum())} elements out of bounds, "
+                f"{self.name}: {kind} of {int((~known).sum())} elements out of bounds"
+                f"{' without a mask' * self.bare}, "
                 f"{nearest.distance(address):+d} elements from the nearest tensor, by program "
                 f"{stock.interpreter_builder.grid_idx} at {self.where()}"
             )

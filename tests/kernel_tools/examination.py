@@ -1,0 +1,293 @@
+"""What a kernel is asked before it is believed: the quick trials and tests that concern it.
+
+A question runs one trial under the sanitizer, or one test of the files beside this folder, and says
+by what it saw that something is wrong, or None. `tests/kernel_tools/mutants.py` puts the questions
+to kernels that are wrong, `tests/kernel_tools/coverage.py` counts the lines that they reach.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from nanolm.ops.contract import candidates
+from nanolm.tools.kernel_check.attention_cases import HARD, MIXED, SINGLE, Case, covering_cases
+from nanolm.tools.kernel_check.attention_trials import trial_of
+from nanolm.tools.kernel_check.op_suites import op_trials
+from nanolm.tools.kernel_check.sanitizer import sanitized
+from nanolm.tools.kernel_check.trial import Trial, excess, execute
+from nanolm.tools.kernel_check.watch import KernelFaultError
+from tests import test_kernel_attention as attention_tests
+from tests import test_kernel_edges as edge_tests
+from tests import test_kernel_far as far_tests
+from tests import test_kernel_operators as operator_tests
+from tests.kernel_tools.mutation import Mutant, words_of
+
+
+def anyone(mutant: Mutant) -> bool:
+    """A question for every mutant."""
+    return True
+
+
+def of_far(mutant: Mutant) -> bool:
+    """A question for what may count in 64 bits: it takes longer than most."""
+    return bool(mutant.about & {"int64", "stride", "contiguous"})
+
+
+def of_wrapper(mutant: Mutant) -> bool:
+    """A question about what stands around the kernels."""
+    return not mutant.interpreted
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """`ask` says by what it sees a fault ("numbers", "sanitizer", …), or None.
+
+    `words` are what it is about, to put the likeliest first; `concerns` says whether a mutant is
+    asked at all.
+    """
+
+    name: str
+    ask: Callable[[], str | None]
+    words: frozenset[str] = frozenset()
+    concerns: Callable[[Mutant], bool] = anyone
+
+
+def kernel_of(op: str, name: str = "triton") -> Any:
+    """A kernel by its name."""
+    return candidates(op)[name]
+
+
+def judged(op: str, name: str, make: Callable[[], Trial]) -> str | None:
+    """By what a kernel is seen to be wrong on a trial: "sanitizer" (memory), "dtype", "numbers",
+    "poison" (numbers that are wrong only when undefined lanes are), "error", or None."""
+    trial = make()
+    kernel = kernel_of(op, name)
+    try:
+        with sanitized():
+            found = execute(trial, kernel, backward=trial.differentiable)
+    except KernelFaultError:
+        return "sanitizer"
+    except Exception:  # noqa: BLE001  (a mutant may raise anything)
+        return "error"
+    if any(found.outputs[key].dtype != dtype for key, dtype in trial.dtypes.items()):
+        return "dtype"
+    if max(excess(trial, found).values()) < 1:
+        return None
+    again = execute(trial, kernel, backward=trial.differentiable)
+    return "poison" if max(excess(trial, again).values()) < 1 else "numbers"
+
+
+def test_of(
+    function: Callable[..., Any],
+    *arguments: Any,
+    about: str = "",
+    concerns: Callable[[Mutant], bool] = anyone,
+) -> Question:
+    """A test as a question."""
+
+    def ask() -> str | None:
+        try:
+            function(*arguments)
+        except AssertionError:
+            return "test"
+        except Exception:  # noqa: BLE001  (a mutant may raise anything)
+            return "error"
+        return None
+
+    name = " ".join([function.__name__, *map(str, arguments)])
+    return Question(name, ask, frozenset(about.split()), concerns)
+
+
+@contextlib.contextmanager
+def tiles(m: int, n: int) -> Iterator[None]:
+    """Attention in tiles of m by n."""
+    from nanolm.kernels import launch
+
+    before = dict(launch.INTERPRETER)
+    launch.INTERPRETER.update(dict.fromkeys(launch.KINDS, launch.Launch(m, n)))
+    try:
+        yield
+    finally:
+        launch.INTERPRETER.update(before)
+
+
+def tiled(question: Question, m: int, n: int) -> Question:
+    """The question, put in tiles of m by n."""
+
+    def ask() -> str | None:
+        with tiles(m, n):
+            return question.ask()
+
+    return dataclasses.replace(question, name=f"{question.name} ({m} x {n})", ask=ask)
+
+
+def case_question(name: str, case: Case, kernel: str = "triton", *, lse: bool = True) -> Question:
+    """An attention problem as a question, its log-sum-exp compared too."""
+    make = functools.partial(trial_of, case, lse=lse)
+    ask = functools.partial(judged, "attention", kernel, make)
+    words = words_of(case.features()) - {"n", "torch", "false", "none"}
+    words |= {"group"} if case.n_heads != case.n_kv_heads else set()
+    words |= {"strict"} if case.order == "strict" else set()
+    return Question(name, ask, frozenset(words))
+
+
+def small(case: Case, **sizes: int) -> Case:
+    """The case with less to compute: whole tiles of 16 and partial ones on both axes."""
+    less = {"n_queries": 20, "n_keys": 37, "n_heads": 1, "n_kv_heads": 1, "n_rows": 1} | sizes
+    return dataclasses.replace(case, **less)
+
+
+def attention() -> Iterator[Question]:
+    """Single features in a few tiles; rows, heads and groups; pairs of modes and hard combinations;
+    what is not a trial."""
+    yield tiled(case_question("plain", small(Case())), 16, 16)
+    few = {"n_queries": 5, "n_keys": 7, "width": 20}
+    rows = Case(n_rows=2, n_heads=2, n_kv_heads=1, **few, bias="dense_by_row", causal=True)
+    yield tiled(case_question("rows", rows), 16, 32)
+    groups = Case(n_rows=1, n_heads=4, n_kv_heads=2, **few, bias="dense_by_head")
+    yield tiled(case_question("groups", groups), 32, 16)
+    for name, case in (SINGLE | MIXED).items():
+        if name not in ("plain", "grouped heads", "learned slopes"):
+            sizes = {"n_rows": 2} if case.lengths or case.documents or case.prefix else {}
+            yield tiled(case_question(name, small(case, **sizes)), 16, 16)
+    for number, case in enumerate(covering_cases()[::4]):
+        shape = ((16, 32), (32, 16))[number % 2]
+        yield tiled(case_question(f"pairs {number}", case), *shape)
+    for name in (
+        "everything at once", "query stream", "packed causal GQA", "prefix and padding",
+        "one query, many keys", "queries before all keys", "head of 20",
+    ):  # fmt: skip
+        yield tiled(case_question(name, HARD[name]), 16, 16)
+    yield tiled(case_question("no lse", small(SINGLE["causal"]), lse=False), 16, 16)
+    tests = attention_tests
+    for test, about in (
+        (tests.test_dropout_is_the_documented_function_of_its_indices, "dropout keep"),
+        (tests.test_rows_that_see_nothing_give_zero_and_no_gradient, "inf lengths"),
+        (tests.test_tiles_that_a_mask_rules_out_are_not_visited, "range"),
+        (tests.test_order_of_programs_does_not_matter, ""),
+    ):
+        yield tiled(test_of(test, about=about), 16, 16)
+    for bias in ("none", "bucket", "dense_by_head"):
+        yield test_of(tests.test_gradcheck, bias, about=f"accumulate {bias.partition('_')[0]}")
+    for dtype in (torch.float32, torch.bfloat16):
+        for hidden in ("lowest", "-inf"):
+            test = edge_tests.test_a_bias_that_hides_a_whole_row_is_zero_in_every_kernel
+            yield test_of(test, "triton", hidden, dtype)
+    yield test_of(edge_tests.test_without_any_key_attention_is_zero, "triton")
+    yield test_of(edge_tests.test_dropout_of_one_drops_everything, "triton")
+    yield from far("test_dense_bias", "triton", 4)
+    yield from far("test_queries_keys_and_values", "triton", 4)
+    yield from operators("attention", "attention_backward")
+
+
+def decode() -> Iterator[Question]:
+    """Few queries against many keys."""
+    for name, case in attention_tests.DECODE.items():
+        served = dataclasses.replace(case, phase="decode")
+        yield case_question(name, served, "triton_decode")
+    yield test_of(edge_tests.test_without_any_key_attention_is_zero, "triton_decode")
+    for hidden in ("lowest", "-inf"):
+        test = edge_tests.test_a_bias_that_hides_a_whole_row_is_zero_in_every_kernel
+        yield test_of(test, "triton_decode", hidden, torch.float32)
+    yield from far("test_dense_bias", "triton_decode", 4)
+    yield from far("test_queries_keys_and_values", "triton_decode", 4)
+    yield from operators("attention_decode")
+
+
+def far(test: str, name: str | None, n_axes: int) -> Iterator[Question]:
+    """Views whose strides pass 2^31."""
+    function = getattr(far_tests, test)
+    about = "bias dense" if "bias" in test else ""
+    for axis in range(n_axes):
+        arguments = (axis,) if name is None else (name, axis)
+
+        def run(*arguments: Any) -> None:
+            function(far_tests.untouched(), *arguments)
+
+        run.__name__ = test
+        yield test_of(run, *arguments, about=about, concerns=of_far)
+
+
+def operators(*names: str) -> Iterator[Question]:
+    """How PyTorch sees them."""
+    for name in names:
+        test = operator_tests.test_operator_is_registered_as_pytorch_wants_it
+        yield test_of(test, name, concerns=of_wrapper)
+    yield test_of(operator_tests.test_flops_are_counted, about="flops", concerns=of_wrapper)
+    test = operator_tests.test_autocast_casts_products_to_the_dtype_of_its_region
+    yield test_of(test, torch.float16, about="cast dtype", concerns=of_wrapper)
+
+
+def trials(op: str) -> Iterator[Question]:
+    """The trials of an op."""
+    for trial in sorted(op_trials(op), key=numel):
+        make = functools.partial(lambda trial: trial, trial)
+        yield Question(trial.name, functools.partial(judged, op, "triton", make))
+
+
+def numel(trial: Trial) -> int:
+    """Numbers in a trial: the smaller ones are asked first."""
+    return sum(x.numel() for x in trial.leaves.values())
+
+
+def norm() -> Iterator[Question]:
+    """Rows of several widths, dtypes and sizes."""
+    yield from trials("norm")
+    yield from operators("norm", "norm_backward")
+
+
+def rotary() -> Iterator[Question]:
+    """Heads of several widths, near and far."""
+    yield from trials("rotary")
+    yield from far("test_rotary", None, 4)
+    yield from operators("rotary")
+
+
+def glu() -> Iterator[Question]:
+    """Both gates."""
+    yield from trials("glu")
+    yield from operators("glu", "glu_backward")
+
+
+def cross_entropy() -> Iterator[Question]:
+    """Options alone and together, targets inside and outside the vocabulary."""
+    yield from trials("linear_cross_entropy")
+    for wrong in (7, -1):
+        test = edge_tests.test_a_target_outside_the_vocabulary_is_nan_in_every_kernel
+        yield test_of(test, "triton", wrong)
+    yield from operators("linear_cross_entropy")
+
+
+def symmetric_product() -> Iterator[Question]:
+    """Tall, wide and far matrices."""
+    yield from trials("symmetric_product")
+    yield from far("test_symmetric_product", None, 3)
+    yield from operators("symmetric_product")
+
+
+ALL = {
+    questions.__name__: questions
+    for questions in (attention, decode, norm, rotary, glu, cross_entropy, symmetric_product)
+}
+CONCERNED = {
+    "attention/decode.py": ("decode",),
+    "attention/scores.py": ("attention", "decode", "cross_entropy"),
+    "attention/ranges.py": ("attention", "decode"),
+    "attention/call.py": ("attention", "decode"),
+    "operators.py": ("attention", "decode", "cross_entropy", "symmetric_product"),
+} | {f"{name}.py": (name,) for name in ALL}
+"""Which questions concern a file; a file of attention that is not named here is "attention"."""
+
+
+def questions_for(mutant: Mutant) -> list[Question]:
+    """The questions that a mutant is asked, those first that are likely to come by its place."""
+    groups = CONCERNED.get(mutant.file, ("attention",))
+    found = (question for group in groups for question in ALL[group]())
+    asked = [question for question in found if question.concerns(mutant)]
+    return sorted(asked, key=lambda question: -len(question.words & mutant.about))

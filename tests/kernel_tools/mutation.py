@@ -1,0 +1,398 @@
+"""Mutants of the kernels, made from their sources by operators on the syntax tree.
+
+A mutant is one place of one function, written otherwise: `at - s < masks.window` becomes
+`at - s <= masks.window`. Its name is made of words that stay when lines move,
+
+    attention/scores.py visible bounds: at - s < masks.window -> at - s <= masks.window
+
+with what stands around it where it is short, and `#2`, `#3` … where a function says the same again.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import hashlib
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Iterator
+
+import nanolm.kernels
+
+ROOT = pathlib.Path(next(iter(nanolm.kernels.__path__)))
+FILES = (
+    "attention/forward.py",
+    "attention/backward.py",
+    "attention/bias_gradient.py",
+    "attention/scores.py",
+    "attention/ranges.py",
+    "attention/call.py",
+    "attention/operator.py",
+    "attention/decode.py",
+    "cross_entropy.py",
+    "norm.py",
+    "glu.py",
+    "rotary.py",
+    "symmetric_product.py",
+    "operators.py",
+)
+"""What runs for every device. Not launch.py and candidates.py, which say what a GPU is given."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """[start, stop) of `file`, in bytes, becomes `new`.
+
+    `interpreted`: inside a Triton kernel. `about`: the words of the statement and of the conditions
+    that it stands under, by which a trial is found that comes by.
+    """
+
+    name: str
+    file: str
+    function: str
+    operator: str
+    start: int
+    stop: int
+    new: str
+    interpreted: bool
+    about: frozenset[str]
+
+    def source(self) -> str:
+        """The file with this one place changed."""
+        text = (ROOT / self.file).read_bytes()
+        return (text[: self.start] + self.new.encode() + text[self.stop :]).decode()
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """Where an operator looks: a node, its text, those of other nodes, and whether it is inside a
+    loop; `names` are the local names of the function."""
+
+    node: ast.AST
+    text: Callable[[ast.AST], str]
+    in_loop: bool
+    names: frozenset[str]
+
+
+Change = tuple[ast.AST, str]
+"""A node and the text that takes its place."""
+
+
+def called(node: ast.AST, *names: str) -> bool:
+    """Whether the node is a call of one of these functions, by the end of its name."""
+    return isinstance(node, ast.Call) and ast.unparse(node.func) in names
+
+
+def bounds(site: Site) -> Iterator[Change]:
+    """A bound that takes one more, or one less."""
+    other = {ast.Lt: "<=", ast.LtE: "<", ast.Gt: ">=", ast.GtE: ">"}
+    node = site.node
+    if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in other:
+        left, right = site.text(node.left), site.text(node.comparators[0])
+        yield node, f"{left} {other[type(node.ops[0])]} {right}"
+
+
+def shifts(site: Site) -> Iterator[Change]:
+    """Ranges that begin one later or end one earlier, and a one that is forgotten."""
+    node = site.node
+    if called(node, "tl.arange"):
+        yield node, f"({site.text(node)} + 1)"
+    if called(node, "range"):
+        stop = node.args[0] if len(node.args) == 1 else node.args[1]
+        yield stop, f"({site.text(stop)}) - 1"
+        if len(node.args) > 1:
+            yield node.args[0], f"({site.text(node.args[0])}) + 1"
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Sub):
+        if isinstance(node.right, ast.Constant) and node.right.value == 1:
+            yield node, f"({site.text(node.left)})"
+        if isinstance(node.left, ast.Constant) and node.left.value == 1:
+            yield node, f"({site.text(node.right)})"
+
+
+def masks(site: Site) -> Iterator[Change]:
+    """A load or store without its mask or its `other`, a condition without one of its parts."""
+    node = site.node
+    if called(node, "tl.load", "tl.store"):
+        parts = {keyword.arg: keyword for keyword in node.keywords}
+        for dropped in ({"mask", "other"}, {"other"}):
+            if not dropped & parts.keys() or (dropped == {"other"} and "other" not in parts):
+                continue
+            kept = [site.text(x) for x in node.args]
+            kept += [f"{k}={site.text(v.value)}" for k, v in parts.items() if k not in dropped]
+            yield node, f"{site.text(node.func)}({', '.join(kept)})"
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitAnd | ast.BitOr):
+        yield node, f"({site.text(node.left)})"
+        yield node, f"({site.text(node.right)})"
+
+
+def casts(site: Site) -> Iterator[Change]:
+    """A conversion that is left out; those of indices to 64 bits are `truncations`."""
+    node = site.node
+    method = node.func if isinstance(node, ast.Call) else None
+    if isinstance(method, ast.Attribute) and method.attr in ("to", "float", "contiguous"):
+        yield node, f"({site.text(method.value)})"
+
+
+def truncations(site: Site) -> Iterator[Change]:
+    """Indices of 32 bits where 64 were taken, 16-bit numbers where 32 were."""
+    if isinstance(site.node, ast.Attribute):
+        for wide, narrow in (("tl.int64", "tl.int32"), ("torch.float32", "torch.bfloat16")):
+            if ast.unparse(site.node) == wide:
+                yield site.node, narrow
+
+
+def frozen(site: Site) -> Iterator[Change]:
+    """Values that a loop should carry on and does not; sums that are not added up."""
+    node = site.node
+    if isinstance(node, ast.AugAssign):
+        yield node, "pass"
+        yield node, f"{site.text(node.target)} = {site.text(node.value)}"
+    if not site.in_loop or not isinstance(node, ast.Assign):
+        return
+    (target,) = node.targets
+    names = target.elts if isinstance(target, ast.Tuple) else [target]
+    used = {name.id for name in ast.walk(node.value) if isinstance(name, ast.Name)}
+    for name in names:
+        if isinstance(name, ast.Name) and name.id in used:
+            yield name, f"_{name.id}"
+
+
+PAIRS = {
+    "stride_t": "stride_h",
+    "stride_h": "stride_t",
+    "stride_b": "stride_h",
+    "stride_s": "stride_t",
+    "n_queries": "n_keys",
+    "n_keys": "n_queries",
+    "stride_row": "stride_column",
+    "batch": "head",
+    "head": "batch",
+    "k_head": "v_head",
+    "v_head": "k_head",
+    "WIDTH": "COLUMNS",
+    "M": "N",
+    "N": "M",
+    "n_rows": "n_columns",
+    "row": "column",
+    "first": "start",
+    "low": "high",
+    "high": "low",
+    "cos": "sin",
+    "c": "s",
+    "k_tile": "v_tile",
+    "v_tile": "k_tile",
+    "full_begin": "begin",
+    "full_end": "end",
+    "n_heads": "n_tokens",
+    "grad_k": "grad_v",
+}
+
+
+def exchanges(site: Site) -> Iterator[Change]:
+    """One head, stride, size or tile taken for another; a quotient for a remainder."""
+    node = site.node
+    if isinstance(node, ast.Attribute) and node.attr in PAIRS:
+        yield node, f"{site.text(node.value)}.{PAIRS[node.attr]}"
+    read = isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
+    if read and PAIRS.get(node.id) in site.names:
+        yield node, PAIRS[node.id]
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.FloorDiv | ast.Mod):
+        sign = "%" if isinstance(node.op, ast.FloorDiv) else "//"
+        yield node, f"{site.text(node.left)} {sign} {site.text(node.right)}"
+
+
+def factors(site: Site) -> Iterator[Change]:
+    """A product or quotient without one of its factors."""
+    node = site.node
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+        yield node, f"({site.text(node.left)})"
+        yield node, f"({site.text(node.right)})"
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+        yield node, f"({site.text(node.left)})"
+
+
+def extremes(site: Site) -> Iterator[Change]:
+    """The smaller for the larger."""
+    other = {
+        "tl.maximum": "tl.minimum", "tl.minimum": "tl.maximum", "tl.max": "tl.min",
+        "tl.min": "tl.max", "min": "max", "max": "min",
+    }  # fmt: skip
+    if isinstance(site.node, ast.Call) and ast.unparse(site.node.func) in other:
+        yield site.node.func, other[ast.unparse(site.node.func)]
+
+
+def signs(site: Site) -> Iterator[Change]:
+    """A sum for a difference."""
+    node = site.node
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Sub):
+        sign = "-" if isinstance(node.op, ast.Add) else "+"
+        yield node, f"{site.text(node.left)} {sign} {site.text(node.right)}"
+    minus = isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub)
+    if minus and not isinstance(node.operand, ast.Constant):
+        yield node, site.text(node.operand)
+
+
+def selections(site: Site) -> Iterator[Change]:
+    """One side of a choice always, a branch taken when it should not be."""
+    node = site.node
+    if called(node, "tl.where", "torch.where"):
+        yield node, f"({site.text(node.args[1])})"
+        yield node, f"({site.text(node.args[2])})"
+    if isinstance(node, ast.If | ast.IfExp) and not re.search(r"\bNone\b", site.text(node.test)):
+        yield node.test, f"not ({site.text(node.test)})"
+
+
+OPERATORS: dict[str, Callable[[Site], Iterator[Change]]] = {
+    operator.__name__: operator
+    for operator in (
+        bounds,
+        shifts,
+        masks,
+        casts,
+        truncations,
+        frozen,
+        exchanges,
+        factors,
+        extremes,
+        signs,
+        selections,
+    )
+}
+
+
+class Text:
+    """A file's bytes by line and column, as the syntax tree counts them."""
+
+    def __init__(self, text: bytes) -> None:
+        self.text = text
+        self.starts = [0]
+        for line in text.splitlines(keepends=True):
+            self.starts.append(self.starts[-1] + len(line))
+
+    def span(self, node: ast.AST) -> tuple[int, int]:
+        """First byte, and the one behind the last."""
+        start = self.starts[node.lineno - 1] + node.col_offset
+        return start, self.starts[node.end_lineno - 1] + node.end_col_offset
+
+    def between(self, start: int, stop: int) -> str:
+        """What stands from one byte to another."""
+        return self.text[start:stop].decode()
+
+    def of(self, node: ast.AST) -> str:
+        """What a node says; one with operators in parentheses."""
+        words = self.between(*self.span(node))
+        loose = isinstance(node, ast.BinOp | ast.Compare | ast.IfExp | ast.BoolOp)
+        return f"({words})" if loose else words
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A node, its parent, whether it stands in a loop, its statement and the conditions above."""
+
+    node: ast.AST
+    parent: ast.AST
+    in_loop: bool
+    around: tuple[ast.AST, ...]
+
+
+def inside(function: ast.FunctionDef) -> Iterator[Place]:
+    """What a function does: no docstring, no annotation, no message of an exception."""
+
+    def walk(node: ast.AST, place: Place) -> Iterator[Place]:
+        if isinstance(node, ast.Raise | ast.JoinedStr | ast.arguments):
+            return
+        around, in_loop = place.around, place.in_loop or isinstance(node, ast.For)
+        if isinstance(node, ast.If):
+            around = (*around, node.test)
+        elif isinstance(node, ast.stmt) and not isinstance(node, ast.For | ast.FunctionDef):
+            around = (*around, node)
+        if isinstance(node, ast.FunctionDef):
+            children: Iterable[ast.AST] = node.body
+        else:
+            yield Place(node, place.node, place.in_loop, around)
+            children = ast.iter_child_nodes(node)
+        for child in children:
+            yield from walk(child, Place(node, place.node, in_loop, around))
+
+    yield from walk(function, Place(function, function, False, ()))
+
+
+def functions(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef]]:
+    """(name, function) of a file; methods with their class."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            yield node.name, node
+        if isinstance(node, ast.ClassDef):
+            for method in node.body:
+                if isinstance(method, ast.FunctionDef):
+                    yield f"{node.name}.{method.name}", method
+
+
+def plain(words: str) -> str:
+    """Words on one line, whatever the line breaks."""
+    return re.sub(r"\s+", " ", re.sub(r"#.*", "", words)).strip()
+
+
+def of_file(file: str) -> Iterator[Mutant]:
+    """All mutants of one file, in its order."""
+    text = Text((ROOT / file).read_bytes())
+    seen: dict[str, int] = {}
+    for function, node in functions(ast.parse(text.text)):
+        names = {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
+        names |= {argument.arg for argument in ast.walk(node) if isinstance(argument, ast.arg)}
+        interpreted = any(ast.unparse(mark) == "triton.jit" for mark in node.decorator_list)
+        for place in inside(node):
+            site = Site(place.node, text.of, place.in_loop, frozenset(names))
+            about = words_of(" ".join([function, *map(ast.unparse, place.around)]))
+            for operator, changes in OPERATORS.items():
+                for changed, new in changes(site):
+                    start, stop = text.span(changed)
+                    old = plain(text.between(start, stop))
+                    name = f"{file} {function} {operator}: {old} -> {plain(new)}"
+                    if len(old) < 16:
+                        near = place.parent if changed is place.node else place.node
+                        name += f" in {plain(text.between(*text.span(near)))[:70]}"
+                    seen[name] = seen.get(name, 0) + 1
+                    name += f" #{seen[name]}" if seen[name] > 1 else ""
+                    yield Mutant(
+                        name, file, function, operator, start, stop, new, interpreted,
+                        frozenset(about),
+                    )  # fmt: skip
+
+
+def words_of(text: str) -> set[str]:
+    """The words of some code, in small letters."""
+    return set(re.findall(r"[a-z0-9]+", text.lower()))
+
+
+@functools.cache
+def mutants() -> tuple[Mutant, ...]:
+    """All mutants of all files that can be read as Python."""
+    found = []
+    for file in FILES:
+        for mutant in of_file(file):
+            try:
+                ast.parse(mutant.source())
+            except SyntaxError:
+                continue
+            found.append(mutant)
+    return tuple(found)
+
+
+def draw(count: int, seed: str, among: Iterable[Mutant]) -> list[Mutant]:
+    """So many of them by a seed, of every operator as many. The order depends on names alone, so
+    that a mutant keeps its place, or nearly, when others come or go."""
+    lots = {m: hashlib.sha256(f"{seed}:{m.name}".encode()).hexdigest() for m in among}
+    taken: dict[str, int] = {}
+    order = []
+    for mutant in sorted(lots, key=lots.get):
+        taken[mutant.operator] = taken.get(mutant.operator, 0) + 1
+        order.append((taken[mutant.operator], mutant.operator, mutant))
+    return [mutant for _, _, mutant in sorted(order, key=lambda place: place[:2])][:count]
+
+
+def held_out(mutant: Mutant) -> bool:
+    """Whether it belongs to the quarter that no trial was written for: it says how well trials that
+    were made for the others find what nobody has looked at."""
+    return hashlib.sha256(mutant.name.encode()).digest()[0] < 64
