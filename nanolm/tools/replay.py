@@ -19,6 +19,7 @@ from nanolm.config.schema import Config
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.distributed.world import World
 from nanolm.errors import UserError, require
+from nanolm.ops.kept import read_records
 from nanolm.run import rehearse
 from nanolm.training.batch import MicroBatch
 from nanolm.training.gradient import total_loss
@@ -52,10 +53,10 @@ def trainer_before(
     require_same_facts(
         source, plan.facts, f"put into {places} what the run was trained on, to see its rows again"
     )
-    trainer = rehearse(plan, world, scratch, notes.append, start)
+    saved = read_trainer(start) if start else None
+    trainer = rehearse(plan, world, scratch, notes.append, start, read_records(saved))
     trainer.policy.passed = {bad for bad in read_passed(folder) if bad < step}
-    if start:
-        saved = read_trainer(start)
+    if start and saved:
         trainer.restore(start, saved)
         notes += differences(saved["environment"], world)
     return trainer, notes
