@@ -137,7 +137,7 @@ def test_fastest_takes_what_was_timed_on_this_device_for_this_layer():
     ):
         rows = [timing("reference", 0.1, **strange), timing("sdpa", 1.0), timing("reference", 2.0)]
         assert fastest(rows)[0] == "sdpa", strange
-        with pytest.raises(UserError, match="kernels bench --op attention .*--head_dim 8 --causal"):
+        with pytest.raises(UserError, match=r"kernels bench --op attention .*--head_dim 8 "):
             fastest(rows[:1])
 
 
@@ -150,7 +150,9 @@ def test_fastest_without_timings_says_what_to_run_and_inference_needs_none():
     command = re.search(r"nanolm (kernels bench .*?) --save FILE", str(error.value)).group(1)
     assert command.split()[:4] == ["kernels", "bench", "--op", "attention"]
     kernels = Kernels({"attention": "fastest"}, phase="prefill", decide=Chooser().choose)
-    assert kernels.choose("attention", AttentionSpec, **HEADS, causal=True).name in AUTO["attention"]
+    assert (
+        kernels.choose("attention", AttentionSpec, **HEADS, causal=True).name in AUTO["attention"]
+    )
 
 
 def test_auto_tells_once_of_a_kernel_that_is_a_tenth_faster():
