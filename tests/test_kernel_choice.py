@@ -1,15 +1,18 @@
 """Which kernels a run takes: on resume those of its checkpoint, by name, by saved timings."""
 
+import dataclasses
 import json
 import re
 
 import pytest
+import torch
 
 from nanolm import cli
 from nanolm.errors import UserError
 from nanolm.ops.chooser import Chooser
 from nanolm.ops.contract import AUTO, AttentionSpec, Kernels, candidates
 from nanolm.ops.kept import read_records, records, spec_record
+from nanolm.ops.masks import Mask
 from nanolm.ops.timings import device_name, read_timings, save_timings
 from nanolm.training.throughput import TIMING
 from tests.prepared import train
@@ -204,3 +207,21 @@ def test_bench_saves_what_a_run_then_takes(tmp_path, capsys):
     assert "reference is the fastest on" in capsys.readouterr().out
     train(tmp_path / "auto", *short, "--kernels.attention=auto")
     assert "fastest takes that" in capsys.readouterr().out
+
+
+def test_cudnn_is_a_candidate_on_hopper_alone_and_computes_what_sdpa_does(monkeypatch):
+    kernel, sdpa = (candidates("attention")[name] for name in ("sdpa_cudnn", "sdpa"))
+    assert "sdpa_cudnn" not in AUTO["attention"]
+    on_gpu = dataclasses.replace(SPEC, device="cuda", dtype=torch.bfloat16)
+    assert "NVIDIA" in kernel.why_not(SPEC)
+    assert "float32" in kernel.why_not(dataclasses.replace(on_gpu, dtype=torch.float32))
+    assert "soft-cap" in kernel.why_not(dataclasses.replace(on_gpu, softcap=30.0))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA A100")
+    for capability, refused in (((8, 0), True), ((9, 0), False), ((10, 0), True)):
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda c=capability: c)
+        assert (kernel.why_not(on_gpu) is not None) == refused
+    q, k, v = torch.randn(3, 2, 7, 4, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    mask = Mask(causal=True)
+    ours, theirs = (found.run(q, k, v, mask, scale=0.3) for found in (kernel, sdpa))
+    torch.testing.assert_close(ours, theirs)

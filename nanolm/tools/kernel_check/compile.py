@@ -134,8 +134,10 @@ def products(kernel: Any) -> float | None:
 
     More than 1 says that warps repeat each other's work: of a tile with fewer rows than the warps
     take together, some compute the same rows again. Both are counted as they stand in the text,
-    a loop's body once. None where the text does not tell: without products or tensor cores, and
-    on sm_100, whose instructions name their tile in a register.
+    a loop's body once; a loop that the compiler proves empty, as that without masks is for
+    documents, still stands in the source, and halves the figure. None where the text does not
+    tell: without products or tensor cores, and on sm_100, whose instructions name their tile in a
+    register.
     """
     dots = re.findall(
         r"tt\.dot .*: tensor<(\d+)x(\d+)x\w+> \* tensor<\d+x(\d+)x\w+>", kernel.asm["ttir"]
