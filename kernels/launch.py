@@ -76,7 +76,7 @@ HEAVY = {
     ("sm_80", 64, "query"): Launch(64, 32, 4, 2),
     ("sm_80", 128, "key_value"): Launch(32, 64, 8, 2),
     ("sm_86", 64, "forward"): Launch(64, 32, 4, 2),
-    ("sm_86", 128, "forward"): Launch(128, 32, 8, 2),
+    ("sm_86", 128, "forward"): Launch(64, 32, 8, 2),
     ("sm_86", 128, "query"): Launch(64, 32, 4, 2),
     ("sm_90", 128, "key_value"): Launch(32, 64, 8, 2),
     ("sm_100", 128, "forward"): Launch(64, 64, 8, 2),
