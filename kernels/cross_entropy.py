@@ -28,7 +28,8 @@ from nanolm.kernels.launch import device_guard, wide_dtype
 from nanolm.kernels.operators import register_autocast
 
 BLOCK = 4096  # logits that a program looks at at once
-LOGITS = 2**26  # logits of a chunk
+LOGITS = 2**26  # logits of a chunk, at most
+TOKENS = 128  # tokens of a chunk are a multiple of these: of the rows of a product's tile
 IGNORED = -100
 
 
@@ -100,11 +101,23 @@ def cross_entropy_kernel(
             tl.store(logits + column, grad, mask=column < n_columns)
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a b with 16-bit operands and a float32 result."""
-    if a.dtype.itemsize > 2:
-        return a @ b
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+def chunk_of(n_columns: int) -> int:
+    """Tokens whose logits exist at a time."""
+    return max(1, LOGITS // n_columns // TOKENS) * TOKENS
+
+
+def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b in float32, or float64, also with 16-bit operands.
+
+    On a GPU the product adds to `total` as it writes: no matrix of its size comes into being, and
+    none is read and written again.
+    """
+    if not a.is_cuda:
+        total += a.to(total.dtype) @ b.to(total.dtype)
+    elif a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
 
 
 @torch.library.custom_op("nanolm::linear_cross_entropy", mutates_args=())
@@ -136,9 +149,9 @@ def cross_entropy_op(
     grad_weight.zero_()
     grad_bias.zero_()
     n_tokens, n_columns = hidden.shape[0], weight.shape[0]
-    chunk = max(1, LOGITS // n_columns)
     # Chunks bound the logits that exist at a time to LOGITS numbers; 2**26 of them keep the
     # products large enough for their full speed.
+    chunk = chunk_of(n_columns)
     for start in range(0, n_tokens, chunk):
         part = slice(start, min(start + chunk, n_tokens))
         logits = F.linear(hidden[part], narrow, narrow_bias)
@@ -153,7 +166,7 @@ def cross_entropy_op(
         if needs_hidden:
             torch.mm(logits, narrow, out=grad_hidden[part])
         if needs_weight:
-            grad_weight += product(logits.t(), hidden[part])
+            accumulate(grad_weight, logits.t(), hidden[part])
         if needs_bias:
             grad_bias += logits.sum(0, dtype=grad_bias.dtype)
     return loss_N.sum(), nll, correct, lse, grad_hidden, grad_weight, grad_bias

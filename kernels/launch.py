@@ -54,17 +54,18 @@ class Launch:
 # registers, of which a thread has 255. The larger M, the more queries each loaded key serves; the
 # limit is the registers, so wider heads get smaller tiles, and dK and dV, two sums at once, the
 # smallest. Stages are tiles loaded ahead: two hide the latency of memory where shared memory holds
-# them (100 KB a processor on sm_86, 228 KB on sm_90).
-# (architecture, COLUMNS) -> launches of 16-bit attention: forward, dK and dV, dQ and bias.
+# them (100 KB a processor on sm_86, 228 KB on sm_90). A warp takes 16 rows of a product: tiles with
+# fewer rows than their warps take together are computed twice.
+# (architecture, COLUMNS) -> launches of 16-bit attention: forward, dK and dV, dQ.
 HALF = {
     ("sm_80", 64): (Launch(128, 64, 8, 2), Launch(32, 64, 4, 2), Launch(128, 64, 8, 2)),
-    ("sm_80", 128): (Launch(64, 64, 8, 2), Launch(32, 64, 8, 2), Launch(64, 64, 8, 2)),
+    ("sm_80", 128): (Launch(64, 64, 8, 2), Launch(64, 64, 8, 2), Launch(64, 64, 8, 2)),
     ("sm_80", 256): (Launch(64, 32, 8, 1), Launch(64, 32, 8, 1), Launch(64, 32, 8, 1)),
     ("sm_86", 64): (Launch(128, 64, 8, 2), Launch(32, 64, 4, 2), Launch(128, 64, 8, 2)),
-    ("sm_86", 128): (Launch(64, 32, 8, 2), Launch(64, 32, 8, 2), Launch(64, 32, 8, 2)),
+    ("sm_86", 128): (Launch(64, 32, 4, 2), Launch(64, 32, 8, 2), Launch(128, 32, 8, 2)),
     ("sm_86", 256): (Launch(32, 32, 8, 1), Launch(32, 32, 8, 1), Launch(32, 32, 8, 1)),
     ("sm_90", 64): (Launch(128, 64, 8, 2), Launch(64, 64, 4, 3), Launch(128, 64, 8, 2)),
-    ("sm_90", 128): (Launch(128, 64, 8, 2), Launch(32, 64, 8, 2), Launch(128, 64, 8, 2)),
+    ("sm_90", 128): (Launch(128, 64, 8, 2), Launch(32, 128, 8, 2), Launch(128, 64, 8, 2)),
     ("sm_90", 256): (Launch(64, 32, 8, 1), Launch(64, 32, 8, 1), Launch(32, 32, 8, 1)),
     ("sm_100", 64): (Launch(128, 64, 8, 2), Launch(128, 64, 8, 2), Launch(128, 64, 8, 2)),
     ("sm_100", 128): (Launch(128, 64, 8, 2), Launch(64, 64, 8, 2), Launch(128, 64, 8, 2)),
@@ -73,6 +74,20 @@ HALF = {
     ("gfx942", 128): (Launch(64, 32, 4, 1), Launch(32, 32, 4, 1), Launch(64, 32, 4, 1)),
     ("gfx942", 256): (Launch(32, 32, 4, 1), Launch(32, 32, 4, 1), Launch(32, 32, 4, 1)),
 }
+# Instead of these where a bias, dropout or a soft-cap takes registers besides. Heads of 64 take
+# what stands for 128, but for dK and dV.
+HEAVY = {
+    ("sm_80", 64, "forward"): Launch(64, 64, 4, 2),
+    ("sm_80", 64, "query"): Launch(64, 32, 4, 2),
+    ("sm_80", 128, "key_value"): Launch(32, 64, 8, 2),
+    ("sm_86", 64, "forward"): Launch(64, 32, 4, 2),
+    ("sm_86", 128, "forward"): Launch(64, 32, 8, 2),
+    ("sm_86", 128, "query"): Launch(64, 32, 4, 2),
+    ("sm_90", 128, "key_value"): Launch(32, 64, 8, 2),
+    ("sm_100", 128, "forward"): Launch(64, 64, 8, 2),
+}
+# And where several query heads share a key/value head, over which dK and dV loop.
+GROUPED = {("sm_90", 64, "key_value"): Launch(32, 64, 4, 2)}
 KINDS = ("forward", "key_value", "query", "bias")
 
 
@@ -122,12 +137,18 @@ INTERPRETER = dict.fromkeys(KINDS, Launch(32, 32))
 
 
 def attention_launch(
-    kind: str, device: torch.device, columns: int, dtype: torch.dtype, *, heavy: bool = False
+    kind: str,
+    device: torch.device,
+    columns: int,
+    dtype: torch.dtype,
+    *,
+    heavy: bool = False,
+    grouped: bool = False,
 ) -> Launch:
     """The launch of one attention kernel: "forward", "key_value", "query" or "bias".
 
     `heavy`: with a bias, dropout or a soft-cap, whose registers do not fit beside the largest
-    tiles.
+    tiles. `grouped`: fewer key/value heads than query heads.
     """
     arch = arch_of(device)
     if arch == "cpu":
@@ -136,17 +157,27 @@ def attention_launch(
     if dtype.itemsize > 2:
         # `ieee` has no tensor cores and tf32x3 three operands for one: small tiles, for registers.
         return Launch(32, 32, 4 if columns == 64 else 8, 1)
+    family = relative(arch)
+    if heavy or kind == "bias":
+        return heavy_launch(kind, family, columns)
+    launches = dict(zip(KINDS, HALF[family, columns], strict=False))
+    shared = GROUPED if grouped else {}
+    return shared.get((family, columns, kind), launches[kind])
+
+
+def heavy_launch(kind: str, family: str, columns: int) -> Launch:
+    """The launch of a 16-bit kernel that is short of registers."""
     narrow = columns == 64
-    forward, key_value, query = HALF[relative(arch), 128 if heavy and narrow else columns]
-    if heavy and narrow:
-        key_value = Launch(32, 32, 4, query.stages)
-    if heavy and relative(arch) == "sm_86":
-        query = dataclasses.replace(query, m=32)
-    if heavy and relative(arch) == "sm_100":
-        forward = dataclasses.replace(forward, m=64)
-    # Beside its scores the bias's kernel holds their sum.
-    bias = dataclasses.replace(query, m=min(query.m, 64), n=min(query.n, 32))
-    return {"forward": forward, "key_value": key_value, "query": query, "bias": bias}[kind]
+    like = 128 if narrow else columns
+    launches = dict(zip(KINDS, HALF[family, like], strict=False))
+    query = launches["query"]
+    if kind == "bias":  # beside its scores it holds their sum
+        m, n = min(query.m, 32 if family == "sm_86" else 64), min(query.n, 32)
+        return dataclasses.replace(query, m=m, n=n)
+    if kind == "key_value" and narrow:
+        return Launch(32, 32, 4, query.stages)
+    usual = HEAVY.get((family, like, kind), launches[kind])
+    return HEAVY.get((family, columns, kind), usual)
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:

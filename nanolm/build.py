@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -23,7 +23,10 @@ from nanolm.learner import Learner
 from nanolm.model.initial_weights import init_parameter, init_weights
 from nanolm.model.trunk import Trunk
 from nanolm.objectives.base import Objective
+from nanolm.ops.chooser import Chooser
 from nanolm.ops.contract import Kernels, Phase
+from nanolm.ops.kept import Record
+from nanolm.ops.timings import read_timings
 from nanolm.registry import HEADS, OBJECTIVES, POSITIONS, TRUNKS
 
 C = TypeVar("C", bound=Config)
@@ -82,10 +85,29 @@ def build_stream(config: Config, objective: Objective, split: str) -> RowStream:
     )
 
 
-def build_kernels(config: Config, device: torch.device | str, phase: Phase = "train") -> Kernels:
-    """The chooser of kernels for this run's precision and device."""
+def build_chooser(config: Config, kept: Sequence[Record] = (), phase: Phase = "train") -> Chooser:
+    """What chooses this run's kernels; `kept` are those of the checkpoint that it goes on from.
+
+    Raises UserError when kernels.timings names no file of timings.
+    """
+    source = config.kernels.timings if phase == "train" else None
+    return Chooser(kept, read_timings(source) if source else (), source)
+
+
+def build_kernels(
+    config: Config,
+    device: torch.device | str,
+    phase: Phase = "train",
+    chooser: Chooser | None = None,
+) -> Kernels:
+    """The kernels of a model with this run's precision and device, to be chosen while it is
+    built."""
+    requested = dataclasses.asdict(config.kernels)
+    del requested["timings"]
+    chooser = chooser or build_chooser(config, phase=phase)
     return Kernels(
-        dataclasses.asdict(config.kernels),
+        requested,
+        decide=chooser.choose,
         dtype=DTYPES[config.train.precision],
         device=torch.device(device).type,
         phase=phase,
@@ -109,13 +131,15 @@ def build_learner(
     phase: Phase = "train",
     *,
     meta: bool = False,
+    chooser: Chooser | None = None,
 ) -> Learner:
     """Trunk, heads and objective with initial weights from run.seed, on the device.
 
     `config` must be resolved (see `resolve`). The weights are drawn on the CPU, so they are the
-    same on every device. With `meta` the parameters have shapes only; `sharding.shard` draws them.
+    same on every device. `chooser` chooses the kernels (see `build_chooser`). With `meta` the
+    parameters have shapes only; `sharding.shard` draws them.
     """
-    kernels = build_kernels(config, device, phase)
+    kernels = build_kernels(config, device, phase, chooser)
     where = torch.device("meta") if meta else contextlib.nullcontext()
     with torch.random.fork_rng(devices=[]), where:
         trunk = build_trunk(config.model, kernels, objective.masks)

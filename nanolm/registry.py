@@ -109,6 +109,8 @@ OPS = (
     "symmetric_product",
 )
 """What can be fused (see ops/contract.py)."""
+TIMED = ("attention",)
+"""Ops whose kernel `fastest` chooses by what was timed (see ops/chooser.py)."""
 
 # Apart from what is built in besides: they bring Triton, which only a model's kernels need.
 KERNEL_MODULES = (

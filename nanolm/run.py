@@ -15,12 +15,12 @@ import functools
 import pathlib
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from nanolm.build import build_learner, initialiser
+from nanolm.build import build_chooser, build_learner, initialiser
 from nanolm.checkpoint.checkpoints import Checkpoints
 from nanolm.checkpoint.run_folder import claim, release
 from nanolm.config.load import dump
@@ -31,6 +31,7 @@ from nanolm.errors import UserError
 from nanolm.files import RESUME, write_json
 from nanolm.learner import Learner
 from nanolm.objectives.base import Objective
+from nanolm.ops.kept import Record, read_records
 from nanolm.peft.base import trainable_counts
 from nanolm.peft.files import adapter_files
 from nanolm.training.evaluation import Evaluate
@@ -114,7 +115,8 @@ def carry_out(plan: Plan) -> dict[str, Any]:
     # A model that no rank could hold whole is drawn by its shards; one that starts from another
     # run's weights has to be built first.
     meta = config.distributed.strategy != "ddp" and world.size > 1 and config.init_from is None
-    learner = build_learner(config, plan.objective, world.device, meta=meta)
+    chooser = build_chooser(config, read_records(start.saved))
+    learner = build_learner(config, plan.objective, world.device, meta=meta, chooser=chooser)
     told = plan.start_weights(learner, start.checkpoint)
     # Before the sinks: a thread of theirs would take half of a CPU's measured peak (docs/LOG.md).
     throughput = plan.throughput(world, told.append)
@@ -136,6 +138,8 @@ def carry_out(plan: Plan) -> dict[str, Any]:
         if start.checkpoint:
             trainer.restore(start.checkpoint, start.saved or {})
             note(f"resumed from {start.checkpoint} at step {trainer.state.done}")
+        for line in chooser.notes:
+            note(line)
         try:
             figures = trainer.fit()
         except UserError:
@@ -173,6 +177,7 @@ def assemble(
         tokens_per_step=plan.tokens_per_step,
         badness=plan.badness,
         initialise=initialiser(config),
+        kernels=getattr(learner.trunk, "kernels", None),
         **rest,
     )
 
@@ -183,16 +188,21 @@ def rehearse(
     scratch: pathlib.Path,
     note: Note = print,
     checkpoint: pathlib.Path | None = None,
+    kept: Sequence[Record] = (),
 ) -> Trainer:
     """The plan's trainer before its first step, for who measures or replays steps: nothing is
     logged or evaluated, and what it writes goes to the scratch folder.
 
-    `checkpoint` is one that it will be restored from.
+    `checkpoint` is one that it will be restored from, and `kept` the records of its kernels.
     """
-    learner = build_learner(plan.config, plan.objective, world.device)
+    chooser = build_chooser(plan.config, kept)
+    learner = build_learner(plan.config, plan.objective, world.device, chooser=chooser)
     for line in plan.start_weights(learner, checkpoint):
         note(line)
-    return assemble(plan, learner, world, Checkpoints(scratch, world), note)
+    trainer = assemble(plan, learner, world, Checkpoints(scratch, world), note)
+    for line in chooser.notes:
+        note(line)
+    return trainer
 
 
 def summarise(plan: Plan, trainer: Trainer, figures: Mapping[str, float]) -> dict[str, Any]:

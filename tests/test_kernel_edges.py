@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from nanolm.errors import UserError
+from nanolm.kernels import cross_entropy
 from nanolm.ops.bias import AlibiBias, DenseBias
 from nanolm.ops.contract import KERNELS, AttentionSpec, CrossEntropySpec, candidates, choose, kernel
 from nanolm.ops.masks import Mask
@@ -55,6 +56,30 @@ def test_options_of_the_loss_do_not_hide_a_wrong_target():
             loss = found.run(hidden, draw(7, 5, seed=1), None, targets, **options).loss
             (grad,) = torch.autograd.grad(loss, hidden)
             assert loss.isnan() and grad[1].isnan().all() and grad[[0, 2]].isfinite().all(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_does_not_depend_on_its_chunks(monkeypatch, dtype):
+    hidden, weight = draw(11, 5).detach().to(dtype), draw(7, 5, seed=1)
+    targets = torch.arange(11, device=DEVICE) % 7
+    run, results = kernel_of("linear_cross_entropy", "triton").run, []
+    for logits, tokens in ((2**26, 128), (7 * 4, 4)):  # one chunk; two whole ones and a part
+        monkeypatch.setattr(cross_entropy, "LOGITS", logits)
+        monkeypatch.setattr(cross_entropy, "TOKENS", tokens)
+        leaf = hidden.clone().requires_grad_()
+        loss = run(leaf, weight, None, targets).loss
+        results.append([loss, *torch.autograd.grad(loss, [leaf, weight])])
+    assert cross_entropy.chunk_of(7) == 4
+    assert results[0][2].dtype == torch.float32
+    for whole, chunked in zip(*results, strict=True):
+        torch.testing.assert_close(chunked, whole, atol=1e-6, rtol=1e-5)
+
+
+def test_chunks_of_the_loss_are_whole_tiles_of_its_products():
+    for n_columns in (7, 512, 30_522, 50_304, 128_256, 262_144, 10**7):
+        chunk = cross_entropy.chunk_of(n_columns)
+        assert chunk % 128 == 0
+        assert chunk == 128 or 2**26 - 128 * n_columns < chunk * n_columns <= 2**26
 
 
 @pytest.mark.parametrize("name", ATTENTION)

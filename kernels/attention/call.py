@@ -126,7 +126,10 @@ class Call:
         """Tile sizes, warps and stages of one kernel."""
         options, seed = self.options, self.tensors.seed
         heavy = options.bias_kind != "none" or options.softcap is not None or seed is not None
-        return attention_launch(kind, self.q.device, self.columns, self.q.dtype, heavy=heavy)
+        grouped = self.n_heads > self.n_groups
+        return attention_launch(
+            kind, self.q.device, self.columns, self.q.dtype, heavy=heavy, grouped=grouped
+        )
 
     def start(self, kernel: Any, n_programs: int, *arguments: Any, **constants: Any) -> None:
         """Launches a kernel, unless there is nothing for it to do."""

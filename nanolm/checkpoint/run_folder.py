@@ -25,6 +25,7 @@ from nanolm.config import strict_yaml
 from nanolm.distributed.world import World
 from nanolm.errors import UserError
 from nanolm.files import RESUME, write_text
+from nanolm.ops.timings import processor_name
 
 HARMLESS = (
     "resume",
@@ -183,18 +184,11 @@ def environment(world: World) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": f"{sys.platform} {platform.machine()}",
-        "cpu": _cpu(),
+        "cpu": processor_name(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "world": world.size,
     }
-
-
-def _cpu() -> str:
-    info = pathlib.Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def differences(saved: Mapping[str, Any], world: World) -> list[str]:

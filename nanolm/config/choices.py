@@ -20,6 +20,7 @@ from nanolm.registry import (
     POSITIONS,
     RULES,
     SCHEDULES,
+    TIMED,
     TRUNKS,
     Options,
     Registry,
@@ -47,7 +48,7 @@ def registered_names(key: str, schema: type) -> list[str] | None:
     """
     op = key.removeprefix("kernels.")
     if op in KERNELS and op != key:
-        return ["auto", *KERNELS[op].names()]
+        return ["auto", *["fastest"] * (op in TIMED), *KERNELS[op].names()]
     if key == "model.trunk":
         return TRUNKS.names()
     registry = CHOICES.get(key.removesuffix(".name"))

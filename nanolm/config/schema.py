@@ -178,7 +178,7 @@ class KernelsConfig:
 
     attention: str = "auto"
     """softmax(q k^T) v. triton multiplies float32 exactly (ieee), triton_tf32x3 as three TF32
-    products."""
+    products; fastest takes what `timings` knows of this device."""
     linear: str = "auto"
     """x W^T + b."""
     linear_cross_entropy: str = "auto"
@@ -191,6 +191,9 @@ class KernelsConfig:
     """The gate of SwiGLU and GEGLU."""
     symmetric_product: str = "auto"
     """Muon's x x^T, in bfloat16 (float32 on a CPU without bfloat16 products)."""
+    timings: str | None = None
+    """File that `nanolm kernels bench --save FILE` wrote on this machine: what attention=fastest
+    takes from, and what auto compares itself with."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import logging
+from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 import torch
@@ -163,9 +164,9 @@ def instance(op: str, kernel_class: type) -> Kernel:
     name = getattr(kernel, "name", None)
     if not isinstance(name, str) or not name:
         raise UserError(f"{words} has no `name`, the word that `kernels:` of a config takes")
-    if name == "auto":
+    if name in ("auto", "fastest"):
         raise UserError(
-            f"{words}: 'auto' is what `kernels:` says for any kernel; take another name"
+            f"{words}: {name!r} is what `kernels:` says for any kernel; take another name"
         )
     for method in ("why_not", "run"):
         if not callable(getattr(kernel, method, None)):
@@ -223,8 +224,8 @@ class Kernels:
     """Chooses kernels for a model while it is built, and remembers what it chose.
 
     `requested` maps ops to names ("auto" when absent); dtype, device and phase are the same for
-    the whole model. `choices` keeps one Choice per distinct spec, for the log and for
-    `nanolm kernels list`.
+    the whole model. `decide` makes a choice: `choose`, or a method of a run's Chooser. `choices`
+    keeps one Choice per distinct spec, for the log and for `nanolm kernels list`.
     """
 
     def __init__(
@@ -234,8 +235,9 @@ class Kernels:
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
         phase: Phase = "train",
+        decide: Callable[[str, Spec, str], Choice] = choose,
     ) -> None:
-        self.requested = requested or {}
+        self.requested, self.decide = requested or {}, decide
         self.common: dict[str, Any] = {"dtype": dtype, "device": device, "phase": phase}
         self.choices: dict[Spec, Choice] = {}
 
@@ -252,7 +254,7 @@ class Kernels:
         """The kernel of `op` for a layer described by `details`; logged once per spec."""
         spec = spec_class(**self.common | details)
         if spec not in self.choices:
-            choice = choose(op, spec, self.requested.get(op, "auto"))
+            choice = self.decide(op, spec, self.requested.get(op, "auto"))
             why = "; ".join(f"not {name}: {reason}" for name, reason in choice.refused.items())
             log.info("%s: %s%s", op, choice.kernel.name, f" ({why})" if why else "")
             self.choices[spec] = choice

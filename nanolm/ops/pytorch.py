@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanolm.ops.bias import Bias
 from nanolm.ops.contract import AttentionSpec, kernel
@@ -72,6 +73,37 @@ class SdpaAttention:
             return allowed
         values = bias.dense(n_queries, n_keys)
         return values.masked_fill(~allowed, -torch.inf).to(like.dtype)
+
+
+@kernel("attention")
+class CudnnAttention(SdpaAttention):
+    """scaled_dot_product_attention with cuDNN's kernel where torch can use it (NVIDIA Hopper).
+
+    There it is the faster one for training shapes, on older and newer GPUs the slower. torch
+    takes another of its kernels where cuDNN has none: for a bias, or a mask as numbers.
+    """
+
+    name = "sdpa_cudnn"
+    ORDER = (
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.MATH,
+    )
+
+    def why_not(self, spec: AttentionSpec) -> str | None:
+        if spec.device != "cuda" or torch.version.hip is not None:
+            return "cuDNN's attention is for NVIDIA GPUs"
+        if spec.dtype not in (torch.float16, torch.bfloat16):
+            return f"cuDNN's attention multiplies 16-bit numbers, and this is {spec.dtype}"
+        if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9:
+            return f"cuDNN's attention pays on Hopper only, not on {torch.cuda.get_device_name()}"
+        return super().why_not(spec)
+
+    def run(self, *args: Any, **options: Any) -> Tensor:
+        """As sdpa."""
+        with sdpa_kernel(list(self.ORDER), set_priority=True):
+            return super().run(*args, **options)
 
 
 @kernel("norm")

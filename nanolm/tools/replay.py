@@ -21,6 +21,7 @@ from nanolm.distributed.world import World
 from nanolm.errors import UserError, require
 from nanolm.finetune import run as finetune
 from nanolm.finetune.config import TaskConfig
+from nanolm.ops.kept import read_records
 from nanolm.run import Plan, rehearse
 from nanolm.training.batch import MicroBatch
 from nanolm.training.gradient import total_loss
@@ -55,10 +56,10 @@ def trainer_before(
         plan.facts,
         "put what the run was trained on where its config.yaml says, to see its rows again",
     )
-    trainer = rehearse(plan, world, scratch, notes.append, start)
+    saved = read_trainer(start) if start else None
+    trainer = rehearse(plan, world, scratch, notes.append, start, read_records(saved))
     trainer.policy.passed = {bad for bad in read_passed(folder) if bad < step}
-    if start:
-        saved = read_trainer(start)
+    if start and saved:
         trainer.restore(start, saved)
         notes += differences(saved["environment"], world)
     return trainer, notes

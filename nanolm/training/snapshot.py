@@ -3,7 +3,8 @@
 model.safetensors      weights, by name, tied ones once
 optimizer.safetensors  <parameter name>/<key>
 ema.safetensors        averaged weights, when there are any
-trainer.json           the RunState, random scheme, environment, hashes of data and tokenizer
+trainer.json           the RunState, random scheme, environment, hashes of data and tokenizer,
+                       and the kernels
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from nanolm.checkpoint.run_folder import environment
 from nanolm.checkpoint.spread_tensors import SpreadTensors
 from nanolm.config.schema import Config
 from nanolm.errors import UserError
+from nanolm.ops.contract import Kernels
+from nanolm.ops.kept import records
 from nanolm.training.guards.diagnosis import first_bad
 from nanolm.training.run_state import RunState
 from nanolm.training.update import Update
@@ -46,7 +49,9 @@ class Snapshot:
         tokens_per_step: int,
         files: Mapping[str, bytes] | None = None,
         facts: Mapping[str, Any] | None = None,
+        kernels: Kernels | None = None,
     ) -> None:
+        self.kernels = kernels
         self.update, self.state, self.config = update, state, config
         self.checkpoints = checkpoints
         self.tokens_per_step = tokens_per_step
@@ -132,6 +137,7 @@ class Snapshot:
             "folder": os.getcwd(),
             "environment": environment(self.update.world),
             "facts": dict(self.facts),
+            "kernels": records(self.kernels.choices.values()) if self.kernels else [],
         }
 
     def restore(self, folder: pathlib.Path, saved: Mapping[str, Any]) -> None:

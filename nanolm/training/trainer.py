@@ -26,6 +26,7 @@ from nanolm.config.schema import Config
 from nanolm.distributed.world import World, peer_lost
 from nanolm.errors import UserError
 from nanolm.learner import Learner
+from nanolm.ops.contract import Kernels
 from nanolm.training.batch import MicroBatch
 from nanolm.training.engine import Engine, Initialise
 from nanolm.training.evaluation import Evaluate
@@ -67,6 +68,7 @@ class Trainer:
     rank's share of each global batch, at least one (a stand-in without rows when it has none).
     `tokens_per_step` is global_batch full rows unless given; the checkpoint whose validation
     figures have the least `badness` is the best one. `initialise` is handed to the Engine.
+    Checkpoints keep what `kernels` chose.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Trainer:
         tokens_per_step: int | None = None,
         badness: Callable[[Mapping[str, float]], float] = lambda figures: figures["loss"],
         initialise: Initialise | None = None,
+        kernels: Kernels | None = None,
     ) -> None:
         self.config, self.world, self.note = config, world, note
         freeze(learner, config.tune)
@@ -105,7 +108,14 @@ class Trainer:
         self.state = RunState(self.patience, self.throughput, self.update.scaler)
         self.policy = NonFinitePolicy(config.train, world, checkpoints.run, self.state)
         self.snapshot = Snapshot(
-            self.update, self.state, config, checkpoints, self.tokens_per_step, files, facts
+            self.update,
+            self.state,
+            config,
+            checkpoints,
+            self.tokens_per_step,
+            files,
+            facts,
+            kernels,
         )
         self._resumed = False
 

@@ -1,6 +1,8 @@
 """`nanolm kernels bench`: all kernels of an op beside each other on the device at hand.
 
     ms        median over repetitions, the kernels taking turns, after one round of warming up
+    host µs   of these, until the call returns: what launching costs, if the GPU is left to work
+    device ms on a GPU, between two events, with the L2 cache written over before the call
     TFLOP/s   of the products that the op means (the visible half of a causal mask)
     GB/s      of the bytes that must move: inputs, outputs and their gradients, each once
     MB        the most that a call holds beside its inputs
@@ -16,7 +18,8 @@ from nanolm.commands.figures import write_json
 from nanolm.config.load import import_plugins
 from nanolm.config.ranges import Count
 from nanolm.errors import UserError
-from nanolm.tools.bench.kernels import line, measure
+from nanolm.ops.timings import save_timings
+from nanolm.tools.bench.kernels import line, measure, timings
 from nanolm.tools.kernel_check.problems import PROBLEMS, Sizes
 
 
@@ -30,6 +33,8 @@ class Arguments(Sizes):
     """Measurements of each kernel."""
     plugins: list[str] = dataclasses.field(default_factory=list)
     """Modules with kernels of your own."""
+    save: str | None = None
+    """Add the timings to this file, which kernels.timings of a config names; needs backward."""
     json: str | None = None
     """Also write the table here."""
 
@@ -41,6 +46,8 @@ def run(arguments: Arguments) -> None:
         raise UserError(f"--op {arguments.op}: choose from all, {', '.join(PROBLEMS)}")
     if arguments.dtype not in ("float32", "bfloat16", "float16"):
         raise UserError(f"--dtype {arguments.dtype}: choose from float32, bfloat16, float16")
+    if arguments.save and not arguments.backward:
+        raise UserError("--save keeps forward and backward together; leave --backward false away")
     passes = "forward and backward" if arguments.backward else "forward"
     table = []
     for op in PROBLEMS if arguments.op == "all" else [arguments.op]:
@@ -49,4 +56,6 @@ def run(arguments: Arguments) -> None:
         for row in rows:
             print(line(row), flush=True)
         table += rows
+        if arguments.save:  # op by op: who interrupts it keeps what was timed
+            save_timings(arguments.save, timings(rows))
     write_json(arguments.json, table)

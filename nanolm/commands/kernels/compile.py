@@ -40,10 +40,12 @@ def line(row: dict[str, Any]) -> str:
     """One row as text."""
     lanes = f" ({row['scalar_spills']} to lanes)" if row.get("scalar_spills") else ""
     cores = " ".join(f"{name}:{count}" for name, count in row["tensor_core"].items()) or "-"
+    products = "" if row["products"] is None else f"({row['products']} of what is needed)"
     return (
         f"{row['arch']:<7} {row['build']:<34} {row['kernel']:<30} {row['registers']:>4} registers "
         f"{row['spills']:>4} spills{lanes} {row['shared']:>7}/{row['shared_limit']} B shared  "
-        f"{cores}  {row['wide_loads']} wide loads  {row['seconds']} s"
+        f"{cores} {products} {row['programs']} programs  {row['wide_loads']} wide loads  "
+        f"{row['seconds']} s"
     )
 
 
@@ -55,6 +57,9 @@ def regression(row: dict[str, Any], recorded: dict[str, Any] | None) -> str | No
         return f"{row['spills']} spills, {recorded['spills']} recorded"
     if set(row["tensor_core"]) != set(recorded["tensor_core"]):
         return f"tensor cores {row['tensor_core']}, {recorded['tensor_core']} recorded"
+    before = recorded.get("products")  # rows of before this column have none
+    if before is not None and row["products"] > before:
+        return f"{row['products']} products for one that is needed, {before} recorded"
     return None
 
 

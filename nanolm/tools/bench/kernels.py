@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 
 from nanolm.ops.contract import candidates
+from nanolm.ops.kept import spec_record
+from nanolm.ops.timings import device_name
+from nanolm.tools.first_contact.device_time import milliseconds
 from nanolm.tools.kernel_check.problems import PROBLEMS, Problem, Sizes, n_bytes
 
 
@@ -31,14 +34,15 @@ def call(problem: Problem, kernel: Any, sizes: Sizes) -> list[Tensor]:
     return [*outputs, *torch.autograd.grad(outputs, problem.leaves, ones)]
 
 
-def seconds_of(function: Callable[[], Any], device: str) -> float:
-    """Wall-clock seconds of one call, to its end on the device."""
+def seconds_of(function: Callable[[], Any], device: str) -> tuple[float, float]:
+    """Wall-clock seconds of one call: until it returns, and to its end on the device."""
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     synchronize()
     start = time.perf_counter()
     function()
+    returned = time.perf_counter() - start
     synchronize()
-    return time.perf_counter() - start
+    return returned, time.perf_counter() - start
 
 
 def peak_bytes(function: Callable[[], Any], device: str) -> int:
@@ -77,12 +81,12 @@ def measure(op: str, sizes: Sizes, repetitions: int) -> list[dict[str, Any]]:
             serving[name] = kernel
         else:
             table.append({"op": op, "kernel": name, "left_out": reason})
-    times: dict[str, list[float]] = {name: [] for name in serving}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in serving}
     for _ in range(repetitions + 1):  # the first round warms up
         for name, kernel in serving.items():
             times[name].append(seconds_of(functools.partial(call, problem, kernel, a), a.device))
     for name, kernel in serving.items():
-        seconds = statistics.median(times[name][1:])
+        host, seconds = (statistics.median(column) for column in zip(*times[name][1:], strict=True))
         results = call(problem, kernel, a)
         # The backward pass reads inputs and incoming gradients and writes the inputs' gradients.
         moved = n_bytes([*problem.leaves, *results])
@@ -94,7 +98,11 @@ def measure(op: str, sizes: Sizes, repetitions: int) -> list[dict[str, Any]]:
                 "op": op,
                 "kernel": name,
                 "problem": problem.words,
+                "spec": spec_record(problem.spec),
+                "device_name": device_name(a.device),
                 "ms": 1e3 * seconds,
+                "host_us": 1e6 * host,
+                "device_ms": device_ms(lambda k=kernel: call(problem, k, a), a.device, repetitions),
                 "tflops": None if problem.flops is None else problem.flops / seconds / 1e12,
                 "gb_per_s": moved / seconds / 1e9,
                 "peak_mb": peak_bytes(functools.partial(call, problem, kernel, a), a.device) / 1e6,
@@ -103,12 +111,29 @@ def measure(op: str, sizes: Sizes, repetitions: int) -> list[dict[str, Any]]:
     return table
 
 
+def device_ms(function: Callable[[], Any], device: str, repetitions: int) -> float | None:
+    """Milliseconds of device time of a call; None on a CPU, which has no other than the host's."""
+    return milliseconds(function, device, repetitions) if device == "cuda" else None
+
+
+def timings(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows that were measured, as `ops.timings` keeps them: by device time where it differs."""
+    keys = ("op", "kernel", "device_name", "problem", "spec")
+    return [
+        {key: row[key] for key in keys} | {"ms": row["device_ms"] or row["ms"]}
+        for row in rows
+        if "left_out" not in row
+    ]
+
+
 def line(row: dict[str, Any]) -> str:
     """One row as text."""
     if "left_out" in row:
         return f"  {row['kernel']:<14} left out: {row['left_out']}"
     tflops = "" if row["tflops"] is None else f"{row['tflops']:9.3f} TFLOP/s"
+    host = f"{row['host_us']:9.0f} host µs" if "host_us" in row else ""
+    device = f"{row['device_ms']:9.3f} device ms" if row.get("device_ms") else ""
     return (
-        f"  {row['kernel']:<14} {row['ms']:9.2f} ms {tflops:>17} {row['gb_per_s']:9.2f} GB/s "
-        f"{row['peak_mb']:9.1f} MB"
+        f"  {row['kernel']:<14} {row['ms']:9.2f} ms{host}{device} {tflops:>17} "
+        f"{row['gb_per_s']:9.2f} GB/s {row['peak_mb']:9.1f} MB"
     )

@@ -12,13 +12,14 @@ exactly as on that GPU. Needs a process without TRITON_INTERPRET.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import pathlib
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     raise ImportError("TRITON_INTERPRET=1 is set: this process interprets kernels, start another")
@@ -38,7 +39,28 @@ SHARED_LIMIT = {
     "sm_120": 101_376,
     "gfx942": 65_536,
 }
+RESERVED = 1024  # bytes of shared memory that CUDA keeps for itself, a program
 TOOLS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+class Processor(NamedTuple):
+    """What the programs of one multiprocessor share."""
+
+    warps: int
+    programs: int
+    shared: int  # bytes
+
+
+PROCESSORS = {
+    "sm_80": Processor(64, 32, 167_936),
+    "sm_86": Processor(48, 16, 102_400),
+    "sm_89": Processor(48, 24, 102_400),
+    "sm_90": Processor(64, 32, 233_472),
+    "sm_100": Processor(64, 32, 233_472),
+    "sm_120": Processor(48, 24, 102_400),
+    "gfx942": Processor(32, 32, 65_536),
+}
+REGISTERS = 65_536  # 32-bit registers of an NVIDIA multiprocessor, on every architecture here
 
 
 def target_of(arch: str) -> GPUTarget:
@@ -93,7 +115,8 @@ def collecting(arch: str) -> Iterator[list[Any]]:
 
 
 def report(kernel: Any, arch: str) -> dict[str, Any]:
-    """Registers, spills, shared memory, tensor-core instructions and vector loads of a kernel."""
+    """Registers, spills, shared memory, tensor-core instructions and vector loads of a kernel;
+    the products that it issues for one that is needed; the programs that a multiprocessor holds."""
     figures = {
         "kernel": kernel.metadata.name,
         "warps": kernel.metadata.num_warps,
@@ -102,7 +125,50 @@ def report(kernel: Any, arch: str) -> dict[str, Any]:
         "shared_limit": SHARED_LIMIT[arch],
     }
     read = nvidia_figures if arch.startswith("sm_") else amd_figures
-    return figures | read(kernel) | {"precision": dot_precisions(kernel)}
+    figures |= read(kernel) | {"precision": dot_precisions(kernel)}
+    return figures | {"products": products(kernel), "programs": programs(figures, arch)}
+
+
+def products(kernel: Any) -> float | None:
+    """Multiplications that the tensor cores are told to do, for each that the source asks for.
+
+    More than 1 says that warps repeat each other's work: of a tile with fewer rows than the warps
+    take together, some compute the same rows again. Both are counted as they stand in the text,
+    a loop's body once; a loop that the compiler proves empty, as that without masks is for
+    documents, still stands in the source, and halves the figure. None where the text does not
+    tell: without products or tensor cores, and on sm_100, whose instructions name their tile in a
+    register.
+    """
+    dots = re.findall(
+        r"tt\.dot .*: tensor<(\d+)x(\d+)x\w+> \* tensor<\d+x(\d+)x\w+>", kernel.asm["ttir"]
+    )
+    parts = 3 if "tf32x3" in dot_precisions(kernel) else 1
+    needed = parts * sum(math.prod(map(int, sizes)) for sizes in dots)
+    text, warps = kernel.asm.get("ptx") or kernel.asm["amdgcn"], kernel.metadata.num_warps
+    issued = 0
+    for pattern, width in (
+        (r"\bmma\.sync\.aligned\.m(\d+)n(\d+)k(\d+)", 1),
+        (r"wgmma\.mma_async\.sync\.aligned\.m(\d+)n(\d+)k(\d+)", 4),
+        (r"v_mfma_f32_(\d+)x(\d+)x(\d+)", 1),
+    ):
+        found = sum(math.prod(map(int, sizes)) for sizes in re.findall(pattern, text))
+        issued += found * warps // width
+    return round(issued / needed, 2) if issued and needed else None
+
+
+def programs(figures: dict[str, Any], arch: str) -> int:
+    """How many programs a multiprocessor holds at once: as many as its warps, registers and shared
+    memory allow."""
+    processor, warps = PROCESSORS[arch], figures["warps"]
+    if arch.startswith("sm_"):
+        taken = -(-figures["registers"] * 32 // 256) * 256  # a warp's, in steps of 256
+        by_registers = REGISTERS // (taken * warps)
+        by_shared = processor.shared // (figures["shared"] + RESERVED)
+    else:  # four SIMD units with 512 vector registers a lane each, given out in steps of 8
+        waves = min(8, 512 // (-(-figures["registers"] // 8) * 8))
+        by_registers = 4 * waves // warps
+        by_shared = processor.shared // max(figures["shared"], 1)
+    return min(processor.programs, processor.warps // warps, by_registers, by_shared)
 
 
 def nvidia_figures(kernel: Any) -> dict[str, Any]:

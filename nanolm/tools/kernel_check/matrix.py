@@ -53,6 +53,8 @@ def faults(row: dict[str, Any]) -> list[str]:
         found.append(f"{row['scratch_bytes']} bytes of scratch memory, though nothing is spilled")
     if row["shared"] > row["shared_limit"]:
         found.append(f"{row['shared']} bytes of shared memory, {row['shared_limit']} exist")
+    if row.get("programs") == 0:  # rows of before this column have none
+        found.append("a multiprocessor has too few registers or too little memory for one program")
     if row["precision"] and (sixteen or "tf32x3" in row["build"]) and not row["tensor_core"]:
         found.append("a product without tensor cores")
     stated = "tf32x3" if "tf32x3" in row["build"] else "ieee"
