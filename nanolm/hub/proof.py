@@ -31,7 +31,13 @@ def can_prove() -> bool:
 def largest_difference(imported: Imported) -> float:
     """Of hidden states and logits, over all positions that count; raises UserError when
     transformers finds no place for a tensor."""
-    theirs = their_model(imported)
+    compare = PROOFS.get(imported.config.model.trunk, differences_of_a_stack)
+    found = compare(imported, their_model(imported))
+    return max(float(difference.abs().max()) for difference in found)
+
+
+def differences_of_a_stack(imported: Imported, theirs: Any) -> list[Tensor]:
+    """Where an encoder's or a decoder's hidden states and its heads' logits differ."""
     model = imported.config.model
     widest = max(width or 0 for width in model.window)
     length = min(max(TOKENS, 2 * widest), model.max_length)
@@ -71,7 +77,38 @@ def largest_difference(imported: Imported) -> float:
         differences.append((heads["lm"](hidden_BTD) - logits)[keep_BT])
     if "pair" in heads and "pair" not in fresh:
         differences.append(heads["pair"](hidden_BTD) - answer.seq_relationship_logits)
-    return max(float(difference.abs().max()) for difference in differences)
+    return differences
+
+
+def differences_of_two_stacks(imported: Imported, theirs: Any) -> list[Tensor]:
+    """Where an encoder-decoder's hidden states, of both stacks, and its logits differ."""
+    trunk, vocab_size = imported.learner.trunk, imported.config.model.vocab_size
+    length = min(TOKENS, imported.config.model.max_length)
+    generator = torch.Generator().manual_seed(0)
+    source_BS, tokens_BT = (
+        torch.randint(1, vocab_size, (ROWS, n), generator=generator) for n in (length, length // 2)
+    )
+    lengths_B = torch.tensor([length, length // 2])
+    keep_BS = torch.arange(length) < lengths_B[:, None]
+    inputs = Inputs(
+        tokens_BT=tokens_BT, source_tokens_BS=source_BS, source_mask=Mask(key_lengths=lengths_B)
+    )
+    answer = theirs(
+        source_BS,
+        attention_mask=keep_BS.long(),
+        decoder_input_ids=tokens_BT,
+        output_hidden_states=True,
+    )
+    hidden_BTD = trunk(inputs)
+    return [
+        (trunk.encode(inputs) - answer.encoder_last_hidden_state)[keep_BS],
+        hidden_BTD - answer.decoder_hidden_states[-1],
+        imported.learner.heads["lm"](hidden_BTD) - answer.logits,
+    ]
+
+
+PROOFS = {"encoder_decoder": differences_of_two_stacks}
+"""What is compared of trunks that are not one stack."""
 
 
 def their_model(imported: Imported) -> Any:
@@ -90,6 +127,8 @@ def their_model(imported: Imported) -> Any:
         ) from error
     config._attn_implementation = "eager"
     model = getattr(transformers, names.pooled if pooled else names.plain)(config).float().eval()
+    if not imported.config.model.tied:
+        untie(model)
     answer = model.load_state_dict(imported.theirs, strict=False)
     if imported.config.model.tied:
         model.tie_weights()
@@ -106,3 +145,11 @@ def their_model(imported: Imported) -> Any:
             f"{strange[0]} of a {family.name}; nothing was proved and nothing is written"
         )
     return model
+
+
+def untie(model: Any) -> None:
+    """Gives the head a weight of its own; transformers ties every T5 that it builds, whatever its
+    config.json says."""
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is model.get_input_embeddings().weight:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
