@@ -15,6 +15,8 @@ from tokenizers import (
     trainers,
 )
 
+from nanolm.hub.proof import untie
+
 LINES = ["the quick brown fox jumps over the lazy dog", "héllo wörld 中文 def f(x): return x\n"] * 8
 VOCAB, LENGTH = 320, 48
 SHAPES = {
@@ -78,6 +80,20 @@ SHAPES["modernbert"] = (
     "ModernBertForMaskedLM",
     SHAPES["bert"][1] | {"num_hidden_layers": 4, "local_attention": 12, "pad_token_id": 0},
 )
+SHAPES["t5"] = (
+    "T5ForConditionalGeneration",
+    {
+        "num_layers": 2,
+        "num_heads": 4,
+        "d_model": 32,
+        "d_kv": 12,
+        "d_ff": 48,
+        "n_positions": LENGTH,
+    },
+)
+GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+SHAPES["t5-gated"] = (SHAPES["t5"][0], SHAPES["t5"][1] | GATED)
+T5_SPECIALS = ["<pad>", "</s>", "<unk>", *(f"<extra_id_{number}>" for number in range(8))]
 ROBERTA_SPECIALS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 
 
@@ -116,22 +132,29 @@ def write_published(folder: pathlib.Path, shape: str, **options) -> transformers
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = model_class(config)
+    if not keys.get("tie_word_embeddings", True):
+        untie(model)
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         parameter.data = parameter.data * 0.5 + 0.08 * noise + 0.3 * (parameter.data == 1)
     model.save_pretrained(folder, **options)
+    if "tie_word_embeddings" in keys:  # transformers' T5 forgets it; published files tell it
+        edit_config(folder, tie_word_embeddings=keys["tie_word_embeddings"])
     write_tokenizer(folder, shape)
     return model.eval()
 
 
 def write_tokenizer(folder: pathlib.Path, shape: str) -> None:
-    """WordPiece for BERT and its kin, RoBERTa's frame for RoBERTa, GPT-2's bytes for the others."""
+    """WordPiece for BERT and its kin, RoBERTa's frame for RoBERTa, sentinels for T5, and for the
+    others GPT-2's bytes."""
     if "bert" in shape and shape != "roberta":
         tokenizer = word_piece()
     elif shape == "roberta":
         tokenizer = byte_bpe(ROBERTA_SPECIALS)
         tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    elif shape.startswith("t5"):
+        tokenizer = byte_bpe(T5_SPECIALS)
     else:
         tokenizer = byte_bpe(["<|endoftext|>"])
         end = {"__type": "AddedToken", "content": "<|endoftext|>", "special": True}

@@ -4,17 +4,21 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from nanolm import cli
+from nanolm.build import build_learner, build_objective
 from nanolm.checkpoint.container import read_tensors
+from nanolm.checkpoint.named_tensors import learner_tensors
 from nanolm.errors import UserError
 from nanolm.finetune.run import load_task_config, run_finetune
 from nanolm.hub import importing
 from nanolm.hub.configs import Published
 from nanolm.hub.families import FAMILIES
-from nanolm.inference.parity import difference
+from nanolm.hub.published import as_config, model_keys
+from nanolm.inference.export_transformers import transformers_folder
+from nanolm.inference.parity import CASES, VOCABULARY, NoTokenizer, difference
 from nanolm.saved import open_saved
 from tests.finetuned import questions, table
 from tests.prepared import train
@@ -134,6 +138,8 @@ def test_rotary_base_is_read_under_its_old_and_new_names(key):
         ("llama, 2 of 4 heads", "out"),
         ("bert, masked LM and next sentence", "in"),
         ("bert, masked LM, untied", "out"),
+        ("t5, v1.0", "out"),
+        ("t5, v1.1", "in"),
         ("qwen3, 2 of 4 heads, tied", "in"),
         ("roberta, masked LM", "out"),
         ("distilbert, masked LM", "out"),
@@ -188,3 +194,17 @@ def test_init_from_takes_a_published_folder_for_pretraining_and_fine_tuning(tmp_
     edit_config(source, model_type=None)
     with pytest.raises(UserError, match=r"nanolm import .* OUT` takes that flag"):
         importing.base_of(f"hf:{source}")
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "untied" in case or "v1.1" in case])
+def test_tensors_of_an_export_share_no_memory(case, tmp_path):
+    """A file of safetensors refuses those that do, and untied heads may have duplicates."""
+    name, _, keys = CASES[case]
+    family = FAMILIES[name]
+    tokenizer = NoTokenizer(pad=1 if family.pad is None else family.pad)
+    published = Published(case, keys | {"vocab_size": VOCABULARY}, name)
+    config = as_config(family, model_keys(family, published), frozenset(), tokenizer)
+    learner = build_learner(config, build_objective(config, tokenizer))
+    tensors, _ = transformers_folder(config, tokenizer, learner_tensors(learner))
+    save_file(tensors, tmp_path / SINGLE)
+    assert load_file(tmp_path / SINGLE).keys() == tensors.keys()

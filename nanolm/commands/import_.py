@@ -19,14 +19,14 @@ POSITIONAL = ("path", "out")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Make a nanolm checkpoint of a published one: GPT-2, Llama, Qwen3, BERT and its kin."""
+    """Make a nanolm checkpoint of a published one: GPT-2, Llama, Qwen3, T5, BERT and its kin."""
 
     path: str
     """Folder with config.json, weights and tokenizer, as published."""
     out: str
     """Folder to write."""
     family: str | None = None
-    """gpt2, llama, qwen3, bert, roberta, distilbert or modernbert, where config.json has no
+    """gpt2, llama, qwen3, bert, roberta, distilbert, modernbert or t5, where config.json has no
     model_type."""
     allow_pickle: bool = False
     """Read pytorch_model.bin, a pickle: only its tensors, but still only from authors you trust."""

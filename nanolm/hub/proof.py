@@ -46,7 +46,17 @@ class Proof:
 @torch.no_grad()
 def prove(imported: Imported) -> Proof:
     """Raises UserError when transformers finds no place for a tensor."""
-    theirs = their_model(imported)
+    theirs, model = their_model(imported), imported.config.model
+    compare = PROOFS.get(model.trunk, differences_of_a_stack)
+    largest = max(float(each.abs().max()) for each in compare(imported, theirs))
+    if model.trunk != "decoder":
+        return Proof(largest, None)
+    tokens_BT, _, _ = same_rows(model, theirs.config.pad_token_id)
+    return Proof(largest, alike(imported, theirs, tokens_BT[:1, :PROMPT]))
+
+
+def differences_of_a_stack(imported: Imported, theirs: Any) -> list[Tensor]:
+    """Where an encoder's or a decoder's hidden states and its heads' logits differ."""
     tokens_BT, inputs, words = same_rows(imported.config.model, theirs.config.pad_token_id)
     keep_BT = words["attention_mask"].bool()
     hidden_BTD = imported.learner.trunk(inputs)
@@ -64,10 +74,38 @@ def prove(imported: Imported) -> Proof:
         differences.append((heads["lm"](hidden_BTD) - logits)[keep_BT])
     if "pair" in heads and "pair" not in fresh:
         differences.append(heads["pair"](hidden_BTD) - answer.seq_relationship_logits)
-    largest = max(float(difference.abs().max()) for difference in differences)
-    decoder = imported.config.model.trunk == "decoder"
-    greedy = alike(imported, theirs, tokens_BT[:1, :PROMPT]) if decoder else None
-    return Proof(largest, greedy)
+    return differences
+
+
+def differences_of_two_stacks(imported: Imported, theirs: Any) -> list[Tensor]:
+    """Where an encoder-decoder's hidden states, of both stacks, and its logits differ."""
+    trunk, vocab_size = imported.learner.trunk, imported.config.model.vocab_size
+    length = min(TOKENS, imported.config.model.max_length)
+    generator = torch.Generator().manual_seed(0)
+    source_BS, tokens_BT = (
+        torch.randint(1, vocab_size, (ROWS, n), generator=generator) for n in (length, length // 2)
+    )
+    lengths_B = torch.tensor([length, length // 2])
+    keep_BS = torch.arange(length) < lengths_B[:, None]
+    inputs = Inputs(
+        tokens_BT=tokens_BT, source_tokens_BS=source_BS, source_mask=Mask(key_lengths=lengths_B)
+    )
+    answer = theirs(
+        source_BS,
+        attention_mask=keep_BS.long(),
+        decoder_input_ids=tokens_BT,
+        output_hidden_states=True,
+    )
+    hidden_BTD = trunk(inputs)
+    return [
+        (trunk.encode(inputs) - answer.encoder_last_hidden_state)[keep_BS],
+        hidden_BTD - answer.decoder_hidden_states[-1],
+        imported.learner.heads["lm"](hidden_BTD) - answer.logits,
+    ]
+
+
+PROOFS = {"encoder_decoder": differences_of_two_stacks}
+"""What is compared of trunks that are not one stack."""
 
 
 def same_rows(model: ModelConfig, pad: int | None) -> tuple[Tensor, Inputs, dict[str, Tensor]]:
@@ -134,6 +172,8 @@ def their_model(imported: Imported) -> Any:
     model = (
         getattr(transformers, str(names.pooled if pooled else names.plain))(config).float().eval()
     )
+    if not imported.config.model.tied:
+        untie(model)
     answer = model.load_state_dict(imported.theirs, strict=False)
     if imported.config.model.tied:
         model.tie_weights()
@@ -150,3 +190,11 @@ def their_model(imported: Imported) -> Any:
             f"{strange[0]} of a {family.name}; nothing was proved and nothing is written"
         )
     return model
+
+
+def untie(model: Any) -> None:
+    """Gives the head a weight of its own; transformers ties every T5 that it builds, whatever its
+    config.json says."""
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is model.get_input_embeddings().weight:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())

@@ -29,7 +29,7 @@ from nanolm.hub.keys import Tensors
 from nanolm.learner import Learner
 
 OLD_NAMES = (("gamma", "weight"), ("beta", "bias"))
-WRAPPERS = ("module.", *dict.fromkeys(family.prefix for family in FAMILIES.values()))
+WRAPPERS = ("module.", *dict.fromkeys(f.prefix for f in FAMILIES.values() if f.prefix))
 ROW_LENGTH = 512
 """Tokens per row that evaluation uses unless told otherwise; shorter where the model is."""
 

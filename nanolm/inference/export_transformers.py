@@ -113,8 +113,8 @@ def published_tensors(family: Family, model: ModelConfig, tensors: Mapping[str, 
             f"has no {min(extra)}; export it with --format nanolm"
         )
     named = family.table.to_theirs(tensors, model)
-    if not model.tied:
-        named |= {other: named[own] for other, own in family.duplicates.items()}
+    if family.repeats and not model.tied:  # copies: a file of safetensors shares no memory
+        named |= {other: named[own].clone() for other, own in family.duplicates.items()}
     return named
 
 

@@ -19,7 +19,7 @@ from nanolm.checkpoint.named_tensors import learner_tensors
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.hub.configs import Published
 from nanolm.hub.families import FAMILIES
-from nanolm.hub.proof import prove
+from nanolm.hub.proof import prove, untie
 from nanolm.hub.published import as_config, assembled, model_keys
 from nanolm.inference.export_transformers import as_published, transformers_folder
 
@@ -35,6 +35,7 @@ BERT = LLAMA
 ROBERTA = BERT | {"max_position_embeddings": 50, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
 DISTILBERT = {"n_layers": 2, "n_heads": 4, "dim": 32, "hidden_dim": 48}
 DISTILBERT |= {"max_position_embeddings": 48}
+T5 = {"num_layers": 2, "num_heads": 4, "d_model": 32, "d_kv": 12, "d_ff": 48, "n_positions": 48}
 MODERNBERT = LLAMA | {"num_hidden_layers": 4, "local_attention": 12, "pad_token_id": 1}
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt2": ("gpt2", "GPT2LMHeadModel", GPT2),
@@ -68,6 +69,12 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "distilbert, trunk": ("distilbert", "DistilBertModel", DISTILBERT),
     "modernbert, masked LM": ("modernbert", "ModernBertForMaskedLM", MODERNBERT),
     "modernbert, trunk": ("modernbert", "ModernBertModel", MODERNBERT),
+    "t5, v1.0": ("t5", "T5ForConditionalGeneration", T5),
+    "t5, v1.1": (
+        "t5",
+        "T5ForConditionalGeneration",
+        T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    ),
 }
 """name -> (family, class in transformers, its config)."""
 DIRECTIONS = ("in", "out")
@@ -76,13 +83,17 @@ VOCABULARY = 256
 
 @dataclasses.dataclass(frozen=True)
 class NoTokenizer:
-    """What a model asks of its tokenizer when it is built: nothing but the size."""
+    """What a model asks of its tokenizer when it is built: the size, and what T5's objective needs
+    of it."""
 
+    pad: int
     vocab_size: int = VOCABULARY
+    eos: int = 2
+    extra_ids: tuple[int, ...] = tuple(range(VOCABULARY - 32, VOCABULARY))
 
     def roles(self) -> dict[str, int]:
-        """Padding, as RoBERTa has it."""
-        return {"pad": 1}
+        """Padding, by which some families count."""
+        return {"pad": self.pad}
 
 
 @torch.no_grad()
@@ -100,12 +111,15 @@ def difference(case: str, direction: str) -> float:
     import transformers  # noqa: PLC0415  (slow to import, and not always installed)
 
     name, theirs, keys = CASES[case]
-    family, tokenizer = FAMILIES[name], cast(Tokenizer, NoTokenizer())
+    family = FAMILIES[name]
+    tokenizer = cast(Tokenizer, NoTokenizer(pad=1 if family.pad is None else family.pad))
     values = keys | {"vocab_size": VOCABULARY, "model_type": name}
     model_class = getattr(transformers, theirs)
     published = Published(f"the config.json of {case}", values, name)
     if direction == "in":
         model = model_class(getattr(transformers, family.classes.config)(**values))
+        if values.get("tie_word_embeddings") is False:
+            untie(model)
         randomise(model)
         stored = model.state_dict()
         for other, own in family.duplicates.items():  # two parameters that real files hold equal

@@ -7,6 +7,7 @@
     roberta      the same with one segment and one head
     distilbert   the same without segments
     modernbert   pre-norm encoder, rotary positions, GeGLU, windows
+    t5           encoder and decoder, RMSNorm, buckets of distances, no biases
 
 Where a model of ours is computed by several, the first is taken.
 """
@@ -18,7 +19,9 @@ from nanolm.hub.families.bert import BERT, DISTILBERT, ROBERTA
 from nanolm.hub.families.gpt2 import GPT2
 from nanolm.hub.families.llama import LLAMA, QWEN3
 from nanolm.hub.families.modernbert import MODERNBERT
+from nanolm.hub.families.t5 import T5
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (GPT2, LLAMA, QWEN3, ROBERTA, DISTILBERT, BERT, MODERNBERT)
+    family.name: family
+    for family in (GPT2, LLAMA, QWEN3, ROBERTA, DISTILBERT, BERT, MODERNBERT, T5)
 }

@@ -100,6 +100,8 @@ class Family:
     """The published key of the vocabulary head's weight, a duplicate of it where they are tied."""
     duplicates: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Published keys that some files hold too, and whose they are."""
+    repeats: bool = True
+    """Whether a model whose head is not tied is written with these duplicates."""
     prefix: str = ""
     """What the trunk's keys begin with; some files leave it out, or have it twice."""
     buffers: str = r"(?!)"
