@@ -34,6 +34,7 @@ COMMANDS = {
     "fill": ("nanolm.commands.fill", "fill masks with an encoder"),
     "estimate": ("nanolm.commands.estimate", "memory, speed and days of a run, before it starts"),
     "profile": ("nanolm.commands.profile", "operators and phases of one step, Chrome trace"),
+    "walk": ("nanolm.commands.walk", "one real row through one step, function by function"),
     "doctor": ("nanolm.commands.doctor", "replay a step, name its first non-finite tensor"),
     "runs": ("nanolm.commands.runs", "runs as a table"),
     "plot": ("nanolm.commands.plot", "curves of one or several runs as PNG"),
