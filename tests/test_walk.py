@@ -91,7 +91,7 @@ def test_what_is_shown_reproduces_what_the_run_computed(run_of, kind):
     """The scores, times the values, give the kernel's answer; the logits give the loss; and both
     belong to the first row of the first micro-batch, by a forward pass of their own."""
     folder = run_of(kind)
-    taken = walked(folder, layer=1, head=3)
+    taken = walked(folder, layer=1, head=2)
     seen, said = taken.recording.attention, taken.recording.prediction
     assert seen.difference < 1e-6 and seen.out_K.abs().max() > 1e-3
     assert float(seen.weights_S.sum()) == pytest.approx(1, abs=1e-6)
