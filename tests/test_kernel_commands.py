@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from nanolm import cli
-from nanolm.commands import masks_draw
 from nanolm.commands.kernels.compile import regression
 from nanolm.errors import UserError
 from nanolm.registry import KERNELS, OPS
@@ -119,15 +118,6 @@ def test_sample_of_the_compile_matrix():
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_compile_matrix(arch):
     compare([arch], sample=False)
-
-
-def test_masks_are_drawn_as_they_are(tmp_path):
-    matplotlib = pytest.importorskip("matplotlib.image")
-    cli.run(["masks", "draw", "--out", str(tmp_path), "--cell", "4"])
-    drawn = {path.stem: matplotlib.imread(path) for path in tmp_path.glob("*.png")}
-    for name, mask in masks_draw.PICTURES.items():
-        seen = drawn[name][2::4, 2::4, 0] < 0.5
-        assert (seen == mask.dense(16, 16)[0, 0].numpy()).all(), name
 
 
 def test_bench_roofline_and_doctor_report(tmp_path, capsys):

@@ -60,14 +60,6 @@ def test_command_exists(line):
                 value = getattr(value, part)
 
 
-@pytest.mark.slow
-def test_the_walk_of_one_batch_prints_the_shapes_of_the_table():
-    words = [sys.executable, str(ROOT / "docs" / "one_batch.py"), str(prepared_corpus())]
-    printed = subprocess.run(words, capture_output=True, text=True, check=True).stdout
-    for shape in ("[257]", "[16, 256]", "[16, 256, 384]", "/ 4096"):
-        assert shape in printed
-
-
 def readme():
     return (ROOT / "README.md").read_text(encoding="utf-8")
 

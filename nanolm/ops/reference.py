@@ -75,6 +75,25 @@ class ReferenceAttention:
         softcap: float | None,
     ) -> tuple[Tensor, Tensor]:
         """(weights_BHTS, lse_BHT): what an observer looks at when it wants the attention map."""
+        scores_BHTS = self.scores(q_BTHK, k_BSGK, bias=bias, scale=scale, softcap=softcap)
+        scores_BHTS = self.hide(scores_BHTS, mask, bias)
+        # exp(score - lse) and not softmax: the lse is also what a backward pass, a ring of devices
+        # or a prefix needs to put parts together.
+        lse_BHT = torch.logsumexp(scores_BHTS, dim=-1)
+        # A row without any visible key has lse -inf: subtracting 0 instead gives weights 0, no NaN.
+        shift_BHT = torch.where(lse_BHT == -torch.inf, 0.0, lse_BHT)
+        return torch.exp(scores_BHTS - shift_BHT[..., None]), lse_BHT
+
+    def scores(
+        self,
+        q_BTHK: Tensor,
+        k_BSGK: Tensor,
+        *,
+        bias: Bias | None,
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor:
+        """scores_BHTS, before any mask."""
         # Grouped queries (Ainslie et al. 2023): H / G query heads read the same key head.
         repeats = q_BTHK.shape[2] // k_BSGK.shape[2]
         q_BHTK = wide(q_BTHK).transpose(1, 2)
@@ -83,17 +102,15 @@ class ReferenceAttention:
         if softcap is not None:
             scores_BHTS = softcap * torch.tanh(scores_BHTS / softcap)
         if bias is not None:
-            scores_BHTS = scores_BHTS + bias.dense(q_BHTK.shape[2], k_BHSK.shape[2])
-        allowed = mask.dense(q_BHTK.shape[2], k_BHSK.shape[2], q_BTHK.device)
+            scores_BHTS = scores_BHTS + bias.dense(*scores_BHTS.shape[-2:])
+        return scores_BHTS
+
+    def hide(self, scores_BHTS: Tensor, mask: Mask, bias: Bias | None) -> Tensor:
+        """The scores with -inf where the query may not see the key."""
+        allowed = mask.dense(*scores_BHTS.shape[-2:], scores_BHTS.device)
         if bias is not None:  # -inf hides as the mask does, from the gradient too
             allowed = allowed & ~torch.isneginf(scores_BHTS)
-        scores_BHTS = scores_BHTS.masked_fill(~allowed, -torch.inf)
-        # exp(score - lse) and not softmax: the lse is also what a backward pass, a ring of devices
-        # or a prefix needs to put parts together.
-        lse_BHT = torch.logsumexp(scores_BHTS, dim=-1)
-        # A row without any visible key has lse -inf: subtracting 0 instead gives weights 0, no NaN.
-        shift_BHT = torch.where(lse_BHT == -torch.inf, 0.0, lse_BHT)
-        return torch.exp(scores_BHTS - shift_BHT[..., None]), lse_BHT
+        return scores_BHTS.masked_fill(~allowed, -torch.inf)
 
 
 class CrossEntropyOutput(NamedTuple):
