@@ -64,7 +64,8 @@ def parsed(tokenizer: Tokenizer) -> Any:
             "a SentencePiece model is written as tokenizer.json with the package protobuf, which "
             "is not installed; install it: pip install protobuf"
         ) from error
-    model = sentencepiece_model_pb2.ModelProto()
+    messages: Any = sentencepiece_model_pb2  # protobuf makes its classes when it is imported
+    model = messages.ModelProto()
     model.ParseFromString(tokenizer.model_bytes)
     kind = model.trainer_spec.model_type
     if kind not in (UNIGRAM, BPE):

@@ -17,8 +17,9 @@ import torch
 from rich.console import Console
 
 from nanolm.commands.figures import write_json
+from nanolm.distributed.devices import DeviceWord, device_type
 from nanolm.distributed.world import World
-from nanolm.saved import check_device, read_config
+from nanolm.saved import read_config
 from nanolm.tools.walk.page import write_page
 from nanolm.tools.walk.run import walk
 from nanolm.tools.walk.terminal import show
@@ -43,8 +44,8 @@ class Arguments:
     """Head of it; the first is 0."""
     html: str | None = None
     """Also write the walk to this file, as a page that needs nothing else."""
-    device: str = "cpu"
-    """cpu or cuda."""
+    device: DeviceWord = "cpu"
+    """auto takes CUDA where it is there."""
     plugins: list[str] = dataclasses.field(default_factory=list)
     """Plug-ins that the run was trained with."""
     json: str | None = None
@@ -53,7 +54,7 @@ class Arguments:
 
 def run(arguments: Arguments) -> None:
     """Take the step and tell it."""
-    check_device(arguments.device)
+    device = device_type(arguments.device)
     folder = pathlib.Path(arguments.run)
     config = read_config(folder, arguments.plugins)
     if config.run.threads:
@@ -61,7 +62,7 @@ def run(arguments: Arguments) -> None:
     taken = walk(
         folder,
         config,
-        World(device=torch.device(arguments.device)),
+        World(device=torch.device(device)),
         step=arguments.step,
         position=arguments.position,
         layer=arguments.layer,

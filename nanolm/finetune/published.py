@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from nanolm.checkpoint.named_tensors import learner_tensors
 from nanolm.errors import require
 from nanolm.finetune.tasks.heads import Layout
+from nanolm.finetune.tasks.regress import RegressOptions
 from nanolm.hub.families import FAMILIES, Family
 from nanolm.hub.keys import Rule, Table, Tensors, pair
 from nanolm.hub.proof import LIMIT, can_prove, same_rows
@@ -87,7 +88,7 @@ def task_folder(
     task = saved.config.objective.name
     families = task_families(task) if task in KINDS else {}
     require(
-        families,
+        bool(families),
         f"{saved.folder} was fine-tuned (objective.name={task}), and transformers has that head "
         f"for none of the families that nanolm exports; export it with --format nanolm",
     )
@@ -194,5 +195,5 @@ def answers(saved: Saved, hidden_BTD: Tensor, keep_BT: Tensor) -> Tensor:
     logits_SC = head(hidden_BTD, layout)
     if task != "regress":
         return logits_SC
-    options = saved.config.objective
+    options = cast(RegressOptions, saved.config.objective)
     return logits_SC * torch.tensor(options.std) + torch.tensor(options.mean)

@@ -138,7 +138,7 @@ class FineTuning(Plan):
 
     def throughput(self, world: World, note: Note) -> Throughput:
         """Counts real tokens."""
-        return build_throughput(self.config, self.objective, self.train, world)
+        return build_throughput(self.config, self.task, self.train, world)
 
     @property
     def metric(self) -> str:

@@ -52,13 +52,14 @@ def resolve_parts(
     `resolve` fills in what one task's data decide. Raises UserError naming the task.
     """
     given = cast(MultiOptions, config.objective)
-    tasks, found = {}, {}
+    tasks: dict[str, dict[str, Any] | None] = {}
+    found = {}
     for name, own in part_configs(config).items():
         try:
             own, found[name] = resolve(own)
         except UserError as error:
             raise UserError(f"objective.tasks.{name}: {error}") from None
-        tasks[name] = given.tasks[name] | {
+        tasks[name] = given.given[name] | {
             "objective": dataclasses.asdict(own.objective),
             "data": dataclasses.asdict(own.data),
         }
@@ -90,7 +91,7 @@ def mixed(task: Multi, split: MixedSplit, seed: int) -> MixedTaskStream:
     """The tasks' items, interleaved by their shares."""
     task.stand_in(cast(list[PartItem], split.items))
     sizes = [len(part.items) for part in split.parts.values()]
-    given = [task.options.tasks[name].get("share") for name in split.parts]
+    given = [task.options.given[name].get("share") for name in split.parts]
     shares = [own or size for own, size in zip(given, sizes, strict=True)]
     return MixedTaskStream(split.items, sizes, shares, seed=seed, name=split.table.path)
 

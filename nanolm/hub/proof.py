@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from nanolm.config.model import ModelConfig
 from nanolm.errors import UserError, require
 from nanolm.hub.published import Imported
 from nanolm.model.cache import KeyValueCache
-from nanolm.model.trunk import Inputs
+from nanolm.model.trunk import EncoderDecoder, Inputs
 from nanolm.ops.masks import Mask
 
 LIMIT = 1e-4
@@ -79,7 +79,8 @@ def differences_of_a_stack(imported: Imported, theirs: Any) -> list[Tensor]:
 
 def differences_of_two_stacks(imported: Imported, theirs: Any) -> list[Tensor]:
     """Where an encoder-decoder's hidden states, of both stacks, and its logits differ."""
-    trunk, vocab_size = imported.learner.trunk, imported.config.model.vocab_size
+    trunk = cast(EncoderDecoder, imported.learner.trunk)
+    vocab_size = imported.config.model.n_tokens
     length = min(TOKENS, imported.config.model.max_length)
     generator = torch.Generator().manual_seed(0)
     source_BS, tokens_BT = (
@@ -114,12 +115,12 @@ def same_rows(model: ModelConfig, pad: int | None) -> tuple[Tensor, Inputs, dict
     widest = max(width or 0 for width in model.window)
     length = min(max(TOKENS, 2 * widest), model.max_length)
     generator = torch.Generator().manual_seed(0)
-    tokens_BT = torch.randint(0, model.vocab_size, (ROWS, length), generator=generator)
+    tokens_BT = torch.randint(0, model.n_tokens, (ROWS, length), generator=generator)
     encoder = model.trunk == "encoder"
     lengths_B = torch.tensor([length, length // 2 if encoder else length])
     keep_BT = torch.arange(length) < lengths_B[:, None]
     if pad is not None:  # RoBERTa counts positions by what is not padding
-        tokens_BT[tokens_BT == pad] = (pad + 1) % model.vocab_size
+        tokens_BT[tokens_BT == pad] = (pad + 1) % model.n_tokens
         tokens_BT[~keep_BT] = pad
     words: dict[str, Tensor] = {"attention_mask": keep_BT.long()}
     if model.n_segments > 1:

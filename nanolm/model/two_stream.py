@@ -20,6 +20,7 @@ Shapes: B batch, T tokens, P places that are predicted, M tokens of memory, D mo
 from __future__ import annotations
 
 import dataclasses
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -59,10 +60,10 @@ class TwoStreamBlock(Block):
         super().__init__(model, layer, spec, kernels, bias_kind)
         self.normed = self.attention_norm_of if model.norm_position == "pre" else keep
 
-    def attend(self, x_BTD: Tensor, context: TwoStreamContext) -> Tensor:
+    def attend(self, x_BTD: Tensor, context: Context) -> Tensor:
         """[B, T + P, D] -> [B, T + P, D]; x is what attention reads, after the norm if that comes
         first, and so must the memory be."""
-        c = context
+        c = cast(TwoStreamContext, context)
         return self.attention(
             x_BTD, c.mask, c.positions, c.prepared, None, None, source_BSD=self.keys(x_BTD, c)
         )
@@ -90,10 +91,11 @@ class TwoStreamStack(Stack):
 
     block_kind = TwoStreamBlock
 
-    def of_layer(self, context: TwoStreamContext, layer: int) -> TwoStreamContext:
+    def of_layer(self, context: Context, layer: int) -> TwoStreamContext:
         """Relations are the same for all blocks, memory is not."""
-        memory_BMD = None if context.memory is None else context.memory[layer]
-        return dataclasses.replace(super().of_layer(context, layer), memory_BMD=memory_BMD)
+        mine = cast(TwoStreamContext, super().of_layer(context, layer))
+        memory_BMD = None if mine.memory is None else mine.memory[layer]
+        return dataclasses.replace(mine, memory_BMD=memory_BMD)
 
     def read_by_blocks(self, x_BTD: Tensor, context: TwoStreamContext) -> tuple[Tensor, ...]:
         """The hidden states [B, T, D] before each block: what a later row has for a memory."""
@@ -165,7 +167,7 @@ class TwoStream(Trunk):
             bias=None,
             n_content=tokens_BM.shape[1],
         )
-        return self.stack.read_by_blocks(x_BMD, context)
+        return cast(TwoStreamStack, self.stack).read_by_blocks(x_BMD, context)
 
     def relations(self, queries: Tokens, content: Tokens, n_memory: int) -> Relations:
         """Of every query to memory and content; the memory lies before, in the first segment."""

@@ -107,7 +107,8 @@ class ReferenceAttention:
 
     def hide(self, scores_BHTS: Tensor, mask: Mask, bias: Bias | None) -> Tensor:
         """The scores with -inf where the query may not see the key."""
-        allowed = mask.dense(*scores_BHTS.shape[-2:], scores_BHTS.device)
+        n_queries, n_keys = scores_BHTS.shape[-2:]
+        allowed = mask.dense(n_queries, n_keys, scores_BHTS.device)
         if bias is not None:  # -inf hides as the mask does, from the gradient too
             allowed = allowed & ~torch.isneginf(scores_BHTS)
         return scores_BHTS.masked_fill(~allowed, -torch.inf)

@@ -25,8 +25,14 @@ from nanolm.ops.kept import spec_record
 
 DECISIVE = ("dtype", "device", "phase", "head_dim", "causal")
 """Fields of a spec in which a timing must agree."""
-FIELDS = {"op": str, "kernel": str, "device_name": str, "problem": str, "ms": (int, float)}
-UNTIMED = {
+FIELDS: dict[str, type | tuple[type, ...]] = {
+    "op": str,
+    "kernel": str,
+    "device_name": str,
+    "problem": str,
+    "ms": (int, float),
+}
+UNTIMED: dict[str, Any] = {
     "window": None,
     "masks": [],
     "bias": None,

@@ -83,10 +83,10 @@ def findings_of(op: str, name: str, kernel: Any, arguments: Arguments) -> list[F
         if memory is not None and memory.words.endswith(UNSAFE):
             return [memory]
         found = check_kernel(op, kernel, arguments.device, quick=arguments.quick)
-        return found + [memory] * (memory is not None)
+        return found if memory is None else [*found, memory]
     found = check_kernel(op, kernel, arguments.device, quick=arguments.quick)
     memory = watched_elsewhere(arguments.module, op, name) if has_triton(kernel) else None
-    return found + [memory] * (memory is not None)
+    return found if memory is None else [*found, memory]
 
 
 def show(op: str, name: str, findings: list[Finding]) -> None:

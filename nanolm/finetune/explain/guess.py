@@ -11,7 +11,7 @@ Shapes: K copies of the text, T tokens, D model width, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from nanolm.inference.generate import Generator
 from nanolm.inference.masked import MASK, mask_ids
 from nanolm.learner import Learner
 from nanolm.model.trunk import Inputs
+from nanolm.objectives.base import Objective
 from nanolm.ops.masks import Mask
 from nanolm.saved import Saved
 
@@ -70,7 +71,8 @@ class Guess:
 
     def learner(self, saved: Saved) -> Learner:
         """The saved trunk and heads, asked for this guess."""
-        return Learner(saved.learner.trunk, saved.learner.heads, self).eval()
+        asked = cast(Objective, self)  # of which an explainer asks `inputs` and nothing else
+        return Learner(saved.learner.trunk, saved.learner.heads, asked).eval()
 
     @property
     def item(self) -> Item:

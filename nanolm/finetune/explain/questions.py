@@ -16,12 +16,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
 from nanolm.errors import UserError, require
-from nanolm.finetune.tasks.base import Task
 from nanolm.finetune.tasks.classify import Classify
 from nanolm.finetune.tasks.read import Read
 from nanolm.finetune.tasks.regress import Regress
@@ -39,7 +38,7 @@ class Question(NamedTuple):
 
 @functools.singledispatch
 def question_of(
-    task: Task, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: Batch, target: str | None
+    task: Any, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: Batch, target: str | None
 ) -> Question:
     """The question about a batch of one sequence.
 

@@ -51,10 +51,15 @@ class MultiOptions(TaskOptions):
     to the run's; share (null: by the number of examples) is its part of the examples, weight (1)
     that of its loss. null in place of a task takes that of a config file back."""
 
+    @property
+    def given(self) -> dict[str, dict[str, Any]]:
+        """The tasks, without those that were taken back."""
+        return {name: mapping for name, mapping in self.tasks.items() if mapping is not None}
+
     def __post_init__(self) -> None:
-        named = {name: mapping for name, mapping in self.tasks.items() if mapping is not None}
+        named = self.given
         object.__setattr__(self, "tasks", named)
-        for name, mapping in self.tasks.items():
+        for name, mapping in named.items():
             where = f"objective.tasks.{name}"
             require(name.isidentifier(), f"{where}: a task's name is letters, digits and _ only")
             unknown = sorted(set(mapping) - set(PART_KEYS))
@@ -81,7 +86,7 @@ class MultiOptions(TaskOptions):
 def parts_of(options: MultiOptions) -> dict[str, tuple[type[Task], Options]]:
     """{task: its class and its options, as far as they are known}."""
     found = {}
-    for name, mapping in options.tasks.items():
+    for name, mapping in options.given.items():
         given = mapping["objective"]
         given = {"name": given} if isinstance(given, str) else given
         entry = OBJECTIVES.get(given["name"])
@@ -97,7 +102,7 @@ def _all_higher(options: MultiOptions) -> bool:
 
 def part_configs(config: TaskConfig) -> dict[str, TaskConfig]:
     """{task: the config of a run that trained it alone}; raises UserError naming the task's key."""
-    tasks = cast(MultiOptions, config.objective).tasks
+    tasks = cast(MultiOptions, config.objective).given
     require(
         len(tasks) >= 2,
         "objective=multi needs at least two tasks: objective.tasks={NAME: {objective: …}, …}",
@@ -156,7 +161,7 @@ class Multi(Task):
                 f"task out, or another base",
             )
             part = build(own.objective, own, tokenizer)
-            self._add(name, part, options.tasks[name].get("weight") or 1.0)
+            self._add(name, part, options.given[name].get("weight") or 1.0)
 
     @classmethod
     def metrics(cls, options: MultiOptions) -> tuple[Metric, ...]:

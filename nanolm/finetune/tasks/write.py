@@ -64,7 +64,7 @@ class Write(Task):
     """What to write after a prompt."""
 
     options: WriteOptions
-    trunks = ("decoder", "encoder_decoder")
+    trunks: tuple[str, ...] = ("decoder", "encoder_decoder")
     forms: ClassVar[dict[str, type[Write]]] = {}  # see write_from_source.py
     fields: tuple[str, ...] = ("prompt",)
     gold: tuple[str, ...] = ("response",)

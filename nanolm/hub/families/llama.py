@@ -62,6 +62,7 @@ QWEN3_TABLE = dataclasses.replace(
 
 def to_config(model: ModelConfig, named: Mapping[str, Tensor]) -> dict[str, Any]:
     """LlamaForCausalLM."""
+    positions: Any = model.positions
     return {
         "architectures": ["LlamaForCausalLM"],
         "num_hidden_layers": model.n_layers,
@@ -74,7 +75,7 @@ def to_config(model: ModelConfig, named: Mapping[str, Tensor]) -> dict[str, Any]
         "rms_norm_eps": model.norm_eps,
         "hidden_act": "silu",
         "attention_dropout": model.attention_dropout,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.positions.base[0]},
+        "rope_parameters": {"rope_type": "default", "rope_theta": positions.base[0]},
     }
 
 

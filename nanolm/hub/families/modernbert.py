@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from nanolm.config.model import ModelConfig
-from nanolm.errors import require
+from nanolm.errors import UserError, require
 from nanolm.hub.configs import Published
 from nanolm.hub.families.base import (
     BLOCK,
@@ -59,7 +59,8 @@ def misfits(model: ModelConfig) -> list[str]:
     widths = {width for width, _ in found if width is not None}
     several = [f"model.window is {model.window}"] if len(widths) > 1 else []
     if len(found) > len({width for width, _ in found}):
-        several.append(f"model.positions.base is {model.positions.base}")
+        positions: Any = model.positions
+        several.append(f"model.positions.base is {positions.base}")
     return several + shared_width(model) + whole_rotation(model)
 
 
@@ -146,11 +147,11 @@ def rotary_base(config: Published, kind: str) -> float:
     old, default = BASES[kind]
     rope = config.get("rope_parameters", {})
     part = rope.get(kind) or {} if isinstance(rope, dict) else None
-    require(
-        isinstance(part, dict) and part.get("rope_type", "default") == "default",
-        f"{config.path} gives rope_parameters as {rope!r}, and nanolm computes modernbert only "
-        f"with an object whose rope_type is 'default' for each kind of layers",
-    )
+    if not isinstance(part, dict) or part.get("rope_type", "default") != "default":
+        raise UserError(
+            f"{config.path} gives rope_parameters as {rope!r}, and nanolm computes modernbert only "
+            f"with an object whose rope_type is 'default' for each kind of layers"
+        )
     given = part.get("rope_theta")
     return config.number(old, default) if given is None else float(given)
 

@@ -87,6 +87,7 @@ TABLE = Table(
 
 def to_config(model: ModelConfig, named: Mapping[str, Tensor]) -> dict[str, Any]:
     """T5ForConditionalGeneration."""
+    positions: Any = model.positions
     return {
         "architectures": ["T5ForConditionalGeneration"],
         "is_encoder_decoder": True,
@@ -97,8 +98,8 @@ def to_config(model: ModelConfig, named: Mapping[str, Tensor]) -> dict[str, Any]
         "d_kv": model.head_width,
         "d_ff": model.ff_width,
         "feed_forward_proj": THEIRS[model.feed_forward],
-        "relative_attention_num_buckets": model.positions.n_buckets,
-        "relative_attention_max_distance": model.positions.max_distance,
+        "relative_attention_num_buckets": positions.n_buckets,
+        "relative_attention_max_distance": positions.max_distance,
         "n_positions": model.max_length,
         "layer_norm_epsilon": model.norm_eps,
         "dropout_rate": model.dropout,

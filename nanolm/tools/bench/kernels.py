@@ -102,7 +102,9 @@ def measure(op: str, sizes: Sizes, repetitions: int) -> list[dict[str, Any]]:
                 "device_name": device_name(a.device),
                 "ms": 1e3 * seconds,
                 "host_us": 1e6 * host,
-                "device_ms": device_ms(lambda k=kernel: call(problem, k, a), a.device, repetitions),
+                "device_ms": device_ms(
+                    functools.partial(call, problem, kernel, a), a.device, repetitions
+                ),
                 "tflops": None if problem.flops is None else problem.flops / seconds / 1e12,
                 "gb_per_s": moved / seconds / 1e9,
                 "peak_mb": peak_bytes(functools.partial(call, problem, kernel, a), a.device) / 1e6,

@@ -8,6 +8,7 @@ all of which have a contrast of 4.5 or more to the card and to the fills of boxe
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 from xml.sax.saxutils import escape, quoteattr
 
 WIDTH, SIZE = 720, 16
@@ -66,10 +67,10 @@ class Picture:
         )
 
     def path(
-        self, steps: str, *, stroke: str = EDGE, fill: str = "none", width: float = 1.5, **more: str
+        self, steps: str, *, stroke: str = EDGE, fill: str = "none", width: float = 1.5, **more: Any
     ) -> None:
         """A path; `more` are further attributes, such as stroke_dasharray."""
-        extra = "".join(f" {key.replace('_', '-')}={quoteattr(v)}" for key, v in more.items())
+        extra = "".join(f" {key.replace('_', '-')}={quoteattr(str(v))}" for key, v in more.items())
         self.elements.append(
             f'<path d="{steps}" fill="{fill}" stroke="{stroke}" stroke-width="{width}"{extra}/>'
         )

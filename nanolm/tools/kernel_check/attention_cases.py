@@ -138,7 +138,7 @@ MIXED = {
 """What autocast and FSDP hand in: 16-bit activations beside float32 parameters, and the reverse.
 In the last three all sums are float32, so that a bias which is rounded again shows."""
 
-ALONE = {"n_rows": 1, "n_heads": 1, "n_kv_heads": 1}
+ALONE: dict[str, Any] = {"n_rows": 1, "n_heads": 1, "n_kv_heads": 1}
 LARGE = {
     "1100 keys": Case(**ALONE, n_queries=70, n_keys=1100, causal=True),
     "1100 queries": Case(**ALONE, n_queries=1100, n_keys=70),

@@ -32,7 +32,7 @@ MIXES = (
 
 def op_trials(op: str, device: str = "cpu") -> list[Trial]:
     """The trials of one op: each of its shapes in each dtype, larger ones, then mixed dtypes."""
-    trials = []
+    trials: list[Trial] = []
     for index, dtype in enumerate(DTYPES):
         trials += TRIALS[op](index, {"dtype": dtype, "device": device})
     return trials + LARGE[op]({"dtype": FP32, "device": device}) + MIXED[op](device)
@@ -133,7 +133,7 @@ TRIALS: dict[str, Callable[[int, dict[str, Any]], Iterator[Trial]]] = {
 
 def mixed_norms(device: str) -> list[Trial]:
     """After a sum and alone, in every mix; outputs have the stream's dtype."""
-    common = {"dtype": BF16, "device": device}
+    common: dict[str, Any] = {"dtype": BF16, "device": device}
     return [
         norm_trial(kind, 5, 24, bias=kind == "layernorm", residual=residual, mix=mix, **common)
         for mix in MIXES
@@ -160,7 +160,8 @@ def mixed_glus(device: str) -> list[Trial]:
 
 def mixed_cross_entropies(device: str) -> list[Trial]:
     """float32 parameters under autocast, with 16-bit and with float32 hidden states."""
-    options = {"bias": True, "softcap": None, "label_smoothing": 0.1, "z_loss": 1e-2}
+    options: dict[str, Any] = {"bias": True, "softcap": None}
+    options |= {"label_smoothing": 0.1, "z_loss": 1e-2}
     return [
         cross_entropy_trial(9, 63, dtype=BF16, device=device, mix=Mix(x, FP32, x, BF16), **options)
         for x in (BF16, FP32)

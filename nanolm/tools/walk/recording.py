@@ -99,7 +99,7 @@ def record(
     Raises UserError for a layer or a head that the model does not have.
     """
     learner, found = trainer.engine.learner, Recording()
-    blocks = learner.trunk.blocks
+    blocks: Any = learner.trunk.blocks
     require_range("layer", layer, 0, len(blocks) - 1)
     attention = blocks[layer].attention
     require_range("head", head, 0, attention.n_heads - 1)
@@ -183,7 +183,7 @@ def watched_attention(
 
 def of_first_row(mask: Mask) -> Mask:
     """The mask of a batch's first row alone."""
-    tensors = {
+    tensors: dict[str, Any] = {
         field.name: value[:1]
         for field in dataclasses.fields(mask)
         if isinstance(value := getattr(mask, field.name), Tensor)
