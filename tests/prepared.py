@@ -23,8 +23,13 @@ SMALL = [
     "--eval.batches=4",
 ]
 
-STEPS = {"clm": 80, "prefix": 80, "mlm": 250, "mlm_pair": 250, "span": 200}
-TRUNKS = {"mlm": "encoder", "mlm_pair": "encoder", "span": "encoder_decoder"}
+STEPS = {"clm": 80, "prefix": 80, "mlm": 250, "mlm_pair": 250, "span": 200, "permutation": 200}
+TRUNKS = {
+    "mlm": "encoder",
+    "mlm_pair": "encoder",
+    "span": "encoder_decoder",
+    "permutation": "two_stream",
+}
 
 
 @functools.cache
@@ -65,7 +70,7 @@ def trained_run(objective: str = "clm") -> pathlib.Path:
         f"--objective.name={objective}",
         f"--model.trunk={trunk}",
         f"--model.n_segments={segments}",
-        "--model.positions.name=rotary",
+        f"--model.positions.name={'relative' if trunk == 'two_stream' else 'rotary'}",
         "--data.row_length=64",
         "--train.global_batch=16",
         f"--train.steps={STEPS[objective]}",
