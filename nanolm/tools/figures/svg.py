@@ -75,7 +75,7 @@ class Picture:
             f'<path d="{steps}" fill="{fill}" stroke="{stroke}" stroke-width="{width}"{extra}/>'
         )
 
-    def arrow(self, steps: str, **more: str) -> None:
+    def arrow(self, steps: str, **more: Any) -> None:
         """A path that ends in an arrow's head."""
         self.path(steps, marker_end="url(#head)", **more)
 
