@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.kernel_tools import mutation
+from tests.kernel_tools.equivalent import EQUIVALENT
 from tests.kernel_tools.mutation import OPERATORS, draw, held_out, mutants
 
 if torch.cuda.is_available():
@@ -54,6 +55,12 @@ def test_names_stay_when_lines_move(tmp_path, monkeypatch):
         path.write_text(f"# One line more.\n{moved}")
     monkeypatch.setattr(mutation, "ROOT", tmp_path / "kernels")
     assert [mutant.name for mutant in mutants.__wrapped__()] == before
+
+
+def test_what_is_argued_away_is_there_and_has_a_reason():
+    names = {mutant.name for mutant in mutants()}
+    assert set(EQUIVALENT) <= names
+    assert all(len(reason.split()) >= 5 for reason in EQUIVALENT.values())
 
 
 def test_a_draw_has_every_operator_and_hardly_changes_when_one_mutant_goes():

@@ -64,6 +64,7 @@ def arguments_of(name):
         x, weight, stats = x.detach(), weight.detach(), torch.ones(5, device=DEVICE)
         yield x, x, x, weight, stats, stats, True, True
         yield x, None, x, weight, stats[:0], stats, False, False
+        yield x, x, x, weight.bfloat16(), stats, stats, True, True
     elif name == "rotary":
         yield draw(2, 3, 2, 16), draw(1, 3, 6, grad=False), draw(1, 3, 6, grad=False), False
     elif name == "glu":
@@ -109,6 +110,42 @@ def test_autocast_casts_products_to_the_dtype_of_its_region(dtype):
     assert [grad.dtype for grad in grads] == [torch.float32] * 3
     # A weight's gradient is a float32 sum that is never rounded to the region's dtype.
     assert (grads[1] != grads[1].to(dtype).float()).any()
+
+
+LAYOUTS = {
+    "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+    "sliced": lambda x: torch.stack([x, -x], dim=-1)[..., 0],
+    "one number": lambda x: x.flatten()[:1].view([1] * x.ndim).expand(x.shape),
+}
+
+
+def outputs_of(op):
+    """(outputs that have a gradient, leaves) of an op that trains."""
+    run = kernel_of(op).run
+    if op == "attention":
+        leaves = [draw(2, n, h, 16, seed=n) for n, h in ((9, 2), (11, 1), (11, 1))]
+        return list(run(*leaves, Mask(causal=True), scale=0.25, return_lse=True)), leaves
+    if op == "norm":
+        leaves = [draw(5, 24), draw(24, seed=1), draw(24, seed=2), draw(5, 24, seed=3)]
+        x, weight, bias, residual = leaves
+        return list(run(x, weight, bias, kind="layernorm", eps=1e-5, residual=residual)), leaves
+    if op == "rotary":
+        x, angle = draw(2, 3, 2, 16), draw(1, 3, 6, grad=False)
+        return [run(x, angle.cos(), angle.sin())], [x]
+    x = draw(2, 7, 24)
+    return [run(x, kind="swiglu") if op == "glu" else run(x)], [x]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("op", ["attention", "norm", "rotary", "glu", "symmetric_product"])
+def test_gradients_arrive_in_any_layout(op, layout):
+    """What stands behind an op decides how its gradient lies in memory."""
+    outputs, leaves = outputs_of(op)
+    given = [LAYOUTS[layout](draw(*x.shape, seed=7, grad=False)) for x in outputs]
+    assert not all(x.is_contiguous() for x in given)
+    found = torch.autograd.grad(outputs, leaves, given, retain_graph=True)
+    right = torch.autograd.grad(outputs, leaves, [x.contiguous() for x in given])
+    assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
 
 
 def test_flops_are_counted():

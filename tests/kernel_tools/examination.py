@@ -44,6 +44,9 @@ def of_wrapper(mutant: Mutant) -> bool:
     return not mutant.interpreted
 
 
+TRAINED = ("attention", "norm", "rotary", "glu", "symmetric_product")
+
+
 @dataclasses.dataclass(frozen=True)
 class Question:
     """`ask` says by what it sees a fault ("numbers", "sanitizer", …), or None.
@@ -64,10 +67,13 @@ def kernel_of(op: str, name: str = "triton") -> Any:
 
 
 def judged(op: str, name: str, make: Callable[[], Trial]) -> str | None:
-    """By what a kernel is seen to be wrong on a trial: "sanitizer" (memory), "dtype", "numbers",
-    "poison" (numbers that are wrong only when undefined lanes are), "error", or None."""
+    """By what a kernel is seen to be wrong on a trial: "sanitizer" (memory), "dtype", "random" (it
+    draws random numbers), "numbers", "poison" (numbers that are wrong only when undefined lanes
+    are), "error", or None."""
     trial = make()
     kernel = kernel_of(op, name)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
     try:
         with sanitized():
             found = execute(trial, kernel, backward=trial.differentiable)
@@ -77,6 +83,8 @@ def judged(op: str, name: str, make: Callable[[], Trial]) -> str | None:
         return "error"
     if any(found.outputs[key].dtype != dtype for key, dtype in trial.dtypes.items()):
         return "dtype"
+    if not torch.equal(state, torch.get_rng_state()):
+        return "random"
     if max(excess(trial, found).values()) < 1:
         return None
     again = execute(trial, kernel, backward=trial.differentiable)
@@ -220,6 +228,10 @@ def operators(*names: str) -> Iterator[Question]:
         test = operator_tests.test_operator_is_registered_as_pytorch_wants_it
         yield test_of(test, name, concerns=of_wrapper)
     yield test_of(operator_tests.test_flops_are_counted, about="flops", concerns=of_wrapper)
+    for name in names:
+        for layout in operator_tests.LAYOUTS if name in TRAINED else ():
+            test = operator_tests.test_gradients_arrive_in_any_layout
+            yield test_of(test, name, layout, about="contiguous grad", concerns=of_wrapper)
     test = operator_tests.test_autocast_casts_products_to_the_dtype_of_its_region
     yield test_of(test, torch.float16, about="cast dtype", concerns=of_wrapper)
 

@@ -121,8 +121,10 @@ def digest(mutant: Mutant) -> str:
 
 def examined(drawn: list[Mutant], finished: Finished, *, again: bool) -> dict[str, dict[str, Any]]:
     """The verdicts by name, those that are known already read from the file; with `again` who
-    survived is asked once more."""
+    survived is asked once more, and who is argued away too."""
     for number, mutant in enumerate(drawn):
+        if mutant.name in EQUIVALENT and not again:
+            continue
         known = finished.cells.get(mutant.name)
         valid = known is not None and known["digest"] == digest(mutant)
         if not valid or (again and not known["found"]):
@@ -131,12 +133,12 @@ def examined(drawn: list[Mutant], finished: Finished, *, again: bool) -> dict[st
             said = verdict["found"] or "SURVIVES"
             line = f"{number + 1}/{len(drawn)} {said} ({verdict['seconds']} s) {mutant.name}"
             print(line, file=sys.stderr, flush=True)
-    return {mutant.name: finished.cells[mutant.name] for mutant in drawn}
+    return {m.name: finished.cells.get(m.name, {"found": ""}) for m in drawn}
 
 
 def table(drawn: list[Mutant], verdicts: dict[str, dict[str, Any]]) -> str:
     """How many were found of each operator's, and by what."""
-    ways = ("numbers", "sanitizer", "poison", "dtype", "test", "error", "crash", "time")
+    ways = ("numbers", "sanitizer", "poison", "dtype", "random", "test", "error", "crash", "time")
     head = " ".join(f"{way:>9}" for way in ways)
     lines = [f"{'operator':<12} {'found':>9}  {head}  argued"]
     for operator in [*OPERATORS, "all"]:
@@ -157,7 +159,9 @@ def main() -> None:
     parser.add_argument("--held-out", action="store_true", help="of the quarter kept apart")
     parser.add_argument("--only", default="", help="only names that contain this")
     parser.add_argument("--out", default="runs/mutants.json", help="where verdicts are kept")
-    parser.add_argument("--again", action="store_true", help="ask who survived once more")
+    parser.add_argument(
+        "--again", action="store_true", help="ask survivors once more, argued ones too"
+    )
     parser.add_argument("--control", action="store_true", help="put all to the real kernels first")
     parser.add_argument("--list", action="store_true", help="print their names alone")
     arguments = parser.parse_args()
