@@ -23,7 +23,8 @@ from nanolm.config.load import leaf_kinds, parse
 from nanolm.config.ranges import Amount, Count, Decay, Fraction, Seed, Share, Within
 from nanolm.errors import UserError
 from nanolm.files import REMEDIES, json_text
-from tests.command_walk import KINDS, ROOT, Cell, cells, line_of, schema_of, walk
+from tests.command_walk import ROOT, Cell, cells, line_of, schema_of, walk
+from tests.kinds_of_run import KINDS
 from tests.prepared import prepared_corpus, trained_run
 
 SAMPLED = 40

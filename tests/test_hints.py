@@ -20,8 +20,9 @@ from nanolm.config.load import leaf_kinds
 from nanolm.config.schema import Config
 from nanolm.finetune.config import TaskConfig
 from nanolm.registry import OBJECTIVES
-from tests.command_walk import call, data_of, pretrained, schema_of, tuned, words_of
+from tests.command_walk import schema_of
 from tests.finetuned import QUIET
+from tests.kinds_of_run import call, data_of, pretrained, tuned, words_of
 from tests.prepared import prepared_corpus
 from tests.test_imports import MODULES
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 
 from nanolm.checkpoint.container import read_json
-from nanolm.errors import require
+from nanolm.errors import UserError, require
 from nanolm.finetune.config import TaskConfig
 from nanolm.registry import OBJECTIVES
 from nanolm.saved import read_config
@@ -39,9 +39,7 @@ class Arguments:
 def run(arguments: Arguments) -> None:
     """Print both runs' figures and the difference."""
     places = (pathlib.Path(arguments.run), pathlib.Path(arguments.other))
-    for place in places:
-        require_tuned(place, arguments.plugins)
-    mine, others = (evaluation(place, arguments.split) for place in places)
+    mine, others = (evaluation(place, arguments.split, arguments.plugins) for place in places)
     summaries = [read_json(place, "summary.json") for place in places]
     metrics = {summary["metric"] for summary in summaries}
     require(
@@ -84,13 +82,14 @@ def direction(place: pathlib.Path, summary: dict[str, Any], plugins: list[str]) 
     return dict(OBJECTIVES.get(options.name).build.metrics(options))[summary["metric"]]
 
 
-def evaluation(place: pathlib.Path, split: str) -> dict[str, Any]:
+def evaluation(place: pathlib.Path, split: str, plugins: list[str]) -> dict[str, Any]:
     """What was found out about a run; raises UserError when it was not evaluated."""
-    require(
-        (place / "evaluation" / f"{split}.json").is_file(),
-        f"{place} has no evaluation of {split}: first run "
-        f"`nanolm evaluate {place} --split {split}`",
-    )
+    if not (place / "evaluation" / f"{split}.json").is_file():
+        require_tuned(place, plugins)  # else evaluating it would write nothing
+        raise UserError(
+            f"{place} has no evaluation of {split}: first run "
+            f"`nanolm evaluate {place} --split {split}`"
+        )
     return read_json(place / "evaluation", f"{split}.json")
 
 
