@@ -16,7 +16,6 @@ import pathlib
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table as Grid
 
 from nanolm.checkpoint.container import read_json
 from nanolm.data.tables.files import Table
@@ -30,6 +29,7 @@ from nanolm.finetune.model_card import write_card
 from nanolm.finetune.splits import Split, make_split, open_table, renamed, training_tables
 from nanolm.finetune.tasks.metrics import Report
 from nanolm.saved import Saved
+from nanolm.tables import tables
 from nanolm.training.engine import Engine
 
 
@@ -87,10 +87,9 @@ def find_table(
 def show(name: str, split: Split, figures: dict[str, float], report: Report | None) -> None:
     """The table on the terminal."""
     console = Console()
-    grid = Grid("figure", f"{name} split, {len(split.table)} records")
-    for key, value in figures.items():
-        grid.add_row(key, f"{value:.6g}")
-    console.print(grid)
+    head = ("figure", f"{name} split, {len(split.table)} records")
+    rows = [[key, f"{value:.6g}"] for key, value in figures.items()]
+    console.print(*tables(head, rows))
     console.print(f"read from {split.table.path}", markup=False, highlight=False)
     for text in [*split.notes, *([report.text] if report and report.text else [])]:
         console.print(text, markup=False, highlight=False)
