@@ -171,12 +171,13 @@ def print_bench(rows: list[dict[str, Any]], console: Console | None = None) -> N
         for row in rows
     ]
     console = console or Console()
+    title = f"prepare with {workers} workers, MB of text a second (medians)"
+    console.print(title, highlight=False)
     for table in tables(head, lines):
         console.print(table)
     console.print(
-        f"MB of text a second, medians: the encoder alone in 1 and in {workers} processes, and "
-        f"prepare with {workers} workers, its encoding (/ alone: over the encoder's) and as a "
-        f"whole; MiB: peak memory, + that of each worker",
+        f"alone: the encoder in 1 and in {workers} processes; / alone: encoding over that;\n"
+        "MiB: peak memory, + that of each worker",
         highlight=False,
     )
     print(f"{rows[0]['bytes'] / MB:.1f} MB of text; load average {rows[-1]['load_average']:.1f}")
