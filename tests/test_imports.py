@@ -14,7 +14,7 @@ FOLDERS = {"nanolm": "nanolm", "nanolm.data": "data", "nanolm.kernels": "kernels
 # it, and nothing beside it.
 FLOORS = (
     {"errors", "processes"},
-    {"registry", "files"},
+    {"registry", "files", "tables"},
     {"config", "ops"},
     {"data", "model", "distributed", "kernels"},
     {"objectives", "checkpoint", "cli"},

@@ -111,7 +111,8 @@ def coarse_splits(manifest: Manifest) -> list[str]:
 
 
 def _split_table(manifest: Manifest, directory: str) -> Table:
-    table = Table(title=f"{directory}: vocabulary {manifest.vocab_size:,}", title_justify="left")
+    title = f"{directory}: vocabulary {manifest.vocab_size:,}"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column("split")
     for name in ("shards", "documents", "tokens", "bytes", "bytes/token"):
         table.add_column(name, justify="right")

@@ -11,15 +11,16 @@ import pathlib
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table as Grid
 
 from nanolm.checkpoint.container import read_json
 from nanolm.errors import UserError, require
 from nanolm.finetune.config import TaskConfig
 from nanolm.registry import OBJECTIVES
 from nanolm.saved import read_config
+from nanolm.tables import ending, tables
 
 POSITIONAL = ("run", "other")
+LONGEST_NAME = 24
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,12 +50,15 @@ def run(arguments: Arguments) -> None:
     )
     (metric,) = metrics
     left, right = mine["figures"], others["figures"]
-    grid = Grid("figure", str(places[0]), str(places[1]), "difference")
-    for name in [name for name in left if name in right]:
-        values = (left[name], right[name])
-        grid.add_row(name, *(f"{v:.4f}" for v in values), f"{values[0] - values[1]:+.4f}")
+    rows = [
+        [name, f"{left[name]:.4f}", f"{right[name]:.4f}", f"{left[name] - right[name]:+.4f}"]
+        for name in left
+        if name in right
+    ]
     console = Console()
-    console.print(grid)
+    head = ("figure", *(ending(str(place), LONGEST_NAME) for place in places), "difference")
+    for grid in tables(head, rows):
+        console.print(grid)
     higher = direction(places[0], summaries[0], arguments.plugins)
     console.print(verdict(metric, left[metric], right[metric], places, higher), highlight=False)
 

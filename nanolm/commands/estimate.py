@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from nanolm import build
 from nanolm.commands.figures import write_json
@@ -89,7 +89,8 @@ def run(arguments: Arguments) -> None:
 def table_of(needs: Needs, arguments: Arguments, config: Config) -> Table:
     """The estimate for people."""
     strategy = config.distributed.strategy
-    table = Table("figure", f"{arguments.gpus} x {arguments.device}, {strategy}")
+    where = f"{arguments.gpus} x {arguments.device}, {strategy}"
+    table = Table("figure", Column(where, justify="right"))
     table.add_row("parameters", f"{needs.parameters:,}")
     table.add_row("FLOPs per token", f"{needs.flops_per_token:.4g}")
     for part, size in parts_of(needs).items():
@@ -114,8 +115,8 @@ def limits_of(limits: list[Limit], arguments: Arguments) -> Table:
     memory = ACCELERATORS[find_device(arguments.device)].gibibytes
     table = Table(
         "strategy",
-        "parameters",
-        "blocks x width",
+        Column("parameters", justify="right"),
+        Column("blocks x width", justify="right"),
         title=f"Largest model of this shape per {memory:.0f} GiB (one row per GPU, full "
         "recomputation; no tensor parallelism)",
         title_justify="left",

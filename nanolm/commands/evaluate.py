@@ -11,7 +11,6 @@ import dataclasses
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.table import Table
 
 from nanolm.build import build_stream
 from nanolm.checkpoint.facts import facts_of, require_same_facts
@@ -29,6 +28,7 @@ from nanolm.finetune.several import part_of
 from nanolm.finetune.tasks.multi import Multi
 from nanolm.pretrain import evaluator_of
 from nanolm.saved import Saved
+from nanolm.tables import tables
 from nanolm.training.engine import Engine
 
 POSITIONAL = ("run",)
@@ -132,8 +132,6 @@ def evaluate_pretrained(saved: Saved, world: World, arguments: Arguments) -> dic
     evaluate = evaluator_of(stream, config, objective, saved.tokenizer, world)
     figures = evaluate(Engine(saved.learner.to(world.device), world, config)) or {}
     if world.is_main:
-        table = Table("figure", f"{split} split")
-        for name, value in figures.items():
-            table.add_row(name, f"{value:.6g}")
-        Console().print(table)
+        rows = [[name, f"{value:.6g}"] for name, value in figures.items()]
+        Console().print(*tables(("figure", f"{split} split"), rows))
     return {"split": split} | figures

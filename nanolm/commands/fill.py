@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from nanolm.commands.figures import write_json
 from nanolm.commands.pretrained import require_pretrained
@@ -68,7 +68,7 @@ def run(arguments: Arguments) -> None:
     saved = open_saved(arguments.run, device=arguments.device, plugins=arguments.plugins)
     require_pretrained(saved, "fill")
     masks = fill(saved, arguments.text, arguments.top)
-    table = Table("mask", "probability", "text")
+    table = Table(*(Column(name, justify="right") for name in ("mask", "probability")), "text")
     for index, candidates in enumerate(masks):
         for c in candidates:
             table.add_row(str(index + 1), f"{c['probability']:.3f}", repr(c["text"]))

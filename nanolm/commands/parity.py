@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 from rich.console import Console
-from rich.table import Table
 
 from nanolm.commands.figures import write_json
 from nanolm.errors import UserError, require
 from nanolm.hub.proof import LIMIT, can_prove
 from nanolm.inference.parity import CASES, DIRECTIONS, difference
+from nanolm.tables import tables
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,10 +27,9 @@ def run(arguments: Arguments) -> None:
         can_prove(), "parity needs transformers, which is not installed: pip install transformers"
     )
     found = {case: {way: difference(case, way) for way in DIRECTIONS} for case in CASES}
-    table = Table("model", *DIRECTIONS, title="largest difference from transformers, float32")
-    for case, row in found.items():
-        table.add_row(case, *(f"{row[way]:.1e}" for way in DIRECTIONS))
-    Console().print(table)
+    print("largest difference from transformers, float32")
+    rows = [[case, *(f"{row[way]:.1e}" for way in DIRECTIONS)] for case, row in found.items()]
+    Console().print(*tables(("model", *DIRECTIONS), rows))
     write_json(arguments.json, found)
     worst = [(case, way) for case, row in found.items() for way in DIRECTIONS if row[way] > LIMIT]
     if worst:

@@ -6,10 +6,10 @@ import dataclasses
 import pathlib
 
 from rich.console import Console
-from rich.table import Column, Table
 
 from nanolm.commands.figures import write_json
 from nanolm.errors import UserError
+from nanolm.tables import tables
 from nanolm.training.runs import Run, read_run
 
 POSITIONAL = ("folder",)
@@ -50,15 +50,38 @@ def run(arguments: Arguments) -> None:
     for problem in [problem for each in runs for problem in each.problems]:
         print(f"note: {problem}")
     rows = [row(each) for each in runs]
-    table = Table(*(Column(name, overflow="fold") for name in rows[0]))
-    for figures in rows:
-        table.add_row(*(cell(value) for value in figures.values()))
-    Console().print(table)
+    show(Console(), rows, arguments.folder)
     write_json(arguments.json, rows)
 
 
-def cell(value: object) -> str:
-    """A value as the table shows it."""
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    return "-" if value is None else str(value)
+HEAD = ("run", "objective", "step", "train", "val", "bits/B", "tok/s")
+
+
+def show(console: Console, rows: list[dict], folder: str) -> None:
+    """The table, a line a run, and what its headings mean."""
+    lines = [
+        [
+            name_below(folder, figures["run"]),
+            figures["objective"] or "-",
+            f"{figures['steps']}{'' if figures['finished'] else '…'}",
+            *(shown(figures[key], ".3f") for key in ("train_loss", "val_loss", "bits_per_byte")),
+            shown(figures["tokens_per_second"], ",.0f"),
+        ]
+        for figures in rows
+    ]
+    for table in tables(HEAD, lines, left=2):
+        console.print(table)
+    console.print(
+        "train, val: loss in nats; bits/B: bits a byte on val; …: not finished", highlight=False
+    )
+
+
+def name_below(folder: str, run: str) -> str:
+    """The run's path from the folder that is listed, or its own name when it is that folder."""
+    below = pathlib.Path(run).relative_to(folder).as_posix()
+    return pathlib.Path(run).resolve().name if below == "." else below
+
+
+def shown(value: float | None, form: str) -> str:
+    """A figure as the table shows it."""
+    return "-" if value is None else format(value, form)

@@ -18,12 +18,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table as Grid
 
 from nanolm.checkpoint.container import read_json
 from nanolm.errors import require
 from nanolm.files import RESUME, write_json
 from nanolm.finetune.config import TaskConfig
+from nanolm.tables import tables
 
 Run = Callable[[TaskConfig], dict[str, Any]]
 
@@ -100,8 +100,13 @@ def spread(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def show(summary: dict[str, Any]) -> None:
     """The table on the terminal: every figure of the last evaluation, and the best of the one that
     names the best checkpoint."""
-    grid = Grid("val figure", "mean ± std", *summary["runs"])
-    for name, figure in summary["val"].items():
-        each = [f"{value:.4f}" for value in figure["values"]]
-        grid.add_row(name, f"{figure['mean']:.4f} ± {figure['std']:.4f}", *each)
-    Console().print(grid)
+    rows = [
+        [
+            name,
+            f"{figure['mean']:.4f} ± {figure['std']:.4f}",
+            *(f"{value:.4f}" for value in figure["values"]),
+        ]
+        for name, figure in summary["val"].items()
+    ]
+    for grid in tables(("val figure", "mean ± std", *summary["runs"]), rows):
+        Console().print(grid)

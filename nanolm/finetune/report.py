@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from rich.console import Console
-from rich.table import Table as Grid
 
 from nanolm.checkpoint.container import read_json
 from nanolm.data.tables.files import Table
@@ -41,6 +40,7 @@ from nanolm.finetune.splits import (
 from nanolm.finetune.tasks.base import task_in
 from nanolm.finetune.tasks.metrics import Report
 from nanolm.saved import Saved
+from nanolm.tables import tables
 from nanolm.training.engine import Engine
 
 
@@ -106,10 +106,8 @@ def find_table(
 def show(name: str, split: Split, figures: dict[str, float], report: Report | None) -> None:
     """The table on the terminal."""
     console = Console()
-    grid = Grid("figure", f"{name}, {len(split.table)} records")
-    for key, value in figures.items():
-        grid.add_row(key, f"{value:.6g}")
-    console.print(grid)
+    head = ("figure", f"{name} split, {len(split.table)} records")
+    console.print(*tables(head, [[key, f"{value:.6g}"] for key, value in figures.items()]))
     for text in [
         f"read from {split.table.path}",
         *split.notes,

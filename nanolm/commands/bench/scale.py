@@ -28,6 +28,7 @@ from nanolm.commands.figures import write_json
 from nanolm.config.ranges import Amount, Count
 from nanolm.distributed.devices import DeviceWord, device_type
 from nanolm.errors import require
+from nanolm.tables import tables
 from nanolm.tools.bench.cells import Cells, cpu_name, run_process
 from nanolm.tools.bench.contest import Theft, enough, quiet, quietest
 from nanolm.tools.bench.shape import Shape
@@ -140,29 +141,31 @@ def rows(
     return table
 
 
-def table_of(arguments: Arguments, found: list[dict[str, Any]]) -> Table:
+def tables_of(found: list[dict[str, Any]]) -> list[Table]:
     """What the terminal shows."""
-    head = ("", "processes", "tokens/s", "speed", "efficiency", "step", *PHASES)
-    table = Table(*head, title=f"{arguments.strategy}, {arguments.objective} {arguments.precision}")
-    for row in found:
-        phases = [f"{1e3 * row['phases'][phase]:.1f} ms" for phase in PHASES]
-        table.add_row(
-            row["scaling"],
-            str(row["processes"]),
+    head = ("scaling", "tok/s", "speed", "efficiency", "step ms", *(f"{p} ms" for p in PHASES))
+    rows = [
+        [
+            f"{row['scaling']}, {row['processes']}",
             f"{row['tokens_per_second']:,.0f}",
             f"{row['speed']:.2f}x",
             f"{row['efficiency']:.0%}",
-            f"{1e3 * row['step_seconds']:.1f} ms",
-            *phases,
-        )
-    return table
+            f"{1e3 * row['step_seconds']:.1f}",
+            *(f"{1e3 * row['phases'][phase]:.1f}" for phase in PHASES),
+        ]
+        for row in found
+    ]
+    return tables(head, rows)
 
 
 def run(arguments: Arguments) -> None:
     """Measure, print the table, write the figures."""
     cells = Cells(arguments.results, arguments.fresh)
     found = [row for scaling in ("strong", "weak") for row in measure(arguments, scaling, cells)]
-    Console(width=140).print(table_of(arguments, found))
+    run_of = f"{arguments.strategy}, {arguments.objective} {arguments.precision}"
+    print(f"{run_of}: scaling, with the number of processes")
+    for table in tables_of(found):
+        Console().print(table)
     cores = os.cpu_count() or 1
     if max(arguments.processes) * arguments.threads > cores:
         print(f"more threads than this machine's {cores} cores: no efficiency to speak of")

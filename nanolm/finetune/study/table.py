@@ -11,12 +11,14 @@ import pathlib
 import statistics
 from collections.abc import Sequence
 
-from rich.table import Table as Grid
+from rich.console import Group as Lines
+from rich.text import Text
 
 from nanolm.errors import UserError, require
 from nanolm.files import write_text
 from nanolm.finetune.study.config import StudyConfig
 from nanolm.finetune.study.run import Group, Record, Results, finished_records
+from nanolm.tables import tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,12 +121,11 @@ def spent(groups: list[Group], results: Results, study: StudyConfig) -> str:
     )
 
 
-def grid_of(study: StudyConfig, made: Sheet) -> Grid:
+def grid_of(study: StudyConfig, made: Sheet) -> Lines:
     """The table for the terminal."""
-    grid = Grid(*made.head, title=f"study {study.name}", caption="\n".join(made.notes))
-    for line in made.lines:
-        grid.add_row(*line)
-    return grid
+    words = made.head.index("metric") + 1
+    parts = tables(made.head, made.lines, left=words)
+    return Lines(Text(f"study {study.name}", style="bold"), *parts, *map(Text, made.notes))
 
 
 def markdown(made: Sheet) -> str:

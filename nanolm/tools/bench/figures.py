@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
+from nanolm.tables import GAP, WIDTH, blocks
 from nanolm.tools.bench.contest import quiet
 from nanolm.tools.bench.shape import PHASES, Shape, step_flops
 
@@ -160,13 +161,15 @@ def table(report: dict[str, Any]) -> str:
 
 
 def aligned(columns: dict[str, Column], rows: dict[str, Row]) -> list[str]:
-    """The lines of a table: heads, then each row after its name."""
+    """The lines of a table: heads, then each row after its name; columns that 80 characters have
+    no room for stand below, after the names again."""
     lines = [["", *columns]]
     for name, row in rows.items():
         lines.append([name, *(text(row) for text in columns.values())])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    widths = [max(map(len, column)) + GAP for column in zip(*lines, strict=True)]
     return [
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
+        "".join([line[0].ljust(widths[0] - GAP), *(line[i].rjust(widths[i]) for i in block[1:])])
+        for block in blocks(widths, widths[0], WIDTH)
         for line in lines
     ]
 

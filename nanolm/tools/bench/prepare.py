@@ -29,12 +29,12 @@ from typing import Any, cast
 
 import sentencepiece
 from rich.console import Console
-from rich.table import Table
 
 from nanolm.data.prepare.config import PrepareConfig
 from nanolm.data.shards.directory import open_split
 from nanolm.data.tokenizer import MODEL_FILE, Tokenizer
 from nanolm.errors import require
+from nanolm.tables import tables
 
 MB, MIB = 1e6, 1 << 20
 CHILD = r"""
@@ -157,20 +157,27 @@ def bench_prepare(
 def print_bench(rows: list[dict[str, Any]], console: Console | None = None) -> None:
     """Show the figures of `bench_prepare`, a line for each kind of tokenizer."""
     workers = rows[0]["workers"]
-    table = Table(title=f"prepare with {workers} workers, MB of text a second (medians)")
-    rates = ("alone, one process", f"alone, {workers} processes", "prepare: encoding")
-    headings = ("tokenizer", *rates, "encoding / alone", "prepare: everything", "peak memory")
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "tokenizer" else "right")
-    for row in rows:
-        table.add_row(
+    head = ("tokenizer", "alone, 1", f"alone, {workers}", "encoding", "/ alone", "whole", "MiB")
+    lines = [
+        [
             row["kind"],
             f"{row['alone_one'] / MB:.1f}",
             f"{row['alone_all'] / MB:.1f}",
             f"{row['encoding'] / MB:.1f}",
             f"{row['encoding_over_alone']:.2f}",
             f"{row['everything'] / MB:.1f}",
-            f"{row['peak_bytes'] / MIB:.0f} + {row['worker_peak_bytes'] / MIB:.0f} MiB a worker",
-        )
-    (console or Console()).print(table)
+            f"{row['peak_bytes'] / MIB:.0f} + {row['worker_peak_bytes'] / MIB:.0f}",
+        ]
+        for row in rows
+    ]
+    console = console or Console()
+    title = f"prepare with {workers} workers, MB of text a second (medians)"
+    console.print(title, highlight=False)
+    for table in tables(head, lines):
+        console.print(table)
+    console.print(
+        f"alone: the encoder in 1 and in {workers} processes; / alone: encoding over that;\n"
+        "MiB: peak memory, + that of each worker",
+        highlight=False,
+    )
     print(f"{rows[0]['bytes'] / MB:.1f} MB of text; load average {rows[-1]['load_average']:.1f}")

@@ -1,0 +1,67 @@
+"""Tables that fit a terminal of 80 columns: one row a line, names left, numbers right.
+
+Columns that have no room begin another table below, with the names again; a name that is too long
+loses its beginning, since runs differ in their ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.cells import cell_len
+from rich.table import Table
+from rich.text import Text
+
+WIDTH, GAP = 80, 2
+SHORTEST = 20
+"""What a name may always take, however many columns there are."""
+
+
+def tables(
+    head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1, width: int = WIDTH
+) -> list[Table]:
+    """The rows as tables of at most this width; the first `left` columns are words, the first of
+    all names the row.
+
+    A single column that is wider than the terminal is folded.
+    """
+    widths = [max(cell_len(line[i]) for line in (head, *rows)) + GAP for i in range(len(head))]
+    name = max(SHORTEST, min(widths[0], width - sum(widths[1:])))
+    name = min(name, widths[0])
+    shown = [[ending(row[0], name - GAP), *row[1:]] for row in rows]
+    sides = ["left" if i < left else "right" for i in range(len(head))]
+    return [
+        table(*([line[i] for i in block] for line in (sides, head, *shown)))
+        for block in blocks(widths, name, width)
+    ]
+
+
+def blocks(widths: Sequence[int], name: int, width: int) -> list[list[int]]:
+    """Which columns stand in which table: the first in all, the others in order."""
+    found, room = [[0]], width - name
+    for column, needed in enumerate(widths[1:], start=1):
+        if needed - GAP > room and len(found[-1]) > 1:
+            found.append([0])
+            room = width - name
+        found[-1].append(column)
+        room -= needed
+    return found
+
+
+def table(sides: Sequence[str], head: Sequence[str], *rows: Sequence[str]) -> Table:
+    """One table without lines; `sides` says where each column stands, left or right."""
+    grid = Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False)
+    for side, title in zip(sides, head, strict=True):
+        grid.add_column(Text(title), justify=side, overflow="fold")
+    for row in rows:
+        grid.add_row(*map(Text, row))
+    return grid
+
+
+def ending(text: str, most: int) -> str:
+    """The text, or as much of its end as there is room for."""
+    if cell_len(text) <= most:
+        return text
+    while cell_len(text) >= most:
+        text = text[1:]
+    return f"…{text}"
