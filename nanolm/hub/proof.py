@@ -40,7 +40,8 @@ class Proof:
     """The largest difference of hidden states and logits, over all positions that count."""
     greedy: int | None
     """Tokens that both wrote alike, the likeliest each time and with a cache; None of an encoder,
-    which writes none. Fewer than GREEDY where the model ends, or where two tokens are as likely."""
+    which writes none, and above LIMIT. Fewer than GREEDY where the model ends, or where two tokens
+    are as likely."""
 
 
 @torch.no_grad()
@@ -65,8 +66,8 @@ def prove(imported: Imported) -> Proof:
     if "pair" in heads and "pair" not in fresh:
         differences.append(heads["pair"](hidden_BTD) - answer.seq_relationship_logits)
     largest = max(float(difference.abs().max()) for difference in differences)
-    decoder = imported.config.model.trunk == "decoder"
-    greedy = alike(imported, theirs, tokens_BT[:1, :PROMPT]) if decoder else None
+    writes = imported.config.model.trunk == "decoder" and largest <= LIMIT
+    greedy = alike(imported, theirs, tokens_BT[:1, :PROMPT]) if writes else None
     return Proof(largest, greedy)
 
 
