@@ -13,11 +13,11 @@ from nanolm.checkpoint.container import read_tensors
 from nanolm.checkpoint.named_tensors import learner_tensors
 from nanolm.errors import UserError
 from nanolm.finetune.run import load_task_config, run_finetune
-from nanolm.hub import importing
+from nanolm.hub import importing, proof
 from nanolm.hub.configs import Published
 from nanolm.hub.families import FAMILIES
 from nanolm.hub.published import as_config, model_keys
-from nanolm.inference.export_transformers import transformers_folder
+from nanolm.inference.export_transformers import published_folder, transformers_folder
 from nanolm.inference.parity import CASES, VOCABULARY, NoTokenizer, difference
 from nanolm.saved import open_saved
 from tests.finetuned import questions, table
@@ -69,6 +69,35 @@ def test_import_export_import_keeps_every_bit_and_transformers_agrees(shape, tmp
     again = imported(c, tmp_path / "d")
     assert again.keys() == first.keys()
     assert all(torch.equal(again[key], tensor) for key, tensor in first.items())
+
+
+def test_an_export_that_differs_is_caught_and_nothing_is_written(tmp_path, monkeypatch):
+    write_published(tmp_path / "a", "llama")
+    imported(tmp_path / "a", tmp_path / "b")
+    right = FAMILIES["llama"].to_config
+    monkeypatch.setitem(
+        vars(FAMILIES["llama"]),
+        "to_config",
+        lambda *words: right(*words) | {"rms_norm_eps": 0.01},
+    )
+    words = ["export", str(tmp_path / "b"), f"--out={tmp_path / 'c'}", "--format=transformers"]
+    with pytest.raises(UserError, match="computes something else of this model"):
+        cli.run(words)
+    assert not (tmp_path / "c").exists()
+    monkeypatch.setattr(importing, "can_prove", lambda: False)
+    told = []
+    saved = open_saved(tmp_path / "b")
+    _, _, figures = published_folder(saved.config, saved.tokenizer, saved.learner, told.append)
+    assert figures["largest_difference"] is None
+    assert any("proof was left out" in line for line in told)
+
+
+def test_a_decoder_that_writes_something_else_is_caught(tmp_path, monkeypatch):
+    write_published(tmp_path / "a", "gpt2")
+    monkeypatch.setattr(proof, "KeyValueCache", lambda *shape: None)  # it forgets what it read
+    with pytest.raises(UserError, match=r"another token than nanolm after \d+ "):
+        imported(tmp_path / "a", tmp_path / "b")
+    assert not (tmp_path / "b").exists()
 
 
 def test_an_imported_decoder_writes_and_an_imported_encoder_fills(tmp_path, capsys):

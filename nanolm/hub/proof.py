@@ -40,7 +40,8 @@ class Proof:
     """The largest difference of hidden states and logits, over all positions that count."""
     greedy: int | None
     """Tokens that both wrote alike, the likeliest each time and with a cache; None of an encoder,
-    which writes none. Fewer than GREEDY where the model ends, or where two tokens are as likely."""
+    which writes none, and above LIMIT. Fewer than GREEDY where the model ends, or where two tokens
+    are as likely."""
 
 
 @torch.no_grad()
@@ -49,7 +50,7 @@ def prove(imported: Imported) -> Proof:
     theirs, model = their_model(imported), imported.config.model
     compare = PROOFS.get(model.trunk, differences_of_a_stack)
     largest = max(float(each.abs().max()) for each in compare(imported, theirs))
-    if model.trunk != "decoder":
+    if model.trunk != "decoder" or largest > LIMIT:
         return Proof(largest, None)
     tokens_BT, _, _ = same_rows(model, theirs.config.pad_token_id)
     return Proof(largest, alike(imported, theirs, tokens_BT[:1, :PROMPT]))
