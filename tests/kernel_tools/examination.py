@@ -169,7 +169,8 @@ def attention() -> Iterator[Question]:
         yield tiled(case_question(f"pairs {number}", case), *shape)
     for name in (
         "everything at once", "query stream", "packed causal GQA", "prefix and padding",
-        "one query, many keys", "queries before all keys", "head of 20",
+        "one query, many keys", "queries before all keys", "head of 20", "window of 31",
+        "window of 32", "window of 33",
     ):  # fmt: skip
         yield tiled(case_question(name, HARD[name]), 16, 16)
     yield tiled(case_question("no lse", small(SINGLE["causal"]), lse=False), 16, 16)

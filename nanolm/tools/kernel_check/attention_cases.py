@@ -119,6 +119,12 @@ HARD = {
     "head of 96": Case(width=96, n_rows=1, n_queries=20, n_keys=20),
     "head of 256": Case(width=256, n_rows=1, n_heads=1, n_kv_heads=1, n_queries=20, n_keys=20),
     "head of 20": Case(width=20, n_rows=1, causal=True),
+} | {
+    # One less than two tiles, two tiles, one more: a tile is just whole, or just not.
+    f"window of {width}": Case(
+        n_rows=1, n_heads=1, n_kv_heads=1, n_queries=52, n_keys=52, window=width
+    )
+    for width in (31, 32, 33)
 }  # fmt: skip
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
