@@ -7,6 +7,7 @@ loses its beginning, since runs differ in their ends.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from rich.cells import cell_len
 from rich.table import Table
@@ -29,9 +30,8 @@ def tables(
     name = max(SHORTEST, min(widths[0], width - sum(widths[1:])))
     name = min(name, widths[0])
     shown = [[ending(row[0], name - GAP), *row[1:]] for row in rows]
-    sides = ["left" if i < left else "right" for i in range(len(head))]
     return [
-        table(*([line[i] for i in block] for line in (sides, head, *shown)))
+        table(sum(i < left for i in block), *([line[i] for i in block] for line in (head, *shown)))
         for block in blocks(widths, name, width)
     ]
 
@@ -48,11 +48,12 @@ def blocks(widths: Sequence[int], name: int, width: int) -> list[list[int]]:
     return found
 
 
-def table(sides: Sequence[str], head: Sequence[str], *rows: Sequence[str]) -> Table:
-    """One table without lines; `sides` says where each column stands, left or right."""
+def table(left: int, head: Sequence[str], *rows: Sequence[str]) -> Table:
+    """One table without lines; the first `left` columns are words."""
     grid = Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False)
-    for side, title in zip(sides, head, strict=True):
-        grid.add_column(Text(title), justify=side, overflow="fold")
+    for column, title in enumerate(head):
+        justify: Literal["left", "right"] = "left" if column < left else "right"
+        grid.add_column(Text(title), justify=justify, overflow="fold")
     for row in rows:
         grid.add_row(*map(Text, row))
     return grid

@@ -107,16 +107,8 @@ class Trainer:
         self.patience = Patience(config.eval.patience)
         self.state = RunState(self.patience, self.throughput, self.update.scaler)
         self.policy = NonFinitePolicy(config.train, world, checkpoints.run, self.state)
-        self.snapshot = Snapshot(
-            self.update,
-            self.state,
-            config,
-            checkpoints,
-            self.tokens_per_step,
-            files,
-            facts,
-            kernels,
-        )
+        tokens, kept = self.tokens_per_step, (files, facts, kernels)
+        self.snapshot = Snapshot(self.update, self.state, config, checkpoints, tokens, *kept)
         self._resumed = False
 
     def restore(self, checkpoint: pathlib.Path, saved: Mapping[str, Any]) -> None:
