@@ -23,7 +23,7 @@ from nanolm.peft.base import trainable_counts
 from nanolm.peft.files import begin_adapter, require_whole
 from nanolm.run import Note, Plan, carry_out
 from nanolm.training.batch import MicroBatch
-from nanolm.training.evaluation import Evaluator, Yardstick
+from nanolm.training.evaluation import Evaluator, UnigramBaseline
 from nanolm.training.flops import largest_products, train_flops_per_token
 from nanolm.training.loader import eval_batches, open_loader
 from nanolm.training.throughput import Throughput, peak_flops
@@ -150,7 +150,7 @@ def evaluator_of(
             device=world.device,
         )
 
-    return Evaluator(batches, world, Yardstick(tokenizer.byte_length, counts))
+    return Evaluator(batches, world, UnigramBaseline(tokenizer.byte_length, counts))
 
 
 def build_throughput(

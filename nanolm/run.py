@@ -22,7 +22,7 @@ import torch
 
 from nanolm.build import build_chooser, build_learner, initialiser
 from nanolm.checkpoint.checkpoints import Checkpoints
-from nanolm.checkpoint.run_folder import claim, release
+from nanolm.checkpoint.run_folder import open_run_folder, release
 from nanolm.config.load import dump
 from nanolm.config.schema import Config
 from nanolm.data.tokenizer import Tokenizer
@@ -85,7 +85,7 @@ class Plan:
         """The clock; `note` is told what it assumes."""
         return Throughput(self.tokens_per_step, 0.0, None)
 
-    def badness(self, figures: Mapping[str, float]) -> float:
+    def selection_score(self, figures: Mapping[str, float]) -> float:
         """What the best checkpoint has least of."""
         return figures["loss"]
 
@@ -111,7 +111,7 @@ def carry_out(plan: Plan) -> dict[str, Any]:
     world = launch(config.distributed, config.run.device, "--run.device")
     plan.check(world)
     run, shared = pathlib.Path(config.run.dir), config.run.shared
-    start = claim(run, config.resume, dump(config), plan.facts, world, shared=shared)
+    start = open_run_folder(run, config.resume, dump(config), plan.facts, world, shared=shared)
     # A model that no rank could hold whole is drawn by its shards; one that starts from another
     # run's weights has to be built first.
     meta = config.distributed.strategy != "ddp" and world.size > 1 and config.init_from is None
@@ -121,7 +121,7 @@ def carry_out(plan: Plan) -> dict[str, Any]:
     # Before the sinks: a thread of theirs would take half of a CPU's measured peak (docs/LOG.md).
     throughput = plan.throughput(world, told.append)
     with open_sinks(config, world, start.done) as (sinks, note):
-        for line in [*start.notes, *undivided(config.distributed, world), *told]:
+        for line in [*start.messages, *undivided(config.distributed, world), *told]:
             note(line)
         trainer = assemble(
             plan,
@@ -175,7 +175,7 @@ def assemble(
         files={"config.yaml": dump(config).encode(), **model, **adapter_files(learner)},
         facts=plan.facts,
         tokens_per_step=plan.tokens_per_step,
-        badness=plan.badness,
+        selection_score=plan.selection_score,
         initialise=initialiser(config),
         kernels=getattr(learner.trunk, "kernels", None),
         **rest,

@@ -103,6 +103,6 @@ def test_one_at_a_time_and_an_error_is_told_once():
     background.start(lambda: (time.sleep(0.1), order.append(1)))
     background.start(lambda: order.append(1 / 0))
     with pytest.raises(ZeroDivisionError):
-        background.settle()
-    background.settle()
+        background.wait()
+    background.wait()
     assert order == [1] and background.error is None

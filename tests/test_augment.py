@@ -31,7 +31,7 @@ class Item:
 class Task:
     """As much of a task as augmentation sees: <cls> A <sep> B <sep>."""
 
-    generates, length, turns, movable = False, 200, True, True
+    generates, length, has_counterfactual, movable = False, 200, True, True
     options = types.SimpleNamespace(name="classify")
 
     def __init__(self, tokenizer, first, second=""):
@@ -45,7 +45,7 @@ class Task:
     def example(self, row, rng, draw):
         return self.item
 
-    def turned(self, item):
+    def counterfactual_target(self, item):
         return 1 - item.target
 
 
@@ -139,7 +139,7 @@ def test_an_opposite_turns_the_answer(tokenizer, tmp_path):
     plain = Task(tokenizer, "the parser", "a value")
     before = plain.item.sequences[0].tokens.tolist()
     assert noisy(plain, tokenizer, opposites=str(path)).tokens.tolist() == before
-    task.turns = False
+    task.has_counterfactual = False
     with pytest.raises(UserError, match=r"augment\.opposites turns an answer into the other one"):
         Augmented(task, config, tokenizer)
 

@@ -18,7 +18,7 @@ from tests.test_objectives_tasks import CASES, build, tensors
 
 HEADS = {"n_heads": 4, "n_kv_heads": 2, "head_dim": 8}
 KEY_HEADS = [2, 4]
-BOTH = frozenset({"documents", "classes"})
+BOTH = frozenset({"documents", "length_groups"})
 BIASES = {
     "none": None,
     "alibi": AlibiBias(torch.rand(4)),
@@ -31,7 +31,7 @@ def kernel(name, **spec):
 
 
 def one_row(lengths):
-    """(documents [1, M], classes) of sequences end to end, ascending in length."""
+    """(documents [1, M], length_groups) of sequences end to end, ascending in length."""
     lengths = sorted(lengths)
     documents = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
     pairs = zip(*np.unique(lengths, return_counts=True))
@@ -39,8 +39,8 @@ def one_row(lengths):
 
 
 def attend(name, lengths, bias, key_heads=2, **conditions):
-    documents, classes = one_row(lengths)
-    mask = Mask(documents=documents, classes=classes, **conditions)
+    documents, length_groups = one_row(lengths)
+    mask = Mask(documents=documents, length_groups=length_groups, **conditions)
     generator = torch.Generator().manual_seed(0)
     heads = (HEADS["n_heads"], key_heads, key_heads)
     inputs = [
@@ -107,7 +107,7 @@ def test_no_product_goes_to_padding(trunk):
     # The rectangle, which other kernels get, has padding and hidden pairs.
     learner.objective.in_line = False
     batch, arrays = tensors(learner.objective, split.items)
-    assert "classes" not in arrays and arrays["tokens"].size >= lengths.sum()
+    assert "length_groups" not in arrays and arrays["tokens"].size >= lengths.sum()
     with Products() as products:
         learner(batch)
     assert sum(rows * t * s for rows, t, s in products.calls) > n_layers * (lengths**2).sum()

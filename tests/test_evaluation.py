@@ -8,7 +8,7 @@ import torch
 
 from nanolm.distributed.world import World
 from nanolm.training.engine import Engine
-from nanolm.training.evaluation import Evaluator, Yardstick
+from nanolm.training.evaluation import Evaluator, UnigramBaseline
 from tests.tiny_run import V, batch_of, bounds, build_learner, in_ranks, tiny_config
 
 ROWS = list(range(50, 73))
@@ -23,7 +23,7 @@ def evaluate(world, batch):
         for first in range(0, len(mine), batch):
             yield batch_of(mine[first : first + batch])
 
-    return Evaluator(batches, world, Yardstick(BYTES, COUNTS))(engine)
+    return Evaluator(batches, world, UnigramBaseline(BYTES, COUNTS))(engine)
 
 
 def test_one_number_for_every_batch_size_and_world():

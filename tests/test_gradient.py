@@ -34,7 +34,7 @@ def step_gradient(world, run, micro_batch, dtype_name, rows):
     mine = list(rows)[slice(*bounds(len(rows), world))]
     parts = [mine[i : i + micro_batch] for i in range(0, len(mine), micro_batch)]
     batches = [batch_of(part) for part in parts] or [batch_of([0], empty=True)]
-    trainer.engine.settle(batches[0], trainer.weights)
+    trainer.engine.warm_up_ddp(batches[0], trainer.weights)
     result = trainer.step(batches)
     return caught, result.loss, result.terms["accuracy"], result.grad_norm
 

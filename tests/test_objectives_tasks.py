@@ -382,7 +382,7 @@ def test_training_leaves_out_windows_that_lack_an_answer_which_stands_elsewhere(
     kept = {id(item) for item in learner.objective.trained(whole.items)}
     assert len(kept) == len(split.items)
     assert all(id(i) in kept for i in whole.items if i.target != (0, 0) or i.record in empty)
-    assert any("are not trained on" in note for note in split.notes) == (share < 1)
+    assert any("are not trained on" in note for note in split.messages) == (share < 1)
     with pytest.raises(UserError, match="is a share, between 0 and 1"):
         build("read", "encoder", empty_windows=2.0)
 

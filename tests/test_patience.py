@@ -25,7 +25,7 @@ def fit(world, config, kill_after=None):
 
     notes: list[str] = []
     trainer = build_trainer(config, world, hook=hook, notes=notes)
-    trainer.badness = lambda figures: float(abs(trainer.state.done - 10))
+    trainer.selection_score = lambda figures: float(abs(trainer.state.done - 10))
     trainer.fit()
     return trainer.state.done, notes
 

@@ -54,7 +54,7 @@ def test_answers_that_no_window_holds_and_those_that_were_moved_are_counted():
     data = config(checkpoint("mlm"), "x", "y", "--objective.name=read").data
     rows = Table("t", records, [1, 2, 3, 4])
     found = make_split("val", rows, learner.objective, data)
-    told = "\n".join(found.notes)
+    told = "\n".join(found.messages)
     assert "val: 1 answers stand in no window whole" in told
     assert "val: 1 answers do not stand where their record says and were relocated" in told
     assert "longer than" not in told
@@ -86,7 +86,7 @@ def test_an_answer_that_no_window_holds_is_never_trained_as_none(with_none):
     n_unheld = sum(item.record == 0 for item in whole.items)
     assert n_unheld > 1 and len(found.items) == len(whole.items) - n_unheld
     assert {item.record for item in found.items} == set(range(1, len(records)))
-    assert f"train: {n_unheld} of {len(whole.items)} rows are not trained on" in found.notes
+    assert f"train: {n_unheld} of {len(whole.items)} rows are not trained on" in found.messages
     assert len(make_split("val", rows, task, data).items) == len(whole.items)  # all are evaluated
 
 
@@ -99,7 +99,7 @@ def test_answers_too_long_to_be_given_are_counted():
     ]
     data = config(checkpoint("mlm"), "x", "y", "--objective.name=read").data
     found = make_split("val", Table("t", records, [1, 2]), task, data)
-    assert [note for note in found.notes if "val: 1 answers are longer than" in note]
+    assert [note for note in found.messages if "val: 1 answers are longer than" in note]
 
 
 def test_cut_questions_are_blamed_on_their_own_limit():

@@ -62,7 +62,7 @@ def gradient(world, rule, micro_batch, model=None, train=False, peft=None):
     mine = list(range(ROWS))[slice(*bounds(ROWS, world))]
     batches = [batch_of(mine[i : i + micro_batch]) for i in range(0, len(mine), micro_batch)]
     counts = dict(zip(["clm"], world.all_sum([sum(b.counts["clm"] for b in batches)]), strict=True))
-    engine.settle(batches[0], {"clm": 1.0})
+    engine.warm_up_ddp(batches[0], {"clm": 1.0})
     torch.manual_seed(0)
     backward = Backward({"clm": 1.0}, counts)
     build_rule(config.train.rule)(engine, batches, backward)
@@ -247,7 +247,7 @@ def test_an_engine_of_a_rule_has_all_that_a_rule_may_ask_of_one():
             own, others = (getattr(e, ask)(batch_of([0, 1]))["clm"] for e in (engine, shown))
             assert torch.equal(own.sum, others.sum)
         with pytest.raises(AttributeError):
-            _ = shown.settle
+            _ = shown.warm_up_ddp
 
 
 def test_nothing_stands_in_for_what_it_does_not_name():

@@ -35,7 +35,7 @@ def fit_with(world, config, figures, kill_after=None):
             os.kill(os.getpid(), signal.SIGKILL)
 
     trainer = build_trainer(config, world, hook=hook)
-    trainer.badness = lambda _: figures[trainer.state.done]
+    trainer.selection_score = lambda _: figures[trainer.state.done]
     trainer.fit()
     return trainer.state.to_json()
 

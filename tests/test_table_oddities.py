@@ -56,7 +56,7 @@ def test_what_is_no_label_becomes_no_class(value, tmp_path):
         ready(tmp_path, rows)
     found = ready(tmp_path, rows, "--data.bad_rows=skip")
     assert found.config.objective.labels == ["error", "file", "list"]
-    assert "train: 3 labels: error 4, file 3, list 4" in found.train.notes
+    assert "train: 3 labels: error 4, file 3, list 4" in found.train.messages
 
 
 def test_an_empty_cell_of_a_csv_and_an_empty_tag_are_refused(tmp_path):
@@ -72,7 +72,7 @@ def test_an_empty_cell_of_a_csv_and_an_empty_tag_are_refused(tmp_path):
 
 def test_a_long_label_set_is_told_shortly(tmp_path):
     rows = [{"text": f"a {i}", "label": i / 7} for i in range(40)]
-    (note,) = [n for n in ready(tmp_path, rows).train.notes if "labels" in n]
+    (note,) = [n for n in ready(tmp_path, rows).train.messages if "labels" in n]
     assert note.startswith("train: 40 labels: ") and note.endswith(", and 20 rarer ones")
 
 

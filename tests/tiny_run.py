@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from nanolm.checkpoint.checkpoints import Checkpoints
-from nanolm.checkpoint.run_folder import claim, cut_metrics
+from nanolm.checkpoint.run_folder import cut_metrics, open_run_folder
 from nanolm.config.schema import (
     Config,
     DataConfig,
@@ -180,7 +180,9 @@ def build_trainer(config, world, *, learner=None, hook=None, log=None, notes=Non
     """The trainer of a tiny run, restored as `config.resume` says."""
     run = pathlib.Path(config.run.dir)
     text = yaml.safe_dump(dataclasses.asdict(config))
-    start = claim(run, config.resume, text, {"data_hash": "d"}, world, shared=config.run.shared)
+    start = open_run_folder(
+        run, config.resume, text, {"data_hash": "d"}, world, shared=config.run.shared
+    )
     if world.is_main:
         step = int(start.checkpoint.name[5:]) if start.checkpoint else 0
         cut_metrics(run / "metrics.jsonl", step)
@@ -204,7 +206,7 @@ def build_trainer(config, world, *, learner=None, hook=None, log=None, notes=Non
         files={"config.yaml": text.encode()},
         facts={"data_hash": "d"},
     )
-    for line in start.notes:
+    for line in start.messages:
         trainer.note(line)
     if start.checkpoint:
         trainer.restore(start.checkpoint, start.saved)

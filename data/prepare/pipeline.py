@@ -25,7 +25,7 @@ from nanolm.data.prepare.config import PrepareConfig
 from nanolm.data.prepare.dedup import find_duplicates, partition_count
 from nanolm.data.prepare.encode import assemble, encode, plan_shards
 from nanolm.data.prepare.jobs import Jobs
-from nanolm.data.prepare.progress import Progress, default_progress
+from nanolm.data.prepare.progress import ProgressReport, default_progress
 from nanolm.data.prepare.sampling import sample
 from nanolm.data.prepare.sources import Piece, build_source
 from nanolm.data.prepare.split import Split, choose_split
@@ -63,7 +63,7 @@ class Summary:
     reused: bool
 
 
-def prepare(config: PrepareConfig, progress: Progress | None = None) -> Summary:
+def prepare(config: PrepareConfig, progress: ProgressReport | None = None) -> Summary:
     """Run or continue a preparation; see `PrepareConfig`.
 
     Raises UserError, in one sentence, for everything that is wrong with the input, the
@@ -120,7 +120,7 @@ class Preparation:
         workspace: Workspace,
         jobs: Jobs,
         units: list[Unit],
-        progress: Progress,
+        progress: ProgressReport,
     ) -> None:
         self.config = config
         self.out, self.work = workspace.out, workspace.work

@@ -12,7 +12,7 @@ from typing import Protocol, TextIO
 LINE_SECONDS = 5.0
 
 
-class Progress(Protocol):
+class ProgressReport(Protocol):
     """What `prepare` tells about its work: phases, and how far each is."""
 
     def begin(self, phase: str, total: int, unit: str) -> None:
@@ -96,6 +96,6 @@ class Bar:
         self.bar.stop()
 
 
-def default_progress() -> Progress:
+def default_progress() -> ProgressReport:
     """A bar when stderr is a terminal, lines otherwise."""
     return Bar() if sys.stderr.isatty() else Lines(sys.stderr)

@@ -10,26 +10,26 @@ from collections.abc import Callable
 
 
 class Background:
-    """Runs one function at a time in a thread; what it raises is raised by `settle`."""
+    """Runs one function at a time in a thread; what it raises is raised by `wait`."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self.error: Exception | None = None
-        """Why the work has failed, until `settle` raises it."""
+        """Why the work has failed, until `wait` raises it."""
 
     def start(self, work: Callable[[], object]) -> None:
         """Begins the work, when what was begun before is over; raises what that raised."""
-        self.settle()
+        self.wait()
         self._thread = threading.Thread(target=self._run, args=(work,))
         self._thread.start()
 
     def _run(self, work: Callable[[], object]) -> None:
         try:
             work()
-        except Exception as error:  # noqa: BLE001  (settle raises it)
+        except Exception as error:  # noqa: BLE001  (wait raises it)
             self.error = error
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         """Waits for the work and raises what it raised, once."""
         if self._thread is not None:
             self._thread.join()

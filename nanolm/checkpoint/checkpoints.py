@@ -34,7 +34,7 @@ from nanolm.checkpoint.container import (
 )
 from nanolm.checkpoint.lazy_tensors import part_files, part_name
 from nanolm.checkpoint.named_tensors import learner_tensors, load_named
-from nanolm.distributed.sharding import local, place
+from nanolm.distributed.sharding import local, shard_position
 from nanolm.distributed.world import World
 from nanolm.errors import UserError
 from nanolm.files import RESUME, TEMPORARY, remove_leftovers, write_text
@@ -115,7 +115,7 @@ class Checkpoints:
         folder = self.path(step)
         temporary = pathlib.Path(self._on_leader(lambda: str(begin_folder(folder))))
         try:
-            self.world.agree(lambda: write_parts(temporary, folder, parts))
+            self.world.call_on_all_ranks(lambda: write_parts(temporary, folder, parts))
             self._on_leader(lambda: finish_folder(temporary, folder, files))
         except UserError:
             if self.leads:
@@ -124,10 +124,10 @@ class Checkpoints:
         self._on_leader(lambda: self._point_to(step))
         return folder
 
-    def beside(self) -> Checkpoints:
+    def with_own_group(self) -> Checkpoints:
         """The same folder for a thread's use, with a control group of its own; collective."""
         other = copy.copy(self)
-        other.world = self.world.beside()
+        other.world = self.world.with_own_group()
         return other
 
     def _point_to(self, step: int) -> None:
@@ -146,7 +146,7 @@ class Checkpoints:
 
     def _on_leader(self, work: Callable[[], Any]) -> Any:
         """The JSON answer of this rank's leader; any leader's UserError is everybody's."""
-        return self.world.agree(lambda: work() if self.leads else None)[self.leader]
+        return self.world.call_on_all_ranks(lambda: work() if self.leads else None)[self.leader]
 
     def own_parts(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict]:
         """{file name: tensors} that this rank writes: of what is divided its own rows, and what is
@@ -158,7 +158,7 @@ class Checkpoints:
                 if self.leads:
                     found[f"{part}.safetensors"] = dict(named)
                 continue
-            number, count, first = place(divided)
+            number, count, first = shard_position(divided)
             if first if self.shared else self.world.local_rank < count:
                 found[part_name(part, number, count)] = {
                     name: local(tensor)

@@ -1,8 +1,8 @@
 """Whose folder is it: what a run finds in `run.dir` when it starts, and whether it may go on there.
 
-`claim` decides between a fresh start, a continuation and a refusal, on rank 0, for all ranks. A
-continuation must have the config that shaped the run; keys that only change how it is computed,
-watched or how long it goes on may differ (`HARMLESS`).
+`open_run_folder` decides between a fresh start, a continuation and a refusal, on rank 0, for all
+ranks. A continuation must have the config that shaped the run; keys that only change how it is
+computed, watched or how long it goes on may differ (`HARMLESS`).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Start:
 
     checkpoint: pathlib.Path | None
     saved: dict[str, Any] | None
-    notes: list[str]
+    messages: list[str]
 
     @property
     def done(self) -> int:
@@ -69,7 +69,7 @@ class Start:
         return self.saved["step"] if self.saved else 0
 
 
-def claim(
+def open_run_folder(
     run: pathlib.Path,
     resume: str,
     config_text: str,
@@ -89,23 +89,23 @@ def claim(
     def take() -> dict[str, Any] | None:
         if not checkpoints.leads:
             return None
-        checkpoint, notes = common or _find(run, resume)
+        checkpoint, messages = common or _find(run, resume)
         saved = None
         if checkpoint is not None:
             saved = read_trainer(checkpoint)
             _same_config(checkpoint / "config.yaml", config_text)
             require_same_facts(checkpoint, facts, THE_SAME, saved["facts"])
-            notes += differences(saved["environment"], world)
+            messages += differences(saved["environment"], world)
         elif resume == "auto" and (run / "config.yaml").is_file() and holds_a_run(run):
             _same_config(run / "config.yaml", config_text)
         _make(run)
         checkpoints.clean()
         write_text(run / "config.yaml", config_text, RESUME)
-        return {"checkpoint": checkpoint and str(checkpoint), "saved": saved, "notes": notes}
+        return {"checkpoint": checkpoint and str(checkpoint), "saved": saved, "messages": messages}
 
-    answer = world.agree(take)[checkpoints.leader]
+    answer = world.call_on_all_ranks(take)[checkpoints.leader]
     found = answer["checkpoint"]
-    return Start(pathlib.Path(found) if found else None, answer["saved"], answer["notes"])
+    return Start(pathlib.Path(found) if found else None, answer["saved"], answer["messages"])
 
 
 def _make(run: pathlib.Path) -> None:

@@ -76,7 +76,7 @@ def explain(saved: Saved, arguments: Arguments) -> Explanation:
     split = make_split("input", table, task, predictor.data, with_gold=False, remedies=TYPED)
     learner = saved.learner.requires_grad_(False)
     explainer = best_window(learner, split.items, arguments.target)
-    notes = list(split.notes)
+    notes = list(split.messages)
     if len(split.items) > 1:
         notes.append(f"The text is read in {len(split.items)} windows; this is the best one.")
     return explained(explainer, predictor(table)[0], notes, arguments)

@@ -47,15 +47,17 @@ def record(trainer: Trainer, trace: pathlib.Path) -> str:
     if trainer.world.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
     batches = iter(trainer.loader_factory(0))
-    trainer.engine.settle(trainer.engine.even(first := next(batches))[0], trainer.weights)
-    trainer.step(trainer.engine.even(first))
+    trainer.engine.warm_up_ddp(
+        trainer.engine.pad_passes(first := next(batches))[0], trainer.weights
+    )
+    trainer.step(trainer.engine.pad_passes(first))
     for _ in range(WARM_UP - 1):
-        trainer.step(trainer.engine.even(next(batches)))
-    trainer.progress.read()
+        trainer.step(trainer.engine.pad_passes(next(batches)))
+    trainer.progress.take_seconds()
     with profile(activities=activities) as profiler:
         trainer.progress.enter("data", trainer.state.done + 1)
-        trainer.step(trainer.engine.even(next(batches)))
-    phases = trainer.progress.read()
+        trainer.step(trainer.engine.pad_passes(next(batches)))
+    phases = trainer.progress.take_seconds()
     trace.parent.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(trace))
     sort = "self_cuda_time_total" if len(activities) > 1 else "self_cpu_time_total"

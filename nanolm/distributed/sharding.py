@@ -149,7 +149,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def place(tensor: DTensor) -> tuple[int, int, bool]:
+def shard_position(tensor: DTensor) -> tuple[int, int, bool]:
     """(which part of how many parts of its rows this rank holds, whether it is the first to)."""
     mesh, dims = tensor.device_mesh, range(tensor.device_mesh.ndim)
     (dim,) = [d for d in dims if isinstance(tensor.placements[d], Shard)]
@@ -159,7 +159,7 @@ def place(tensor: DTensor) -> tuple[int, int, bool]:
 
 def rows_of(full: Tensor, like: DTensor) -> Tensor:
     """The rows of a whole tensor that this rank holds of `like`."""
-    part, parts, _ = place(like)
+    part, parts, _ = shard_position(like)
     pieces = full.chunk(parts)
     return pieces[part] if part < len(pieces) else full[:0]
 

@@ -65,7 +65,7 @@ class World:
         """The lowest rank on this rank's node."""
         return self.rank - self.local_rank
 
-    def beside(self) -> "World":
+    def with_own_group(self) -> "World":
         """The same ranks over a control group of their own, whose collectives a thread may call
         while training calls others; collective."""
         if not self.joined:
@@ -73,7 +73,7 @@ class World:
         timeout = datetime.timedelta(seconds=self.timeout)
         return dataclasses.replace(self, control=dist.new_group(backend="gloo", timeout=timeout))
 
-    def agree(self, work: Callable[[], Any]) -> list[Any]:
+    def call_on_all_ranks(self, work: Callable[[], Any]) -> list[Any]:
         """Every rank's JSON answer; the first rank's UserError is everybody's. Collective."""
         answer, failure = None, None
         try:

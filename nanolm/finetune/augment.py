@@ -51,7 +51,7 @@ class Augmented:
         )
         self.task, self.config, self.tokenizer = task, config, tokenizer
         require(
-            config.opposites is None or task.turns,
+            config.opposites is None or task.has_counterfactual,
             f"augment.opposites turns an answer into the other one: it needs a choice between two "
             f"candidates or objective=classify with two labels, not objective={name}",
         )
@@ -74,7 +74,7 @@ class Augmented:
         """The task's item, perhaps turned, with noise in its sequences."""
         item = self.task.example(row, rng, draw)
         if self.opposites and rng.random() < self.config.opposite_rate:
-            item = self.turned(self.opposites, item, rng)
+            item = self.counterfactual(self.opposites, item, rng)
         return dataclasses.replace(
             item, sequences=[self.sequence(sequence, rng) for sequence in item.sequences]
         )
@@ -125,7 +125,7 @@ class Augmented:
             done = end
         return np.array(out + ids[done:], dtype=tokens_T.dtype)
 
-    def turned(self, table: WordTable, item: Item, rng: np.random.Generator) -> Item:
+    def counterfactual(self, table: WordTable, item: Item, rng: np.random.Generator) -> Item:
         """The item with one word of its first text replaced by an opposite, and the other answer;
         as it is where no word has one or the result would be too long. The first text stands in the
         first sequence and in all that hold two."""
@@ -136,7 +136,7 @@ class Augmented:
             for s, held in zip(item.sequences, holds, strict=True)
             if held
         )
-        target, ids = self.task.turned(item), first.tolist()
+        target, ids = self.task.counterfactual_target(item), first.tolist()
         places = list(table.matches(ids))
         if target is None or not shared or not places:
             return item

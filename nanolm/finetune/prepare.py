@@ -255,8 +255,8 @@ def describe(train: Split, val: Split, learner: Learner) -> list[str]:
     return [
         f"train is read from {train.table.path}, val {'is a part of it' if carved else ''}"
         f"{'' if carved else f'from {val.table.path}'}",
-        *train.notes,
-        *val.notes,
+        *train.messages,
+        *val.messages,
         f"train {len(train.table):,} records ({len(train.items):,} rows, "
         f"{train.mean_tokens:.1f} tokens each), val {len(val.table):,}; {trained:,} of {total:,} "
         f"parameters are trained",

@@ -110,7 +110,7 @@ def show(name: str, split: Split, figures: dict[str, float], report: Report | No
     console.print(*tables(head, [[key, f"{value:.6g}"] for key, value in figures.items()]))
     for text in [
         f"read from {split.table.path}",
-        *split.notes,
+        *split.messages,
         *([report.text] if report and report.text else []),
     ]:
         console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -150,15 +150,19 @@ class FineTuning(Plan):
         """The direction of eval.metric, as the task declares it."""
         return dict(self.task.metrics(self.config.objective))[self.metric]
 
-    def badness(self, figures: Mapping[str, float]) -> float:
+    def selection_score(self, figures: Mapping[str, float]) -> float:
         """eval.metric, turned round where more is better."""
         value = figures[self.metric]
         return -value if self.higher_is_better else value
 
     def summarise(self, trainer: Trainer, figures: Mapping[str, float]) -> dict[str, Any]:
         """What was trained on, and the best and the last of the val split."""
-        best, badness = trainer.snapshot.checkpoints.best(), trainer.state.best
-        score = -badness if self.higher_is_better and badness is not None else badness
+        best, selection_score = trainer.snapshot.checkpoints.best(), trainer.state.best
+        score = (
+            -selection_score
+            if self.higher_is_better and selection_score is not None
+            else selection_score
+        )
         return {
             "trained_params": trainable_counts(trainer.engine.learner)[0],
             "train_records": len(self.train.table),

@@ -83,8 +83,8 @@ def joined(name: str, parts: dict[str, Split]) -> MixedSplit:
         [record for table in tables for record in table.records],
         [number for table in tables for number in table.numbers],
     )
-    notes = [f"{part}: {note}" for part, split in parts.items() for note in split.notes]
-    return MixedSplit(name, table, items, notes, parts)
+    messages = [f"{part}: {note}" for part, split in parts.items() for note in split.messages]
+    return MixedSplit(name, table, items, messages, parts)
 
 
 def mixed(task: Multi, split: MixedSplit, seed: int) -> MixedTaskStream:

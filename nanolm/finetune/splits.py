@@ -2,7 +2,7 @@
 
     file -> Table -> fields under the task's names -> usable records -> items
 
-Everything the user should know is collected as notes: rows left out and why, texts that were cut.
+Everything the user should know is collected as messages: rows left out and why, texts cut.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Split:
     name: str
     table: Table
     items: list[Item]
-    notes: list[str]
+    messages: list[str]
 
     @property
     def mean_tokens(self) -> float:
@@ -174,9 +174,9 @@ def make_split(
         for index, record in enumerate(table.records)
         for item in task.items(record, index, with_gold=with_gold)
     ]
-    notes = notes_of(name, table, items, skipped, task.cut_to)
-    told = task.told(table, items) if with_gold else []
-    return Split(name, table, items, [*notes, *(f"{name}: {note}" for note in told)])
+    messages = messages_of(name, table, items, skipped, task.cut_to)
+    told = task.messages_about(table, items) if with_gold else []
+    return Split(name, table, items, [*messages, *(f"{name}: {note}" for note in told)])
 
 
 def training_split(name: str, table: Table, task: Task, data: TaskDataConfig) -> Split:
@@ -186,13 +186,13 @@ def training_split(name: str, table: Table, task: Task, data: TaskDataConfig) ->
     if not items:
         raise UserError(
             f"{table.path}: none of its {len(table):,} records can be trained on"
-            f"{''.join(f'; {note}' for note in split.notes)}"
+            f"{''.join(f'; {note}' for note in split.messages)}"
         )
     left_out = len(split.items) - len(items)
-    notes = [f"{name}: {left_out:,} of {len(split.items):,} rows are not trained on"]
+    messages = [f"{name}: {left_out:,} of {len(split.items):,} rows are not trained on"]
     counts = count_notes(name, task.label_counts(split.table))
-    notes = split.notes + counts + notes * bool(left_out)
-    return dataclasses.replace(split, items=items, notes=notes)
+    messages = split.messages + counts + messages * bool(left_out)
+    return dataclasses.replace(split, items=items, messages=messages)
 
 
 def count_notes(name: str, counts: dict[str, int]) -> list[str]:
@@ -206,15 +206,15 @@ def count_notes(name: str, counts: dict[str, int]) -> list[str]:
     return [f"{name}: {len(counts):,} labels: {shown}{more}"]
 
 
-def notes_of(
+def messages_of(
     name: str, table: Table, items: list[Item], skipped: dict[str, list[int]], cut_to: str
 ) -> list[str]:
     """What the user should know about a split."""
-    notes = []
+    messages = []
     n_skipped = sum(map(len, skipped.values()))
     if n_skipped:
         reason, rows = max(skipped.items(), key=lambda pair: len(pair[1]))
-        notes.append(
+        messages.append(
             f"{name}: left out {n_skipped} of {n_skipped + len(table)} rows, most often because "
             f"{reason} (row {rows[0]})"
         )
@@ -222,7 +222,7 @@ def notes_of(
     if cut:
         records = len({item.record for item in cut})
         tokens = sum(item.cut for item in cut)
-        notes.append(
+        messages.append(
             f"{name}: {records} of {len(table)} texts were cut to {cut_to} ({tokens} tokens lost)"
         )
-    return notes
+    return messages

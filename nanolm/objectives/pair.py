@@ -26,7 +26,7 @@ from nanolm.model.heads import HeadRequest
 from nanolm.model.trunk import Inputs
 from nanolm.objectives.base import Draw, Example, Term, length_of
 from nanolm.objectives.mlm import Mlm, MlmOptions, padded
-from nanolm.ops.reference import wide
+from nanolm.ops.reference import upcast
 from nanolm.registry import OBJECTIVES
 
 
@@ -94,7 +94,7 @@ class MlmPair(Mlm):
     ) -> dict[str, Term]:
         """The MLM terms, the pair's cross-entropy, and its accuracy."""
         name, broken = self.options.pair, batch["broken"]
-        logits_BC = wide(heads["pair"](hidden_BTD))
+        logits_BC = upcast(heads["pair"](hidden_BTD))
         count = length_of(broken)
         right = (logits_BC.argmax(dim=-1) == broken).float().sum()
         pair_loss = F.cross_entropy(logits_BC, broken, reduction="sum")

@@ -52,8 +52,8 @@ class AttentionSpec(Spec):
     head_dim: int
     causal: bool = False
     window: int | None = None
-    # Mask kinds that batches may bring (nanolm.ops.masks.KINDS); "classes" where they can also tell
-    # documents by length (Mask.classes).
+    # Mask kinds that batches may bring (nanolm.ops.masks.KINDS); "length_groups" where they can
+    # also tell documents by length (Mask.length_groups).
     masks: frozenset[str] = frozenset()
     bias: Literal["alibi", "learned_alibi", "bucket", "dense"] | None = None
     softcap: float | None = None

@@ -1,6 +1,6 @@
 """Attention on a CPU over many short sequences in one row, without a mask and without padding.
 
-    row  = [ a a | b b | c c c | d d d d | e e e e ]      sequences by length (Mask.classes)
+    row  = [ a a | b b | c c c | d d d d | e e e e ]      sequences by length (Mask.length_groups)
     run 2 x [2, 2], 1 x [3, 3], 2 x [4, 4]                instead of one masked [15, 15]
 
 Sequences of equal length are a plain batch: attention runs once for each length, so the products
@@ -31,7 +31,7 @@ class ByLengthAttention:
     """Attention, one length after the other."""
 
     name = "by_length"
-    takes_classes = True
+    takes_length_groups = True
     """Rows are laid out for it: see `Task.arrange_for`."""
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class ByLengthAttention:
     def why_not(self, spec: AttentionSpec) -> str | None:
         if spec.device != "cpu":
             return "it is for a CPU; a GPU's kernels skip what documents hide"
-        if "classes" not in spec.masks:
+        if "length_groups" not in spec.masks:
             return "batches do not tell where sequences of equal length lie"
         if spec.bias == "dense":
             return "a dense bias belongs to places in the row, not to distances"
@@ -51,7 +51,7 @@ class ByLengthAttention:
     ) -> Tensor:
         """As sdpa, [B, T, H, K], in bfloat16 as wide."""
         rounds = not multiplies_bf16()
-        if mask.classes is None:
+        if mask.length_groups is None:
             masked = self.wide if rounds else self.sdpa
             return masked.run(q_BTHK, k_BSGK, v_BSGK, mask, **rest)
         if not (rounds and autocasts()):
@@ -64,11 +64,13 @@ class ByLengthAttention:
         self, q_BTHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, mask: Mask, **rest: Any
     ) -> Tensor:
         """Attention on [N, L, H, K] for each length."""
-        classes = mask.classes or ()  # `run` has seen that there are some
-        sizes = [number * length for number, length in classes]
+        length_groups = mask.length_groups or ()  # `run` has seen that there are some
+        sizes = [number * length for number, length in length_groups]
         within = Mask(causal=mask.causal, window=mask.window)
         # One split and one cat: the gradient of many slices would be many full-sized tensors.
-        parts = zip(classes, *(x.flatten(0, 1).split(sizes) for x in (q_BTHK, k_BSGK, v_BSGK)))
+        parts = zip(
+            length_groups, *(x.flatten(0, 1).split(sizes) for x in (q_BTHK, k_BSGK, v_BSGK))
+        )
         found = []
         for (number, length), *part in parts:
             q, k, v = (x.unflatten(0, (number, length)) for x in part)

@@ -25,7 +25,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-Classes = tuple[tuple[int, int], ...]
+LengthGroups = tuple[tuple[int, int], ...]
 """(number, length) of sequences that fill a row end to end, ascending in length."""
 KINDS = ("causal", "window", "lengths", "documents", "prefix", "order")
 
@@ -51,7 +51,7 @@ class Mask:
     # two.
     # No condition of its own: documents again, for kernels that run length by length. Only where
     # the one row of the batch is full of documents, each of which lies in one piece.
-    classes: Classes | None = None
+    length_groups: LengthGroups | None = None
 
     def kinds(self) -> frozenset[str]:
         """The names, out of KINDS, of the conditions that this mask has."""

@@ -20,7 +20,7 @@ from nanolm.ops.contract import kernel
 from nanolm.ops.masks import Mask
 
 
-def wide(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """x in the dtype that a reference computes in: float64 stays, all else becomes float32."""
     return x if x.dtype == torch.float64 else x.float()
 
@@ -60,7 +60,7 @@ class ReferenceAttention:
         )
         weights_BHTS = F.dropout(weights_BHTS, dropout, training=dropout > 0)
         repeats = q_BTHK.shape[2] // k_BSGK.shape[2]
-        v_BHSK = wide(v_BSGK).transpose(1, 2).repeat_interleave(repeats, dim=1)
+        v_BHSK = upcast(v_BSGK).transpose(1, 2).repeat_interleave(repeats, dim=1)
         out_BTHK = (weights_BHTS @ v_BHSK).transpose(1, 2).to(q_BTHK.dtype)
         return AttentionOutput(out_BTHK, lse_BHT) if return_lse else out_BTHK
 
@@ -96,8 +96,8 @@ class ReferenceAttention:
         """scores_BHTS, before any mask."""
         # Grouped queries (Ainslie et al. 2023): H / G query heads read the same key head.
         repeats = q_BTHK.shape[2] // k_BSGK.shape[2]
-        q_BHTK = wide(q_BTHK).transpose(1, 2)
-        k_BHSK = wide(k_BSGK).transpose(1, 2).repeat_interleave(repeats, dim=1)
+        q_BHTK = upcast(q_BTHK).transpose(1, 2)
+        k_BHSK = upcast(k_BSGK).transpose(1, 2).repeat_interleave(repeats, dim=1)
         scores_BHTS = q_BHTK @ k_BHSK.transpose(-1, -2) * scale
         if softcap is not None:
             scores_BHTS = softcap * torch.tanh(scores_BHTS / softcap)
@@ -177,7 +177,7 @@ class ReferenceCrossEntropy:
         nor in the vocabulary makes the loss, its nll and its gradient NaN: to raise, the host would
         have to wait for the device.
         """
-        logits_NV = wide(F.linear(hidden_ND, weight_VD, bias_V))
+        logits_NV = upcast(F.linear(hidden_ND, weight_VD, bias_V))
         if softcap is not None:
             logits_NV = softcap * torch.tanh(logits_NV / softcap)
         kept_N = targets_N != -100
@@ -218,11 +218,11 @@ class ReferenceNorm:
     ) -> tuple[Tensor, Tensor]:
         """(norm(x + residual), x + residual), both in x's shape and the dtype of the sum."""
         total = x if residual is None else x + residual
-        y = wide(total)
+        y = upcast(total)
         if kind == "layernorm":
             y = y - y.mean(dim=-1, keepdim=True)
-        y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + eps) * wide(weight_D)
-        y = y if bias_D is None else y + wide(bias_D)
+        y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + eps) * upcast(weight_D)
+        y = y if bias_D is None else y + upcast(bias_D)
         return y.to(total.dtype), total
 
 
@@ -243,7 +243,7 @@ class ReferenceRotary:
     def run(self, x_BTHK: Tensor, cos_BTR: Tensor, sin_BTR: Tensor) -> Tensor:
         """x with its first 2R features of every head rotated; cos, sin: [B or 1, T, R] float32."""
         n_rotated = 2 * cos_BTR.shape[-1]
-        first, second = wide(x_BTHK[..., :n_rotated]).chunk(2, dim=-1)
+        first, second = upcast(x_BTHK[..., :n_rotated]).chunk(2, dim=-1)
         cos, sin = cos_BTR[:, :, None], sin_BTR[:, :, None]
         rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
         rotated = rotated.to(x_BTHK.dtype)

@@ -25,7 +25,7 @@ from nanolm.errors import require
 from nanolm.learner import Adapter, Learner
 from nanolm.ops.bias import Bias
 from nanolm.ops.masks import Mask
-from nanolm.ops.reference import ReferenceAttention, wide
+from nanolm.ops.reference import ReferenceAttention, upcast
 from nanolm.peft.base import PeftOptions
 from nanolm.registry import PEFT
 
@@ -79,7 +79,7 @@ class Prefix(nn.Module):
         prefix: Any = self.kernel.run(q_BTHK, keys, values, Mask(), **settings)
         share_BHT = torch.sigmoid(prefix.lse - text.lse)
         share_BTH1 = share_BHT.transpose(1, 2)[..., None]
-        mixed = torch.lerp(wide(text.out), wide(prefix.out), share_BTH1)
+        mixed = torch.lerp(upcast(text.out), upcast(prefix.out), share_BTH1)
         return mixed.to(q_BTHK.dtype)
 
 

@@ -4,8 +4,8 @@
 
 They have positions of their own (the text begins at P) and are seen by every token. The trunk takes
 embeddings in place of tokens, so two hooks around it do the whole work. Where many texts lie in one
-row by length (`Mask.classes`), each of them gets the vectors in front and belongs, with them, to
-the class of texts that are P tokens longer.
+row by length (`Mask.length_groups`), each of them gets the vectors in front and belongs, with them,
+to the group of texts that are P tokens longer.
 
 Shapes: B batch, T tokens, P prompt length, D model width; N texts of a class, L their length.
 """
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from nanolm.errors import require
 from nanolm.learner import Adapter, Learner
 from nanolm.model.trunk import Inputs, Trunk
-from nanolm.ops.masks import Classes, Mask
+from nanolm.ops.masks import LengthGroups, Mask
 from nanolm.peft.base import PeftOptions
 from nanolm.registry import PEFT
 
@@ -53,13 +53,13 @@ class Prompt(nn.Module):
             vectors_PD = 0.02 * torch.randn(options.length, width)
         self.vectors_PD = nn.Parameter(vectors_PD)
         self.added = False
-        self.classes: Classes | None = None
-        self.places: Tensor | None = None  # with classes: see `places_by_class`
+        self.length_groups: LengthGroups | None = None
+        self.places: Tensor | None = None  # with length_groups: see `places_by_length_group`
 
     def before(self, trunk: Trunk, arguments: tuple[Inputs, ...]) -> tuple[Inputs]:
         """The trunk's inputs with the prompt in front, or, behind a cache that has it, moved on."""
         (inputs,) = arguments
-        length, self.classes = len(self.vectors_PD), inputs.mask.classes
+        length, self.length_groups = len(self.vectors_PD), inputs.mask.length_groups
         self.added = inputs.cache is None or inputs.cache.length == 0
         positions_BT = inputs.positions_BT
         if not self.added:
@@ -69,15 +69,15 @@ class Prompt(nn.Module):
         x_BTD = inputs.embeddings_BTD
         if x_BTD is None:
             x_BTD = trunk.embedding(inputs.tokens_BT) * trunk.scale
-        n_tokens = x_BTD.shape[1] if self.classes is None else self.classes[-1][1]
+        n_tokens = x_BTD.shape[1] if self.length_groups is None else self.length_groups[-1][1]
         require(
             length + n_tokens <= trunk.max_length,
             f"peft=prompt puts {length} vectors before rows of {n_tokens} tokens, and "
             f"model.max_length={trunk.max_length} holds fewer; shorten data.row_length or "
             f"peft.length",
         )
-        if self.classes is not None:
-            return (self.before_each(inputs, x_BTD, self.classes),)
+        if self.length_groups is not None:
+            return (self.before_each(inputs, x_BTD, self.length_groups),)
         if inputs.cache is not None:
             inputs.cache.grow(length)
         if positions_BT is not None:
@@ -98,11 +98,13 @@ class Prompt(nn.Module):
             ),
         )
 
-    def before_each(self, inputs: Inputs, x_1TD: Tensor, classes: Classes) -> Inputs:
+    def before_each(self, inputs: Inputs, x_1TD: Tensor, length_groups: LengthGroups) -> Inputs:
         """The inputs of one row of texts by length, with the prompt in front of every text."""
         length, device = len(self.vectors_PD), x_1TD.device
         # Here and in `after` nobody waits: rows of texts by length exist on a CPU only.
-        self.places, first = (found.to(device) for found in places_by_class(classes, length))
+        self.places, first = (
+            found.to(device) for found in places_by_length_group(length_groups, length)
+        )
         all_TD = torch.cat([self.vectors_PD.to(x_1TD.dtype), x_1TD[0]])
         counted_P = torch.arange(length, device=device)
         positions_BT, documents_BT = inputs.positions_BT, inputs.mask.documents
@@ -114,7 +116,7 @@ class Prompt(nn.Module):
         mask = dataclasses.replace(
             inputs.mask,
             documents=documents_BT[:, first],
-            classes=tuple((number, own + length) for number, own in classes),
+            length_groups=tuple((number, own + length) for number, own in length_groups),
         )
         return dataclasses.replace(
             inputs,
@@ -146,19 +148,19 @@ class Prompt(nn.Module):
     def after(self, trunk: Trunk, arguments: Any, hidden_BTD: Tensor) -> Tensor:
         """The hidden states of the text alone."""
         length = len(self.vectors_PD)
-        if self.places is not None and self.classes is not None:
+        if self.places is not None and self.length_groups is not None:
             return hidden_BTD[:, self.places >= length]
         return hidden_BTD[:, length:] if self.added else hidden_BTD
 
 
-def places_by_class(classes: Classes, length: int) -> tuple[Tensor, Tensor]:
+def places_by_length_group(length_groups: LengthGroups, length: int) -> tuple[Tensor, Tensor]:
     """(places, first) int64 [T'] of the row in which P vectors stand before every text.
 
     Each place of the new row takes number `places` of [vectors; tokens of the old row]; `first` is
     the old row's token itself, or for a vector the first token of the text behind it.
     """
     places, first, start = [], [], 0
-    for number, own in classes:
+    for number, own in length_groups:
         tokens_NL = torch.arange(start, start + number * own).view(number, own)
         counted_NP = torch.arange(length).expand(number, -1)
         places.append(torch.cat([counted_NP, tokens_NL + length], dim=1).flatten())

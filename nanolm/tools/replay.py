@@ -89,7 +89,7 @@ def replay(trainer: Trainer, step: int) -> Sequence[MicroBatch]:
     first = True
     for micro_batches in trainer.loader_factory(trainer.state.done):
         if first:
-            trainer.engine.settle(micro_batches[0], trainer.weights)
+            trainer.engine.warm_up_ddp(micro_batches[0], trainer.weights)
             first = False
         if trainer.state.done + 1 == step:
             return micro_batches
@@ -99,7 +99,7 @@ def replay(trainer: Trainer, step: int) -> Sequence[MicroBatch]:
 
 def examine(trainer: Trainer, micro_batches: Sequence[MicroBatch]) -> dict[str, Any]:
     """Loss, gradient norm, rows and first bad tensor of the trainer's next step; collective."""
-    terms, norm, counts, _ = trainer.gradient(micro_batches)
+    terms, norm, counts, _ = trainer.step_gradient(micro_batches)
     tensor = find_tensor(trainer.engine, micro_batches, trainer.seed(), counts)
     found = trainer.world.gather(
         {"tensor": tensor, "rows": [int(row) for b in micro_batches for row in b.row_ids]}

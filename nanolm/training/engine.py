@@ -130,7 +130,7 @@ class Engine:
         device = self.world.device
         return {k: v.to(device, non_blocking=True) for k, v in batch.tensors.items()}
 
-    def even(self, micro_batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
+    def pad_passes(self, micro_batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
         """As many micro-batches as the rank with the most has: sharded weights are gathered in
         every pass by all. What is added stands in and counts for nothing. Collective, once."""
         if not self.sharded:
@@ -153,7 +153,7 @@ class Engine:
             with torch.autocast(self.world.device.type, dtype=self.dtype):
                 yield
 
-    def settle(self, batch: MicroBatch, weights: Mapping[str, float]) -> None:
+    def warm_up_ddp(self, batch: MicroBatch, weights: Mapping[str, float]) -> None:
         """One discarded forward and backward of a zero loss, before the first step of a start.
 
         DDP orders its gradient buckets anew after its first backward, and with three ranks or more

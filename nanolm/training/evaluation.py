@@ -28,7 +28,7 @@ from nanolm.training.engine import Engine
 from nanolm.training.gradient import total_loss
 
 
-class Yardstick:
+class UnigramBaseline:
     """Per token id: bytes of its text, and its cost in nats under the unigram model."""
 
     def __init__(self, byte_length: np.ndarray, unigram_counts: np.ndarray) -> None:
@@ -73,11 +73,11 @@ class Evaluator:
         self,
         batches: Callable[[], Iterable[MicroBatch]],
         world: World,
-        yardstick: Yardstick | None = None,
+        unigram_baseline: UnigramBaseline | None = None,
     ) -> None:
         self.batches = batches
         self.world = world
-        self.yardstick = yardstick
+        self.unigram_baseline = unigram_baseline
 
     def __call__(
         self, engine: Engine, stop: Callable[[], bool] = lambda: False
@@ -109,9 +109,9 @@ class Evaluator:
             if not len(batch.row_ids):
                 continue
             sums.add_terms(terms)
-            if self.yardstick is not None:
+            if self.unigram_baseline is not None:
                 targets = engine.learner.objective.targets(dict(batch.tensors))
-                text_bytes, nats = self.yardstick.measure(targets)
+                text_bytes, nats = self.unigram_baseline.measure(targets)
                 sums.add("unigram bytes", nats, text_bytes)
         return sums, 0.0
 

@@ -28,7 +28,7 @@ PHASES = ("data", "forward", "backward", "communication", "optimizer")
 
 
 class Progress:
-    """The present step and phase of this rank, and seconds per phase since the last `read`."""
+    """The present step and phase of this rank, and seconds per phase not yet taken."""
 
     def __init__(self, device: torch.device) -> None:
         self.step, self.phase = 0, "start"
@@ -55,7 +55,7 @@ class Progress:
         event.record()
         return event
 
-    def read(self) -> dict[str, float]:
+    def take_seconds(self) -> dict[str, float]:
         """Mean seconds of each phase per step since the last reading; waits for the device."""
         marks = [*self._marks, (self.phase, self._now())]
         if self._cuda:
@@ -74,7 +74,7 @@ def own_seconds(figures: Mapping[str, float]) -> float:
     return sum(figures[f"{phase}_seconds"] for phase in PHASES if phase != "communication")
 
 
-class Pace:
+class StragglerMonitor:
     """Compares the ranks' own seconds per step, and says so when one stays behind."""
 
     SLOW = 1.5

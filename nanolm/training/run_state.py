@@ -29,7 +29,7 @@ class RunState:
         self.done = 0
         """Optimizer steps taken, those included that moved no weight."""
         self.best: float | None = None
-        """The badness of the best checkpoint; None while there is none."""
+        """The selection score of the best checkpoint; None while there is none."""
         self.skips = 0
         """Bad steps since the last good one."""
         self.losses: collections.deque[float] = collections.deque(maxlen=RECENT)

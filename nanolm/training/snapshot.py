@@ -58,11 +58,11 @@ class Snapshot:
         self.files = files or {}
         self.facts = facts or {}
         self.background = Background()
-        self._beside: Checkpoints | None = None
+        self._with_own_group: Checkpoints | None = None
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         """Waits until the checkpoint in flight is whole; raises UserError when it could not be."""
-        self.background.settle()
+        self.background.wait()
 
     def save(self) -> pathlib.Path:
         """Writes the checkpoint of the trainer's present step; collective.
@@ -80,13 +80,13 @@ class Snapshot:
         parts, content = checkpoints.own_parts(tensors), self._json()
         if not self.config.run.checkpoint_async:
             return checkpoints.write(self.state.done, parts, content, self.files)
-        self.settle()
-        self._beside = self._beside or checkpoints.beside()
+        self.wait()
+        self._with_own_group = self._with_own_group or checkpoints.with_own_group()
         copies = {
             name: {key: tensor.to("cpu", copy=True) for key, tensor in named.items()}
             for name, named in parts.items()
         }
-        write = self._beside.write
+        write = self._with_own_group.write
         self.background.start(lambda: write(content["step"], copies, content, self.files))
         return checkpoints.path(self.state.done)
 
@@ -96,7 +96,7 @@ class Snapshot:
         Counters that tell how often the run went wrong are not turned back. Raises UserError when
         there is no such checkpoint.
         """
-        self.settle()
+        self.wait()
         skips = self.state.skips
         step = self._last_good()
         if step is None:

@@ -110,7 +110,7 @@ class Throughput:
         finally:
             self._excluded += time.perf_counter() - start
 
-    def step(self, waited: float) -> None:
+    def add_step(self, waited: float) -> None:
         """One optimizer step is done, `waited` seconds of it spent waiting for data."""
         self._steps += 1
         self._waited += waited
@@ -130,7 +130,7 @@ class Throughput:
         """All seconds that count, those since the last reading included."""
         return self.total_seconds + self._unread
 
-    def read(self, device: torch.device) -> dict[str, float | None]:
+    def speeds(self, device: torch.device) -> dict[str, float | None]:
         """Figures since the last reading: rates, memory in bytes, share of time without data."""
         seconds = self._unread
         self.total_seconds += seconds

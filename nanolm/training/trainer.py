@@ -36,7 +36,7 @@ from nanolm.training.guards.patience import Patience
 from nanolm.training.guards.preemption import Preemption
 from nanolm.training.guards.watchdog import Watchdog
 from nanolm.training.guards.weight_check import compare_weights
-from nanolm.training.phases import Pace
+from nanolm.training.phases import StragglerMonitor
 from nanolm.training.run_state import RunState
 from nanolm.training.schedules import redrawn
 from nanolm.training.sinks import Sink
@@ -67,7 +67,7 @@ class Trainer:
     `loader_factory(step)` iterates over lists of micro-batches from optimizer step `step` on: this
     rank's share of each global batch, at least one (a stand-in without rows when it has none).
     `tokens_per_step` is global_batch full rows unless given; the checkpoint whose validation
-    figures have the least `badness` is the best one. `initialise` is handed to the Engine.
+    figures have the least `selection_score` is the best one. `initialise` is handed to the Engine.
     Checkpoints keep what `kernels` chose.
     """
 
@@ -86,24 +86,22 @@ class Trainer:
         files: Mapping[str, bytes] | None = None,
         facts: Mapping[str, Any] | None = None,
         tokens_per_step: int | None = None,
-        badness: Callable[[Mapping[str, float]], float] = lambda figures: figures["loss"],
+        selection_score: Callable[[Mapping[str, float]], float] = lambda figures: figures["loss"],
         initialise: Initialise | None = None,
         kernels: Kernels | None = None,
     ) -> None:
         self.config, self.world, self.note = config, world, note
         freeze(learner, config.tune)
         self.engine = Engine(learner, world, config, initialise=initialise)
-        self.loader_factory = loader_factory
-        self.evaluator, self.sinks = evaluator, sinks
+        self.loader_factory, self.evaluator, self.sinks = loader_factory, evaluator, sinks
         self.update = Update(self.engine, world, config)
         rows = config.train.global_batch
         self.tokens_per_step = tokens_per_step or rows * config.data.row_length
-        self.badness = badness
+        self.selection_score = selection_score
         self.throughput = throughput or Throughput(self.tokens_per_step, 0.0, None)
         self.progress = self.engine.progress
-        self.pace = Pace(world, note)
-        self.preemption = Preemption()
-        self.preempted = False
+        self.straggler_monitor = StragglerMonitor(world, note)
+        self.preemption, self.preempted = Preemption(), False
         self.patience = Patience(config.eval.patience)
         self.state = RunState(self.patience, self.throughput, self.update.scaler)
         self.policy = NonFinitePolicy(config.train, world, checkpoints.run, self.state)
@@ -131,7 +129,7 @@ class Trainer:
         with self.preemption, Watchdog(self.world, self.progress, seconds, run):
             try:
                 figures = self._fit()
-                self.snapshot.settle()
+                self.snapshot.wait()
                 return figures
             except RuntimeError as error:
                 if self.world.size == 1 or not peer_lost(error):
@@ -148,15 +146,15 @@ class Trainer:
         figures: dict[str, float] = {}
         if self._resumed and self._due(self.config.eval.every):
             figures = self.evaluate(saved=True)
-        settled = False
+        warmed_up = False
         while not self._over:
             with contextlib.closing(iter(self.loader_factory(self.state.done))) as batches:
                 for micro_batches, waited in self._timed(batches):
-                    if not settled:
-                        self.engine.settle(micro_batches[0], self.weights)
-                        settled = True
+                    if not warmed_up:
+                        self.engine.warm_up_ddp(micro_batches[0], self.weights)
+                        warmed_up = True
                     result = self.step(micro_batches)
-                    self.throughput.step(waited)
+                    self.throughput.add_step(waited)
                     figures = self._after_step(result) or figures
                     if result.rewound:
                         break
@@ -186,7 +184,7 @@ class Trainer:
             start = time.perf_counter()
             micro_batches = next(batches)
             waited = time.perf_counter() - start
-            yield self.engine.even(micro_batches), waited
+            yield self.engine.pad_passes(micro_batches), waited
 
     def seed(self) -> int:
         """Seed of this rank's dropout in the next step: no generator state outlives a step."""
@@ -199,7 +197,7 @@ class Trainer:
             return self._pass_over()
         lr = self.update.set_rates(self.state.done)
         # All ranks get the same loss and norm, so they decide alike what follows, without asking.
-        terms, norm, counts, stop = self.gradient(micro_batches)
+        terms, norm, counts, stop = self.step_gradient(micro_batches)
         self.progress.enter("optimizer")
         loss = total_loss(terms, self.weights)
         # Judged before anything moves: one NaN would stay in every weight and in Adam's moments.
@@ -208,14 +206,14 @@ class Trainer:
             self.update.apply(norm)
             self.policy.good(self.state.done + 1, loss)
         else:
-            rewound = self._refuse(micro_batches, loss, counts)
+            rewound = self._leave_bad_step(micro_batches, loss, counts)
         self.update.clear()
         # A skipped step counts, or its rows would come again; a rewind has set the count itself.
         if not rewound:
             self.state.done += 1
         return StepResult(loss, terms, lr, norm, applied, stop, rewound)
 
-    def gradient(
+    def step_gradient(
         self, micro_batches: Sequence[MicroBatch]
     ) -> tuple[dict[str, float], float, Mapping[str, float], bool]:
         """The next step's gradient, in `.grad`, with the terms' means, its norm, the target counts
@@ -223,7 +221,7 @@ class Trainer:
         done, seed = self.state.done, self.seed()
         backward, norm = self.update.gradient(micro_batches, self.weights, done, seed)
         self.progress.enter("communication")
-        terms, stop = self._agree(backward)
+        terms, stop = self._global_means(backward)
         return terms, norm, backward.counts, stop
 
     def _pass_over(self) -> StepResult:
@@ -234,7 +232,7 @@ class Trainer:
         lr = self.update.set_rates(self.state.done)
         return StepResult(math.nan, {}, lr, math.nan, False, stop)
 
-    def _agree(self, backward: Backward) -> tuple[dict[str, float], bool]:
+    def _global_means(self, backward: Backward) -> tuple[dict[str, float], bool]:
         """Global means of all terms, and whether any rank was told to stop: then all stop here."""
         names = sorted(backward.sums)
         flat = [backward.sums[name] for name in names] + [backward.seen[name] for name in names]
@@ -242,21 +240,23 @@ class Trainer:
         flags = [self.preemption.signal is not None, self.snapshot.background.error is not None]
         *total, stop, failed = self.world.all_sum([*values, *flags])
         if failed:
-            self.snapshot.settle()
+            self.snapshot.wait()
         pairs = zip(names, total[: len(names)], total[len(names) :], strict=True)
         return {name: value / max(count, 1) for name, value, count in pairs}, stop > 0
 
-    def _refuse(
+    def _leave_bad_step(
         self, micro_batches: Sequence[MicroBatch], loss: float, counts: Mapping[str, float]
     ) -> bool:
         """A bad step moves no weight; the policy says whether the run goes on, and from where.
 
         Returns whether the trainer went back to a checkpoint.
         """
-        if self.update.refuse(math.isfinite(loss) and not self.policy.spikes(loss)):
+        if self.update.leave_weights(math.isfinite(loss) and not self.policy.spikes(loss)):
             return False
         step = self.state.done + 1
-        told = self.policy.refuse(self.engine, micro_batches, step, self.seed(), loss, counts)
+        told = self.policy.answer_bad_step(
+            self.engine, micro_batches, step, self.seed(), loss, counts
+        )
         if self.config.train.nonfinite != "rewind":
             self.note(told)
             return False
@@ -282,8 +282,7 @@ class Trainer:
             return {}
         if self._due(config.run.log_every) or self.state.done == 1:
             self._write_train_line(result)
-        every = config.distributed.compare_weights_every
-        if every and self.state.done % every == 0:
+        if (every := config.distributed.compare_weights_every) and self.state.done % every == 0:
             compare_weights(self.engine.learner, self.world, self.state.done)
         self.progress.enter("checkpoint" if self.world.is_main else "waiting")
         save = self._saves()
@@ -304,9 +303,9 @@ class Trainer:
         record |= {"tokens": self.state.done * self.tokens_per_step}
         if not result.applied:
             record["skipped"] = True
-        phases = self.progress.read()
-        slowest = self.pace.compare(phases)
-        self._write(record | self.throughput.read(self.world.device) | phases | slowest)
+        phases = self.progress.take_seconds()
+        slowest = self.straggler_monitor.compare(phases)
+        self._write(record | self.throughput.speeds(self.world.device) | phases | slowest)
 
     def _write(self, record: Mapping[str, Any]) -> None:
         for sink in self.sinks:
@@ -314,7 +313,7 @@ class Trainer:
 
     def evaluate(self, *, saved: bool = False) -> dict[str, float]:
         """Figures of the validation split, with the averaged weights when there are any; the step
-        whose badness is the lowest so far becomes the best checkpoint.
+        whose selection score is the lowest so far becomes the best checkpoint.
 
         `saved` tells whether this step has a checkpoint already; the best one gets it here. A
         signal ends the evaluation: the run is left then, and evaluates when it is resumed.
@@ -329,19 +328,19 @@ class Trainer:
             self._leave()
             return {}
         self._write({"step": self.state.done, "kind": "val", **figures})
-        badness = self.badness(figures)
+        selection_score = self.selection_score(figures)
         best = math.inf if self.state.best is None else self.state.best
-        if self.config.run.keep_best and badness < best:  # never true of NaN
+        if self.config.run.keep_best and selection_score < best:  # never true of NaN
             if not saved:  # with the counters from before, since a resumed run evaluates again
                 self.snapshot.save()
-            self.snapshot.settle()
+            self.snapshot.wait()
             self.snapshot.checkpoints.mark_best(self.state.done)
-            self.state.best = badness
-        self.patience.see(badness)
+            self.state.best = selection_score
+        self.patience.see(selection_score)
         return figures
 
     def _leave(self) -> None:
-        self.snapshot.settle()
+        self.snapshot.wait()
         self.preempted = True
         reason = self.preemption.signal or "a signal to another rank"
         self.snapshot.checkpoints.mark_preempted(self.state.done, reason)

@@ -109,7 +109,7 @@ class Update:
         if self.ema is not None:
             self.ema.update()
 
-    def refuse(self, finite_loss: bool) -> bool:
+    def leave_weights(self, finite_loss: bool) -> bool:
         """Leaves the weights as they are; whether fp16's range is to blame, and not the step.
 
         A gradient that overflowed at a finite loss means that the loss scale was too high: it is

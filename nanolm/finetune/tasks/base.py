@@ -117,7 +117,7 @@ class Task:
     head needs what that head reads."""
     movable = True
     """Whether tokens may change their places: no target points at one of them."""
-    turns = False
+    has_counterfactual = False
     """Whether there may be exactly two answers, so that a text's opposite has the other one."""
     split_by: tuple[str, ...] = ()
     """Columns whose content decides on which side of a carved split a record falls; see
@@ -142,7 +142,7 @@ class Task:
         self.weights = {self.term: 1.0}
         self.framing = frame_of(self.trunk)
         padding = {"lengths"} if self.framing.two_sided else set()
-        self.masks = frozenset({"documents", "classes"} if self.packed else padding)
+        self.masks = frozenset({"documents", "length_groups"} if self.packed else padding)
         self.compiled, self.in_line = config.train.compile, False
 
     # From records to items.
@@ -195,7 +195,7 @@ class Task:
         of a task without a set of labels."""
         return {}
 
-    def told(self, table: Table, items: list[Item]) -> list[str]:
+    def messages_about(self, table: Table, items: list[Item]) -> list[str]:
         """What else a user should know of labelled records and their items."""
         return []
 
@@ -207,7 +207,7 @@ class Task:
         """What a decoder writes, in tokens to one that an encoder reads."""
         return 0.0
 
-    def turned(self, item: Item) -> Any | None:
+    def counterfactual_target(self, item: Item) -> Any | None:
         """The target of an item whose first text is made to say the opposite; None when there are
         not exactly two answers."""
         return None
@@ -249,7 +249,7 @@ class Task:
         length; elsewhere in a rectangle, whose width bounds what a masked row costs. A compiled
         block would be compiled anew for each batch's lengths, so it gets the rectangle too."""
         chosen = kernels.chosen("attention")
-        serve = all(hasattr(kernel, "takes_classes") for kernel in chosen)
+        serve = all(hasattr(kernel, "takes_length_groups") for kernel in chosen)
         self.in_line = self.packed and serve and not self.compiled
 
     def check_model(self, model: ModelConfig) -> None:
@@ -279,7 +279,9 @@ class Task:
         lengths_S = np.array([len(ids) for ids in tokens], dtype=np.int64)
         batch, index_M = rectangle(tokens, pad, packed=self.packed, in_line=self.in_line)
         if self.in_line:
-            batch["classes"] = np.stack(np.unique(lengths_S, return_counts=True)[::-1], axis=1)
+            batch["length_groups"] = np.stack(
+                np.unique(lengths_S, return_counts=True)[::-1], axis=1
+            )
         if self.segments:
             special_V = self.tokenizer.special_mask
             segments_M = np.concatenate([s.segments(special_V) for s in sequences])
@@ -311,8 +313,12 @@ class Task:
         """Tokens, kept apart in packed rows or hidden behind their lengths in padded ones."""
         if self.packed:
             # Rows are in line on a CPU only (see `arrange_for`), where nobody waits for a device.
-            classes = tuple(map(tuple, batch["classes"].tolist())) if "classes" in batch else None
-            mask = Mask(documents=batch["documents"], classes=classes)
+            length_groups = (
+                tuple(map(tuple, batch["length_groups"].tolist()))
+                if "length_groups" in batch
+                else None
+            )
+            mask = Mask(documents=batch["documents"], length_groups=length_groups)
         else:
             mask = Mask(key_lengths=batch["lengths"] if self.framing.two_sided else None)
         return Inputs(

@@ -47,7 +47,7 @@ class Choose(Task):
 
     fields = ("question", "choices")
     term = "choose"
-    turns = True
+    has_counterfactual = True
 
     def __init__(self, options: OwnOptions, config: Config, tokenizer: Tokenizer) -> None:
         super().__init__(options, config, tokenizer)
@@ -100,7 +100,7 @@ class Choose(Task):
         target = self.right(record) if with_gold else None
         return [Item(index, [s for s, _ in framed], target, sum(cut for _, cut in framed))]
 
-    def turned(self, item: Item) -> int | None:
+    def counterfactual_target(self, item: Item) -> int | None:
         """The other one of two candidates."""
         return 1 - item.target if self.n_candidates(item) == 2 else None
 

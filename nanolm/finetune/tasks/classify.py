@@ -152,7 +152,7 @@ class Classify(Pooled):
         super().__init__(options, config, tokenizer)
         self.labels = chosen(options.labels, options.name)
         self.number = {label: i for i, label in enumerate(self.labels)}
-        self.turns = len(self.labels) == 2 and not options.multi_label
+        self.has_counterfactual = len(self.labels) == 2 and not options.multi_label
         self.heads = {"classify": sequence_head(options, self.trunk, len(self.labels))}
         weights = options.class_weights
         require(
@@ -216,9 +216,9 @@ class Classify(Pooled):
         found = collections.Counter(values)
         return {label: found[label] for label in self.labels}
 
-    def turned(self, item: Item) -> np.int64 | None:
+    def counterfactual_target(self, item: Item) -> np.int64 | None:
         """The other one of two classes."""
-        return np.int64(1 - item.target) if self.turns else None
+        return np.int64(1 - item.target) if self.has_counterfactual else None
 
     def targets_of(
         self, examples: list[Item], batch: dict[str, np.ndarray]

@@ -197,7 +197,7 @@ class Read(Task):
                 item.extra = item.extra._replace(unheld=True)
         return items
 
-    def told(self, table: Table, items: list[Item]) -> list[str]:
+    def messages_about(self, table: Table, items: list[Item]) -> list[str]:
         """Answers that were looked for elsewhere in their context, those that no window holds
         (longer than the stride, they may fall between two) and those that are too long to be
         given."""

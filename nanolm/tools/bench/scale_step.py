@@ -54,14 +54,14 @@ def measure(job: dict[str, Any], world: World, folder: pathlib.Path) -> dict[str
     seconds: list[float] = []
     phases: list[dict[str, float]] = []
     for number in range(job["warmup"] + job["steps"]):
-        trainer.progress.read()
+        trainer.progress.take_seconds()
         begin = time.perf_counter()
         trainer.progress.enter("data", number + 1)
-        micro_batches = trainer.engine.even(next(batches))
+        micro_batches = trainer.engine.pad_passes(next(batches))
         if number == 0:
-            trainer.engine.settle(micro_batches[0], trainer.weights)
+            trainer.engine.warm_up_ddp(micro_batches[0], trainer.weights)
         trainer.step(micro_batches)
-        figures = trainer.progress.read()
+        figures = trainer.progress.take_seconds()
         figures["seconds"] = time.perf_counter() - begin
         gathered = world.gather(figures)
         if number >= job["warmup"]:

@@ -67,9 +67,9 @@ def trained(
         trainer = build_trainer({"shape": SHAPE, "settings": settings}, world, pathlib.Path(folder))
         batches = trainer.loader_factory(0)
         for turn in range(steps):
-            micro_batches = trainer.engine.even(next(batches))
+            micro_batches = trainer.engine.pad_passes(next(batches))
             if turn == 0:
-                trainer.engine.settle(micro_batches[0], trainer.weights)
+                trainer.engine.warm_up_ddp(micro_batches[0], trainer.weights)
             result = trainer.step(micro_batches)
             found += [result.loss, result.grad_norm]
         batches.close()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nanolm.ops.masks import Mask
-from nanolm.ops.reference import ReferenceAttention, wide
+from nanolm.ops.reference import ReferenceAttention, upcast
 from nanolm.tools.kernel_check.attention_cases import Case
 from nanolm.tools.kernel_check.attention_trials import spec_of, trial_of
 from nanolm.tools.kernel_check.op_trials import (
@@ -171,7 +171,7 @@ class KeyedReference(ReferenceAttention):
         b, h, t, s = weights.shape
         keep = torch.from_numpy(keep_mask(int(seed), dropout, (b, h, t, s)))
         weights_BHTS = torch.where(keep.to(weights.device), weights / (1 - dropout), 0.0)
-        return (weights_BHTS @ wide(v_BSGK).transpose(1, 2)).transpose(1, 2).to(q_BTHK.dtype)
+        return (weights_BHTS @ upcast(v_BSGK).transpose(1, 2)).transpose(1, 2).to(q_BTHK.dtype)
 
 
 def dropout_check(dtype: torch.dtype, device: str, divide: int) -> Check:

@@ -188,7 +188,7 @@ def of_first_row(mask: Mask) -> Mask:
         for field in dataclasses.fields(mask)
         if isinstance(value := getattr(mask, field.name), Tensor)
     }
-    return dataclasses.replace(mask, classes=None, **tensors)
+    return dataclasses.replace(mask, length_groups=None, **tensors)
 
 
 def watched_entropy(

@@ -40,7 +40,7 @@ class NonFinitePolicy:
         self, train: TrainConfig, world: World, run: pathlib.Path, state: RunState
     ) -> None:
         self.train, self.world, self.run, self.state = train, world, run, state
-        mine = world.agree(lambda: sorted(read_passed(run)) if world.is_main else [])
+        mine = world.call_on_all_ranks(lambda: sorted(read_passed(run)) if world.is_main else [])
         self.passed = set(mine[0])
         self._worst = 0
 
@@ -62,7 +62,7 @@ class NonFinitePolicy:
         if step > self._worst:
             self.state.skips = 0
 
-    def refuse(
+    def answer_bad_step(
         self,
         engine: Engine,
         micro_batches: Sequence[MicroBatch],

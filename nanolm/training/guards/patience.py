@@ -25,10 +25,10 @@ class Patience:
         self.lowest: float | None = None
         self.stale = 0
 
-    def see(self, badness: float) -> None:
-        """Takes the badness of one evaluation in: the smaller, the better; NaN is never best."""
-        if badness < (math.inf if self.lowest is None else self.lowest):
-            self.lowest, self.stale = badness, 0
+    def see(self, selection_score: float) -> None:
+        """Takes in one evaluation's selection score: the smaller, the better; NaN is never best."""
+        if selection_score < (math.inf if self.lowest is None else self.lowest):
+            self.lowest, self.stale = selection_score, 0
         else:
             self.stale += 1
 
