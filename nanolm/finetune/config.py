@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar, Literal
 
+from nanolm.config.ranges import Amount, Count
 from nanolm.config.schema import Config, EvalConfig, RunConfig, TrainConfig
 from nanolm.errors import require, require_at_least
 from nanolm.registry import Options
@@ -31,7 +32,7 @@ class TaskDataConfig:
     """Which column of the file holds a field of the task, where it has another name:
     {text: question}; null takes an entry of a config file back. Column n of a CoNLL file is called
     column_n."""
-    row_length: int = 128
+    row_length: Count = 128
     """Longest sequence in tokens; longer texts are cut, which is counted and told."""
     pack: bool = True
     """Lay short sequences side by side in a row (documents kept apart) instead of padding them."""
@@ -39,17 +40,17 @@ class TaskDataConfig:
     """What to do with a row that cannot be used: stop and name it, or leave it out and count."""
     val_fraction: float = 0.1
     """Share of the train records that is carved out as val where there is none."""
-    folds: int | None = None
+    folds: Count | None = None
     """Cross-validation: cut train into so many parts by the hash of each record, hold one out as
     val and train on the others; a val split is left alone."""
-    fold: int | None = None
+    fold: Amount | None = None
     """With folds: which part is held out, from 0; null: each in turn, a run in a folder of its own
     under run.dir, and mean and standard deviation of all."""
-    limit: int | None = None
+    limit: Count | None = None
     """Train on a keyed sample of so many records (few-shot)."""
-    shots: int | None = None
+    shots: Count | None = None
     """Train on so many records of each label (few-shot)."""
-    workers: int = 0
+    workers: Amount = 0
     """Loader processes per rank; 0 reads in the training process."""
 
     def __post_init__(self) -> None:
@@ -73,11 +74,11 @@ class TaskTrainConfig(TrainConfig):
     """How one step is taken, and how many."""
 
     # null is resolved (`count_steps`) before anything that knows the run's groups reads it.
-    steps: int | None = None  # type: ignore[assignment]
+    steps: Amount | None = None  # type: ignore[assignment]
     """Optimizer steps; null means train.epochs."""
     epochs: float = 3.0
     """Passes over the train split."""
-    global_batch: int = 32
+    global_batch: Count = 32
     """Examples per optimizer step over all ranks."""
 
     def __post_init__(self) -> None:
@@ -89,7 +90,7 @@ class TaskTrainConfig(TrainConfig):
 class TaskEvalConfig(EvalConfig):
     """Evaluation during training, and the choice of the best checkpoint."""
 
-    every: int | None = None  # type: ignore[assignment]  # resolved, as steps is
+    every: Amount | None = None  # type: ignore[assignment]  # resolved, as steps is
     """Steps between evaluations on val; null: once an epoch; 0: only at the end."""
     metric: str | None = None
     """Figure of val that names the best checkpoint; null means the task's own."""
@@ -101,9 +102,9 @@ class TaskRunConfig(RunConfig):
 
     dir: str = "runs/finetune"
     """Folder of the run: config, metrics, checkpoints, evaluation, MODEL.md."""
-    checkpoint_every: int | None = None  # type: ignore[assignment]  # resolved, as steps is
+    checkpoint_every: Amount | None = None  # type: ignore[assignment]  # resolved, as steps is
     """Steps between checkpoints; null means eval.every: only what is saved can be the best."""
-    keep_last: int = 1
+    keep_last: Count = 1
     """Newest checkpoints to keep beside the best one."""
     seeds: list[int] | None = None
     """Train once from each seed, in a folder of its own under run.dir, and report mean and standard

@@ -1,4 +1,4 @@
-"""Beam search: the most probable whole text among those that K beams find (Graves 2012, section 3).
+"""Beam search: the most probable whole text among those that K beams find (Graves 2012).
 
 Each prompt has K running texts. At each step all their continuations by one token are compared by
 the sum of their log probabilities, and the best 2K are looked at: those of the first K that end are

@@ -92,16 +92,15 @@ class Trainer:
     ) -> None:
         self.config, self.world, self.note = config, world, note
         freeze(learner, config.tune)
-        self.engine = Engine(learner, world, config, initialise=initialise)
+        self.engine = engine = Engine(learner, world, config, initialise=initialise)
         self.loader_factory, self.evaluator, self.sinks = loader_factory, evaluator, sinks
         self.update = Update(self.engine, world, config)
         rows = config.train.global_batch
         self.tokens_per_step = tokens_per_step or rows * config.data.row_length
         self.selection_score = selection_score
         self.throughput = throughput or Throughput(self.tokens_per_step, 0.0, None)
-        self.progress = self.engine.progress
         self.straggler_monitor = StragglerMonitor(world, note)
-        self.preemption, self.preempted = Preemption(), False
+        self.progress, self.preemption, self.preempted = engine.progress, Preemption(), False
         self.patience = Patience(config.eval.patience)
         self.state = RunState(self.patience, self.throughput, self.update.scaler)
         self.policy = NonFinitePolicy(config.train, world, checkpoints.run, self.state)
