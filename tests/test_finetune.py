@@ -71,7 +71,7 @@ def test_finetune_evaluate_predict(objective, data, tmp_path, monkeypatch):
         capture_output=True,
         text=True,
         cwd=ROOT,
-        timeout=60,
+        timeout=600,
     )
     assert job.returncode == 0, job.stderr
     answers = [json.loads(line) for line in job.stdout.splitlines()]
@@ -86,7 +86,7 @@ def torchrun(ranks, words):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert job.returncode == 0, job.stdout + job.stderr

@@ -278,7 +278,7 @@ def test_no_worker_outlives_the_loader(corpora):
             assert all(map(alive, pids))
             parent.send_signal(getattr(signal, end))
     for end, parent in parents.items():
-        parent.communicate(timeout=60)
+        parent.communicate(timeout=600)
         assert parent.returncode == (0 if end == "leaves" else -getattr(signal, end))
     until = time.monotonic() + 30  # they look for their parent every five seconds
     while any(map(alive, workers)) and time.monotonic() < until:

@@ -180,7 +180,7 @@ def command_lines(run, line, *words):
         capture_output=True,
         text=True,
         cwd=ROOT,
-        timeout=60,
+        timeout=600,
     )
     assert job.returncode == 0, job.stderr
     return job.stdout.splitlines()

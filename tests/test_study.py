@@ -222,7 +222,7 @@ def test_a_study_that_is_told_to_end_takes_its_cells_along(place, tmp_path):
         assert job.poll() is None
         time.sleep(0.2)
     job.send_signal(signal.SIGTERM)
-    _, said = job.communicate(timeout=60)
+    _, said = job.communicate(timeout=600)
     assert job.returncode == 2 and said.startswith("nanolm: interrupted; finished cells are kept")
     alive = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, check=False)
     assert alive.stdout == b""

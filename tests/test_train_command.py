@@ -80,7 +80,7 @@ def test_torchrun_and_one_process_print_the_same_losses(prepared, tmp_path, obje
     one, two = tmp_path / "one", tmp_path / "two"
     printed = train(prepared, one, objective=objective)
     job = torchrun(2, words(prepared, two, "--train.micro_batch=2", objective=objective))
-    output, _ = job.communicate(timeout=120)
+    output, _ = job.communicate(timeout=600)
     assert job.returncode == 0, output
     for left, right in zip(metrics(one), metrics(two), strict=True):
         assert left["loss"] == pytest.approx(right["loss"], abs=1e-5)
@@ -104,7 +104,7 @@ def test_torchrun_told_to_go_leaves_a_checkpoint_and_its_marker(prepared, tmp_pa
         assert job.poll() is None, job.stdout.read()
         time.sleep(0.1)
     job.send_signal(signal.SIGTERM)
-    output, _ = job.communicate(timeout=60)
+    output, _ = job.communicate(timeout=600)
     assert "--resume auto" in output
     assert (run / "checkpoints" / "preempted").is_file()
     step = int((run / "checkpoints" / "latest").read_text()[5:])
@@ -275,6 +275,6 @@ def test_ctrl_c_saves_and_is_no_success(prepared, tmp_path):
         assert job.poll() is None, job.stderr.read()
         time.sleep(0.1)
     job.send_signal(signal.SIGINT)
-    _, told = job.communicate(timeout=60)
+    _, told = job.communicate(timeout=600)
     assert job.returncode == 130 and b"Traceback" not in told
     assert (run / "checkpoints" / "preempted").is_file()
