@@ -7,6 +7,7 @@ import torch
 
 from nanolm.commands.bench import scale
 from nanolm.commands.bench.scale import Arguments
+from nanolm.config.load import parse
 from nanolm.errors import UserError
 from nanolm.tools.bench import contest
 from nanolm.tools.bench.cells import Cells
@@ -51,7 +52,7 @@ def test_efficiency_is_time_or_work_over_processes(tmp_path, monkeypatch):
     assert [row["efficiency"] for row in weak] == pytest.approx([1.0, 1.0])
     assert [row["speed"] for row in weak] == pytest.approx([1.0, 2.0])
     with pytest.raises(UserError, match="processes"):
-        Arguments(processes=[0])
+        parse(Arguments, ["--processes=[0]"], prog="bench scale")
 
 
 def test_turns_in_which_the_host_took_the_cores_are_taken_again(tmp_path, monkeypatch):

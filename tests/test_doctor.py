@@ -45,5 +45,5 @@ def test_a_good_step_is_replayed_bit_for_bit(blown_up, tmp_path):
     found = doctor(run, 2, tmp_path / "report.json")
     assert (found["loss"], found["grad_norm"]) == (second["loss"], second["grad_norm"])
     assert found["first non-finite tensor"] == "none"
-    with pytest.raises(UserError, match="first step of a run is 1"):
+    with pytest.raises(UserError, match="step=0 must be at least 1"):
         doctor(run, 0, tmp_path / "report.json")

@@ -81,7 +81,7 @@ def test_in_batch_negatives_of_two_ranks_equal_one(tmp_path):
 def test_tasks_refuse_what_they_cannot_do(tmp_path):
     table(tmp_path / "data", "train", RECORDS["write"] * 4)
     words = ("--objective.name=write", *STEPS, "--data.val_fraction=0.4")
-    with pytest.raises(UserError, match="trains decoder trunks"):
+    with pytest.raises(UserError, match="trains decoder or encoder_decoder trunks"):
         finetune(checkpoint("mlm"), tmp_path / "data", tmp_path / "run", *words)
     table(tmp_path / "cloze", "train", RECORDS["prompt"] * 4)
     options = ("--objective.name=prompt", '--objective.words={"yes": list, "no": file}')

@@ -223,7 +223,8 @@ def test_a_file_that_is_no_report_is_refused_in_one_sentence(tmp_path):
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_every_command_of_the_table_is_one_that_exists(device):
+def test_every_command_of_the_table_is_one_that_exists(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     stages = Table(device, 3, pathlib.Path("logs")).stages()
     names = [name for each in stages for name in each.commands]
     assert len(set(names)) == len(names)

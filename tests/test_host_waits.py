@@ -27,7 +27,7 @@ from nanolm.training.engine import Engine
 from nanolm.training.gradient import Backward, build_rule
 from tests.conftest import TINY, tiny_tokenizer
 from tests.host_waits import DEVICE, HostWaitsError, no_waits
-from tests.test_objectives_tasks import CASES, EXTRA, RECORDS
+from tests.test_objectives_tasks import CASES, EXTRA, OWN, RECORDS
 
 X = torch.empty(3, 4, device=DEVICE)
 NUMBERS = torch.zeros(3, dtype=torch.int64, device=DEVICE)
@@ -127,7 +127,7 @@ def finetuning(task, trunk, pack=True, peft=None, **options):
 def task_config(task, trunk, pack, options, peft=None):
     small = {"trunk": trunk, "n_segments": 2, "positions": {"name": "rotary"}, "dropout": 0.1}
     base = {
-        "model": TINY | small,
+        "model": TINY | small | OWN.get(trunk, {}),
         "objective": {"name": task, **options},
         "data": {"row_length": 32, "pack": pack},
         "peft": peft or {"name": "none"},
@@ -168,6 +168,7 @@ PRETRAINING = {
     "mlm documents": ("mlm", {"model": ENCODER, "documents": True}),
     "mlm_pair": ("mlm_pair", {"model": ENCODER | {"n_segments": 2}}),
     "span": ("span", {"model": {"trunk": "encoder_decoder", "positions": {"name": "t5"}}}),
+    "permutation": ("permutation", {"model": {"trunk": "two_stream"} | OWN["two_stream"]}),
 }
 
 

@@ -44,7 +44,7 @@ def test_import_export_import_keeps_every_bit_and_transformers_agrees(shape, tmp
     first = imported(a, b, f"--json={tmp_path / 'figures.json'}")
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert 0 <= figures["largest_difference"] < 1e-5
-    assert figures["greedy_tokens"] == (None if "bert" in shape else 32)
+    assert figures["greedy_tokens"] == (None if "bert" in shape or "t5" in shape else 32)
     assert figures["texts_with_other_ids"] == 0
     fresh = FRESH.get(shape, ())
     assert bool(figures["fresh"]) == bool(fresh)

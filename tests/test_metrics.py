@@ -16,17 +16,17 @@ def test_rates_leave_out_what_is_excluded(monkeypatch):
     clock = throughput.Throughput(tokens_per_step=100, flops_per_step=1e6, peak=4e6)
     for _ in range(3):
         now[0] += 2
-        clock.step(waited=0.5)
+        clock.add_step(waited=0.5)
     with clock.excluded():
         now[0] += 100
-    figures = clock.read(torch.device("cpu"))
+    figures = clock.speeds(torch.device("cpu"))
     assert figures["tokens_per_second"] == 50
     assert figures["mfu"] == 3e6 / 6 / 4e6
     assert figures["tflops"] == 3e6 / 6 / 1e12
     assert figures["data_wait"] == 0.25 and figures["memory"] > 10**6
     now[0] += 1
-    clock.step(waited=0)
-    assert clock.read(torch.device("cpu"))["tokens_per_second"] == 100
+    clock.add_step(waited=0)
+    assert clock.speeds(torch.device("cpu"))["tokens_per_second"] == 100
     assert clock.overall == 400 / 7
 
 
@@ -106,8 +106,8 @@ def test_without_a_peak_the_rate_is_still_told(monkeypatch):
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     clock = throughput.Throughput(tokens_per_step=100, flops_per_step=3e12, peak=None)
     now[0] += 2
-    clock.step(waited=0)
-    figures = clock.read(torch.device("cpu"))
+    clock.add_step(waited=0)
+    figures = clock.speeds(torch.device("cpu"))
     assert figures["mfu"] is None and figures["tflops"] == 1.5
     line = line_of({"kind": "train", "step": 1, **figures})
     assert "1.50 TFLOP/s" in line and "mfu" not in line

@@ -254,7 +254,7 @@ def test_a_killed_run_resumes_bit_for_bit(data, tmp_path):
     ("more", "sentence"),
     [
         ({"kind": {"labels": 3}}, "tasks.kind.labels: there is no such key; there are objective"),
-        ({"kind": {"share": None}}, "give every task a share, or none"),
+        ({"kind": {"share": None}}, "give every task one, or none of them"),
         ({"kind": {"share": 0}}, "tasks.kind.share=0 must be a positive number"),
         ({"a/b": {}}, "tasks.a/b: a task's name is letters"),
         ({"kind": {"objective": {"name": "clm"}}}, "tasks.kind: objective=clm reads prepared"),

@@ -237,7 +237,7 @@ def test_a_plugins_keys_are_in_the_help(folder, capsys):
 
 
 def test_a_name_that_is_taken_is_an_error(folder):
-    with pytest.raises(ValueError, match=r"objective 'clm' is registered already, by nanolm"):
+    with pytest.raises(UserError, match=r"objective 'clm' is registered already, by nanolm"):
         load_config(["--plugins", "twice"])
 
 

@@ -431,7 +431,7 @@ def test_extra_tokens_are_a_choice_that_older_folders_did_not_have(tmp_path):
     assert "extra_tokens" not in usual
     assert PrepareConfig(out="x", sources=["y"], extra_tokens=57).fingerprint() != usual
     for keys, words in (
-        ({"extra_tokens": -1}, "must not be negative"),
+        ({"extra_tokens": -1}, "must be at least 0"),
         ({"extra_tokens": 57, "tokenizer": "other.model"}, "extra_tokens says how to train"),
     ):
         with pytest.raises(UserError, match=words):

@@ -106,6 +106,6 @@ def test_cut_questions_are_blamed_on_their_own_limit():
     task = build("read", "encoder", stride=4, question_length=4)[0].objective
     record = {"question": " ".join(WORDS), "context": " ".join(WORDS * 4), "answers": []}
     data = config(checkpoint("mlm"), "x", "y", "--objective.name=read").data
-    notes = make_split("val", Table("t", [record], [1]), task, data).notes
+    notes = make_split("val", Table("t", [record], [1]), task, data).messages
     (note,) = [note for note in notes if "were cut" in note]
     assert "a question of 4 tokens (objective.question_length" in note

@@ -67,7 +67,7 @@ def of_compare(tmp_path, capsys):
 
 def of_an_evaluation(capsys):
     table = types.SimpleNamespace(path="data/test.jsonl")
-    split = types.SimpleNamespace(table=[0] * 1000, notes=[])
+    split = types.SimpleNamespace(table=[0] * 1000, messages=[])
     split.table = type("Table", (), {"__len__": lambda self: 1000, "path": table.path})()
     report.show("test", split, {"loss": 0.5, "expected_calibration_error": 1234567.0}, None)
     return capsys.readouterr().out

@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 
 from nanolm.commands.figures import write_json
+from nanolm.config.ranges import Amount, Count
 from nanolm.distributed.devices import DeviceWord, device_type
 from nanolm.distributed.world import World
 from nanolm.saved import read_config
@@ -33,14 +34,14 @@ class Arguments:
 
     run: str
     """Folder of the run."""
-    step: int | None = None
+    step: Count | None = None
     """The step to take, the first is 1; null: the one after the newest checkpoint, but that of the
     end."""
-    position: int | None = None
+    position: Amount | None = None
     """Position in the row whose prediction is looked at; null: one in the middle."""
-    layer: int = 0
+    layer: Amount = 0
     """Block whose attention is looked at; the first is 0."""
-    head: int = 0
+    head: Amount = 0
     """Head of it; the first is 0."""
     html: str | None = None
     """Also write the walk to this file, as a page that needs nothing else."""

@@ -56,7 +56,7 @@ def checked(kind: Any, given: Any, key: str) -> Any:
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Annotated:
         if type(given) is int:  # its own range first: that of all integers would mislead
-            within(kind.__metadata__, given, key)
+            within(kind.__metadata__, float(given) if parts[0] is float else given, key)
         return within(kind.__metadata__, checked(parts[0], given, key), key)
     if dataclasses.is_dataclass(kind):
         return instance(kind, given, key)

@@ -309,8 +309,9 @@ class Read(Task):
             r = item.record
             none[r] = min(none[r], no_answer)
             if best[r] is None or score > best[r][0]:
-                offset, begins, ends = item.extra
-                best[r] = (score, int(begins[int(first) - offset]), int(ends[int(last) - offset]))
+                window: Window = item.extra
+                begin = int(window.begins[int(first) - window.offset])
+                best[r] = (score, begin, int(window.ends[int(last) - window.offset]))
         found = []
         for record, span, no_answer in zip(table.records, best, none, strict=True):
             score, begin, end = span
