@@ -45,7 +45,9 @@ def test_import_export_import_keeps_every_bit_and_transformers_agrees(shape, tmp
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert 0 <= figures["largest_difference"] < 1e-5
     assert figures["greedy_tokens"] == (None if "bert" in shape or "t5" in shape else 32)
-    assert figures["texts_with_other_ids"] == 0
+    # T5's class in transformers opens no tokenizer but a unigram one, and so leaves that proof out.
+    alike = None if shape.startswith("t5") else 0
+    assert figures["texts_with_other_ids"] == alike
     fresh = FRESH.get(shape, ())
     assert bool(figures["fresh"]) == bool(fresh)
     assert all(key.startswith(fresh) for key in figures["fresh"])
