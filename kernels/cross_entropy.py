@@ -25,7 +25,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from nanolm.kernels.attention.scores import tanh
 from nanolm.kernels.launch import device_guard, wide_dtype
-from nanolm.kernels.operators import register_autocast
+from nanolm.kernels.operators import differentiable, register_autocast
 
 BLOCK = 4096  # logits that a program looks at at once
 LOGITS = 2**26  # logits of a chunk, at most
@@ -219,8 +219,8 @@ def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple:
     return *grads, *[None] * 7
 
 
-cross_entropy_op.register_autograd(backward, setup_context=save_for_backward)
 register_autocast("nanolm::linear_cross_entropy", 1)
+differentiable_cross_entropy = differentiable(cross_entropy_op, backward, save_for_backward, 1)
 
 
 @register_flop_formula(torch.ops.nanolm.linear_cross_entropy)
@@ -244,7 +244,7 @@ def linear_cross_entropy(
     """(loss, nll_N, correct_N, lse_N) as nanolm.ops.reference.CrossEntropyOutput."""
     grad = torch.is_grad_enabled()
     needs = [x is not None and x.requires_grad and grad for x in (hidden_ND, weight_VD, bias_V)]
-    outputs = cross_entropy_op(
+    outputs = differentiable_cross_entropy(
         hidden_ND.contiguous(), weight_VD, bias_V, targets_N.contiguous(),
         softcap, label_smoothing, z_loss, *needs,
     )  # fmt: skip

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanolm.kernels.launch import accumulator, device_guard
+from nanolm.kernels.operators import differentiable
 
 INV_SQRT2 = tl.constexpr(0.7071067811865476)
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
@@ -124,10 +125,10 @@ def backward(ctx: Any, grad_out: Tensor) -> tuple:
     return glu_backward_op(ctx.saved_tensors[0], grad_out.contiguous(), ctx.kind), None
 
 
-glu_op.register_autograd(backward, setup_context=save_for_backward)
+differentiable_glu = differentiable(glu_op, backward, save_for_backward)
 
 
 def glu(gate_up: Tensor, *, kind: str) -> Tensor:
     """[..., 2F] -> [..., F]; the gate is the first half."""
     rows = gate_up.reshape(-1, gate_up.shape[-1]).contiguous()
-    return glu_op(rows, kind).view(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+    return differentiable_glu(rows, kind).view(*gate_up.shape[:-1], gate_up.shape[-1] // 2)

@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanolm.kernels.launch import accumulator, device_guard, processors, row_launch, wide_dtype
+from nanolm.kernels.operators import differentiable
 
 
 @triton.jit
@@ -215,7 +216,7 @@ def backward(ctx: Any, grad_out: Tensor | None, grad_total: Tensor | None, *_: A
     )
 
 
-norm_op.register_autograd(backward, setup_context=save_for_backward)
+differentiable_norm = differentiable(norm_op, backward, save_for_backward)
 
 
 def norm(
@@ -232,5 +233,5 @@ def norm(
     added = None
     if residual is not None:
         added = residual.reshape(rows.shape).contiguous()
-    out, total, _, _ = norm_op(rows, weight_D, bias_D, added, kind == "layernorm", eps)
+    out, total, _, _ = differentiable_norm(rows, weight_D, bias_D, added, kind == "layernorm", eps)
     return out.view(x.shape), x if residual is None else total.view(x.shape)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from nanolm.kernels.attention.scores import View
 from nanolm.kernels.launch import accumulator, device_guard
+from nanolm.kernels.operators import differentiable
 
 
 @triton.jit
@@ -90,9 +91,9 @@ def backward(ctx: Any, grad_out: Tensor) -> tuple:
     return rotary_op(grad_out, *ctx.saved_tensors, not ctx.inverse), None, None, None
 
 
-rotary_op.register_autograd(backward, setup_context=save_for_backward)
+differentiable_rotary = differentiable(rotary_op, backward, save_for_backward)
 
 
 def rotary(x_BTHK: Tensor, cos_BTR: Tensor, sin_BTR: Tensor) -> Tensor:
     """x with its first 2R features of every head rotated; angles [B or 1, T, R]."""
-    return rotary_op(x_BTHK, cos_BTR.contiguous(), sin_BTR.contiguous(), False)
+    return differentiable_rotary(x_BTHK, cos_BTR.contiguous(), sin_BTR.contiguous(), False)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from nanolm.kernels.launch import accumulator, device_guard, product_launch
-from nanolm.kernels.operators import register_autocast
+from nanolm.kernels.operators import differentiable, register_autocast
 
 
 @triton.jit
@@ -87,10 +87,13 @@ def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None]:
     return (grad_out + grad_out.mT) @ x, None
 
 
-symmetric_product_op.register_autograd(
-    backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0])
-)
+def save_for_backward(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    """Keeps the matrices."""
+    ctx.save_for_backward(inputs[0])
+
+
 register_autocast("nanolm::symmetric_product", 1)
+differentiable_product = differentiable(symmetric_product_op, backward, save_for_backward, 1)
 
 
 @register_flop_formula(torch.ops.nanolm.symmetric_product)
@@ -103,5 +106,5 @@ def product_flops(x_shape: Any, *_: Any, **__: Any) -> int:
 def symmetric_product(x_MN: Tensor, precision: str = "ieee") -> Tensor:
     """[..., M, N] -> [..., M, M]; `precision`, of float32 products, is "ieee" or "tf32x3"."""
     n_rows = x_MN.shape[-2]
-    out = symmetric_product_op(x_MN.reshape(-1, *x_MN.shape[-2:]), precision)
+    out = differentiable_product(x_MN.reshape(-1, *x_MN.shape[-2:]), precision)
     return out.view(*x_MN.shape[:-2], n_rows, n_rows)

@@ -148,6 +148,35 @@ def test_gradients_arrive_in_any_layout(op, layout):
     assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
 
 
+@pytest.mark.parametrize("region", [None, torch.bfloat16])
+@pytest.mark.parametrize("op", ["attention", "norm", "rotary", "glu", "symmetric_product", "loss"])
+def test_eager_calls_and_the_registered_derivative_give_the_same_bits(monkeypatch, op, region):
+    """A Function is quicker to call from Python than an operator; a compiled graph wants that."""
+
+    def outputs_and_gradients():
+        with torch.autocast(DEVICE, region or torch.bfloat16, enabled=region is not None):
+            if op == "loss":
+                leaves = [draw(300, 6), draw(31, 6, seed=1), draw(31, seed=2)]
+                targets = torch.arange(300, device=DEVICE) % 31
+                outputs = [kernel_of("linear_cross_entropy").run(*leaves, targets).loss]
+            else:
+                outputs, leaves = outputs_of(op)
+        # One output without a gradient, where there are several, and weights that differ.
+        given = [draw(*x.shape, seed=7, grad=False).to(x.dtype) for x in outputs[:1]]
+        return [*outputs, *torch.autograd.grad(outputs[:1], leaves, given, allow_unused=True)]
+
+    quick = outputs_and_gradients()
+    names = [f"{x.grad_fn.name()} {x.grad_fn.next_functions}" for x in quick if x.grad_fn]
+    assert not any("GeneratedBackwardFor_nanolm" in name for name in names)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    registered = outputs_and_gradients()
+    names = [f"{x.grad_fn.name()} {x.grad_fn.next_functions}" for x in registered if x.grad_fn]
+    assert any("GeneratedBackwardFor_nanolm" in name for name in names)
+    for a, b in zip(quick, registered, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or (a.dtype == b.dtype and torch.equal(a, b))
+
+
 def test_flops_are_counted():
     list(arguments_of("glu"))  # formulas are registered when a kernel is imported, before counting
     q, k = draw(1, 9, 2, 16), draw(1, 11, 2, 16)

@@ -37,7 +37,7 @@ from nanolm.kernels.attention.call import (
 )
 from nanolm.kernels.attention.forward import attention_forward_kernel
 from nanolm.kernels.launch import device_guard, wide_dtype
-from nanolm.kernels.operators import register_autocast
+from nanolm.kernels.operators import differentiable, register_autocast
 from nanolm.ops.bias import Bias
 from nanolm.ops.masks import Mask
 
@@ -170,7 +170,7 @@ def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tupl
     return grad_q, grad_k, grad_v, grad_bias if needs_bias else None, *[None] * n_rest
 
 
-attention_op.register_autograd(backward, setup_context=save_for_backward)
+differentiable_attention = differentiable(attention_op, backward, save_for_backward, 3)
 
 
 @register_flop_formula(torch.ops.nanolm.attention)
@@ -206,7 +206,7 @@ def attention(
     """
     if dropout > 0 and seed is None:
         seed = torch.randint(2**62, (1,), device=q_BTHK.device)
-    return attention_op(
+    return differentiable_attention(
         *flatten(
             q_BTHK, k_BSGK, v_BSGK, mask, bias, scale=scale, softcap=softcap, dropout=dropout,
             seed=seed if dropout > 0 else None, precision=precision,
