@@ -177,6 +177,19 @@ def test_dropout_is_the_documented_function_of_its_indices():
     assert torch.equal(once, run(q, k, v)) and not torch.equal(once, run(q, k, v))
 
 
+@pytest.mark.parametrize("p", [0.0, 1e-4, 0.1, 0.5, 0.999, 1.0])
+def test_dropout_drops_what_it_should_and_no_two_entries_together(p):
+    """Eight decisions come from one Philox call: entries near each other must not share one."""
+    keep = keep_mask(987654321, p, (2, 3, 64, 96)).astype(float)
+    deviation = (p * (1 - p) / keep.size) ** 0.5
+    assert abs(keep.mean() - (1 - p)) <= 5 * deviation
+    if p != 0.5:
+        return
+    for t, s in [(0, 1), (0, 2), (0, 8), (0, 9), (0, 16), (1, 0), (8, 0), (8, 8), (16, 0), (8, 1)]:
+        shifted = keep[:, :, t:, s:] == keep[:, :, : 64 - t, : 96 - s]
+        assert abs(shifted.mean() - 0.5) <= 5 * (0.25 / shifted.size) ** 0.5, (t, s)
+
+
 @pytest.mark.parametrize("bias", ["none", "bucket", "dense_by_head"])
 def test_gradcheck(bias):
     """Derivatives by finite differences, with float64 sums."""

@@ -100,10 +100,10 @@ class Call:
         self.scores = tiles.Scores(options.scale * LOG2E, softcap * LOG2E, options.scale / softcap)
         self.dropout = tiles.Dropout(None, None, None)
         if tensors.seed is not None:
-            # With p = 1 the one draw in 2^31 that reaches the threshold is kept, times 0.
+            # A decision has 16 bits. None reaches the threshold of p = 1, which keeps nothing.
             p = options.dropout
-            threshold, scale = min(int(p * 2**31), 2**31 - 1), 1 / (1 - p) if p < 1 else 0.0
-            self.dropout = tiles.Dropout(tensors.seed, threshold, scale)
+            scale = 1 / (1 - p) if p < 1 else 0.0
+            self.dropout = tiles.Dropout(tensors.seed, round(p * 2**16), scale)
         self.constants = {
             "GROUP": self.n_heads // self.n_groups,
             "WIDTH": self.width,

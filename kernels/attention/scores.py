@@ -85,7 +85,7 @@ class Scores(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """seed: pointer to an int64, or None for no dropout; an entry is kept when 31 random bits are
+    """seed: pointer to an int64, or None for no dropout; an entry is kept when 16 random bits are
     not below the threshold, and then multiplied by `scale` = 1 / (1 - p)."""
 
     seed: Any
@@ -249,8 +249,17 @@ def scores_tile(
 def kept(dropout, batch, head, t, s):
     """bool: the entries that dropout keeps, a function of (seed, batch, head, t, s) alone.
 
-    Philox-4x32-10 (Salmon et al. 2011) with the four indices as its counter.
+    Philox-4x32-10 (Salmon et al. 2011). Its four words are eight decisions of 16 bits: bit 3 of t
+    and bit 3 of s choose a word and bit 0 of s a half of it; the other bits of t and s are the
+    counter, with head and batch.
     """
+    # These bits, because a thread of a tensor core's result holds rows 8 apart and neighbouring
+    # columns: it asks for the same words several times, and the compiler computes them once.
+    # Written with quotients, which it can tell to be equal; with masks of bits it often cannot.
     zero = t * 0 + s * 0
-    bits, _, _, _ = tl.philox(tl.load(dropout.seed), zero + s, zero + t, zero + head, zero + batch)
-    return (bits >> 1).to(tl.int32) >= dropout.threshold
+    s_counter = zero + (s // 16 * 4 + s % 8 // 2)
+    t_counter = zero + (t // 16 * 8 + t % 8)
+    a, b, c, d = tl.philox(tl.load(dropout.seed), s_counter, t_counter, zero + head, zero + batch)
+    word = tl.where((t & 8) == 0, tl.where((s & 8) == 0, a, b), tl.where((s & 8) == 0, c, d))
+    half = tl.where((s & 1) == 0, word & 0xFFFF, word >> 16)
+    return half.to(tl.int32) >= dropout.threshold

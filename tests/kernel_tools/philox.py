@@ -1,7 +1,9 @@
 """Which attention weights dropout keeps: the definition that the Triton kernels are tested against.
 
 Philox-4x32-10 (Salmon et al. 2011, section 3.3) keyed by the seed, with (s, t, head, batch) as its
-counter. Of the first output word 31 bits are compared with p * 2^31, so the decision is exact.
+counter, but for bits 0 and 3 of s and bit 3 of t, which are left out of it: these choose one of the
+four words (2 x bit 3 of t + bit 3 of s) and half of it (the upper one where s is odd). 16 bits are
+compared with p * 2^16, rounded.
 
 Shapes: B batch, H heads, T queries, S keys.
 """
@@ -16,7 +18,7 @@ WORD = np.uint64(0xFFFFFFFF)
 
 
 def philox(seed: int, c0: np.ndarray, c1: np.ndarray, c2: np.ndarray, c3: np.ndarray) -> np.ndarray:
-    """The first of the four output words, uint32, for each counter."""
+    """The four output words, uint32, for each counter: [4, ...]."""
     k0, k1 = seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
     c0, c1, c2, c3 = (np.asarray(c, dtype=np.uint64) for c in (c0, c1, c2, c3))
     for _ in range(10):
@@ -25,12 +27,14 @@ def philox(seed: int, c0: np.ndarray, c1: np.ndarray, c2: np.ndarray, c3: np.nda
         c2 = (product_a >> np.uint64(32)) ^ c3 ^ np.uint64(k1)
         c1, c3 = product_b & WORD, product_a & WORD
         k0, k1 = (k0 + KEY_A) & 0xFFFFFFFF, (k1 + KEY_B) & 0xFFFFFFFF
-    return c0.astype(np.uint32)
+    return np.stack([c0, c1, c2, c3]).astype(np.uint32)
 
 
 def keep_mask(seed: int, dropout: float, shape: tuple[int, int, int, int]) -> np.ndarray:
     """bool [B, H, T, S]: which entries survive."""
     b, h, t, s = np.ogrid[tuple(slice(n) for n in shape)]
     zero = np.zeros(shape, dtype=np.uint64)
-    words = philox(seed, zero + s, zero + t, zero + h, zero + b)
-    return (words >> 1) >= int(dropout * 2**31)
+    counter_s, counter_t = s // 16 * 4 + s % 8 // 2, t // 16 * 8 + t % 8
+    words = philox(seed, zero + counter_s, zero + counter_t, zero + h, zero + b)
+    chosen = np.choose((t // 8 % 2 * 2 + s // 8 % 2) + zero.astype(np.int64), words)
+    return np.where(s % 2 == 1, chosen >> 16, chosen & 0xFFFF) >= round(dropout * 2**16)
