@@ -8,12 +8,15 @@ import json
 import re
 
 import pytest
+import torch
 
+from nanolm.data.tables.files import Table
 from nanolm.errors import UserError
-from nanolm.finetune.prepare import prepare, watched
+from nanolm.finetune.prepare import describe, prepare, watched
+from nanolm.finetune.splits import make_split
 from nanolm.finetune.tasks import metrics
 from tests.finetuned import checkpoint, command, config, finetune, table
-from tests.test_objectives_tasks import RECORDS
+from tests.test_objectives_tasks import RECORDS, build
 from tests.test_task_directions import EVERY, OPTIONS, QUICK, TASK_OF
 
 CORRELATIONS = {"pearson", "spearman"}
@@ -129,6 +132,34 @@ def test_a_figure_must_be_counted_on_what_training_looks_at(several, tmp_path):
     remedy = "=".join(re.search(r"(--eval.batches) (null)", str(refused.value)).groups())
     summary = finetune(checkpoint("mlm"), data, tmp_path / "run", *QUICK, *words, remedy)
     assert name in summary["val"]
+
+
+@pytest.mark.parametrize("length", [32, 64])
+def test_positives_that_are_cut_to_the_same_tokens_are_told(length):
+    """They begin alike for some forty tokens; two equal texts are one document and no such case."""
+    task, _ = build("embed", "encoder", length=length)
+    begin = "the parser reads a file and returns the list of all names in it "
+    ends = ["list", "file", "names", "names"]
+    records = [{"query": f"the {i}", "positive": begin + end} for i, end in enumerate(ends)]
+    records += [{"query": "a", "positive": "the file"}] * 2
+    rows = Table("t", records, list(range(6)))
+    data = config(checkpoint("mlm"), "x", "y", "--objective.name=embed").data
+    (item, *_) = task.objective.items(records[0], 0, with_gold=True)
+    notes = make_split("val", rows, task.objective, data).messages
+    found = [note for note in notes if "positives are read like another" in note]
+    assert bool(item.cut) == bool(found) == (length == 32)
+    assert not found or found[0].startswith("val: 4 of 6 positives")
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_a_val_that_is_trained_on_is_told(same, tmp_path):
+    rows = [r | {"text": f"{r['text']} {i}"} for i, r in enumerate(RECORDS["classify"] * 4)]
+    file = table(tmp_path, "mine", rows)
+    words = [f"--data.train={file}", *[f"--data.val={file}"] * same, *QUICK]
+    found = prepare(config(checkpoint("mlm"), "null", tmp_path / "run", *words))
+    (first, *_) = describe(found.train, found.val, torch.nn.Linear(1, 1))
+    ending = "is the same file, so its records are trained on" if same else "is a part of it"
+    assert first == f"train is read from {file}, val {ending}"
 
 
 def test_the_records_of_an_evaluation_are_named_once(tmp_path):
