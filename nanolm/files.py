@@ -16,7 +16,6 @@ import json
 import os
 import pathlib
 import re
-import shutil
 import threading
 from collections.abc import Iterator
 from typing import Any, Self
@@ -200,14 +199,41 @@ def is_temporary(name: str) -> bool:
 
 
 def remove_leftovers(folder: pathlib.Path) -> list[str]:
-    """Deletes what killed writes left in `folder` and below it; returns the names."""
-    found = sorted(path for path in folder.rglob("*") if is_temporary(path.name))
+    """Deletes what killed writes left in `folder` and below it; returns the names.
+
+    Another process may finish its write, or remove the same, meanwhile: what is gone is gone.
+    """
+    found = sorted(path for path in _below(folder) if is_temporary(path.name))
     for path in found:
-        if path.is_dir():
-            shutil.rmtree(path)
+        if path.is_dir() and not path.is_symlink():
+            _remove_folder(path)
         else:
             path.unlink(missing_ok=True)
     return [path.name for path in found]
+
+
+def _below(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Everything below a folder, what stands in a folder of its own after that one."""
+    for here, folders, names in os.walk(folder):  # passes over a folder that vanishes
+        yield from (pathlib.Path(here, name) for name in (*folders, *names))
+
+
+def _remove_folder(folder: pathlib.Path) -> None:
+    for here, folders, names in os.walk(folder, topdown=False):
+        for name in names:
+            pathlib.Path(here, name).unlink(missing_ok=True)
+        for name in folders:
+            _remove_entry(pathlib.Path(here, name))
+    _remove_entry(folder)
+
+
+def _remove_entry(folder: pathlib.Path) -> None:
+    """An empty folder, or a link to one."""
+    with contextlib.suppress(FileNotFoundError):
+        if folder.is_symlink():
+            folder.unlink()
+        else:
+            folder.rmdir()
 
 
 class Finished:

@@ -19,8 +19,11 @@ SCRIPTS = {
     "Hangul": "고양이가 빨간 매트 위에 앉았다",
     "Chinese": "今天天气很好",
     "Japanese": "猫が赤い敷物に座る",
+    "Thai": "แมวนั่งบนเสื่อสีแดง",
+    "Khmer": "ឆ្មាអង្គុយលើកន្ទេលក្រហម",
 }
-N_WORDS = {"Chinese": 6, "Japanese": 9}
+UNSPACED = ("Chinese", "Japanese", "Thai", "Khmer")
+N_WORDS = {script: len(SCRIPTS[script]) for script in UNSPACED}
 
 
 def halves(script: str) -> tuple[str, str, int]:
@@ -135,8 +138,8 @@ def table() -> str:
     """All three, with their headings."""
     parts = [
         "## Texts, by script",
-        "Two answers that are right / one of them with its last word (Chinese, Japanese: its last "
-        "character) turned into another.",
+        "Two answers that are right / one of them with its last word (where words have no spaces "
+        "between them: its last character) turned into another.",
         written(),
         "## Tags, by scheme",
         "Four entities in nine words, found as they are / one of them a word too short / none "

@@ -4,6 +4,8 @@ finished cells that are taken up again."""
 import errno
 import json
 import os
+import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,6 +126,31 @@ def test_what_safetensors_says_in_words_is_understood(tmp_path, monkeypatch):
     monkeypatch.setattr(container, "save_file", full)
     with pytest.raises(UserError, match="not written: Permission denied; make the folder writable"):
         checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("at", range(12))
+def test_what_vanishes_while_leftovers_are_removed_is_gone(tmp_path, monkeypatch, at):
+    """Another process removes everything at one of this one's looks at the disk."""
+    for name in (".tmp-a-1/sub/.tmp-b-2", ".tmp-a-1/c", ".tmp-d-3", "kept"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    (tmp_path / ".tmp-a-1" / "link").symlink_to(tmp_path, target_is_directory=True)
+    calls = iter(range(100))
+
+    def meanwhile(function):
+        def look(*words, **options):
+            if next(calls) == at:
+                shutil.rmtree(tmp_path / ".tmp-a-1", ignore_errors=True)
+                pathlib.Path.unlink(tmp_path / ".tmp-d-3", missing_ok=True)
+            return function(*words, **options)
+
+        return look
+
+    with monkeypatch.context() as patch:
+        for name in ("scandir", "stat", "unlink", "rmdir"):
+            patch.setattr(os, name, meanwhile(getattr(os, name)))
+        files.remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
 OTHERS = ["", "[]", "3", "{}", '{"cells": 3}', '{"cells": [["a", {}]]}', "[" * 9999, "\udcff"]

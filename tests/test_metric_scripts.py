@@ -52,6 +52,18 @@ def test_written_answers(script):
     assert max(nothing[name] for name in ("exact_match", "rouge1", "rouge2", "rougeL")) == 0
 
 
+def test_words_of_bleu_are_no_longer_than_those_of_the_script():
+    """One character that is wrong costs less than a text: Thai was one word to the Chinese rule."""
+    for script in SCRIPTS:
+        usual = {"Chinese": "zh", "Japanese": "zh", "Thai": "char", "Khmer": "char"}
+        assert metrics.bleu_words([SCRIPTS[script]]) == usual.get(script, "13a")
+        text, wrong, n = halves(script)
+        if script != "Japanese":  # whose kana are no words of their own to sacrebleu
+            assert (
+                metrics.generation([text] * 9, [text] * 8 + [wrong]).figures["bleu"] > 100 - 50 / n
+            )
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("by_character", [False, True])
 def test_read_answers(script, by_character):

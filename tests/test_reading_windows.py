@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+import torch
 
 from nanolm.data.tables.files import Table
 from nanolm.errors import UserError
@@ -109,3 +110,28 @@ def test_cut_questions_are_blamed_on_their_own_limit():
     notes = make_split("val", Table("t", [record], [1]), task, data).messages
     (note,) = [note for note in notes if "were cut" in note]
     assert "a question of 4 tokens (objective.question_length" in note
+
+
+def test_no_answer_is_where_the_first_token_scores_least():
+    """One window that is sure to hold nothing does not outbid another one that holds the answer."""
+    task = build("read", "encoder", stride=4, question_length=8, no_answer=True)[0].objective
+    record = {"question": "the", "context": " ".join(WORDS * 3), "answers": []}
+    items = task.items(record, 0, with_gold=True)
+    rows = Table("t", [record], [1])
+    assert len(items) > 1
+    for at in range(len(items)):  # the window whose first token scores least
+        answers = [[1.0, *(item.extra.offset,) * 2, 3.0] for item in items]
+        answers[at][3] = 0.5
+        (found,) = task.predictions(rows, items, answers)
+        assert found["answer"] and found["score"] == 0.5
+
+
+@pytest.mark.parametrize(("longest", "last"), [(1, 2), (3, 4), (4, 5), (9, 5)])
+def test_no_answer_is_longer_than_it_may_be(longest, last):
+    """The best start is token 2 and the best end token 5; an end at 4 or at 2 is the next best."""
+    task = build("read", "encoder", stride=4, longest_answer=longest)[0].objective
+    start, end = torch.full((1, 8), -9.0), torch.full((1, 8), -9.0)
+    start[0, 2], end[0, [5, 4, 2]] = 9.0, torch.tensor([9.0, 5.0, 3.0])
+    task.scores = lambda *_: (start, end)
+    ((_, *span, _),) = task.answers(None, None, {})
+    assert span == [2, last]

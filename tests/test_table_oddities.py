@@ -141,6 +141,8 @@ def test_columns_of_words(tmp_path):
     assert read(tmp_path, "a.conll", "von O\n1\u00a0000 B-M\nEuro\u3000x  I-M\n") == [
         {"tokens": ["von", "1\u00a0000", "Euro\u3000x"], "tags": ["O", "B-M", "I-M"]}
     ]
+    edges = read(tmp_path, "c.conll", "\u00a0a O\nb\u00a0\tO\nc\tO-\u00a0\n")
+    assert edges == [{"tokens": ["\u00a0a", "b\u00a0", "c"], "tags": ["O", "O", "O-\u00a0"]}]
     trailing = read(tmp_path, "b.conll", "EU\tB-ORG\t\nrejects\tO\t\r\n \nGerman\tB-MISC\t\n")
     assert [r["tags"] for r in trailing] == [["B-ORG", "O"], ["B-MISC"]]
     indexed = "1\tThe\tDET\t_\n2\tfile\tNOUN\t_\n\n"

@@ -1,6 +1,7 @@
 """Tables of every format, splits, label sets, and the stream that the loader reads."""
 
 import gzip
+import itertools
 import json
 
 import numpy as np
@@ -9,7 +10,13 @@ import pyarrow.parquet
 import pytest
 
 from nanolm.data.tables.files import Table, read_table
-from nanolm.data.tables.labels import class_weights, infer_labels, label_text, tag_labels
+from nanolm.data.tables.labels import (
+    class_weights,
+    infer_labels,
+    label_text,
+    ordered,
+    tag_labels,
+)
 from nanolm.data.tables.splits import carve, find_split, sample, sample_per_label
 from nanolm.data.tables.stream import TaskStream
 from nanolm.errors import UserError
@@ -112,6 +119,8 @@ def test_folders_and_carved_splits(tmp_path):
 def test_label_sets_are_ordered():
     assert infer_labels([10, 9, 2, 2], "t") == ["2", "9", "10"]
     assert infer_labels(["b", "a", "ä"], "t") == ["a", "b", "ä"]
+    equal = ["1", "01", "001", "2"]  # numbers that are equal are labels that are not
+    assert all(ordered(each) == ["001", "01", "1", "2"] for each in itertools.permutations(equal))
     assert [label_text(v) for v in (True, 1.0, 2, "x")] == ["true", "1", "2", "x"]
     assert tag_labels(["O", "B-A", "I-A", "B-B"], "t") == ["O", "B-A", "I-A", "B-B", "I-B"]
     assert tag_labels(["NOUN", "VERB"], "t") == ["NOUN", "VERB"]

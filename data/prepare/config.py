@@ -29,8 +29,8 @@ class PrepareConfig:
     sources: list[str]
     """Files, globs, folders, `stdlib`, `hf:NAME[:SPLIT[:CONFIG]]`, or a plug-in source by name."""
     exclude: list[str] = dataclasses.field(default_factory=list)
-    """Patterns (`*.json`, `drafts`, `old/*`) of names or paths that are left out of folders and
-    globs."""
+    """Patterns (`*.json`, `drafts`, `old/*`) of names or paths that are left out of folders, globs
+    and files that are named."""
     source_options: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     """Keys of a plug-in source's own options, by its name."""
     text_field: str = "text"

@@ -116,7 +116,7 @@ class Files:
                 strays.append(error)
         if strays:
             self.passed_over[f".json without {self.options.text_field!r}"] += len(strays)
-        if len(strays) == len(paths):
+        if strays and len(strays) == len(paths):
             raise strays[0]
 
     def pieces_of(self, path: str) -> Iterator[FilePiece]:
@@ -129,13 +129,17 @@ class Files:
         )
 
     def paths(self) -> list[str]:
-        """The files, sorted; raises UserError when nothing readable is there."""
+        """The files, sorted, none where the one that was named is excluded (a shell's own pattern
+        names each file); raises UserError when nothing readable is there."""
         argument = self.options.argument
+        walk = Walk(self.options.exclude, self.options.out, self.passed_over)
         if os.path.isfile(argument):
+            if walk.excluded(argument):
+                self.passed_over["excluded"] += 1
+                return []
             if format_of(argument) is None:
                 raise UserError(f"{argument} is of no format that nanolm reads; {advice(argument)}")
             return [argument]
-        walk = Walk(self.options.exclude, self.options.out, self.passed_over)
         if os.path.isdir(argument):
             found = list(walk.folder(argument))
         elif glob.has_magic(argument):

@@ -47,7 +47,7 @@ def ordered(labels: Iterable[str]) -> list[str]:
     """Labels in their order: by value when all are integers, else as text."""
     labels = list(labels)
     if all(label.removeprefix("-").isdecimal() for label in labels):
-        return sorted(labels, key=int)
+        return sorted(labels, key=lambda label: (int(label), label))  # 1 and 01 are two labels
     return sorted(labels)
 
 

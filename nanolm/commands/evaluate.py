@@ -116,6 +116,7 @@ def evaluate_tasks(saved: Saved, world: World, arguments: Arguments) -> dict[str
 def evaluate_pretrained(saved: Saved, world: World, arguments: Arguments) -> dict[str, Any]:
     """The split and its figures, printed."""
     require(not arguments.columns, "--columns is for the tables of a fine-tuned run; leave it out")
+    require(arguments.task is None, "--task is for a fine-tuned run of several; leave it out")
     config, split = with_evaluation(saved.config, arguments), arguments.split or "val"
     objective = saved.learner.objective
     stream = build_stream(config, objective, split)

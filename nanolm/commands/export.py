@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import shlex
 from typing import Any, Literal
 
 from torch import Tensor
@@ -61,7 +62,8 @@ def run(arguments: Arguments) -> None:
     config = read_config(folder, arguments.plugins)
     require(
         config.peft.name == "none",
-        f"{folder} holds an adapter without its base; `nanolm merge` makes one model of both",
+        f"{folder} holds an adapter without its base; make one model of both first: `nanolm merge "
+        f"{shlex.quote(arguments.run)} --out FOLDER`",
     )
     figures: dict[str, Any] = {"out": str(out)}
     if arguments.format == "transformers":

@@ -83,8 +83,8 @@ def run(arguments: Arguments) -> None:
         for table in tables:
             for prediction in predictor(table):
                 out(json.dumps(prediction, ensure_ascii=False) + "\n")
-                if interactive:
-                    sys.stdout.flush()
+            if arguments.out is None:  # who writes lines slowly waits for their answers
+                sys.stdout.flush()
 
 
 @contextlib.contextmanager

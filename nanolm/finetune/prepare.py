@@ -25,7 +25,7 @@ from nanolm.data.tokenizer import Tokenizer
 from nanolm.distributed.world import World
 from nanolm.errors import UserError, require
 from nanolm.finetune.config import TaskConfig
-from nanolm.finetune.evaluation import TaskEvaluator
+from nanolm.finetune.evaluation import TaskEvaluator, drawn
 from nanolm.finetune.several import MixedSplit, MultiEvaluator, joined, mixed, resolve_parts
 from nanolm.finetune.splits import (
     Split,
@@ -89,7 +89,7 @@ def prepare(config: TaskConfig) -> Prepared:
             make(name, table, single, config.data)
             for (name, make), table in zip(makers.items(), tables)
         )
-    check_metric(config.eval.metric, task, val)
+    check_metric(config, task, val)
     task.check_model(config.model)
     config = count_steps(config, len(train.items))
     facts = {"data_hash": digest(tables), "tokenizer_hash": tokenizer.hash}
@@ -153,27 +153,47 @@ def resolve(config: TaskConfig, task: type[Task], tokenizer: Tokenizer, train: T
     )
 
 
-def check_metric(metric: str | None, task: Task, val: Split) -> None:
-    """Raises UserError for a figure to choose by that evaluating `val` will not give."""
+def check_metric(config: TaskConfig, task: Task, val: Split) -> None:
+    """Raises UserError for a figure to choose by that evaluating `val`, or as much of it as
+    training looks at, will not give."""
+    metric = config.eval.metric
     known = [name for name, _ in task.metrics(task.options)]
     require(
         metric in known,
         f"eval.metric={metric} is no figure of this task; there are {', '.join(known)}",
     )
-    if isinstance(val, MixedSplit):
-        names = [
-            f"{name}/{figure}"
-            for name, part in val.parts.items()
-            for figure in cast(Multi, task).parts[name].offered(part.table)
-        ]
-        names += [name for name in known if "/" not in name]
-    else:
-        names = task.offered(val.table)
-    require(
-        metric in names,
-        f"eval.metric={metric} cannot be counted on {val.table.path} while it is trained; choose "
-        f"by one of {', '.join(names)}",
-    )
+    names = [name for name in known if "/" not in name] if isinstance(val, MixedSplit) else []
+    for prefix, part, split in parts_in(task, val):
+        seen = watched(config, split)
+        offered = [f"{prefix}{name}" for name in part.offered(seen.table)]
+        few = len(seen.table) < len(split.table)
+        some = f"the {len(seen.table):,} records that eval.batches takes of " if few else ""
+        require(
+            metric in offered
+            or metric not in [f"{prefix}{n}" for n, _ in part.metrics(part.options)],
+            f"eval.metric={metric} cannot be counted on {some}{split.table.path} while it is "
+            f"trained; choose by one of {', '.join([*names, *offered])}"
+            f"{', or look at more records (--eval.batches null: at all)' if few else ''}",
+        )
+
+
+def parts_in(task: Task, val: Split) -> list[tuple[str, Task, Split]]:
+    """(what its figures' names begin with, task, split) of each task of a run."""
+    if not isinstance(val, MixedSplit):
+        return [("", task, val)]
+    return [(f"{name}/", cast(Multi, task).parts[name], part) for name, part in val.parts.items()]
+
+
+def watched(config: TaskConfig, split: Split) -> Split:
+    """As much of a split as each evaluation in training looks at."""
+    _, limit = evaluation_size(config)
+    return drawn(split, limit) if limit else split
+
+
+def evaluation_size(config: TaskConfig) -> tuple[int, int | None]:
+    """(rows of an evaluation's batch, no larger than a training micro-batch; the most of all)."""
+    batch = config.eval.batch or config.train.micro_batch or config.train.global_batch
+    return batch, config.eval.batches and config.eval.batches * batch
 
 
 def check_scope(config: TaskConfig, task: Task, world: World) -> None:
@@ -251,10 +271,12 @@ def describe(train: Split, val: Split, learner: Learner) -> list[str]:
     """What is trained on what, in lines for the log."""
     total = sum(p.numel() for p in learner.parameters())
     trained = sum(p.numel() for p in learner.parameters() if p.requires_grad)
-    carved = train.table.path == val.table.path
+    where = f"from {val.table.path}"
+    if train.table.path == val.table.path:
+        seen = not set(train.table.numbers).isdisjoint(val.table.numbers)
+        where = "is the same file, so its records are trained on" if seen else "is a part of it"
     return [
-        f"train is read from {train.table.path}, val {'is a part of it' if carved else ''}"
-        f"{'' if carved else f'from {val.table.path}'}",
+        f"train is read from {train.table.path}, val {where}",
         *train.messages,
         *val.messages,
         f"train {len(train.table):,} records ({len(train.items):,} rows, "
@@ -277,8 +299,7 @@ def build_evaluator(
     if isinstance(split, MixedSplit):
         parts = split.parts.items()
         return MultiEvaluator({name: build_evaluator(config, part, world) for name, part in parts})
-    batch = config.eval.batch or config.train.micro_batch or config.train.global_batch
-    limit = config.eval.batches and config.eval.batches * batch
+    batch, limit = evaluation_size(config)
     return TaskEvaluator(split, world, batch=batch, limit=limit, seed=config.run.seed)
 
 

@@ -106,7 +106,7 @@ def find_table(
 def show(name: str, split: Split, figures: dict[str, float], report: Report | None) -> None:
     """The table on the terminal."""
     console = Console()
-    head = ("figure", f"{name} split, {len(split.table)} records")
+    head = ("figure", f"{name}, {len(split.table)} records")
     console.print(*tables(head, [[key, f"{value:.6g}"] for key, value in figures.items()]))
     for text in [
         f"read from {split.table.path}",

@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import secrets
+import shlex
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -235,7 +236,8 @@ class Wandb:
         if mode == "offline" and starts > 1:
             self._note(
                 f"W&B keeps {starts} starts of this run offline; `wandb sync "
-                f"{folder}/wandb/offline-run-*`, all in one command, uploads them in order as one"
+                f"{shlex.quote(str(folder))}/wandb/offline-run-*`, all in one command, uploads "
+                f"them in order as one"
             )
         return run
 

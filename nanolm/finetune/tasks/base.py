@@ -174,7 +174,8 @@ class Task:
         return cls.metric
 
     def offered(self, table: Table) -> list[str]:
-        """Names of the figures that evaluating these records gives while it is trained."""
+        """Names of the figures that evaluating these records gives while it is trained, without
+        those that every model has the same of there: nothing is chosen by them."""
         return [metric.name for metric in self.metrics(self.options)]
 
     def check(self, record: Record, *, with_gold: bool) -> str | None:

@@ -179,14 +179,13 @@ class Classify(Pooled):
         return super().metrics(options) + metrics.CLASSIFICATION
 
     def offered(self, table: Table) -> list[str]:
-        """Without roc_auc where there are not exactly two classes, both of them in the table; of
-        several labels a row without mcc too."""
-        names = super().offered(table)
-        if self.options.multi_label:
-            return [name for name in names if name not in ("mcc", "roc_auc")]
-        classes = {label_text(record["label"]) for record in table.records}
-        two = len(self.labels) == len(classes) == 2
-        return [name for name in names if two or name != "roc_auc"]
+        """Without roc_auc where there are not exactly two classes, both of them in the table;
+        without mcc where there is one; of several labels a row without either."""
+        classes: set[str] = set()
+        if not self.options.multi_label:
+            classes = {label_text(record["label"]) for record in table.records}
+        has = {"mcc": len(classes) > 1, "roc_auc": len(self.labels) == len(classes) == 2}
+        return [name for name in super().offered(table) if has.get(name, True)]
 
     def check_gold(self, record: Record) -> str | None:
         """Labels must be in the set."""

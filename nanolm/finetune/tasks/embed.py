@@ -107,6 +107,19 @@ class Embed(Task):
         cut = sum(lost for _, lost in framed)
         return [Item(index, [s for s, _ in framed], target, cut, record["query"])]
 
+    def messages_about(self, table: Table, items: list[Item]) -> list[str]:
+        """Positives that are different texts and the same tokens, as those that begin alike and are
+        cut: nothing can tell them apart."""
+        texts: dict[int, set[str]] = {}
+        read = [content_of(item.sequences[1].tokens) for item in items]
+        for content, item in zip(read, items, strict=True):
+            texts.setdefault(content, set()).add(item.target)
+        alike = sum(len(texts[content]) > 1 for content in read)
+        return [
+            f"{alike:,} of {len(items):,} positives are read like another one that is a different "
+            f"text, so nothing tells them apart; a greater data.row_length cuts less"
+        ] * bool(alike)
+
     def targets_of(
         self, examples: list[Item], batch: dict[str, np.ndarray]
     ) -> dict[str, np.ndarray]:

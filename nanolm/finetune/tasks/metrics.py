@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from nanolm.data.tokenizer import UNSPACED
+from nanolm.data.tokenizer import MARKED, UNSPACED
 from nanolm.errors import UserError
 
 
@@ -270,9 +270,7 @@ def generation(golds: list[str], predicted: list[str]) -> Report:
     BLEU's n-grams are no longer than the longest text, or short texts that are all right had 0.
     """
     sacrebleu = library("sacrebleu")
-    unspaced = sum(len(UNSPACED.findall(text)) for text in golds)
-    chinese = unspaced > 0.3 * max(1, sum(map(len, golds)))
-    bleu_of = sacrebleu.BLEU(tokenize="zh" if chinese else "13a", effective_order=True)
+    bleu_of = sacrebleu.BLEU(tokenize=bleu_words(golds), effective_order=True)
     bleu = bleu_of.corpus_score(predicted, [golds])
     figures = {
         "exact_match": float(np.mean([g.strip() == p.strip() for g, p in zip(golds, predicted)])),
@@ -285,6 +283,17 @@ def generation(golds: list[str], predicted: list[str]) -> Report:
     for name in ("rouge1", "rouge2", "rougeL"):
         figures[name] = float(np.mean([score[name].fmeasure for score in scores]))
     return Report(figures)
+
+
+def bleu_words(texts: list[str]) -> str:
+    """What sacrebleu calls the rule by which these texts are cut into words: its usual one, that
+    for Chinese, or, as it knows no words of Thai and the like either, every character."""
+    unspaced, marked = (
+        sum(len(pattern.findall(text)) for text in texts) for pattern in (UNSPACED, MARKED)
+    )
+    if unspaced <= 0.3 * max(1, sum(map(len, texts))):
+        return "13a"
+    return "char" if marked > unspaced / 2 else "zh"
 
 
 class _Words:

@@ -82,6 +82,14 @@ class Regress(Pooled):
         """The loss, errors and correlations."""
         return super().metrics(options) + metrics.REGRESSION
 
+    def offered(self, table: Table) -> list[str]:
+        """Correlations only where a score differs: with a constant there is none."""
+        differs = any(
+            len({number(record.get(name)) for record in table.records}) > 1 for name in self.gold
+        )
+        names = super().offered(table)
+        return [name for name in names if differs or name not in ("pearson", "spearman")]
+
     def check_gold(self, record: Record) -> str | None:
         """Scores must be numbers."""
         for name in self.gold:

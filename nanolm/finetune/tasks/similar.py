@@ -81,6 +81,12 @@ class Similar(Task):
         """The loss and the correlations."""
         return super().metrics(options) + higher("pearson", "spearman")
 
+    def offered(self, table: Table) -> list[str]:
+        """Correlations only where the score differs: with a constant there is none."""
+        differs = len({number(record.get("score")) for record in table.records}) > 1
+        names = super().offered(table)
+        return [name for name in names if differs or name not in ("pearson", "spearman")]
+
     def check(self, record: Record, *, with_gold: bool) -> str | None:
         """Two texts, and a number."""
         problem = text_problem(record, self.fields)

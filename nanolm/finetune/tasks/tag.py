@@ -87,9 +87,12 @@ class Tag(Task):
         return cls.metric if spans else "token_accuracy"
 
     def offered(self, table: Table) -> list[str]:
-        """F1 of entities, or where tags mark no spans its mean over the tags."""
+        """F1 of entities, where there is one to be found; or where tags mark no spans its mean over
+        the tags."""
         spans = metrics.marks_spans(self.labels)
         absent = {f"{'macro_' if spans else ''}{name}" for name in metrics.PRECISION_RECALL_F1}
+        if spans and all(str(tag) == "O" for r in table.records for tag in as_list(r["tags"])):
+            absent |= set(metrics.PRECISION_RECALL_F1)
         return [name for name in super().offered(table) if name not in absent]
 
     def check(self, record: Record, *, with_gold: bool) -> str | None:
