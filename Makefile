@@ -34,7 +34,7 @@ demo: $(VENV)/base $(DEMO_DATA)/manifest.json
 	rm -rf $(DEMO)
 	$(BIN)/python train.py --config configs/pretrain/demo_clm.yaml
 	$(NANOLM) evaluate --run $(DEMO)
-	$(NANOLM) generate --run $(DEMO) --prompt 'def ' --count 2 --max_tokens 120
+	$(NANOLM) generate --run $(DEMO) --prompt def --count 2 --max_tokens 120
 	$(NANOLM) plot $(DEMO)
 	rm -rf $(DEMO)-finetune $(DEMO)-random
 	$(NANOLM) finetune --config configs/finetune/demo_clm.yaml

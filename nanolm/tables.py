@@ -6,6 +6,7 @@ loses its beginning, since runs differ in their ends.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Literal
 
@@ -57,6 +58,21 @@ def table(left: int, head: Sequence[str], *rows: Sequence[str]) -> Table:
     for row in rows:
         grid.add_row(*map(Text, row))
     return grid
+
+
+def cells_of(cells: Sequence[str], widths: Sequence[int], *, left: int = 1, gap: int = GAP) -> str:
+    """One line of a table that is printed while it is made, so that the widths are given."""
+    sides = [str.ljust] * left + [str.rjust] * (len(cells) - left)
+    padded = (side(cell, width) for side, cell, width in zip(sides, cells, widths, strict=True))
+    return (" " * gap).join(padded).rstrip()
+
+
+def beside(cells: Sequence[str], widths: Sequence[int], prose: str) -> str:
+    """Words of these widths, and sentences in what remains of the 80 columns beside them."""
+    words = cells_of(cells, widths, left=len(cells))
+    begin = " " * GAP + words.ljust(sum(widths) + GAP * len(cells))
+    lines = textwrap.wrap(prose, WIDTH - len(begin)) or [""]
+    return f"\n{' ' * len(begin)}".join([begin + lines[0], *lines[1:]]).rstrip()
 
 
 def ending(text: str, most: int) -> str:

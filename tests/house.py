@@ -13,7 +13,7 @@ from xml.sax.saxutils import escape
 
 from tests.test_imports import FLOOR_OF, FLOORS, MODULES, imports, inside, room
 
-WIDTH, ROW, BOX = 1000, 78, 40
+WIDTH, ROW, BOX = 720, 78, 40
 STYLE = """
   text { font: 16px sans-serif; text-anchor: middle; fill: #111 }
   rect { fill: #eef3fb; stroke: #3a6ea5 } .ground { fill: #fff } .up { stroke: #c00 !important }
@@ -62,10 +62,15 @@ def draw(found: collections.Counter) -> str:
         )
     height = ROW * len(FLOORS)
     title = "The rooms of nanolm on their floors; lines show imports, all of which run down"
+    told = (
+        "From the ground floor up: " + "; ".join(", ".join(sorted(f)) for f in FLOORS) + ". A line "
+        "joins two rooms where one imports the other; the darker, the more imports."
+    )
     body = "\n".join([*lines, *boxes])
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" '
-        f'aria-label="{title}"><title>{title}</title><style>{STYLE}</style>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" viewBox="0 0 {WIDTH} {height}" '
+        f'role="img" aria-labelledby="title description"><title id="title">{title}</title>'
+        f'<desc id="description">{told}</desc><style>{STYLE}</style>'
         f'<rect class="ground" width="{WIDTH}" height="{height}" stroke="none"/>\n{body}\n</svg>\n'
     )
 

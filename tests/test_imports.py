@@ -90,6 +90,9 @@ def test_the_picture_of_the_house_shows_every_room_and_no_arrow_that_runs_up():
     for text in (drawn, kept):
         assert 'class="up"' not in text
         assert all(f">{name}</text>" in text for name in FLOOR_OF)
+        # 16 px at the width that a page gives it, and words for who does not see it.
+        assert 'width="720" viewBox="0 0 720 ' in text and "font: 16px" in text
+        assert all(part in text for part in ('role="img"', "<title id=", "<desc id="))
     assert 'class="up"' in house.draw({("errors", "commands"): 1})
 
 

@@ -15,15 +15,19 @@ from rich.console import Console
 from nanolm import cli
 from nanolm.commands.bench import finetune as bench_finetune
 from nanolm.commands.bench.scale import tables_of
+from nanolm.commands.kernels import check as check_kernels
+from nanolm.commands.kernels import compile as compile_kernels
 from nanolm.commands.runs import show as show_runs
 from nanolm.data.prepare.report import _split_table
 from nanolm.data.shards.directory import Manifest
 from nanolm.finetune import repeats, report
 from nanolm.finetune.study.table import Sheet, grid_of
-from nanolm.tables import WIDTH, ending, tables
+from nanolm.tables import WIDTH, beside, cells_of, ending, tables
 from nanolm.tools.bench import data as bench_data
 from nanolm.tools.bench import figures as bench_figures
+from nanolm.tools.bench import kernels as bench_kernels
 from nanolm.tools.bench import prepare as bench_prepare
+from nanolm.tools.kernel_check.conformance import Finding
 from nanolm.training.phases import PHASES
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -164,7 +168,47 @@ def of_prepared_data():
     return printed(where)
 
 
+def of_kernels(command, monkeypatch, capsys, *arguments):
+    monkeypatch.setenv("COLUMNS", "400")
+    cli.run(["kernels", command, *arguments])
+    return capsys.readouterr().out
+
+
+def of_a_kernel_bench():
+    where = console()
+    row = {"kernel": "triton_tf32x3", "ms": 12345.67, "host_us": 1_234_567, "device_ms": 12345.678}
+    row |= {"tflops": 1234.567, "gb_per_s": 12345.67, "peak_mb": 123456.7}
+    bench_kernels.show([row, row | {"tflops": None, "device_ms": None}], where)
+    return printed(where)
+
+
+def of_compiled_kernels():
+    record = json.loads(compile_kernels.RECORD.read_text(encoding="utf-8"))
+    younger = {"products": 1.5, "programs": 32, "seconds": 435.9}
+    lines = [compile_kernels.line({**younger, **row, "seconds": 435.9}) for row in record]
+    widths = compile_kernels.COLUMNS
+    for (
+        line
+    ) in lines:  # no cell is wider than its column, so that all numbers end where they should
+        assert len(line.split()) == len(widths) and len(line) == sum(widths.values()) + 9, line
+    return "\n".join([cells_of(list(widths), list(widths.values()), gap=1), *lines])
+
+
+def of_kernel_findings(capsys):
+    words = "it ignores key lengths (padding): " + "a long reason " * 20
+    finding = Finding("lengths of keys and documents", "refused", words)
+    check_kernels.show("attention", "outsider", [finding, Finding("memory", "pass")])
+    return capsys.readouterr().out
+
+
 MADE = {
+    "nanolm/commands/kernels/list.py": lambda f: of_kernels("list", f["monkeypatch"], f["capsys"]),
+    "nanolm/commands/kernels/roofline.py": lambda f: of_kernels(
+        "roofline", f["monkeypatch"], f["capsys"]
+    ),
+    "nanolm/commands/kernels/compile.py": lambda f: of_compiled_kernels(),
+    "nanolm/commands/kernels/check.py": lambda f: of_kernel_findings(f["capsys"]),
+    "nanolm/tools/bench/kernels.py": lambda f: of_a_kernel_bench(),
     "nanolm/commands/runs.py": lambda f: of_runs(),
     "nanolm/commands/compare.py": lambda f: of_compare(f["tmp_path"], f["capsys"]),
     "nanolm/finetune/report.py": lambda f: of_an_evaluation(f["capsys"]),
@@ -179,6 +223,7 @@ MADE = {
 }
 NARROW = {
     "nanolm/tables.py": "makes them",
+    "nanolm/commands/kernels/memory.py": "three columns, a kernel's name and two numbers",
     "nanolm/commands/evaluate.py": "two columns, a figure each",
     "nanolm/commands/parity.py": "three columns, a family's name and two numbers",
     "nanolm/commands/fill.py": "three columns, a token each",
@@ -248,3 +293,11 @@ def test_tables_of_any_shape_fit_and_hold_every_cell(data, columns, count):
 def test_a_long_name_keeps_its_end(text, most):
     found = ending(text, most)
     assert cell_len(found) <= most and (found == text or text.endswith(found[1:]))
+
+
+@given(name=WORD, prose=st.lists(WORD, max_size=40).map(" ".join))
+def test_prose_beside_a_name_keeps_its_words_and_the_width(name, prose):
+    lines = beside([name], [12], prose).splitlines()
+    assert all(len(line) <= WIDTH for line in lines)
+    assert " ".join(lines).split() == [name, *prose.split()]
+    assert all(line.startswith(" " * 16) for line in lines[1:])

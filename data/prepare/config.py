@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from nanolm.config.ranges import Amount, Count, Fraction, Seed, Within
@@ -105,6 +106,11 @@ class PrepareConfig:
         ):
             if wrong:
                 raise UserError(sentence)
+
+    def told(self, keys: Iterable[str]) -> list[str]:
+        """Which of these keys are not at their default."""
+        usual = type(self)(out=self.out, sources=self.sources)
+        return [key for key in keys if getattr(self, key) != getattr(usual, key)]
 
     def processes(self) -> int:
         """How many processes to use."""

@@ -79,6 +79,8 @@ class HuggingFaceOptions(SourceOptions):
 class HuggingFace:
     """A data set by name, split (default train) and configuration."""
 
+    heeds = ("text_field",)
+
     def __init__(self, options: SourceOptions) -> None:
         self.options = options
         name, _, rest = options.argument.partition(":")

@@ -27,7 +27,7 @@ from nanolm.data.prepare.encode import assemble, encode, plan_shards
 from nanolm.data.prepare.jobs import Jobs
 from nanolm.data.prepare.progress import ProgressReport, default_progress
 from nanolm.data.prepare.sampling import sample
-from nanolm.data.prepare.sources import Piece, build_source
+from nanolm.data.prepare.sources import SHARED_KEYS, Piece, build_source, require_heeded
 from nanolm.data.prepare.split import Split, choose_split
 from nanolm.data.prepare.spool import Unit, ingest, read_unit_info
 from nanolm.data.prepare.tokenizer_training import sentences, train_tokenizer
@@ -96,13 +96,14 @@ def prepare(config: PrepareConfig, progress: ProgressReport | None = None) -> Su
 def list_pieces(config: PrepareConfig) -> tuple[list[Piece], list[dict], Counter]:
     """All pieces of all sources in order, what the manifest says of each source, and how many
     files were passed over, by kind."""
-    names = ("text_field", "txt_documents", "encoding", "out")
-    common = {name: getattr(config, name) for name in names} | {"exclude": tuple(config.exclude)}
+    common = {name: getattr(config, name) for name in (*SHARED_KEYS, "out")}
+    common["exclude"] = tuple(config.exclude)
+    sources = [(spec, build_source(spec, common, config.source_options)) for spec in config.sources]
+    require_heeded(sources, config.told(SHARED_KEYS), config.source_options)
     passed_over: Counter = Counter()
     pieces: list[Piece] = []
     inputs = []
-    for spec in config.sources:
-        source = build_source(spec, common, config.source_options)
+    for spec, source in sources:
         found = list(source.pieces())
         passed_over += getattr(source, "passed_over", Counter())
         size = sum(piece.size for piece in found)

@@ -14,7 +14,7 @@ import os
 import pathlib
 import sysconfig
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from nanolm.data.prepare.folders import Walk
@@ -24,8 +24,12 @@ from nanolm.errors import UserError
 from nanolm.registry import Options, Registry
 
 SOURCES = Registry("data source")
-# Directories of the standard library that are no library: installed packages and test suites.
+# Directories of the standard library that are no library (installed packages and test suites), or
+# hold tables and manual pages as modules: code pages and the texts of pydoc's help are 18 % of
+# its bytes, and a small model that learns them writes columns of numbers instead of Python.
 NOT_STDLIB = {
+    "encodings",
+    "pydoc_data",
     "site-packages",
     "dist-packages",
     "test",
@@ -71,11 +75,22 @@ class SourceOptions(Options):
     """The folder that is being written, which is never input."""
 
 
+SHARED_KEYS = ("exclude", "text_field", "txt_documents", "encoding")
+"""The keys of `PrepareConfig` that every source is told, and not every source has a use for."""
+HEEDED_BY_FORMAT = {
+    "txt": {"exclude", "txt_documents", "encoding"},
+    "file": {"exclude", "encoding"},
+    "json": {"exclude", "text_field", "encoding"},
+    "parquet": {"exclude", "text_field"},
+}
+
+
 class Source(Protocol):
     """Built from its options dataclass.
 
     One that leaves files out counts them by kind in a Counter `passed_over`, whole when all its
-    pieces have been taken.
+    pieces have been taken. One that heeds only some of the keys in `SHARED_KEYS` says so in an
+    attribute `heeds`, so that the others are refused instead of being ignored.
     """
 
     def pieces(self) -> Iterable[Piece]:
@@ -97,6 +112,14 @@ class Files:
     def __init__(self, options: SourceOptions) -> None:
         self.options = options
         self.passed_over: Counter = Counter()
+
+    @property
+    def heeds(self) -> Collection[str]:
+        """Of a file that is named, what its format has a use for; of a folder or a glob, which may
+        hold any format, everything."""
+        argument = self.options.argument
+        kind = format_of(argument) if os.path.isfile(argument) else None
+        return HEEDED_BY_FORMAT[kind] if kind else SHARED_KEYS
 
     def pieces(self) -> Iterator[FilePiece]:
         """Pieces of every file found; raises UserError when there is none."""
@@ -178,14 +201,19 @@ class StandardLibraryOptions(SourceOptions):
 
 @SOURCES.register("stdlib", options=StandardLibraryOptions)
 class StandardLibrary:
-    """The .py files of the running Python's own standard library, without its test suites.
+    """The .py files of the running Python's own standard library, without its test suites, code
+    pages and help texts.
 
-    Every installation carries them, so a fresh machine has a corpus (about 13 MB; it differs by
+    Every installation carries them, so a fresh machine has a corpus (about 10 MB; it differs by
     Python version).
     """
 
+    heeds = ("exclude",)
+
     def __init__(self, options: SourceOptions) -> None:
         self.options = options
+        self.passed_over: Counter = Counter()
+        self.walk = Walk(options.exclude, "", self.passed_over)
         self.root = pathlib.Path(sysconfig.get_path("stdlib"))
 
     def pieces(self) -> Iterator[FilePiece]:
@@ -198,26 +226,45 @@ class StandardLibrary:
             )
 
     def paths(self) -> list[str]:
-        """Relative paths; raises UserError when this Python carries no sources."""
+        """Relative paths; raises UserError when this Python carries no sources, or none is left."""
         found = []
+        self.passed_over.clear()
         for root, directories, names in os.walk(self.root):
+            inside = pathlib.Path(root).relative_to(self.root)
             # Build records (config-*, _sysconfigdata*) name the machine, not the language.
-            directories[:] = [
-                name
-                for name in directories
-                if name not in NOT_STDLIB and not name.startswith("config-")
-            ]
-            found += [
-                pathlib.Path(root, name).relative_to(self.root).as_posix()
-                for name in names
-                if name.endswith(".py") and not name.startswith("_sysconfigdata")
-            ]
+            directories[:] = self.kept(
+                inside,
+                (n for n in directories if n not in NOT_STDLIB and not n.startswith("config-")),
+            )
+            modules = (n for n in names if n.endswith(".py") and not n.startswith("_sysconfigdata"))
+            found += [(inside / name).as_posix() for name in self.kept(inside, modules)]
+        if not found and self.passed_over:
+            raise UserError(
+                f"--exclude {' '.join(self.options.exclude)} leaves nothing of the standard "
+                f"library; exclude less"
+            )
         if not found:
             raise UserError(
                 f"this Python has no library sources under {self.root}; name files instead of "
                 f"`stdlib`"
             )
         return sorted(found)
+
+    def kept(self, inside: pathlib.Path, names: Iterable[str]) -> list[str]:
+        """The names in a folder that no pattern excludes; the others are counted."""
+        names = list(names)
+        left = [name for name in names if not self.walk.excluded((inside / name).as_posix())]
+        if len(left) < len(names):
+            self.passed_over["excluded"] += len(names) - len(left)
+        return left
+
+
+def name_and_argument(spec: str) -> tuple[str, str]:
+    """Which source a `sources` entry means, and what stands after its colon."""
+    name, _, argument = spec.partition(":")
+    if os.path.exists(spec) or name not in SOURCES.names() or name == "files":
+        return "files", spec.removeprefix("files:")
+    return name, argument
 
 
 def build_source(spec: str, common: dict[str, Any], own: dict[str, dict[str, Any]]) -> Source:
@@ -226,9 +273,7 @@ def build_source(spec: str, common: dict[str, Any], own: dict[str, dict[str, Any
     common: fields of `SourceOptions` that hold for all; own: name -> keys of that source's own
     options. Raises UserError for an unknown key, a wrong type or an unknown source.
     """
-    name, _, argument = spec.partition(":")
-    if os.path.exists(spec) or name not in SOURCES.names() or name == "files":
-        name, argument = "files", spec.removeprefix("files:")
+    name, argument = name_and_argument(spec)
     entry = SOURCES.get(name)
     options = entry.options or SourceOptions
     extra = own.get(name, {})
@@ -242,6 +287,27 @@ def build_source(spec: str, common: dict[str, Any], own: dict[str, dict[str, Any
                 f"source_options.{name}.{key} must be {type(default).__name__}, not {value!r}"
             )
     return entry.build(options(**{"name": name, "argument": argument, **common, **extra}))
+
+
+def require_heeded(
+    sources: Sequence[tuple[str, Source]], told: Collection[str], own: Collection[str]
+) -> None:
+    """Refuse what none of the sources has a use for, so that nothing is ignored in silence.
+
+    sources: what `sources` says, and the source that it means; told: the keys of `SHARED_KEYS` that
+    are not at their default; own: the names in `source_options`. Raises UserError for the first key
+    that no source heeds, and for a name that no source has.
+    """
+    specs = ", ".join(spec for spec, _ in sources)
+    for key in told:
+        if not any(key in getattr(source, "heeds", SHARED_KEYS) for _, source in sources):
+            raise UserError(f"{key} has no effect on {specs}; leave --{key} out")
+    unknown = set(own) - {name_and_argument(spec)[0] for spec, _ in sources}
+    for name in sorted(unknown):
+        raise UserError(
+            f"source_options.{name} is for a source {name}, and sources names {specs}; leave these "
+            f"options out"
+        )
 
 
 def _same_kind(value: Any, default: Any) -> bool:

@@ -89,6 +89,8 @@ def flat(value: Any, joiner: str) -> str | None:
 class TableText:
     """The named fields of a labelled file."""
 
+    heeds = ()  # the argument names the fields, and `read_table` decodes
+
     def __init__(self, options: TableOptions) -> None:
         self.options = options
         path, _, fields = options.argument.rpartition(":")

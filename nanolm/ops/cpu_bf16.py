@@ -96,7 +96,7 @@ class WideLinearKernel:
 
 @kernel("attention")
 class WideAttention(SdpaAttention):
-    """Attention."""
+    """Attention as sdpa, in float32: nothing between the two products is rounded to bfloat16."""
 
     name = "wide"
 

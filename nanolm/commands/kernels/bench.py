@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import dataclasses
 
+from rich.console import Console
+
 from nanolm.commands.figures import write_json
 from nanolm.config.load import import_plugins
 from nanolm.config.ranges import Count
 from nanolm.errors import UserError
 from nanolm.ops.timings import save_timings
-from nanolm.tools.bench.kernels import line, measure, timings
+from nanolm.tools.bench.kernels import measure, show, timings
 from nanolm.tools.kernel_check.problems import PROBLEMS, Sizes
 
 
@@ -53,8 +55,7 @@ def run(arguments: Arguments) -> None:
     for op in PROBLEMS if arguments.op == "all" else [arguments.op]:
         rows = measure(op, arguments, arguments.repetitions)
         print(f"{op}: {rows[-1].get('problem', '')}, {arguments.dtype}, {passes}", flush=True)
-        for row in rows:
-            print(line(row), flush=True)
+        show(rows, Console())
         table += rows
         if arguments.save:  # op by op: who interrupts it keeps what was timed
             save_timings(arguments.save, timings(rows))

@@ -20,6 +20,7 @@ from nanolm.distributed.devices import device_type
 from nanolm.errors import UserError
 from nanolm.ops.contract import candidates
 from nanolm.registry import KERNELS, OPS
+from nanolm.tables import beside
 from nanolm.tools.kernel_check.conformance import Finding, check_kernel
 from nanolm.tools.kernel_check.safety import (
     UNSAFE,
@@ -93,7 +94,7 @@ def show(op: str, name: str, findings: list[Finding]) -> None:
     """Print one kernel's findings."""
     print(f"{op}: {name}")
     for finding in findings:
-        print(f"  {finding.verdict:<8} {finding.check:<34} {finding.words}")
+        print(beside([finding.verdict, finding.check], [7, 34], finding.words))
 
 
 def run(arguments: Arguments) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import nanolm.kernels
 from nanolm.commands.figures import write_json
 from nanolm.errors import UserError
+from nanolm.tables import cells_of
 from nanolm.tools.kernel_check.matrix import ARCHITECTURES, compile_elsewhere, faults, key
 
 RECORD = pathlib.Path(next(iter(nanolm.kernels.__path__))) / "compile_matrix.json"
@@ -36,17 +37,45 @@ class Arguments:
     """Also write the rows here."""
 
 
+COLUMNS = {
+    "kernel": 21,
+    "regs": 4,
+    "spill": 5,
+    "lane": 4,
+    "KiB": 7,
+    "products": 11,
+    "per": 4,
+    "fit": 3,
+    "wide": 4,
+    "s": 5,
+}
+"""The table's columns and their widths; a row is printed when its kernel is compiled."""
+LEGEND = """\
+regs, spill  registers of a thread, and how many are spilled to memory
+lane         how many are spilled to lanes of other registers (AMD)
+KiB          shared memory, of what the GPU has
+products     instructions of the tensor cores; per: products issued for one needed
+fit          programs that a multiprocessor holds at once
+wide, s      loads of 128 bits, and seconds of compiling"""
+
+
 def line(row: dict[str, Any]) -> str:
     """One row as text."""
-    lanes = f" ({row['scalar_spills']} to lanes)" if row.get("scalar_spills") else ""
     cores = " ".join(f"{name}:{count}" for name, count in row["tensor_core"].items()) or "-"
-    products = "" if row["products"] is None else f"({row['products']} of what is needed)"
-    return (
-        f"{row['arch']:<7} {row['build']:<34} {row['kernel']:<30} {row['registers']:>4} registers "
-        f"{row['spills']:>4} spills{lanes} {row['shared']:>7}/{row['shared_limit']} B shared  "
-        f"{cores} {products} {row['programs']} programs  {row['wide_loads']} wide loads  "
-        f"{row['seconds']} s"
+    shared = f"{row['shared'] / 1024:.0f}/{row['shared_limit'] / 1024:.0f}"
+    cells = (
+        row["kernel"].removesuffix("_kernel"),
+        str(row["registers"]),
+        str(row["spills"]),
+        str(row.get("scalar_spills") or 0),
+        shared,
+        cores,
+        "-" if row["products"] is None else str(row["products"]),
+        str(row["programs"]),
+        str(row["wide_loads"]),
+        f"{row['seconds']:.1f}",
     )
+    return cells_of(cells, list(COLUMNS.values()), gap=1)
 
 
 def regression(row: dict[str, Any], recorded: dict[str, Any] | None) -> str | None:
@@ -73,8 +102,13 @@ def run(arguments: Arguments) -> None:
     recorded = {}
     if RECORD.exists():
         recorded = {key(row): row for row in json.loads(RECORD.read_text(encoding="utf-8"))}
-    rows, complaints = [], []
+    rows: list[dict[str, Any]] = []
+    complaints: list[str] = []
+    print(LEGEND)
     for row in compile_elsewhere(arguments.archs, sample=arguments.sample, only=arguments.only):
+        if not rows or (row["arch"], row["build"]) != (rows[-1]["arch"], rows[-1]["build"]):
+            print(f"{row['arch']} {row['build']}")
+            print(cells_of(list(COLUMNS), list(COLUMNS.values()), gap=1))
         print(line(row), flush=True)
         rows.append(row)
         worse = None if arguments.write else regression(row, recorded.get(key(row)))

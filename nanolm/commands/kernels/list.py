@@ -12,6 +12,7 @@ from nanolm.config.load import import_plugins
 from nanolm.config.ranges import Count
 from nanolm.ops.contract import candidates, choose
 from nanolm.registry import OPS
+from nanolm.tables import beside
 from nanolm.tools.kernel_check.survey import typical
 
 
@@ -53,9 +54,13 @@ def rows(arguments: Arguments) -> list[dict[str, str]]:
 
 
 def run(arguments: Arguments) -> None:
-    """Print the table."""
+    """Print the kernels of each op, with what they are and whether they serve."""
     import_plugins(arguments.plugins)
     table = rows(arguments)
-    for row in table:
-        print(f"{row['op']:<21} {row['kernel']:<14} {row['status']}\n{'':<36} {row['what']}")
+    for op in dict.fromkeys(row["op"] for row in table):
+        found = [row for row in table if row["op"] == op]
+        print(op)
+        width = max(len(row["kernel"]) for row in found)
+        for row in found:
+            print(beside([row["kernel"]], [width], f"{row['status']}. {row['what']}"))
     write_json(arguments.json, table)

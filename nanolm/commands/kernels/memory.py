@@ -12,12 +12,14 @@ import resource
 from typing import Any, Literal
 
 import torch
+from rich.console import Console
 
 from nanolm.commands.figures import write_json
 from nanolm.config.ranges import Count
 from nanolm.distributed.devices import device_type
 from nanolm.errors import UserError
 from nanolm.ops.contract import CrossEntropySpec, candidates
+from nanolm.tables import tables
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,5 +83,7 @@ def run(arguments: Arguments) -> None:
     plain = next(row["bytes"] for row in table if row["kernel"] == "reference")
     for row in table:
         row["share"] = row["bytes"] / plain
-        print(f"{row['kernel']:<14} {row['bytes'] / 1e6:9.1f} MB  {row['share']:.3f} of the plain")
+    cells = [[r["kernel"], f"{r['bytes'] / 1e6:.1f}", f"{r['share']:.3f}"] for r in table]
+    for made in tables(["kernel", "MB", "of reference"], cells):
+        Console().print(made)
     write_json(arguments.json, table)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+from rich.console import Console
+
 from nanolm.commands.figures import write_json
+from nanolm.tables import tables
 from nanolm.tools.kernel_check.roofline import GPUS, TYPICAL
 
 
@@ -18,11 +21,20 @@ class Arguments:
 
 def run(arguments: Arguments) -> None:
     """Print the table."""
-    table = []
+    record, rows = [], []
     for name, cost in TYPICAL.items():
         bounds = {gpu: cost.seconds(gpu) for gpu in GPUS}
-        words = "  ".join(f"{g} {1e3 * s:8.3f} ms ({kind})" for g, (s, kind) in bounds.items())
-        print(f"{name:<48} {cost.flops / 1e9:9.1f} GFLOP {cost.bytes / 1e6:9.1f} MB  {words}")
-        table.append({"name": name, "flops": cost.flops, "bytes": cost.bytes, "bounds": bounds})
-    print("Bounds from data-sheet peaks; no kernel of this project has been timed on these GPUs.")
-    write_json(arguments.json, table)
+        cells = [f"{1e3 * seconds:.2f} {kind[0]}" for seconds, kind in bounds.values()]
+        rows.append([name, figure(cost.flops / 1e9), figure(cost.bytes / 1e6), *cells])
+        record.append({"name": name, "flops": cost.flops, "bytes": cost.bytes, "bounds": bounds})
+    console = Console()
+    for table in tables(["op and shape", "GFLOP", "MB", *GPUS], rows):
+        console.print(table)
+    print("Under each GPU: the least milliseconds, bound by compute (c) or by memory (m).")
+    print("The peaks are the data sheets'; no kernel of this project has been timed there.")
+    write_json(arguments.json, record)
+
+
+def figure(value: float) -> str:
+    """A tenth where it matters."""
+    return f"{value:.1f}" if value < 100 else f"{value:.0f}"

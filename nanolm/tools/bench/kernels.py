@@ -13,11 +13,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from nanolm.ops.contract import candidates
 from nanolm.ops.kept import spec_record
 from nanolm.ops.timings import device_name
+from nanolm.tables import beside, tables
 from nanolm.tools.first_contact.device_time import milliseconds
 from nanolm.tools.kernel_check.problems import PROBLEMS, Problem, Sizes, n_bytes
 
@@ -128,14 +130,29 @@ def timings(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def line(row: dict[str, Any]) -> str:
-    """One row as text."""
-    if "left_out" in row:
-        return f"  {row['kernel']:<14} left out: {row['left_out']}"
-    tflops = "" if row["tflops"] is None else f"{row['tflops']:9.3f} TFLOP/s"
-    host = f"{row['host_us']:9.0f} host µs" if "host_us" in row else ""
-    device = f"{row['device_ms']:9.3f} device ms" if row.get("device_ms") else ""
-    return (
-        f"  {row['kernel']:<14} {row['ms']:9.2f} ms{host}{device} {tflops:>17} "
-        f"{row['gb_per_s']:9.2f} GB/s {row['peak_mb']:9.1f} MB"
-    )
+def show(rows: list[dict[str, Any]], console: Console) -> None:
+    """The rows of one op as a table; below it why the others are left out."""
+    measured = [row for row in rows if "left_out" not in row]
+    device = any(row.get("device_ms") for row in measured)  # a CPU has no time of its own
+    columns = {name: text for name, text in COLUMNS.items() if device or name != "device ms"}
+    cells = [[row["kernel"], *(text(row) for text in columns.values())] for row in measured]
+    for made in tables(["kernel", *columns], cells) if cells else []:
+        console.print(made)
+    for row in rows:
+        if "left_out" in row:
+            print(beside([row["kernel"]], [14], f"left out: {row['left_out']}"))
+
+
+def figure(key: str, form: str) -> Callable[[dict[str, Any]], str]:
+    """How a row's figure is written; a dash where it has none."""
+    return lambda row: "-" if row.get(key) is None else format(row[key], form)
+
+
+COLUMNS = {
+    "ms": figure("ms", ".2f"),
+    "host µs": figure("host_us", ".0f"),
+    "device ms": figure("device_ms", ".3f"),
+    "TFLOP/s": figure("tflops", ".3f"),
+    "GB/s": figure("gb_per_s", ".2f"),
+    "MB": figure("peak_mb", ".1f"),
+}

@@ -13,7 +13,6 @@ import torch
 
 from nanolm.ops.contract import candidates
 from nanolm.tools.bench.kernels import call as call_kernel
-from nanolm.tools.bench.kernels import line as line_of
 from nanolm.tools.bench.kernels import peak_bytes
 from nanolm.tools.first_contact.device_time import milliseconds
 from nanolm.tools.first_contact.measurement import Figures, enter
@@ -73,7 +72,11 @@ def line(row: dict[str, Any]) -> str:
     """One row as text."""
     if "raises" in row:
         return f"  {row['kernel']:<14} cannot: {row['raises']}"
-    return line_of(row)
+    tflops = "" if row["tflops"] is None else f"{row['tflops']:9.3f} TFLOP/s"
+    return (
+        f"  {row['kernel']:<14} {row['ms']:9.2f} ms {tflops:>17} {row['gb_per_s']:9.2f} GB/s "
+        f"{row['peak_mb']:9.1f} MB"
+    )
 
 
 def run(arguments: Arguments) -> int:

@@ -83,17 +83,15 @@ def symmetric_product(n_rows: int, n_columns: int, e: int = 2) -> Cost:
 
 
 TYPICAL = {
-    "attention forward, 8 x 4096 x 16 x 128, causal": attention(
-        8, 4096, 4096, 16, 128, m=128, share=0.5
-    ),
-    "attention backward, the same": Cost(
+    "attention, 8 x 4096 x 16 x 128, causal": attention(8, 4096, 4096, 16, 128, m=128, share=0.5),
+    "its backward pass": Cost(
         2.5 * attention(8, 4096, 4096, 16, 128, m=128, share=0.5).flops,
         3 * attention(8, 4096, 4096, 16, 128, m=64, share=0.5).bytes,
     ),
-    "attention forward, 32 x 512 x 12 x 64": attention(32, 512, 512, 12, 64, m=128),
+    "attention, 32 x 512 x 12 x 64": attention(32, 512, 512, 12, 64, m=128),
     "norm + residual, 32768 x 2048": norm(32768, 2048, residual=True),
     "rotary, 32768 x 16 x 128": rotary(32768, 16, 128),
     "glu, 32768 x 5504": glu(32768, 5504),
-    "linear_cross_entropy, 8192 x 2048 x 50304": linear_cross_entropy(8192, 2048, 50304),
+    "cross-entropy, 8192 x 2048 x 50304": linear_cross_entropy(8192, 2048, 50304),
     "symmetric product, 2048 x 8192": symmetric_product(2048, 8192),
 }
