@@ -290,7 +290,8 @@ ALL = {
 }
 CONCERNED = {
     "attention/decode.py": ("decode",),
-    "attention/scores.py": ("attention", "decode", "cross_entropy"),
+    "attention/scores.py": ("attention", "decode"),
+    "tiles.py": ("attention", "decode", "cross_entropy"),
     "attention/ranges.py": ("attention", "decode"),
     "attention/call.py": ("attention", "decode"),
     "operators.py": ("attention", "decode", "cross_entropy", "symmetric_product"),

@@ -30,6 +30,7 @@ FILES = (
     "attention/call.py",
     "attention/operator.py",
     "attention/decode.py",
+    "tiles.py",
     "cross_entropy.py",
     "norm.py",
     "glu.py",
