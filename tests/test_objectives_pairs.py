@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanolm.errors import UserError
-from nanolm.finetune.tasks.base import Sequence
+from nanolm.finetune.tasks.items import Sequence
 from tests.test_objectives_tasks import RECORDS, build, tensors
 
 TWO_SEGMENTS = {"n_segments": 2}
