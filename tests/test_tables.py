@@ -13,8 +13,6 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from nanolm import cli
-from nanolm.commands.bench import finetune as bench_finetune
-from nanolm.commands.bench.scale import tables_of
 from nanolm.commands.runs import show as show_runs
 from nanolm.data.prepare.report import _split_table
 from nanolm.data.shards.directory import Manifest
@@ -23,7 +21,9 @@ from nanolm.finetune.study.table import Sheet, grid_of
 from nanolm.tables import WIDTH, ending, tables
 from nanolm.tools.bench import data as bench_data
 from nanolm.tools.bench import figures as bench_figures
+from nanolm.tools.bench import finetune_contest
 from nanolm.tools.bench import prepare as bench_prepare
+from nanolm.tools.bench.scaling import tables_of
 from nanolm.training.phases import PHASES
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -112,7 +112,7 @@ def row_of_a_contest(phases):
 def of_contests():
     names = ("nanolm", "nanolm, torch's linear_cross_entropy", "transformers, grouped by length")
     rows = {name: row_of_a_contest(bench_figures.PHASES) for name in names}
-    for columns in (bench_figures.COLUMNS, bench_finetune.COLUMNS):
+    for columns in (bench_figures.COLUMNS, finetune_contest.COLUMNS):
         for device in ("cpu", "cuda"):
             yield from bench_figures.aligned(columns[device], rows)
 
@@ -173,7 +173,7 @@ MADE = {
     "nanolm/tools/bench/figures.py": lambda f: "\n".join(of_contests()),
     "nanolm/tools/bench/data.py": lambda f: of_loaders(),
     "nanolm/tools/bench/prepare.py": lambda f: of_preparation(f["capsys"]),
-    "nanolm/commands/bench/scale.py": lambda f: of_scaling(),
+    "nanolm/tools/bench/scaling.py": lambda f: of_scaling(),
     "nanolm/commands/estimate.py": lambda f: of_an_estimate(f["capsys"], f["monkeypatch"]),
     "data/prepare/report.py": lambda f: of_prepared_data(),
 }

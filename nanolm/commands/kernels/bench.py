@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from nanolm.commands.figures import write_json
+from nanolm.commands.json_file import write_json
 from nanolm.config.load import import_plugins
 from nanolm.config.ranges import Count
 from nanolm.errors import UserError
