@@ -94,8 +94,8 @@ def run(arguments: Arguments) -> None:
         """One contest a precision."""
         times = (arguments.threads, arguments.warmup, arguments.steps)
         jobs = [job_of(shape, each, *times) | {"data": data} for each in arguments.precisions]
-        tried = {"compiles": arguments.compile, "only": arguments.only}
-        return [entries(job, device, **tried) for job in jobs]
+        only = arguments.only
+        return [entries(job, device, compiles=arguments.compile, only=only) for job in jobs]
 
     announce(enter_each("none yet", arguments.shape(2)))
     given = (arguments.data, arguments.column, arguments.label, arguments.shape(2))

@@ -95,13 +95,13 @@ def run(arguments: Arguments) -> None:
     require_fast(arguments.precisions, device)
     cells = Cells(arguments.results, arguments.fresh)
     warmup, steps = arguments.warmup or WARMUP[device], arguments.steps or STEPS[device]
-    tried = {"compiles": arguments.compile, "only": arguments.only}
     contests = [
         entries(
             job_of(arguments.shape, precision, arguments.threads, warmup, steps),
             device,
             objective,
-            **tried,
+            compiles=arguments.compile,
+            only=arguments.only,
         )
         for objective in arguments.objectives
         for precision in arguments.precisions
