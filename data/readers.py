@@ -47,7 +47,6 @@ TEXT_FORMATS = {
     ".ndjson": "json",
     ".json": "json",
 }
-TXT_DOCUMENTS = ("auto", "file", "line", "paragraph")
 NO_TEXT = "no text"
 
 

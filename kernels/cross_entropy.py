@@ -23,9 +23,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from nanolm.kernels.attention.scores import tanh
 from nanolm.kernels.launch import device_guard, wide_dtype
 from nanolm.kernels.operators import differentiable, register_autocast
+from nanolm.kernels.tiles import tanh
 
 BLOCK = 4096  # logits that a program looks at at once
 LOGITS = 2**26  # logits of a chunk, at most

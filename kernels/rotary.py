@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanolm.kernels.attention.scores import View
 from nanolm.kernels.launch import accumulator, device_guard
 from nanolm.kernels.operators import differentiable
+from nanolm.kernels.tiles import View
 
 
 @triton.jit

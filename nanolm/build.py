@@ -66,9 +66,7 @@ def resolve(config: C, tokenizer: Tokenizer) -> C:
 
 def build_objective(config: Config, tokenizer: Tokenizer) -> Objective:
     """The objective that the config names."""
-    build = OBJECTIVES.get(config.objective.name).build
-    # An objective may be built otherwise for some trunks: `forms` says how.
-    build = getattr(build, "forms", {}).get(config.model.trunk, build)
+    build = OBJECTIVES.get(config.objective.name).builder(config.model.trunk)
     return build(config.objective, config, tokenizer)
 
 

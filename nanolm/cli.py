@@ -39,7 +39,7 @@ COMMANDS = {
     "doctor": ("nanolm.commands.doctor", "replay a step, name its first non-finite tensor"),
     "runs": ("nanolm.commands.runs", "runs as a table"),
     "plot": ("nanolm.commands.plot", "curves of one or several runs as PNG"),
-    "figures": ("nanolm.commands.draw", "the pictures of the docs, or a run's curves, as SVG"),
+    "figures": ("nanolm.commands.figures", "the pictures of the docs, or a run's curves, as SVG"),
     "kernels list": ("nanolm.commands.kernels.list", "kernels: what they serve, or why not"),
     "kernels check": ("nanolm.commands.kernels.check", "is a kernel right? the conformance suite"),
     "kernels bench": ("nanolm.commands.kernels.bench", "attention kernels beside each other"),

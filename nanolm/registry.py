@@ -36,6 +36,12 @@ class Entry:
     build: Any
     """A function, or a class whose attributes are read too."""
     options: type[Options] | None
+    variants: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What builds it instead in some cases, by the case's name; see `register_variant`."""
+
+    def builder(self, case: str) -> Any:
+        """What builds it in this case."""
+        return self.variants.get(case, self.build)
 
 
 class Registry:
@@ -65,6 +71,23 @@ class Registry:
             if options and default != name:
                 raise ValueError(f"{options.__name__}.name must default to {name!r}")
             self._entries[name] = Entry(name, build, options)
+            return build
+
+        return add
+
+    def register_variant(self, name: str, case: str) -> Callable:
+        """Decorator that adds the builder which takes over from that of `name` in one case; the
+        case of an objective is its trunk.
+
+        Raises ValueError when nothing is registered as `name`, or the case is taken.
+        """
+
+        def add(build: Callable[..., Any]) -> Callable[..., Any]:
+            entry = self._entries.get(name)
+            if entry is None or case in entry.variants:
+                why = "is not registered" if entry is None else f"has a variant for {case} already"
+                raise ValueError(f"{self.kind} {name!r} {why}")
+            entry.variants[case] = build
             return build
 
         return add

@@ -10,11 +10,12 @@ import torch
 
 from nanolm.cli import main
 from nanolm.commands.bench import finetune as bench_finetune
-from nanolm.commands.bench.finetune import CONTESTANTS, Arguments, read_examples
 from nanolm.tools.bench import cells as bench_cells
-from nanolm.tools.bench import contest
+from nanolm.tools.bench import contest, finetune_contest
 from nanolm.tools.bench.clock import Clock
-from nanolm.tools.bench.finetune import Examples, build_tuning, peer_order
+from nanolm.tools.bench.finetune import TuneShape, build_tuning, peer_order
+from nanolm.tools.bench.finetune_contest import CONTESTANTS
+from nanolm.tools.bench.texts import Examples, read_examples
 from tests.finetuned import table
 from tests.hidden import hide
 
@@ -68,8 +69,8 @@ def test_grouped_batches_hold_every_example_once_and_little_padding():
 def test_texts_become_framed_ids_and_columns_are_checked(tmp_path, capsys):
     records = [{"text": line, "kind": "ab"[i % 2]} for i, line in enumerate(source_lines())]
     table(tmp_path, "train", records)
-    words = {"data": str(tmp_path), "column": "text", "batch": 4, "vocab_size": 600}
-    found, n_classes = read_examples(Arguments(label="kind", **words))
+    shape = TuneShape(batch=4, vocab_size=600)
+    found, n_classes = read_examples(str(tmp_path), "text", "kind", shape)
     assert n_classes == 2 and len(found.sequences) == 300
     assert len({int(ids[0]) for ids in found.sequences}) == 1
     found.save(tmp_path / "kept.npz")
@@ -156,8 +157,8 @@ def test_finished_contests_on_a_cpu_are_found_by_the_keys_they_have_always_had(
     monkeypatch.setattr(torch, "__version__", machine["torch"])
     facts = {"texts": 1, "mean_tokens": 1.0, "longest": 1}
     given = job["data"], job["shape"]["n_classes"], facts
-    monkeypatch.setattr(bench_finetune, "prepared", lambda arguments: given)
-    monkeypatch.setattr(bench_finetune, "why_not", lambda job, device: None)
+    monkeypatch.setattr(bench_finetune, "prepared", lambda *words: given)
+    monkeypatch.setattr(finetune_contest, "why_not", lambda job, device: None)
     monkeypatch.setattr(contest, "Player", None)  # nothing is measured
     (tmp_path / "cells.json").write_text(text)
     words = ["bench", "finetune", "--device=cpu", "--rounds=5"]
@@ -183,7 +184,7 @@ def test_on_a_gpu_the_table_shows_waits_and_what_the_allocator_keeps(tmp_path, m
     words = command(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Fake 1")
-    monkeypatch.setattr(bench_finetune, "why_not", lambda job, device: None)
+    monkeypatch.setattr(finetune_contest, "why_not", lambda job, device: None)
     monkeypatch.setattr(contest, "Player", FakeGpuPlayer)
     main(words)
     printed = capsys.readouterr().out

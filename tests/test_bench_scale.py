@@ -9,11 +9,15 @@ from nanolm.commands.bench import scale
 from nanolm.commands.bench.scale import Arguments
 from nanolm.config.load import parse
 from nanolm.errors import UserError
-from nanolm.tools.bench import contest
+from nanolm.tools.bench import contest, scaling
 from nanolm.tools.bench.cells import Cells
 from nanolm.training.phases import PHASES
 
 TINY = {"n_layers": 1, "d_model": 32, "n_heads": 2, "row_length": 16, "batch": 4, "vocab_size": 64}
+
+
+def measure(arguments, kind, cells):
+    return scaling.measure(arguments.job, kind, arguments.processes, arguments.rounds, cells)
 
 
 @pytest.mark.slow
@@ -29,7 +33,7 @@ def test_one_and_two_processes_are_measured_and_kept(tmp_path, monkeypatch, caps
         assert set(row["phases"]) == set(PHASES) and sum(row["phases"].values()) > 0
         assert len(row["turn_seconds"]) == 1
     assert len(json.loads((tmp_path / "cells.json").read_text())["cells"]) == 3
-    monkeypatch.setattr(scale, "run_process", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(scaling, "run_process", lambda *_: pytest.fail("measured again"))
     scale.run(Arguments(**keys, json=str(out)))
     assert json.loads(out.read_text()) == first
     assert "efficiency" in capsys.readouterr().out
@@ -41,12 +45,12 @@ def test_efficiency_is_time_or_work_over_processes(tmp_path, monkeypatch):
         phases = dict.fromkeys(PHASES, 0.0)
         return {"seconds": [0.1 * rows + 0.1], "phases": phases, "device": "cpu"}
 
-    monkeypatch.setattr(scale, "run_process", fake)
+    monkeypatch.setattr(scaling, "run_process", fake)
     monkeypatch.setattr(contest, "stolen_seconds", lambda: 0.0)
     cells = Cells(str(tmp_path / "cells.json"))
     arguments = Arguments(**TINY, rounds=2)
-    strong = scale.measure(arguments, "strong", cells)
-    weak = scale.measure(arguments, "weak", cells)
+    strong = measure(arguments, "strong", cells)
+    weak = measure(arguments, "weak", cells)
     assert [row["step_seconds"] for row in strong] == pytest.approx([0.5, 0.3])
     assert [row["efficiency"] for row in strong] == pytest.approx([1.0, 0.5 / 0.6])
     assert [row["efficiency"] for row in weak] == pytest.approx([1.0, 1.0])
@@ -60,13 +64,13 @@ def test_turns_in_which_the_host_took_the_cores_are_taken_again(tmp_path, monkey
     stolen = iter([0, 1e9, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])
     phases = dict.fromkeys(PHASES, 0.0)
     monkeypatch.setattr(
-        scale,
+        scaling,
         "run_process",
         lambda *_: {"seconds": [next(measured)], "phases": phases, "device": "cpu"},
     )
     monkeypatch.setattr(contest, "stolen_seconds", lambda: next(stolen))
     cells = Cells(str(tmp_path / "cells.json"))
-    found = scale.measure(Arguments(**TINY, rounds=2), "strong", cells)
+    found = measure(Arguments(**TINY, rounds=2), "strong", cells)
     assert [row["turn_seconds"] for row in found] == [[0.5, 0.5], [0.3, 0.3]]
 
 
@@ -74,7 +78,7 @@ def test_a_gpu_is_part_of_the_key_and_asked_for_in_vain_is_one_sentence(tmp_path
     taken = []
     phases = dict.fromkeys(PHASES, 0.0)
     measured = {"seconds": [1.0], "phases": phases, "device": "cuda:0"}
-    monkeypatch.setattr(scale, "run_process", lambda *_: taken.append(1) or dict(measured))
+    monkeypatch.setattr(scaling, "run_process", lambda *_: taken.append(1) or dict(measured))
     monkeypatch.setattr(contest, "stolen_seconds", lambda: 0.0)
     cells = Cells(str(tmp_path / "cells.json"))
     arguments = Arguments(**TINY, rounds=1)  # device auto
@@ -87,7 +91,7 @@ def test_a_gpu_is_part_of_the_key_and_asked_for_in_vain_is_one_sentence(tmp_path
     ):
         monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
-        scale.measure(arguments, "strong", cells)
+        measure(arguments, "strong", cells)
         assert len(taken) == count
     with pytest.raises(UserError, match="torch sees no CUDA device"):
-        scale.measure(Arguments(**TINY, device="cuda"), "strong", cells)
+        measure(Arguments(**TINY, device="cuda"), "strong", cells)

@@ -9,18 +9,17 @@ import torch
 import torch.nn.functional as F
 
 from nanolm.cli import main
-from nanolm.commands.bench import train as bench_train
-from nanolm.commands.bench.train import contestants
 from nanolm.errors import UserError
 from nanolm.tools.bench import cells as bench_cells
 from nanolm.tools.bench import contest as bench_contest
-from nanolm.tools.bench import peers
+from nanolm.tools.bench import peers, train_contest
 from nanolm.tools.bench.admission import why_not
 from nanolm.tools.bench.clock import Clock
 from nanolm.tools.bench.contest import play
 from nanolm.tools.bench.figures import against_best, speed
 from nanolm.tools.bench.shape import Shape
 from nanolm.tools.bench.step import NanolmStep, build_step
+from nanolm.tools.bench.train_contest import contestants
 from tests.hidden import hide
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -217,7 +216,7 @@ def test_finished_contests_on_a_cpu_are_found_by_the_keys_they_have_always_had(
     monkeypatch.setattr(bench_cells, "cpu_name", lambda: machine["cpu"])
     monkeypatch.setattr(bench_cells.os, "cpu_count", lambda: machine["cores"])
     monkeypatch.setattr(torch, "__version__", machine["torch"])
-    monkeypatch.setattr(bench_train, "why_not", lambda job, device: None)
+    monkeypatch.setattr(train_contest, "why_not", lambda job, device: None)
     monkeypatch.setattr(bench_contest, "Player", None)  # nothing is measured
     names = {name for cell in record.values() for name in cell["jobs"]} - {"matmul"}
     copy = tmp_path / "cells.json"
@@ -233,7 +232,7 @@ def test_contestants_in_processes_of_their_own_and_one_that_fails(tmp_path):
     settings = {"model": "nanolm", "objective": "mlm"}
     jobs = {
         "nanolm": [common | {"settings": settings}],
-        "matmul": [common | {"settings": bench_train.MATMUL}],
+        "matmul": [common | {"settings": train_contest.MATMUL}],
     }
     contest = play(jobs, 2, "nanolm.tools.bench.step", speed)
     played = contest["players"]

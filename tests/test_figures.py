@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanolm import cli
-from nanolm.commands.draw import PICTURES
+from nanolm.commands.figures import PICTURES
 from nanolm.errors import UserError
 from nanolm.ops.masks import KINDS
 from nanolm.tools.figures import journey, masks

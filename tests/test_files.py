@@ -188,6 +188,6 @@ def test_a_key_is_that_of_earlier_versions():
 
 
 def test_figures_may_go_into_a_pipe():
-    code = "from nanolm.commands.figures import write_json; write_json('/dev/stdout', {'a': 1})"
+    code = "from nanolm.commands.json_file import write_json; write_json('/dev/stdout', {'a': 1})"
     said = subprocess.check_output([sys.executable, "-c", code], text=True)
     assert json.loads(said) == {"a": 1}

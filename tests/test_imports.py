@@ -199,3 +199,11 @@ def test_nothing_is_pickled():
         if reads_foreign:
             call = 'torch.load(path, map_location="cpu", weights_only=True)'
             assert text.count(call) == 1, name
+
+
+def test_a_command_stands_in_the_file_of_its_name():
+    from nanolm.cli import COMMANDS
+
+    for name, (module, _) in COMMANDS.items():
+        words = module.removeprefix("nanolm.commands.").rstrip("_").split(".")
+        assert words == name.split(), f"nanolm {name} stands in {module}"

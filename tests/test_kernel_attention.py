@@ -16,15 +16,7 @@ from nanolm.errors import UserError
 from nanolm.ops.bias import AlibiBias, DenseBias
 from nanolm.ops.contract import KERNELS, AttentionSpec, candidates, choose
 from nanolm.ops.masks import Mask
-from nanolm.tools.kernel_check.attention_cases import (
-    AXES,
-    HARD,
-    MIXED,
-    SINGLE,
-    Case,
-    covering_cases,
-    pairwise,
-)
+from nanolm.tools.kernel_check.attention_cases import HARD, MIXED, SINGLE, Case
 from nanolm.tools.kernel_check.attention_trials import trial_of
 from nanolm.tools.kernel_check.leaks import KINDS, leak
 from nanolm.tools.kernel_check.sanitizer import sanitized, shuffled
@@ -37,6 +29,7 @@ from nanolm.tools.kernel_check.trial import (
     like,
     reference,
 )
+from tests.kernel_tools.covering import AXES, covering_cases, pairwise
 from tests.kernel_tools.philox import keep_mask
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

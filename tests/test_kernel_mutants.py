@@ -12,7 +12,8 @@ import torch
 
 from tests.kernel_tools import mutation
 from tests.kernel_tools.equivalent import EQUIVALENT
-from tests.kernel_tools.mutation import OPERATORS, draw, held_out, mutants
+from tests.kernel_tools.mutation import draw, held_out, mutants
+from tests.kernel_tools.mutation_operators import OPERATORS
 
 if torch.cuda.is_available():
     pytest.skip("mutants run in the interpreter", allow_module_level=True)

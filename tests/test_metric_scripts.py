@@ -24,8 +24,8 @@ from nanolm.data.tables.labels import tag_labels
 from nanolm.finetune.evaluation import drawn
 from nanolm.finetune.splits import Split
 from nanolm.finetune.tasks import metrics
-from nanolm.finetune.tasks.base import Item
 from nanolm.finetune.tasks.embed import Embed
+from nanolm.finetune.tasks.items import Item
 from nanolm.finetune.tasks.tag import entities
 from nanolm.finetune.tasks.write import last_answer
 from tests import metric_table

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanolm.errors import UserError
-from nanolm.finetune.tasks.base import Sequence
+from nanolm.finetune.tasks.frames import FRAMES
+from nanolm.finetune.tasks.items import Sequence
 from tests.test_objectives_tasks import RECORDS, build, tensors
 
 TWO_SEGMENTS = {"n_segments": 2}
@@ -69,3 +70,28 @@ def test_what_cannot_be_marked_is_refused():
     with pytest.raises(UserError, match="mark_shared cannot be true"):
         build("prompt", "encoder", model=TWO_SEGMENTS, mark_shared=True)
     assert "text_pair" not in RECORDS["classify"][0]
+
+
+class Specials:
+    """A tokenizer of three special tokens."""
+
+    sep = 2
+
+    def role(self, name):
+        return {"cls": 1, "sep": 2, "eos": 3}[name]
+
+
+@pytest.mark.parametrize("trunk", FRAMES)
+def test_a_frame_says_where_the_second_text_begins_and_cuts_the_longer_one(trunk):
+    frame, role = FRAMES[trunk], Specials().role
+    begin, end = list(map(role, frame.begin)), list(map(role, frame.end))
+    first, second = np.arange(10, 14), np.arange(20, 29)
+    for room, kept, cut in ((13, 9, 0), (12, 8, 1), (8, 4, 5)):
+        length = room + len(begin) + len(end) + 1
+        sequence, lost = frame.around(Specials(), length, first, second)
+        before = [*begin, *first, Specials.sep]
+        assert list(sequence.tokens) == [*before, *second[:kept], *end]
+        assert (sequence.second, lost) == (len(before), cut)
+    alone, lost = frame.around(Specials(), 3 + len(begin) + len(end), first)
+    assert list(alone.tokens) == [*begin, *first[:3], *end]
+    assert (alone.second, lost) == (len(alone.tokens), 1)

@@ -40,3 +40,15 @@ def test_an_unknown_name_lists_the_choices():
     things.register("a")(len)
     with pytest.raises(UserError, match=r"unknown thing 'b'; choose from a, .*plugins"):
         things.get("b")
+
+
+def test_a_variant_takes_over_in_its_case_alone():
+    things = Registry("thing")
+    things.register("a")(len)
+    assert things.register_variant("a", "tall")(print) is print
+    assert things.get("a").builder("tall") is print
+    assert things.get("a").builder("short") is things.get("a").build is len
+    with pytest.raises(ValueError, match="thing 'a' has a variant for tall already"):
+        things.register_variant("a", "tall")(max)
+    with pytest.raises(ValueError, match="thing 'b' is not registered"):
+        things.register_variant("b", "tall")(max)

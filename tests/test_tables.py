@@ -13,8 +13,6 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from nanolm import cli
-from nanolm.commands.bench import finetune as bench_finetune
-from nanolm.commands.bench.scale import tables_of
 from nanolm.commands.kernels import check as check_kernels
 from nanolm.commands.kernels import compile as compile_kernels
 from nanolm.commands.runs import show as show_runs
@@ -25,8 +23,10 @@ from nanolm.finetune.study.table import Sheet, grid_of
 from nanolm.tables import WIDTH, beside, cells_of, ending, tables
 from nanolm.tools.bench import data as bench_data
 from nanolm.tools.bench import figures as bench_figures
+from nanolm.tools.bench import finetune_contest
 from nanolm.tools.bench import kernels as bench_kernels
 from nanolm.tools.bench import prepare as bench_prepare
+from nanolm.tools.bench.scaling import tables_of
 from nanolm.tools.kernel_check.conformance import Finding
 from nanolm.training.phases import PHASES
 
@@ -116,7 +116,7 @@ def row_of_a_contest(phases):
 def of_contests():
     names = ("nanolm", "nanolm, torch's linear_cross_entropy", "transformers, grouped by length")
     rows = {name: row_of_a_contest(bench_figures.PHASES) for name in names}
-    for columns in (bench_figures.COLUMNS, bench_finetune.COLUMNS):
+    for columns in (bench_figures.COLUMNS, finetune_contest.COLUMNS):
         for device in ("cpu", "cuda"):
             yield from bench_figures.aligned(columns[device], rows)
 
@@ -217,7 +217,7 @@ MADE = {
     "nanolm/tools/bench/figures.py": lambda f: "\n".join(of_contests()),
     "nanolm/tools/bench/data.py": lambda f: of_loaders(),
     "nanolm/tools/bench/prepare.py": lambda f: of_preparation(f["capsys"]),
-    "nanolm/commands/bench/scale.py": lambda f: of_scaling(),
+    "nanolm/tools/bench/scaling.py": lambda f: of_scaling(),
     "nanolm/commands/estimate.py": lambda f: of_an_estimate(f["capsys"], f["monkeypatch"]),
     "data/prepare/report.py": lambda f: of_prepared_data(),
 }

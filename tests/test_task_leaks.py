@@ -6,8 +6,8 @@ import torch
 
 from nanolm.data.tables.splits import carve, fold_out
 from nanolm.finetune.prepare import prepare
-from nanolm.finetune.tasks.base import Item
 from nanolm.finetune.tasks.embed import also_right
+from nanolm.finetune.tasks.items import Item
 from tests.finetuned import checkpoint, config, table
 from tests.test_objectives_tasks import EXTRA, RECORDS, build, tensors
 

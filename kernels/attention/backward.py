@@ -24,14 +24,8 @@ import triton
 import triton.language as tl
 
 from nanolm.kernels.attention.ranges import key_range, query_range
-from nanolm.kernels.attention.scores import (
-    LOG2E,
-    head_pointer,
-    kept,
-    load_tile,
-    scores_tile,
-    store_tile,
-)
+from nanolm.kernels.attention.scores import LOG2E, kept, scores_tile
+from nanolm.kernels.tiles import head_pointer, load_tile, store_tile
 
 
 @triton.jit

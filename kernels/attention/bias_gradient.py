@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from nanolm.kernels.attention.backward import load_row, weights_and_gradient
-from nanolm.kernels.attention.scores import head_pointer, load_tile
+from nanolm.kernels.tiles import head_pointer, load_tile
 
 
 @triton.jit

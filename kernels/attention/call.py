@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from nanolm.kernels.attention import scores as tiles
+from nanolm.kernels.attention import scores
 from nanolm.kernels.launch import (
     Launch,
     accumulator,
@@ -24,6 +24,7 @@ from nanolm.kernels.launch import (
     device_guard,
     wide_dtype,
 )
+from nanolm.kernels.tiles import View
 from nanolm.ops.bias import AlibiBias, Bias, BucketBias
 from nanolm.ops.masks import Mask
 
@@ -92,18 +93,18 @@ class Call:
         self.q = q
         self.inputs = (view(q), view(k), view(v))
         self.columns = columns_of(self.width)
-        self.shape = tiles.Shape(self.n_queries, self.n_keys, self.n_heads)
-        self.masks = tiles.Masks(options.window, *tensors[2:-1])
+        self.shape = scores.Shape(self.n_queries, self.n_keys, self.n_heads)
+        self.masks = scores.Masks(options.window, *tensors[2:-1])
         n_distances = self.n_queries + self.n_keys - 1
         self.bias = kernel_bias(options.bias_kind, tensors, n_distances)
         softcap = options.softcap or 1.0
-        self.scores = tiles.Scores(options.scale * LOG2E, softcap * LOG2E, options.scale / softcap)
-        self.dropout = tiles.Dropout(None, None, None)
+        self.scores = scores.Scores(options.scale * LOG2E, softcap * LOG2E, options.scale / softcap)
+        self.dropout = scores.Dropout(None, None, None)
         if tensors.seed is not None:
             # A decision has 16 bits. None reaches the threshold of p = 1, which keeps nothing.
             p = options.dropout
             scale = 1 / (1 - p) if p < 1 else 0.0
-            self.dropout = tiles.Dropout(tensors.seed, round(p * 2**16), scale)
+            self.dropout = scores.Dropout(tensors.seed, round(p * 2**16), scale)
         self.constants = {
             "GROUP": self.n_heads // self.n_groups,
             "WIDTH": self.width,
@@ -138,26 +139,26 @@ class Call:
                 kernel[(n_programs,)](*arguments, **self.constants, **constants)
 
 
-def view(x_BTHK: Tensor) -> tiles.View:
+def view(x_BTHK: Tensor) -> View:
     """A tensor as the kernels see it, copied only if a tile's offsets would need 64 bits."""
     steps = zip(x_BTHK.shape[1:], x_BTHK.stride()[1:], strict=True)
     if any(length > 1 and stride * 256 >= 2**31 for length, stride in steps):
         x_BTHK = x_BTHK.contiguous()
-    return tiles.View(x_BTHK, *x_BTHK.stride())
+    return View(x_BTHK, *x_BTHK.stride())
 
 
-def kernel_bias(bias_kind: str, tensors: Tensors, n_distances: int) -> tiles.Bias:
+def kernel_bias(bias_kind: str, tensors: Tensors, n_distances: int) -> scores.Bias:
     """The bias as the kernels read it; a T5 table is spread out by distance first."""
     bias = tensors.bias
     if bias_kind == "none" or bias is None:
-        return tiles.Bias(None, None, None, None, None)
+        return scores.Bias(None, None, None, None, None)
     if bias_kind == "dense":
         strides = [0 if n == 1 else d for n, d in zip(bias.shape, bias.stride(), strict=True)]
-        return tiles.Bias(bias, *strides)
+        return scores.Bias(bias, *strides)
     if bias_kind == "bucket":
         buckets = cast(Tensor, tensors.buckets)
         bias = bias[buckets[:n_distances].long()].t()
-    return tiles.Bias(bias.contiguous(), None, None, None, None)
+    return scores.Bias(bias.contiguous(), None, None, None, None)
 
 
 def product_flops(q_shape: Any, k_shape: Any) -> int:

@@ -25,9 +25,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 from nanolm.kernels.attention.call import SCHEMA, Call, empty_outputs, flatten, product_flops
 from nanolm.kernels.attention.ranges import key_range
-from nanolm.kernels.attention.scores import LN2, head_pointer, load_tile, scores_tile
+from nanolm.kernels.attention.scores import LN2, scores_tile
 from nanolm.kernels.launch import processors, wide_dtype
 from nanolm.kernels.operators import register_autocast
+from nanolm.kernels.tiles import head_pointer, load_tile
 from nanolm.ops.bias import Bias
 from nanolm.ops.masks import Mask
 

@@ -25,14 +25,8 @@ import triton
 import triton.language as tl
 
 from nanolm.kernels.attention.ranges import key_range
-from nanolm.kernels.attention.scores import (
-    LN2,
-    head_pointer,
-    kept,
-    load_tile,
-    scores_tile,
-    store_tile,
-)
+from nanolm.kernels.attention.scores import LN2, kept, scores_tile
+from nanolm.kernels.tiles import head_pointer, load_tile, store_tile
 
 
 @triton.jit

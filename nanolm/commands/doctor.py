@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from nanolm.commands.figures import write_json
+from nanolm.commands.json_file import write_json
 from nanolm.config.ranges import Count
 from nanolm.distributed.devices import DeviceWord
 from nanolm.distributed.world import close, launch

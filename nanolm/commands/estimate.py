@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from nanolm import build
-from nanolm.commands.figures import write_json
+from nanolm.commands.json_file import write_json
 from nanolm.config.load import load_config
 from nanolm.config.model import ModelConfig
 from nanolm.config.ranges import Count, Share

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from nanolm.build import build_stream
 from nanolm.checkpoint.facts import facts_of, require_same_facts
-from nanolm.commands.figures import write_json
+from nanolm.commands.json_file import write_json
 from nanolm.config.ranges import Count
 from nanolm.config.schema import Config
 from nanolm.data.tokenizer import MODEL_FILE

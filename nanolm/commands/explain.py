@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 
-from nanolm.commands.figures import write_json
+from nanolm.commands.json_file import write_json
 from nanolm.config.ranges import Count, Within
 from nanolm.data.tables.files import Table
 from nanolm.distributed.world import World

@@ -23,7 +23,7 @@ from torch import Tensor
 from nanolm.checkpoint.checkpoints import locate
 from nanolm.checkpoint.container import INDEX, read_tensors, write_folder
 from nanolm.checkpoint.lazy_tensors import part_files
-from nanolm.commands.figures import write_json
+from nanolm.commands.json_file import write_json
 from nanolm.errors import require
 from nanolm.finetune.config import TaskConfig
 from nanolm.finetune.published import task_folder

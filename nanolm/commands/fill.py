@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from rich.table import Column, Table
 
-from nanolm.commands.figures import write_json
+from nanolm.commands.json_file import write_json
 from nanolm.commands.pretrained import require_pretrained
 from nanolm.config.ranges import Count
 from nanolm.distributed.devices import DeviceWord

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from rich.console import Console
 
-from nanolm.commands.figures import write_json
+from nanolm.commands.json_file import write_json
 from nanolm.commands.pretrained import require_pretrained
 from nanolm.config.ranges import Count, Seed, Within
 from nanolm.distributed.devices import DeviceWord

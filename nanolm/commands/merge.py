@@ -12,7 +12,7 @@ import torch
 
 from nanolm.checkpoint.container import INDEX, write_folder
 from nanolm.checkpoint.named_tensors import learner_tensors
-from nanolm.commands.figures import write_json
+from nanolm.commands.json_file import write_json
 from nanolm.config.load import dump
 from nanolm.errors import UserError, require
 from nanolm.model.trunk import Inputs

@@ -6,7 +6,7 @@ import dataclasses
 
 from rich.console import Console
 
-from nanolm.commands.figures import write_json
+from nanolm.commands.json_file import write_json
 from nanolm.errors import UserError, require
 from nanolm.hub.proof import LIMIT, can_prove
 from nanolm.inference.parity import CASES, DIRECTIONS, difference

@@ -6,7 +6,7 @@ import dataclasses
 
 from rich.console import Console
 
-from nanolm.commands.figures import write_json
+from nanolm.commands.json_file import write_json
 from nanolm.config.load import import_plugins, parse, read_files, split_words
 from nanolm.data.prepare.config import TRAINING, require_one_tokenizer
 from nanolm.data.prepare.pipeline import PrepareConfig, prepare

@@ -7,7 +7,7 @@ import pathlib
 
 from rich.console import Console
 
-from nanolm.commands.figures import write_json
+from nanolm.commands.json_file import write_json
 from nanolm.errors import UserError
 from nanolm.tables import tables
 from nanolm.training.runs import Run, read_run

@@ -16,7 +16,7 @@ import pathlib
 import torch
 from rich.console import Console
 
-from nanolm.commands.figures import write_json
+from nanolm.commands.json_file import write_json
 from nanolm.config.ranges import Amount, Count
 from nanolm.distributed.devices import DeviceWord, device_type
 from nanolm.distributed.world import World

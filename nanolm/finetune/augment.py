@@ -26,7 +26,8 @@ from nanolm.data.tables.stream import TaskRow
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import require
 from nanolm.finetune.config import AugmentConfig
-from nanolm.finetune.tasks.base import Item, Sequence, Task
+from nanolm.finetune.tasks.base import Task
+from nanolm.finetune.tasks.items import Item, Sequence
 from nanolm.finetune.word_table import WordTable
 from nanolm.objectives.base import Draw
 

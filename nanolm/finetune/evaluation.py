@@ -19,7 +19,8 @@ from nanolm.data.tables.splits import pick
 from nanolm.data.tables.stream import TaskStream
 from nanolm.distributed.world import World
 from nanolm.finetune.splits import Split
-from nanolm.finetune.tasks.base import Item, Task, task_in
+from nanolm.finetune.tasks.base import Task, task_in
+from nanolm.finetune.tasks.items import Item
 from nanolm.finetune.tasks.metrics import Report
 from nanolm.model.trunk import Inputs
 from nanolm.training.batch import MicroBatch

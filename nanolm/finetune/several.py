@@ -21,7 +21,8 @@ from nanolm.data.tables.stream import MixedTaskStream
 from nanolm.errors import UserError, require
 from nanolm.finetune.config import TaskConfig
 from nanolm.finetune.splits import Split
-from nanolm.finetune.tasks.base import Item, as_objective, task_in
+from nanolm.finetune.tasks.base import as_objective, task_in
+from nanolm.finetune.tasks.items import Item
 from nanolm.finetune.tasks.metrics import Report
 from nanolm.finetune.tasks.multi import (
     Multi,

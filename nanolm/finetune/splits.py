@@ -26,7 +26,8 @@ from nanolm.data.tables.splits import (
 )
 from nanolm.errors import UserError
 from nanolm.finetune.config import TaskConfig, TaskDataConfig
-from nanolm.finetune.tasks.base import Item, Task
+from nanolm.finetune.tasks.base import Task
+from nanolm.finetune.tasks.items import Item
 
 MOST_LABELS = 20
 """Labels that are told with their counts; a set with more is no set of labels, or a long one."""

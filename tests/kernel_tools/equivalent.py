@@ -44,7 +44,7 @@ EQUIVALENT: dict[str, str] = {
     "tl.cast(row, tl.int64)": TOO_LARGE,
     "attention/backward.py load_row truncations: tl.int64 -> tl.int32 in "
     "tl.cast(row, tl.int64)": TOO_LARGE,
-    "attention/scores.py store_tile casts: tile.to(view.pointer.dtype.element_ty) -> (tile)": STORE,
+    "tiles.py store_tile casts: tile.to(view.pointer.dtype.element_ty) -> (tile)": STORE,
     "glu.py glu_forward_kernel casts: result.to(out.dtype.element_ty) -> (result)": STORE,
     "cross_entropy.py cross_entropy_op extremes: min -> max in "
     "min(BLOCK, triton.next_power_of_2(n_columns))": (

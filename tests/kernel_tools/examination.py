@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from nanolm.ops.contract import candidates
-from nanolm.tools.kernel_check.attention_cases import HARD, MIXED, SINGLE, Case, covering_cases
+from nanolm.tools.kernel_check.attention_cases import HARD, MIXED, SINGLE, Case
 from nanolm.tools.kernel_check.attention_trials import trial_of
 from nanolm.tools.kernel_check.op_suites import op_trials
 from nanolm.tools.kernel_check.sanitizer import sanitized
@@ -26,6 +26,7 @@ from tests import test_kernel_attention as attention_tests
 from tests import test_kernel_edges as edge_tests
 from tests import test_kernel_far as far_tests
 from tests import test_kernel_operators as operator_tests
+from tests.kernel_tools.covering import covering_cases
 from tests.kernel_tools.mutation import Mutant, words_of
 
 
@@ -290,7 +291,8 @@ ALL = {
 }
 CONCERNED = {
     "attention/decode.py": ("decode",),
-    "attention/scores.py": ("attention", "decode", "cross_entropy"),
+    "attention/scores.py": ("attention", "decode"),
+    "tiles.py": ("attention", "decode", "cross_entropy"),
     "attention/ranges.py": ("attention", "decode"),
     "attention/call.py": ("attention", "decode"),
     "operators.py": ("attention", "decode", "cross_entropy", "symmetric_product"),

@@ -34,7 +34,8 @@ import nanolm.kernels
 from nanolm.files import Finished
 from tests.kernel_tools.equivalent import EQUIVALENT
 from tests.kernel_tools.examination import ALL, Question, questions_for
-from tests.kernel_tools.mutation import FILES, OPERATORS, Mutant, draw, held_out, mutants
+from tests.kernel_tools.mutation import FILES, Mutant, draw, held_out, mutants
+from tests.kernel_tools.mutation_operators import OPERATORS
 
 GOAL = 0.95
 CPU_SECONDS = 240

@@ -7,7 +7,7 @@ import pathlib
 import tempfile
 from typing import Annotated
 
-from nanolm.commands.figures import write_json
+from nanolm.commands.json_file import write_json
 from nanolm.config.ranges import Count, Within
 from nanolm.data.prepare.config import PrepareConfig
 from nanolm.tools.bench.corpus import grow

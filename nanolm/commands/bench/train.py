@@ -23,21 +23,17 @@ interrupted benchmark goes on where it was.
 from __future__ import annotations
 
 import dataclasses
-import functools
-import os
-from typing import Any
 
-from nanolm.commands.figures import write_json
+from nanolm.commands.json_file import write_json
 from nanolm.config.ranges import Count
 from nanolm.distributed.devices import DeviceWord, device_type
 from nanolm.errors import require
-from nanolm.tools.bench.admission import Entries, announce, enter_all, require_fast, why_not
-from nanolm.tools.bench.cells import Cells, cpu_name, device_name
-from nanolm.tools.bench.contest import play
-from nanolm.tools.bench.figures import against_best, figures_of, peak_of, speed, table
+from nanolm.tools.bench.admission import announce, job_of, require_fast
+from nanolm.tools.bench.cells import Cells, cpu_name
+from nanolm.tools.bench.figures import table
 from nanolm.tools.bench.shape import Shape
+from nanolm.tools.bench.train_contest import bench, contestants, entries
 
-MATMUL = {"model": "matmul"}
 OBJECTIVES = ("clm", "mlm")
 PRECISIONS = ("fp32", "bf16", "fp16")
 STEPS = {"cpu": 1, "cuda": 10}
@@ -93,81 +89,20 @@ class Arguments(Shape):
         return Shape(**{name: getattr(self, name) for name in names})
 
 
-def contestants(objective: str) -> dict[str, dict[str, Any]]:
-    """Name -> settings: nanolm, nanolm with other kernels, and the others."""
-    reference = {op: "reference" for op in ("attention", "linear_cross_entropy", "norm")}
-    rows: dict[str, dict[str, Any]] = {
-        "nanolm": {"model": "nanolm"},
-        "nanolm, reference kernels": {"model": "nanolm", "kernels": reference},
-        "nanolm, torch's linear_cross_entropy": {
-            "model": "nanolm",
-            "kernels": {"linear_cross_entropy": "torch"},
-        },
-    }
-    family = "gpt2" if objective == "clm" else "bert"
-    rows[f"transformers {family}"] = {"model": f"transformers-{family}"}
-    plain = "gpt" if objective == "clm" else "bert"
-    rows[f"plain {plain} loop"] = {"model": f"plain-{plain}"}
-    return {name: settings | {"objective": objective} for name, settings in rows.items()}
-
-
-def entries(arguments: Arguments, device: str, objective: str, precision: str) -> Entries:
-    """Who takes part in the contest of one step in one precision."""
-    common = {
-        "precision": precision,
-        "shape": dataclasses.asdict(arguments.shape),
-        "threads": arguments.threads or os.cpu_count(),
-        "warmup": arguments.warmup or WARMUP[device],
-        "steps": arguments.steps or STEPS[device],
-    }
-    return enter_all(
-        contestants(objective),
-        common,
-        device,
-        why_not=why_not,
-        variants=functools.partial(variants_of, arguments),
-        only=arguments.only,
-    )
-
-
-def variants_of(arguments: Arguments, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """A contestant as it is, and compiled; the rows that show other kernels only as they are."""
-    tries = arguments.compile and "kernels" not in settings
-    return [settings | {"compile": compiled} for compiled in ([False, True] if tries else [False])]
-
-
-def bench(arguments: Arguments, entered: Entries, device: str, cells: Cells) -> dict[str, Any]:
-    """All contestants of one step in one precision: figures by name."""
-    first = next(iter(entered.jobs.values()))[0]
-    product = {"matmul": [first | {"settings": MATMUL}]} if device == "cpu" else {}
-    jobs = entered.jobs | product
-    contest = cells.get(
-        {"jobs": jobs, "rounds": arguments.rounds},
-        lambda: play(jobs, arguments.rounds, "nanolm.tools.bench.step", speed),
-        device,
-    )
-    played = {name: entry for name, entry in contest["players"].items() if name != "matmul"}
-    peak = peak_of(contest)
-    return {
-        "objective": first["settings"]["objective"],
-        "precision": first["precision"],
-        "device_type": device,
-        "device": device_name(device),
-        "peak_tflops": peak and peak / 1e12,
-        "rows": {name: figures_of(entry, arguments.shape, peak) for name, entry in played.items()},
-        "left_out": entered.left_out,
-        "against_best": against_best(played),
-        "stolen": contest["stolen"],
-    }
-
-
 def run(arguments: Arguments) -> None:
     """Name who is left out, measure, print tables, write the figures."""
     device = device_type(arguments.device)
     require_fast(arguments.precisions, device)
     cells = Cells(arguments.results, arguments.fresh)
+    warmup, steps = arguments.warmup or WARMUP[device], arguments.steps or STEPS[device]
     contests = [
-        entries(arguments, device, objective, precision)
+        entries(
+            job_of(arguments.shape, precision, arguments.threads, warmup, steps),
+            device,
+            objective,
+            compiles=arguments.compile,
+            only=arguments.only,
+        )
         for objective in arguments.objectives
         for precision in arguments.precisions
     ]
@@ -175,7 +110,7 @@ def run(arguments: Arguments) -> None:
     reports = []
     for entered in contests:
         if entered.jobs:  # `only` may name none of this objective
-            reports.append(bench(arguments, entered, device, cells))
+            reports.append(bench(entered, arguments.rounds, device, cells))
             print(table(reports[-1]) + "\n", flush=True)
     shape = dataclasses.asdict(arguments.shape)
     write_json(arguments.json, {"shape": shape, "cpu": cpu_name(), "reports": reports})

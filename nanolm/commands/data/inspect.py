@@ -6,7 +6,7 @@ import dataclasses
 
 from rich.console import Console
 
-from nanolm.commands.figures import write_json
+from nanolm.commands.json_file import write_json
 from nanolm.config.ranges import Amount
 from nanolm.data.prepare.report import inspect, inspection_figures, render_inspection
 

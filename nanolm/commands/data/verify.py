@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from nanolm.commands.figures import write_json
+from nanolm.commands.json_file import write_json
 from nanolm.data.shards.directory import verify
 
 POSITIONAL = ("directory",)

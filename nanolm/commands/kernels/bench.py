@@ -16,7 +16,7 @@ import dataclasses
 
 from rich.console import Console
 
-from nanolm.commands.figures import write_json
+from nanolm.commands.json_file import write_json
 from nanolm.config.load import import_plugins
 from nanolm.config.ranges import Count
 from nanolm.errors import UserError

@@ -12,7 +12,7 @@ import pathlib
 from typing import Any
 
 import nanolm.kernels
-from nanolm.commands.figures import write_json
+from nanolm.commands.json_file import write_json
 from nanolm.errors import UserError
 from nanolm.tables import cells_of
 from nanolm.tools.kernel_check.matrix import ARCHITECTURES, compile_elsewhere, faults, key

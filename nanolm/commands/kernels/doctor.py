@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from nanolm.commands.figures import write_json
+from nanolm.commands.json_file import write_json
 from nanolm.config.ranges import Count
 from nanolm.distributed.devices import DeviceWord, device_type
 from nanolm.tools.kernel_check.conformance import Finding

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from nanolm.commands.figures import write_json
+from nanolm.commands.json_file import write_json
 from nanolm.config.load import import_plugins
 from nanolm.config.ranges import Count
 from nanolm.ops.contract import candidates, choose

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
-from nanolm.commands.figures import write_json
+from nanolm.commands.json_file import write_json
 from nanolm.config.ranges import Count
 from nanolm.distributed.devices import device_type
 from nanolm.errors import UserError

@@ -6,7 +6,7 @@ import dataclasses
 
 from rich.console import Console
 
-from nanolm.commands.figures import write_json
+from nanolm.commands.json_file import write_json
 from nanolm.tables import tables
 from nanolm.tools.kernel_check.roofline import GPUS, TYPICAL
 

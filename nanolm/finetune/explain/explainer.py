@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from nanolm.finetune.explain.questions import Question, question_of
-from nanolm.finetune.tasks.base import Item, task_in
+from nanolm.finetune.tasks.base import task_in
+from nanolm.finetune.tasks.items import Item
 from nanolm.learner import Learner
 from nanolm.ops.reference import ReferenceAttention
 

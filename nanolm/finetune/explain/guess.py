@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nanolm.errors import require
 from nanolm.finetune.explain.questions import Batch, Question, question_of
-from nanolm.finetune.tasks.base import Item, Sequence
+from nanolm.finetune.tasks.items import Item, Sequence
 from nanolm.inference.generate import Generator
 from nanolm.inference.masked import MASK, mask_ids
 from nanolm.learner import Learner

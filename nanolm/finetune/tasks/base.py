@@ -16,7 +16,6 @@ import dataclasses
 from typing import Any, ClassVar, TypeAlias, cast
 
 import numpy as np
-from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from nanolm.config.model import ModelConfig
@@ -29,6 +28,7 @@ from nanolm.errors import UserError, require
 from nanolm.finetune.config import TaskConfig
 from nanolm.finetune.tasks.frames import frame_of
 from nanolm.finetune.tasks.heads import Layout
+from nanolm.finetune.tasks.items import Item, Sequence
 from nanolm.finetune.tasks.metrics import Metric, Report, lower
 from nanolm.learner import Learner
 from nanolm.model.heads import HeadRequest
@@ -37,41 +37,6 @@ from nanolm.objectives.base import Draw, Objective, Term
 from nanolm.ops.contract import Kernels
 from nanolm.ops.masks import Mask
 from nanolm.registry import Options
-
-
-@dataclasses.dataclass(slots=True)
-class Sequence:
-    """Token ids [T] of one framed sequence, where its second segment begins (T when none), whether
-    what the second shares with the first is marked, and how many tokens at the end are a third."""
-
-    tokens: np.ndarray
-    second: int
-    mark_shared: bool = False
-    apart: int = 0
-
-    def segments(self, special_V: np.ndarray) -> np.ndarray:
-        """int64[T]: 0 in the first segment, 1 in the second, where with `mark_shared` the tokens
-        that the first has too are marked by its 0; never a special one (`special_V`: bool[V])."""
-        segments_T = (np.arange(len(self.tokens)) >= self.second).astype(np.int64)
-        if self.mark_shared:
-            shared_T = np.isin(self.tokens, self.tokens[: self.second])
-            segments_T[shared_T & ~special_V[self.tokens]] = 0
-        segments_T[len(segments_T) - self.apart :] = 2
-        return segments_T
-
-
-@dataclasses.dataclass(slots=True)
-class Item:
-    """What one training row is: the sequences of a record (or of a window of it) and the target.
-
-    `record` is the record's index in its table, `cut` the number of tokens that did not fit.
-    """
-
-    record: int
-    sequences: list[Sequence]
-    target: Any
-    cut: int = 0
-    extra: Any = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -224,22 +189,9 @@ class Task:
 
     def frame(self, first: np.ndarray, second: np.ndarray | None = None) -> tuple[Sequence, int]:
         """(framed sequence of at most row_length tokens, tokens cut); the longer text is cut."""
-        framing = self.framing
-        begin, end = (list(map(self.tokenizer.role, r)) for r in (framing.begin, framing.end))
-        room = self.length - framing.n_specials(1 if second is None else 2)
-        total = len(first) + (0 if second is None else len(second))
-        if second is None:
-            first = first[:room]
-            parts: list[ArrayLike] = [begin, first, end]
-        else:
-            half = room // 2
-            keep = min(len(first), max(half, room - len(second)))
-            first, second = first[:keep], second[: room - keep]
-            parts = [begin, first, [self.tokenizer.sep], second, end]
-        tokens = np.concatenate(parts).astype(np.int64)
-        begins_second = len(tokens) if second is None else len(begin) + len(first) + 1
-        sequence = Sequence(tokens, begins_second, self.mark_shared, framing.apart)
-        return sequence, max(0, total - room)
+        return self.framing.around(
+            self.tokenizer, self.length, first, second, mark_shared=self.mark_shared
+        )
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids of a text; no more of it is encoded than could ever fit."""
@@ -370,17 +322,6 @@ def as_objective(task: Task) -> Objective:
 def task_in(learner: Learner) -> Task:
     """The task that a fine-tuned learner holds."""
     return cast(Task, learner.objective)
-
-
-def text_problem(record: Record, fields: tuple[str, ...]) -> str | None:
-    """Why one of these fields is no usable text, or None."""
-    for field in fields:
-        value = record.get(field)
-        if not isinstance(value, str):
-            return f"{field} is {value!r}, not text"
-        if not value.strip():
-            return f"{field} is empty"
-    return None
 
 
 def chosen(labels: list[str] | None, name: str) -> list[str]:

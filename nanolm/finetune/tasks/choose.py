@@ -22,8 +22,9 @@ from nanolm.config.schema import Config
 from nanolm.data.tables.files import Record, Table
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.finetune.tasks import metrics
-from nanolm.finetune.tasks.base import Item, OwnOptions, Task, text_problem
+from nanolm.finetune.tasks.base import OwnOptions, Task
 from nanolm.finetune.tasks.classify import HeadOptions, sequence_head
+from nanolm.finetune.tasks.items import Item, text_problem
 from nanolm.finetune.tasks.metrics import Metric, Report, higher
 from nanolm.finetune.tasks.ragged import columns, ragged, within
 from nanolm.model.heads import HeadRequest

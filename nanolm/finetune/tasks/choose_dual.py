@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from nanolm.data.tables.files import Record
 from nanolm.errors import require
-from nanolm.finetune.tasks.base import Item
 from nanolm.finetune.tasks.choose import Choose
 from nanolm.finetune.tasks.embed import VectorOptions, vector_head
+from nanolm.finetune.tasks.items import Item
 from nanolm.model.heads import HeadRequest
 from nanolm.registry import OBJECTIVES
 

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from nanolm.config.schema import Config
 from nanolm.data.tables.files import Record
 from nanolm.data.tokenizer import UNSPACED, Tokenizer
-from nanolm.finetune.tasks.base import Item, Sequence, TaskOptions
+from nanolm.finetune.tasks.base import TaskOptions
 from nanolm.finetune.tasks.choose import Choose
 from nanolm.finetune.tasks.heads import group_sizes, group_sums
+from nanolm.finetune.tasks.items import Item, Sequence
 from nanolm.finetune.tasks.prompt import require_vocabulary, vocabulary_head
 from nanolm.finetune.tasks.ragged import within
 from nanolm.model.heads import HeadRequest

@@ -23,15 +23,9 @@ from nanolm.data.tables.labels import class_weights, infer_labels, label_problem
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import require
 from nanolm.finetune.tasks import metrics
-from nanolm.finetune.tasks.base import (
-    Item,
-    OwnOptions,
-    PairOptions,
-    Task,
-    chosen,
-    text_problem,
-)
+from nanolm.finetune.tasks.base import OwnOptions, PairOptions, Task, chosen
 from nanolm.finetune.tasks.heads import Pooling, pooling_of
+from nanolm.finetune.tasks.items import Item, text_problem
 from nanolm.finetune.tasks.metrics import Metric, Report
 from nanolm.model.heads import HeadRequest
 from nanolm.objectives.base import Term, length_of

@@ -27,8 +27,9 @@ from nanolm.data.tokenizer import Tokenizer
 from nanolm.distributed.gather import gather_with_gradient
 from nanolm.errors import require
 from nanolm.finetune.tasks import metrics
-from nanolm.finetune.tasks.base import Item, Task, TaskOptions, text_problem
+from nanolm.finetune.tasks.base import Task, TaskOptions
 from nanolm.finetune.tasks.heads import Pooling, pooling_of
+from nanolm.finetune.tasks.items import Item, text_problem
 from nanolm.finetune.tasks.metrics import Metric, Report, higher
 from nanolm.model.heads import HeadRequest
 from nanolm.objectives.base import Term, length_of

@@ -10,6 +10,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+import numpy as np
+from numpy.typing import ArrayLike
+
+from nanolm.data.tokenizer import Tokenizer
+from nanolm.finetune.tasks.items import Sequence
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Frame:
@@ -29,6 +35,33 @@ class Frame:
     def n_specials(self, n_texts: int) -> int:
         """How many special tokens frame so many texts."""
         return len(self.begin) + len(self.end) + n_texts - 1
+
+    def around(
+        self,
+        tokenizer: Tokenizer,
+        length: int,
+        first: np.ndarray,
+        second: np.ndarray | None = None,
+        *,
+        mark_shared: bool = False,
+    ) -> tuple[Sequence, int]:
+        """(sequence of at most `length` tokens, tokens cut) of one text or two, as token ids; the
+        longer one is cut."""
+        begin, end = (list(map(tokenizer.role, r)) for r in (self.begin, self.end))
+        room = length - self.n_specials(1 if second is None else 2)
+        total = len(first) + (0 if second is None else len(second))
+        if second is None:
+            first = first[:room]
+            parts: list[ArrayLike] = [begin, first, end]
+        else:
+            half = room // 2
+            keep = min(len(first), max(half, room - len(second)))
+            first, second = first[:keep], second[: room - keep]
+            parts = [begin, first, [tokenizer.sep], second, end]
+        tokens = np.concatenate(parts).astype(np.int64)
+        begins_second = len(tokens) if second is None else len(begin) + len(first) + 1
+        sequence = Sequence(tokens, begins_second, mark_shared, self.apart)
+        return sequence, max(0, total - room)
 
 
 FRAMES = {

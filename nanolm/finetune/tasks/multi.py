@@ -30,7 +30,8 @@ from nanolm.config.typed import instance
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import UserError, require
 from nanolm.finetune.config import TaskConfig
-from nanolm.finetune.tasks.base import Item, Task, TaskOptions
+from nanolm.finetune.tasks.base import Task, TaskOptions
+from nanolm.finetune.tasks.items import Item
 from nanolm.finetune.tasks.metrics import Metric, higher, lower
 from nanolm.model.heads import HeadRequest
 from nanolm.objectives.base import Term

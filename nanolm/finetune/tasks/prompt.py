@@ -20,8 +20,8 @@ from nanolm.data.tables.files import Record, Table
 from nanolm.data.tables.labels import ordered
 from nanolm.data.tokenizer import SPACE, Tokenizer
 from nanolm.errors import UserError, require
-from nanolm.finetune.tasks.base import Item, Sequence
 from nanolm.finetune.tasks.classify import Classify, ClassifyOptions
+from nanolm.finetune.tasks.items import Item, Sequence
 from nanolm.finetune.tasks.template import filled
 from nanolm.model.heads import HeadRequest
 from nanolm.registry import OBJECTIVES

@@ -29,7 +29,8 @@ from nanolm.data.tables.files import Record, Table
 from nanolm.data.tokenizer import UNSPACED, Tokenizer
 from nanolm.errors import require
 from nanolm.finetune.tasks import metrics
-from nanolm.finetune.tasks.base import Item, PairOptions, Sequence, Task, text_problem
+from nanolm.finetune.tasks.base import PairOptions, Task
+from nanolm.finetune.tasks.items import Item, Sequence, text_problem
 from nanolm.finetune.tasks.metrics import Metric, Report, higher
 from nanolm.finetune.tasks.ragged import columns, ragged, within
 from nanolm.finetune.tasks.spans import Answer, answers_of, cut_out, find_nearest, token_span

@@ -22,8 +22,8 @@ from nanolm.data.tables.files import Record, Table
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import UserError, require
 from nanolm.finetune.tasks import metrics
-from nanolm.finetune.tasks.base import Item
 from nanolm.finetune.tasks.classify import Pooled, PooledOptions, sequence_head
+from nanolm.finetune.tasks.items import Item
 from nanolm.finetune.tasks.metrics import Metric, Report
 from nanolm.objectives.base import Term, length_of
 from nanolm.registry import OBJECTIVES

@@ -22,8 +22,9 @@ from nanolm.data.tables.files import Record, Table
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import UserError, require
 from nanolm.finetune.tasks import metrics
-from nanolm.finetune.tasks.base import Item, Task, text_problem
+from nanolm.finetune.tasks.base import Task
 from nanolm.finetune.tasks.embed import VectorOptions, vector_head
+from nanolm.finetune.tasks.items import Item, text_problem
 from nanolm.finetune.tasks.metrics import Metric, Report, higher
 from nanolm.finetune.tasks.regress import number
 from nanolm.objectives.base import Term, length_of

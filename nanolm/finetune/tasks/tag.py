@@ -26,7 +26,8 @@ from nanolm.data.tables.labels import label_problem, tag_labels
 from nanolm.data.tokenizer import UNSPACED, Tokenizer
 from nanolm.errors import require
 from nanolm.finetune.tasks import metrics
-from nanolm.finetune.tasks.base import Item, Task, TaskOptions, chosen
+from nanolm.finetune.tasks.base import Task, TaskOptions, chosen
+from nanolm.finetune.tasks.items import Item
 from nanolm.finetune.tasks.metrics import Metric, Report, higher
 from nanolm.model.heads import HeadRequest
 from nanolm.objectives.base import Term, length_of

@@ -12,7 +12,7 @@ Shapes: B rows, T tokens, S sequences, M tokens of all sequences, N answer token
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -23,7 +23,8 @@ from nanolm.data.tables.files import Record, Table
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import UserError, require, require_range
 from nanolm.finetune.tasks import metrics
-from nanolm.finetune.tasks.base import Item, Sequence, Task, text_problem
+from nanolm.finetune.tasks.base import Task
+from nanolm.finetune.tasks.items import Item, Sequence, text_problem
 from nanolm.finetune.tasks.metrics import Metric, Report, higher, lower
 from nanolm.finetune.tasks.template import FIELD, filled
 from nanolm.model.heads import HeadRequest
@@ -61,11 +62,10 @@ class WriteOptions(TokenLossOptions):
 
 @OBJECTIVES.register("write", options=WriteOptions)
 class Write(Task):
-    """What to write after a prompt."""
+    """What to write after a prompt; for an encoder-decoder see write_from_source.py."""
 
     options: WriteOptions
     trunks: tuple[str, ...] = ("decoder", "encoder_decoder")
-    forms: ClassVar[dict[str, type[Write]]] = {}  # see write_from_source.py
     fields: tuple[str, ...] = ("prompt",)
     gold: tuple[str, ...] = ("response",)
     metric = "perplexity"

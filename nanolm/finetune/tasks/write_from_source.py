@@ -21,15 +21,17 @@ from nanolm.config.schema import Config
 from nanolm.data.tables.files import Record
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import require
-from nanolm.finetune.tasks.base import Item, Sequence
+from nanolm.finetune.tasks.items import Item, Sequence
 from nanolm.finetune.tasks.write import Write, WriteOptions
 from nanolm.model.trunk import Inputs
 from nanolm.objectives.base import IGNORED, Term, token_terms
 from nanolm.objectives.mlm import padded
 from nanolm.objectives.span import shifted_right
 from nanolm.ops.masks import Mask
+from nanolm.registry import OBJECTIVES
 
 
+@OBJECTIVES.register_variant("write", "encoder_decoder")
 class WriteFromSource(Write):
     """What to write after a source."""
 
@@ -114,6 +116,3 @@ class WriteFromSource(Write):
         """Target tokens to one of a source."""
         targets = sum(len(item.target) for item in items)
         return targets / sum(len(item.sequences[0].tokens) for item in items)
-
-
-Write.forms["encoder_decoder"] = WriteFromSource

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -48,6 +49,17 @@ def why_not(job: Job, device: str) -> str | None:
         return None
     config = nanolm_config(settings, shape, job["precision"], "nowhere", device)
     return refusal(config, stand_in_tokenizer(shape.vocab_size), device)
+
+
+def job_of(shape: Shape, precision: str, threads: int | None, warmup: int, steps: int) -> Job:
+    """What all jobs of one contest have in common; no number of threads means all cores."""
+    return {
+        "precision": precision,
+        "shape": dataclasses.asdict(shape),
+        "threads": threads or os.cpu_count(),
+        "warmup": warmup,
+        "steps": steps,
+    }
 
 
 @dataclasses.dataclass(frozen=True)

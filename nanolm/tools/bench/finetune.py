@@ -31,6 +31,7 @@ from nanolm.tools.bench.contest import serve
 from nanolm.tools.bench.peers import CPU, bert_config
 from nanolm.tools.bench.shape import Shape
 from nanolm.tools.bench.step import chosen_kernels
+from nanolm.tools.bench.texts import EXAMPLES, Examples
 from nanolm.tools.stand_in import stand_in_tokenizer
 from nanolm.training.engine import AUTOCAST
 
@@ -39,9 +40,6 @@ MEGABATCH = 50
 
 READY = 400
 """Batches that a peer has ready made, and goes through again and again."""
-
-EXAMPLES = pathlib.Path(tempfile.gettempdir()) / "nanolm-bench-finetune"
-"""Where prepared examples lie; a job names the file, not the folder."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,27 +52,6 @@ class TuneShape(Shape):
     row_length: int = 128
     batch: int = 32
     n_classes: int = 6
-
-
-@dataclasses.dataclass(frozen=True)
-class Examples:
-    """Token ids of all sequences and their classes, as `nanolm bench finetune` prepared them."""
-
-    sequences: list[np.ndarray]
-    labels: np.ndarray
-
-    @classmethod
-    def load(cls, path: pathlib.Path) -> Examples:
-        """From a prepared file."""
-        with np.load(path) as arrays:
-            sequences = np.split(arrays["tokens"].astype(np.int64), arrays["ends"][:-1])
-            return cls(sequences, arrays["labels"].astype(np.int64))
-
-    def save(self, path: pathlib.Path) -> None:
-        """Into a prepared file."""
-        ends = np.cumsum([len(ids) for ids in self.sequences])
-        tokens = np.concatenate(self.sequences).astype(np.int32)
-        np.savez(path, tokens=tokens, ends=ends, labels=self.labels)
 
 
 def stand_in(shape: TuneShape) -> Tokenizer:
@@ -136,7 +113,7 @@ class NanolmTuning:
         from nanolm import build  # noqa: PLC0415
         from nanolm.data.tables.stream import TaskStream  # noqa: PLC0415
         from nanolm.distributed.world import World  # noqa: PLC0415
-        from nanolm.finetune.tasks.base import Item, Sequence  # noqa: PLC0415
+        from nanolm.finetune.tasks.items import Item, Sequence  # noqa: PLC0415
         from nanolm.run import Plan, rehearse  # noqa: PLC0415
 
         self.folder = tempfile.TemporaryDirectory()
