@@ -99,11 +99,8 @@ def published_config(file: GgufFile, architecture: Architecture) -> dict[str, An
     given = Published(file.path, file.values, arch)
     found = {theirs: given.size(f"{arch}.{ours}") for ours, theirs in SIZES.items()}
     heads = found["num_attention_heads"]
-    width = found["hidden_size"] // heads
-    for key in ("attention.key_length", "rope.dimension_count", "attention.value_length"):
-        if f"{arch}.{key}" in file.values:
-            width = given.size(f"{arch}.{key}")
-            break
+    own_width = f"{arch}.attention.key_length"
+    width = given.size(own_width) if own_width in file.values else found["hidden_size"] // heads
     same_width = ("attention.key_length", "attention.value_length", "rope.dimension_count")
     fixed = FIXED | dict.fromkeys(same_width, (width,))
     known = {*SIZES, *fixed, EPSILON, BASE, "vocab_size", "attention.head_count_kv"}
@@ -121,6 +118,11 @@ def published_config(file: GgufFile, architecture: Architecture) -> dict[str, An
             f"{file.path} sets {key} to {value!r}, and nanolm computes a {arch} only with "
             f"{' or '.join(map(repr, fixed.get(short, ())))}; choose another model",
         )
+    require(  # before anything is made for each of them
+        found["num_hidden_layers"] <= len(file.tensors),
+        f"{file.path} sets {arch}.block_count to {found['num_hidden_layers']} and holds only "
+        f"{len(file.tensors)} tensors; fetch it again",
+    )
     require(
         f"{arch}.{EPSILON}" in file.values,
         f"{file.path} lacks {arch}.{EPSILON}; fetch the whole file",
