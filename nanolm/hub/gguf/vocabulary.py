@@ -83,7 +83,7 @@ def read_vocabulary(file: GgufFile) -> Tokenizer:
             f"{file.path} has a tokenizer of the kind {kind!r} ({KIND}); nanolm reads "
             f"{' and '.join(makers)}"
         )
-    pieces = listed(file, "tokens", str)
+    pieces = without_padding(file, listed(file, "tokens", str))
     twice = [piece for piece, count in Counter(pieces).items() if count > 1]
     require(
         not twice,
@@ -122,7 +122,7 @@ def byte_level(file: GgufFile, pieces: list[str]) -> bytes:
             f"{file.path} merges {line!r}, which are no pieces of it; fetch the file again",
         )
         merges.append((first, second))
-    kinds = piece_kinds(file, len(pieces))
+    kinds = piece_kinds(file)[: len(pieces)]
     return byte_level_json(
         pieces,
         merges,
@@ -135,12 +135,13 @@ def byte_level(file: GgufFile, pieces: list[str]) -> bytes:
 
 def sentencepiece(file: GgufFile, pieces: list[str]) -> bytes:
     """The tokenizer.json of a SentencePiece BPE model."""
-    scores = listed(file, "scores", float)
-    kinds = piece_kinds(file, len(pieces))
+    every, scores = listed(file, "tokens", str), listed(file, "scores", float)
+    kinds = piece_kinds(file)[: len(pieces)]
     require(
-        len(scores) == len(pieces),
-        f"{file.path} has {len(pieces)} pieces and {len(scores)} scores; fetch the file again",
+        len(scores) == len(every),
+        f"{file.path} has {len(every)} pieces and {len(scores)} scores; fetch the file again",
     )
+    scores = scores[: len(pieces)]
     unknown = one_id(file, "unknown_token_id", len(pieces))
     model = Described(
         [Piece(*row) for row in zip(pieces, scores, kinds, strict=True)],
@@ -173,9 +174,15 @@ def listed(file: GgufFile, key: str, kind: type) -> list[Any]:
     return list(value or [])
 
 
-def piece_kinds(file: GgufFile, size: int) -> list[int]:
+def without_padding(file: GgufFile, pieces: list[str]) -> list[str]:
+    """The pieces up to the last that is used: those behind it fill up an embedding's rows."""
+    kinds = piece_kinds(file)
+    return pieces[: max((n for n, kind in enumerate(kinds, 1) if kind != UNUSED), default=0)]
+
+
+def piece_kinds(file: GgufFile) -> list[int]:
     """The kind of each piece."""
-    kinds = listed(file, "token_type", int)
+    kinds, size = listed(file, "token_type", int), len(listed(file, "tokens", str))
     require(
         len(kinds) == size,
         f"{file.path} has {size} pieces and {len(kinds)} kinds of them; fetch the file again",
