@@ -20,7 +20,6 @@ DEV = [
     "pytest-xdist",
     "ruff",
     "setuptools",
-    "tiktoken",
     "transformers",
     "wheel",
 ]

@@ -4,7 +4,7 @@
     model           merges inside a word, the earliest of the list first
     decoder         characters back to bytes
 
-Vocabularies of other formats (GGUF, tiktoken's rank files) hold pieces and merges, and of the
+Vocabularies of other formats, such as GGUF, hold pieces and merges, and of the
 cutting at most a name. `WORDS` says what these names mean, as the tokenizers' authors published it.
 """
 
@@ -18,14 +18,8 @@ from typing import Any
 ENGLISH = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 AROUND = r"[^\r\n\p{L}\p{N}]?"
 REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 CL100K = rf"{ENGLISH}|{AROUND}\p{{L}}+|\p{{N}}{{1,3}}|{REST}"
 QWEN2 = rf"{ENGLISH}|{AROUND}\p{{L}}+|\p{{N}}|{REST}"
-O200K = (
-    rf"{AROUND}{UPPER}*{LOWER}+{ENGLISH}?|{AROUND}{UPPER}+{LOWER}*{ENGLISH}?|\p{{N}}{{1,3}}|"
-    r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 Step = dict[str, Any]
 BYTES: Step = {

@@ -119,7 +119,7 @@ def test_our_bpe_goes_out_without_a_prefix_and_with_its_bytes():
 
 
 def test_what_llama_cpp_would_do_otherwise_is_refused(saved, tmp_path):
-    unigram = Tokenizer(train_tokenizer(SENTENCES, vocab_size=500, kind="unigram"), "x.model")
+    unigram = Tokenizer(train_tokenizer(SENTENCES, vocab_size=450, kind="unigram"), "x.model")
     other = dataclasses.replace(saved, tokenizer=unigram)
     with pytest.raises(UserError, match="no byte fallback"):
         gguf_file(other, tmp_path / "new" / "a.gguf", "F32", silent)
