@@ -11,6 +11,7 @@ DEV = [
     "datasets",
     "flask",
     "flask-cors",
+    "gguf",
     "hypothesis",
     "moto[s3]",
     "mypy",
@@ -56,6 +57,7 @@ setup(
     extras_require={
         "dev": DEV,
         "finetune": FINETUNE,
+        "gguf": ["gguf", "tokenizers"],
         "hf": ["datasets", "transformers"],
         "plot": ["matplotlib"],
         "tensorboard": ["tensorboard"],

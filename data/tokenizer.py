@@ -211,6 +211,13 @@ class Tokenizer:
         """The piece of an id as SentencePiece writes it (▁ for a space)."""
         return self._processor.id_to_piece(index)
 
+    def piece_id(self, piece: str) -> int:
+        """The id of a piece that is written like this; raises KeyError where there is none."""
+        index = self._lookup(piece)
+        if index is None:
+            raise KeyError(piece)
+        return index
+
     def role(self, name: str) -> int:
         """The id of a role; raises UserError when this model has no piece for it."""
         index = self._roles[name]

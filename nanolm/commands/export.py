@@ -27,6 +27,7 @@ from nanolm.commands.json_file import write_json
 from nanolm.errors import require
 from nanolm.finetune.config import TaskConfig
 from nanolm.finetune.published import task_folder
+from nanolm.inference.export_gguf import gguf_file
 from nanolm.inference.export_transformers import published_folder
 from nanolm.saved import open_saved, read_config
 
@@ -42,10 +43,13 @@ class Arguments:
     run: str
     """Folder of a run, or of one of its checkpoints."""
     out: str
-    """Folder to write."""
-    format: Literal["nanolm", "transformers"] = "nanolm"
+    """Folder to write; with --format gguf the file."""
+    format: Literal["nanolm", "transformers", "gguf"] = "nanolm"
     """nanolm: what finetune, evaluate and generate read; transformers: what from_pretrained
-    reads, for the shapes of the families that `nanolm import` knows."""
+    reads, for the shapes of the families that `nanolm import` knows; gguf: what llama.cpp reads,
+    for those of Llama and Qwen3."""
+    weights: Literal["F32", "F16", "Q8_0"] | None = None
+    """What a GGUF file holds matrices as; F32 unless told."""
     ema: bool = True
     """Take the moving average of the weights where the run keeps one."""
     plugins: list[str] = dataclasses.field(default_factory=list)
@@ -65,7 +69,16 @@ def run(arguments: Arguments) -> None:
         f"{folder} holds an adapter without its base; make one model of both first: `nanolm merge "
         f"{shlex.quote(arguments.run)} --out FOLDER`",
     )
+    require(
+        arguments.weights is None or arguments.format == "gguf",
+        "--weights says what a GGUF file holds matrices as; leave it out, or add --format gguf",
+    )
     figures: dict[str, Any] = {"out": str(out)}
+    if arguments.format == "gguf":
+        saved = open_saved(folder, plugins=arguments.plugins, ema=arguments.ema)
+        figures |= gguf_file(saved, out, arguments.weights or "F32", print)
+        write_json(arguments.json, figures)
+        return
     if arguments.format == "transformers":
         saved = open_saved(folder, plugins=arguments.plugins, ema=arguments.ema)
         if isinstance(saved.config, TaskConfig):

@@ -13,6 +13,7 @@ from nanolm.config.ranges import Count, Seed, Within
 from nanolm.distributed.devices import DeviceWord
 from nanolm.errors import require
 from nanolm.inference.beam_search import BeamSearch, write_best
+from nanolm.inference.chat import ChatGenerator, require_chat
 from nanolm.inference.generate import Generator, write
 from nanolm.inference.generate_from_source import GENERATORS
 from nanolm.inference.sampling import Sampling
@@ -43,6 +44,9 @@ class Arguments(Sampling):
     """Strings that end a text."""
     seed: Seed = 0
     """Seed of the draws."""
+    chat: bool = False
+    """Read each prompt as a user's message, in the model's own chat template, and write the answer:
+    for published models that have one."""
     cache: bool = True
     """Keep keys and values instead of recomputing them."""
     stream: bool = True
@@ -66,12 +70,16 @@ def run(arguments: Arguments) -> None:
     """Generate and print."""
     saved = open_saved(arguments.run, device=arguments.device, plugins=arguments.plugins)
     require_pretrained(saved, "generate")
+    kind = GENERATORS.get(saved.config.model.trunk, Generator)
+    if arguments.chat:
+        require_chat(saved.tokenizer, saved.config.model.trunk)
+        kind = ChatGenerator
     given = [arguments.prompt] if isinstance(arguments.prompt, str) else arguments.prompt
     prompts = [prompt for prompt in given for _ in range(arguments.count)]
     shown = 0
     alone = arguments.stream and len(prompts) == 1
     if alone:
-        print(prompts[0], end="", flush=True)
+        print(prompts[0], end="\n" if arguments.chat else "", flush=True)
 
     def show(index: int, text: str) -> None:
         nonlocal shown
@@ -79,9 +87,7 @@ def run(arguments: Arguments) -> None:
             print(text[shown:], end="", flush=True)
             shown = len(text)
 
-    generator = GENERATORS.get(saved.config.model.trunk, Generator)(
-        saved, use_cache=arguments.cache
-    )
+    generator = kind(saved, use_cache=arguments.cache)
     held = [generator.held(prompt) for prompt in prompts]
     stems, begins = [stem for stem, _ in held], [spaces for _, spaces in held]
     if arguments.beams > 1:
@@ -105,5 +111,6 @@ def run(arguments: Arguments) -> None:
     else:
         for index, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
             console.rule(f"sample {index + 1}")
-            console.print(prompt + text, markup=False)
+            between = "\n" if arguments.chat else ""
+            console.print(prompt + between + text, markup=False)
     write_json(arguments.json, [{"prompt": p, "text": t} for p, t in zip(prompts, texts)])

@@ -22,7 +22,7 @@ class Arguments:
     """Make a nanolm checkpoint of a published one: GPT-2, Llama, Qwen3, T5, BERT and its kin."""
 
     path: str
-    """Folder with config.json, weights and tokenizer, as published."""
+    """Folder with config.json, weights and tokenizer, as published; or a GGUF file."""
     out: str
     """Folder to write."""
     family: str | None = None

@@ -15,6 +15,7 @@ from nanolm.config.load import dump
 from nanolm.data.json_pieces import JSON_FILE
 from nanolm.errors import UserError, require
 from nanolm.hub.folder import NeedsFlagError
+from nanolm.hub.gguf.importing import read_gguf
 from nanolm.hub.proof import LIMIT, Proof, can_prove, prove
 from nanolm.hub.published import Imported, read_published
 from nanolm.hub.tokenizer_files import opened, told
@@ -32,12 +33,16 @@ def import_folder(
     pickled: bool = False,
     note: Note,
 ) -> dict[str, Any]:
-    """Writes the published model in `folder` as the checkpoint folder `out`; returns the figures.
+    """Writes the published model in `folder`, or in the GGUF file of that name, as the checkpoint
+    folder `out`; returns the figures.
 
     Raises UserError, with nothing written, for a fault in the folder or when transformers computes
     something else.
     """
-    imported = read_published(folder, family=family, pickled=pickled)
+    if folder.is_file():
+        imported = read_gguf(folder, family=family)
+    else:
+        imported = read_published(folder, family=family, pickled=pickled)
     for key in imported.fresh:
         note(f"fresh: {folder} has no {key}, which starts from random weights")
     for key in imported.left_out:
@@ -109,7 +114,7 @@ def base_of(init_from: str | None, note: Note = print) -> str | None:
     if init_from is None or not init_from.startswith(PREFIX):
         return init_from
     source = pathlib.Path(init_from.removeprefix(PREFIX)).expanduser()
-    require(source.is_dir(), f"init_from={init_from}: there is no folder {source}")
+    require(source.exists(), f"init_from={init_from}: there is no folder or GGUF file {source}")
     out = pathlib.Path(CACHE).expanduser() / fingerprint(source)
     if not out.is_dir():
         own = out.with_name(f"{out.name}.{os.getpid()}")
@@ -129,7 +134,9 @@ def base_of(init_from: str | None, note: Note = print) -> str | None:
 
 
 def fingerprint(source: pathlib.Path) -> str:
-    """A name for what a folder holds now: its files with their sizes and times."""
-    files = sorted(path for path in source.resolve().iterdir() if path.is_file())
+    """A name for what a folder, or a file, holds now: its files with their sizes and times."""
+    whole = source.resolve()
+    inside = whole.iterdir() if whole.is_dir() else [whole]
+    files = sorted(path for path in inside if path.is_file())
     told = [f"{path} {(stat := path.stat()).st_size} {stat.st_mtime_ns}" for path in files]
     return hashlib.sha256("\n".join(told).encode()).hexdigest()[:32]
