@@ -1,7 +1,8 @@
 """A run's model in its full size beside that of transformers: as many parameters, the same numbers.
 
-The weights are random, the tokenizer stands in for one of the size that the config says; nothing is
-downloaded and nothing is written.
+The weights are those that a run begins with: larger ones, as small models are compared with, would
+at these widths only show how rounding grows. The tokenizer stands in for one of the size that the
+config says; nothing is downloaded and nothing is written.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from nanolm.config.load import load_config
 from nanolm.errors import require
 from nanolm.hub.proof import prove, their_model
 from nanolm.inference.export_transformers import as_published, transformers_folder
-from nanolm.inference.parity import randomise
 from nanolm.tools.stand_in import stand_in_tokenizer
 
 
@@ -43,7 +43,6 @@ def compared(path: str) -> Compared:
     tokenizer = stand_in_tokenizer(int(size or 0))
     config = build.resolve(config, tokenizer)
     learner = build.build_learner(config, build.build_objective(config, tokenizer), phase="prefill")
-    randomise(learner)
     tensors, files = transformers_folder(config, tokenizer, learner_tensors(learner))
     published = as_published(config, tokenizer, learner.eval(), tensors, files)
     theirs = count(their_model(published))
