@@ -18,20 +18,23 @@ from __future__ import annotations
 import base64
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 from nanolm.data.tokenizer import ESCAPE, SPACE, STAND_IN, Tokenizer
 from nanolm.errors import UserError
 
+Frame = Callable[[Tokenizer], dict[str, Any] | None]
+
 UNIGRAM, BPE = 1, 2
 UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 2, 3, 4, 5, 6
 
 
-def sentencepiece_json(tokenizer: Tokenizer, *, framed: bool = False) -> bytes:
+def sentencepiece_json(tokenizer: Tokenizer, frame: Frame | None = None) -> bytes:
     """The tokenizer.json of a Tokenizer with a SentencePiece model.
 
-    `framed` puts cls and sep around a text, as an encoder reads it. Raises UserError for a model
-    that is neither BPE nor Unigram, and without the package protobuf.
+    `frame` puts cls and sep around a text, as its trunk reads it (`cls_first`, `cls_last`). Raises
+    UserError for a model that is neither BPE nor Unigram, and without the package protobuf.
     """
     model = parsed(tokenizer)
     described = {
@@ -41,7 +44,7 @@ def sentencepiece_json(tokenizer: Tokenizer, *, framed: bool = False) -> bytes:
         "added_tokens": added_tokens(model),
         "normalizer": {"type": "Sequence", "normalizers": normalizers(model, tokenizer.lossless)},
         "pre_tokenizer": None,
-        "post_processor": frame(tokenizer) if framed else None,
+        "post_processor": None if frame is None else frame(tokenizer),
         "decoder": {"type": "Sequence", "decoders": decoders(model, tokenizer.lossless)},
         "model": bpe(model) if model.trainer_spec.model_type == BPE else unigram(model),
     }
@@ -187,27 +190,35 @@ def reserved_names(model: Any) -> str:
     return "|".join(f"{re.escape(name[0])}(?={re.escape(name[1:])})" for name in ordered)
 
 
-def frame(tokenizer: Tokenizer) -> dict[str, Any] | None:
+def cls_first(tokenizer: Tokenizer) -> dict[str, Any] | None:
     """cls A sep, and cls A sep B sep for two texts; None for a tokenizer without these."""
+    return template(tokenizer, "cls:0 A:0 sep:0", "B:1 sep:1")
+
+
+def cls_last(tokenizer: Tokenizer) -> dict[str, Any] | None:
+    """A sep cls, and A sep B sep cls for two texts, cls in a segment of its own, as XLNet reads
+    them; None for a tokenizer without these."""
+    return template(tokenizer, "A:0 sep:0", "B:1 sep:1", end="cls:2")
+
+
+def template(tokenizer: Tokenizer, first: str, second: str, end: str = "") -> dict[str, Any] | None:
+    """What stands around one text and two, each part with its segment; None without cls or sep."""
     roles = tokenizer.roles()
     if "cls" not in roles or "sep" not in roles:
         return None
-    cls, sep = (tokenizer.piece(roles[role]) for role in ("cls", "sep"))
+    names = {role: tokenizer.piece(roles[role]) for role in ("cls", "sep")}
 
-    def special(name: str, segment: int) -> dict[str, Any]:
-        return {"SpecialToken": {"id": name, "type_id": segment}}
+    def part(word: str) -> dict[str, Any]:
+        name, segment = word.split(":")
+        kind = "SpecialToken" if name in names else "Sequence"
+        return {kind: {"id": names.get(name, name), "type_id": int(segment)}}
 
-    def text(name: str, segment: int) -> dict[str, Any]:
-        return {"Sequence": {"id": name, "type_id": segment}}
-
-    single = [special(cls, 0), text("A", 0), special(sep, 0)]
     known = {
-        name: {"id": name, "ids": [roles[role]], "tokens": [name]}
-        for role, name in (("cls", cls), ("sep", sep))
+        name: {"id": name, "ids": [roles[role]], "tokens": [name]} for role, name in names.items()
     }
     return {
         "type": "TemplateProcessing",
-        "single": single,
-        "pair": [*single, text("B", 1), special(sep, 1)],
+        "single": [part(word) for word in f"{first} {end}".split()],
+        "pair": [part(word) for word in f"{first} {second} {end}".split()],
         "special_tokens": known,
     }

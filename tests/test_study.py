@@ -140,6 +140,7 @@ def test_a_row_may_have_a_grid_of_its_own_and_a_word_table_counts_by_its_content
 
 def test_a_cell_in_a_process_of_its_own(place, tmp_path):
     text = (place / "study.yaml").read_text().split("variants:")[0]
+    text = text.replace("metric: accuracy", "metric: accuracy, reported: mcc")
     (tmp_path / "one.yaml").write_text(text.replace("[1.0e-3, 3.0e-3]", "[1.0e-3]"))
     argv = [*words(place, f"--out={tmp_path / 'out'}", "--seeds=[3]"), "--costs", "--keep_weights"]
     argv[1], argv[4] = str(tmp_path / "one.yaml"), f"--results={tmp_path / 'r.json'}"
@@ -173,6 +174,7 @@ def test_a_cell_that_fails_is_named_and_the_rest_is_kept(place, tmp_path, monkey
         ("seeds:", "seed:", "seed: there is no such key"),
         ("train.steps: 3", "train.stepz: 3", "train.stepz: there is no such key"),
         ("name: kinds", "nome: kinds", r"rows\[0\].nome: there is no such key"),
+        ("metric: accuracy", "reported: chrf", "kinds: reported=chrf is no figure of this task"),
         ("[1.0e-3, 3.0e-3]", "[]", "tune.grid.optim.lr is empty"),
         ("init_from: ", "run.log_every: 1, data.limit: ", "cannot|expected|has no init_from"),
     ],
@@ -193,7 +195,7 @@ def test_mistakes_are_one_sentence_before_anything_is_run(place, tmp_path, old, 
 def test_a_figure_that_the_test_split_does_not_give_is_told_and_nothing_is_kept(
     tmp_path, monkeypatch
 ):
-    cell = study_cells.Cell("a", "b", 0, {}, (), "roc_auc", True, "key", tmp_path)
+    cell = study_cells.Cell("a", "b", 0, {}, (), "roc_auc", "roc_auc", True, "key", tmp_path)
     answer = {"run": "r", "split": "test", "rows": 3, "accuracy": 1.0}
 
     def run_process(cell, command, words):

@@ -225,7 +225,7 @@ NARROW = {
     "nanolm/tables.py": "makes them",
     "nanolm/commands/kernels/memory.py": "three columns, a kernel's name and two numbers",
     "nanolm/commands/evaluate.py": "two columns, a figure each",
-    "nanolm/commands/parity.py": "three columns, a family's name and two numbers",
+    "nanolm/commands/parity.py": "a name and two numbers; a name, a family and three",
     "nanolm/commands/fill.py": "three columns, a token each",
     "nanolm/commands/doctor.py": "two columns; a list of rows is prose and wraps",
     "nanolm/tools/walk/terminal.py": "tests/test_walk.py runs it at 80 columns",

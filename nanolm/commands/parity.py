@@ -1,8 +1,10 @@
-"""`nanolm parity`: our models beside those of transformers, family by family, both ways."""
+"""`nanolm parity`: our models beside those of transformers, family by family, both ways; or those
+of given configs, in their full size."""
 
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 
 from rich.console import Console
 
@@ -11,12 +13,18 @@ from nanolm.errors import UserError, require
 from nanolm.hub.proof import LIMIT, can_prove
 from nanolm.inference.parity import CASES, DIRECTIONS, difference
 from nanolm.tables import tables
+from nanolm.tools.parity_of_configs import compared
+
+POSITIONAL = ("configs",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
     """Compare our models with those of transformers on random weights, offline."""
 
+    configs: list[str] = dataclasses.field(default_factory=list)
+    """YAML files of runs whose models are compared, and counted, in their full size; none for small
+    models of every family."""
     json: str | None = None
     """Also write the table to this file."""
 
@@ -26,6 +34,14 @@ def run(arguments: Arguments) -> None:
     require(
         can_prove(), "parity needs transformers, which is not installed: pip install transformers"
     )
+    if arguments.configs:
+        configs_table(arguments)
+    else:
+        families_table(arguments)
+
+
+def families_table(arguments: Arguments) -> None:
+    """Small models of every family, in and out."""
     found = {case: {way: difference(case, way) for way in DIRECTIONS} for case in CASES}
     print("largest difference from transformers, float32")
     rows = [[case, *(f"{row[way]:.1e}" for way in DIRECTIONS)] for case, row in found.items()]
@@ -34,3 +50,19 @@ def run(arguments: Arguments) -> None:
     worst = [(case, way) for case, row in found.items() for way in DIRECTIONS if row[way] > LIMIT]
     if worst:
         raise UserError(f"{worst[0][0]} ({worst[0][1]}) differs by more than {LIMIT:.0e}")
+
+
+def configs_table(arguments: Arguments) -> None:
+    """The models of the configs, out."""
+    found = {pathlib.Path(path).stem: compared(path) for path in arguments.configs}
+    print("parameters, and the largest difference from transformers, float32")
+    rows = [
+        [name, row.family, f"{row.parameters:,}", f"{row.theirs:,}", f"{row.largest:.1e}"]
+        for name, row in found.items()
+    ]
+    head = ("model", "family", "parameters", "in transformers", "difference")
+    Console().print(*tables(head, rows, left=2))
+    write_json(arguments.json, {name: dataclasses.asdict(row) for name, row in found.items()})
+    for name, row in found.items():
+        require(row.parameters == row.theirs, f"transformers counts {row.theirs:,} of {name}")
+        require(row.largest <= LIMIT, f"{name} differs by more than {LIMIT:.0e}")

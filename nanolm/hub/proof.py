@@ -18,6 +18,7 @@ from torch import Tensor
 from nanolm.config.model import ModelConfig
 from nanolm.errors import UserError, require
 from nanolm.hub.published import Imported
+from nanolm.hub.two_streams import differences_of_two_streams
 from nanolm.model.cache import KeyValueCache
 from nanolm.model.trunk import EncoderDecoder, Inputs
 from nanolm.ops.masks import Mask
@@ -106,7 +107,10 @@ def differences_of_two_stacks(imported: Imported, theirs: Any) -> list[Tensor]:
     ]
 
 
-PROOFS = {"encoder_decoder": differences_of_two_stacks}
+PROOFS = {
+    "encoder_decoder": differences_of_two_stacks,
+    "two_stream": differences_of_two_streams,
+}
 """What is compared of trunks that are not one stack."""
 
 

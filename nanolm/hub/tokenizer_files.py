@@ -15,11 +15,13 @@ from collections.abc import Callable, Mapping
 
 from nanolm.config.model import ModelConfig
 from nanolm.data.json_pieces import JSON_FILE, is_json, published
-from nanolm.data.sentencepiece_json import sentencepiece_json
+from nanolm.data.sentencepiece_json import cls_first, cls_last, sentencepiece_json
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.hub.samples import sample_texts
 
 CONFIG_FILE = "tokenizer_config.json"
+FRAMES = {"encoder": cls_first, "two_stream": cls_last}
+"""What stands around a text, by the trunk that reads it."""
 Encode = Callable[[str], list[int]]
 Note = Callable[[str], None]
 
@@ -30,11 +32,10 @@ def tokenizer_files(tokenizer: Tokenizer, model: ModelConfig) -> dict[str, bytes
     Raises UserError for a SentencePiece model that no tokenizer.json describes.
     """
     own = tokenizer.model_bytes
-    framed = model.trunk == "encoder"
     if is_json(own):
         files = {JSON_FILE: published(own)}
     else:
-        whole = sentencepiece_json(tokenizer, framed=framed)
+        whole = sentencepiece_json(tokenizer, FRAMES.get(model.trunk))
         files = {JSON_FILE: whole, tokenizer.file_name: own}
     names = ["input_ids", *(["token_type_ids"] if model.n_segments > 1 else []), "attention_mask"]
     facts = {

@@ -36,6 +36,7 @@ ROBERTA = BERT | {"max_position_embeddings": 50, "type_vocab_size": 1, "layer_no
 DISTILBERT = {"n_layers": 2, "n_heads": 4, "dim": 32, "hidden_dim": 48}
 DISTILBERT |= {"max_position_embeddings": 48}
 T5 = {"num_layers": 2, "num_heads": 4, "d_model": 32, "d_kv": 12, "d_ff": 48, "n_positions": 48}
+XLNET = {"n_layer": 2, "n_head": 4, "d_model": 32, "d_inner": 48}
 MODERNBERT = LLAMA | {"num_hidden_layers": 4, "local_attention": 12, "pad_token_id": 1}
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt2": ("gpt2", "GPT2LMHeadModel", GPT2),
@@ -75,6 +76,13 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "T5ForConditionalGeneration",
         T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
     ),
+    "xlnet": ("xlnet", "XLNetLMHeadModel", XLNET),
+    "xlnet, untied, relu": (
+        "xlnet",
+        "XLNetLMHeadModel",
+        XLNET | {"tie_word_embeddings": False, "ff_activation": "relu"},
+    ),
+    "xlnet, trunk": ("xlnet", "XLNetModel", XLNET),
 }
 """name -> (family, class in transformers, its config)."""
 DIRECTIONS = ("in", "out")
@@ -83,12 +91,14 @@ VOCABULARY = 256
 
 @dataclasses.dataclass(frozen=True)
 class NoTokenizer:
-    """What a model asks of its tokenizer when it is built: the size, and what T5's objective needs
-    of it."""
+    """What a model asks of its tokenizer when it is built: the size, and what the objectives of T5
+    and XLNet need of it."""
 
     pad: int
     vocab_size: int = VOCABULARY
     eos: int = 2
+    sep: int = 3
+    cls: int = 4
     extra_ids: tuple[int, ...] = tuple(range(VOCABULARY - 32, VOCABULARY))
 
     def roles(self) -> dict[str, int]:

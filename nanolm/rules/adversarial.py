@@ -20,7 +20,7 @@ import contextlib
 import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ from nanolm.training.gradient import Backward, GradientRule, build_rule
 class FgmOptions(WrapperOptions):
     """Fast gradient method: one adversarial pass beside the clean one."""
 
+    perturbs: ClassVar[bool] = True
     name: str = "fgm"
     epsilon: float = 1.0
     """Length of the perturbation of an example, all its T x D embeddings together. 1 suits a large
@@ -68,6 +69,7 @@ class PgdOptions(FgmOptions):
 class FreeLbOptions(WrapperOptions):
     """FreeLB: every step of the search also gives a share of the gradient."""
 
+    perturbs: ClassVar[bool] = True
     name: str = "freelb"
     epsilon: float = 0.6
     """Largest length of the perturbation of an example."""
@@ -104,7 +106,10 @@ class Perturbation:
             handle.remove()
 
     def add_to(self, out_BTD: Tensor) -> Tensor:
-        """The perturbed embeddings; the first call finds their shape."""
+        """The perturbed embeddings; the first call finds their shape. A memory, which is read
+        without a gradient, stays as it is."""
+        if not torch.is_grad_enabled():
+            return out_BTD
         if self.delta is None:
             delta = torch.zeros_like(out_BTD, requires_grad=False)
             if self.start > 0:

@@ -20,6 +20,7 @@ from torch import nn
 
 from nanolm.config.schema import Config, TuneConfig
 from nanolm.errors import require
+from nanolm.registry import Options
 from nanolm.training.batch import MicroBatch
 from nanolm.training.engine import RuleEngine
 from nanolm.training.gradient import Backward, GradientRule, build_rule
@@ -124,10 +125,27 @@ def scale_by_depth(
 
 
 def step_rule(learner: nn.Module, config: Config) -> GradientRule:
-    """The run's gradient rule, inside gradual unfreezing when that is on."""
+    """The run's gradient rule, inside gradual unfreezing when that is on.
+
+    Raises UserError for an adversarial rule on a trunk that embeds two texts in one pass.
+    """
+    require_one_text(config)
     rule = build_rule(config.train.rule)
     every = config.tune.unfreeze_every
     return gradually(rule, learner, every) if every else rule
+
+
+def require_one_text(config: Config) -> None:
+    """A perturbation of the embeddings is that of one text."""
+    options: Options | None = config.train.rule
+    while options is not None:
+        require(
+            config.model.trunk != "encoder_decoder" or not getattr(options, "perturbs", False),
+            f"train.rule={options.name} perturbs the embeddings of one text, and "
+            f"model.trunk=encoder_decoder embeds two, source and target; set train.rule.name to "
+            f"rdrop or plain",
+        )
+        options = getattr(options, "inner", None)
 
 
 def gradually(inner: GradientRule, learner: nn.Module, every: int) -> GradientRule:

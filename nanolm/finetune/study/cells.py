@@ -44,6 +44,7 @@ class Cell:
     setting: Overrides
     words: tuple[str, ...]
     metric: str
+    reported: str
     higher_is_better: bool
     key: str
     run: pathlib.Path
@@ -81,9 +82,12 @@ def build_cell(
     require(config.data.path is not None, f"rows: {row.name} has no data.path")
     key = identity(config, defaults)
     metric, higher_is_better = chosen_by(config)
+    reported = reported_by(config, row) or metric
     run = pathlib.Path(study.out) / study.name / f"{slug(row.name)}-{slug(variant)}-{key}"
     words.append(f"--run.dir={run}")
-    return Cell(row.name, variant, seed, setting, tuple(words), metric, higher_is_better, key, run)
+    return Cell(
+        row.name, variant, seed, setting, tuple(words), metric, reported, higher_is_better, key, run
+    )
 
 
 def filled(value: Any, study: StudyConfig) -> Any:
@@ -123,6 +127,20 @@ def chosen_by(config: TaskConfig) -> tuple[str, bool]:
         f"eval.metric={metric} is no figure of this task; there are {', '.join(known)}",
     )
     return metric, known[metric]
+
+
+def reported_by(config: TaskConfig, row: RowConfig) -> str | None:
+    """The figure of the test split that the row names; raises UserError for one that the task has
+    not."""
+    from nanolm.finetune.prepare import task_of  # noqa: PLC0415
+
+    known = [metric.name for metric in task_of(config).metrics(config.objective)]
+    require(
+        row.reported is None or row.reported in known,
+        f"rows: {row.name}: reported={row.reported} is no figure of this task; there are "
+        f"{', '.join(known)}",
+    )
+    return row.reported
 
 
 def train(cell: Cell) -> dict[str, Any]:
@@ -165,8 +183,8 @@ def test(cell: Cell, record: dict[str, Any]) -> dict[str, Any]:
     named = ("run", "checkpoint", "split")
     figures = {name: value for name, value in figures.items() if name not in named}
     require(
-        record["metric"] in figures,
-        f"cell {cell.label}: its test split gives no {record['metric']} (roc_auc needs records of "
+        cell.reported in figures,
+        f"cell {cell.label}: its test split gives no {cell.reported} (roc_auc needs records of "
         f"both classes); choose another metric for the row, or mend that split",
     )
     spent = record["cpu_seconds"] + cost["cpu_seconds"]

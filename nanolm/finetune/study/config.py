@@ -43,6 +43,9 @@ class RowConfig:
     """Keys over the study's: {data.path: "{data}/question_type"}."""
     metric: str | None = None
     """Figure that chooses and is reported; null means the task's own."""
+    reported: str | None = None
+    """Figure of the test split that is reported in its place: what only `nanolm evaluate` measures,
+    such as the chrF of what is written, chooses nothing."""
     yardstick: float | None = None
     """What a simple method reaches on the test split."""
     goal: float | None = None

@@ -130,7 +130,7 @@ class Study:
             self.results.put(cell.key, record)
         reached = {"val": record["val"]}
         if record["test"] is not None:
-            reached["test"] = record["test"][record["metric"]]
+            reached[f"test {cell.reported}"] = record["test"][cell.reported]
         figures = ", ".join(f"{split} {value:.4f}" for split, value in reached.items())
         minutes = (time.perf_counter() - self.started) / 60
         self.note(

@@ -59,10 +59,10 @@ def beside(
     lines = []
     for row in dict.fromkeys(group.row.name for group, _ in found):
         config = next(r for r in study.rows if r.name == row)
-        metric = next(metric_of(g, records) for g, records in found if g.row.name == row)
+        metric = next(reported_by(g) for g, _ in found if g.row.name == row)
         bars = ["" if bar is None else f"{bar:.3f}" for bar in (config.yardstick, config.goal)]
         cells = [by_place.get((row, variant)) for variant in variants]
-        lines.append([row, metric, *bars, *(on_test(records) for records in cells)])
+        lines.append([row, metric, *bars, *(on_test(records, metric) for records in cells)])
     return head, lines
 
 
@@ -75,12 +75,13 @@ def costs(
     lines = []
     for group, records in found:
         line = [group.row.name, *([group.variant] if len(study.variants) > 1 else [])]
-        line.append(metric_of(group, records))
+        metric, reported = metric_of(group, records), reported_by(group)
+        line.append(metric if metric == reported else f"{metric}, {reported}")
         if records is None:
             lines.append(line + [""] * (len(head) - len(line)))
             continue
         mean = {key: statistics.fmean(r[key] for r in records) for key in ("seconds", "peak_mib")}
-        line += [shown([record["val"] for record in records]), on_test(records)]
+        line += [shown([record["val"] for record in records]), on_test(records, reported)]
         line += [f"{records[0]['trained_params']:,}", f"{mean['seconds']:.0f}"]
         lines.append([*line, f"{mean['peak_mib']:.0f}"])
     return head, lines
@@ -91,11 +92,16 @@ def metric_of(group: Group, records: list[Record] | None) -> str:
     return records[0]["metric"] if records else group.finals[0][0].metric
 
 
-def on_test(records: list[Record] | None) -> str:
-    """The metric on test, mean and standard error."""
+def reported_by(group: Group) -> str:
+    """The figure of the test split."""
+    return group.finals[0][0].reported
+
+
+def on_test(records: list[Record] | None, reported: str) -> str:
+    """The reported figure on test, mean and standard error."""
     if records is None:
         return ""
-    return shown([record["test"][record["metric"]] for record in records])
+    return shown([record["test"][reported] for record in records])
 
 
 def choices(found: list[tuple[Group, list[Record] | None]]) -> list[str]:

@@ -231,6 +231,12 @@ class Write(Task):
         hidden_ND = hidden_BTD.flatten(0, 1)[batch["answer"]]
         return token_terms("write", heads["lm"], hidden_ND, batch["labels"], self.options)
 
+    def logits(
+        self, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Logits [N, V] of the answer tokens, for rules that compare probabilities."""
+        return {"write": heads["lm"](hidden_BTD.flatten(0, 1)[batch["answer"]])}
+
     def answers(
         self, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: dict[str, Tensor]
     ) -> list[Any]:

@@ -112,6 +112,12 @@ class WriteFromSource(Write):
         hidden_ND, labels_N = hidden_BTD.flatten(0, 1), batch["labels"].flatten()
         return token_terms("write", heads["lm"], hidden_ND, labels_N, self.options)
 
+    def logits(
+        self, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Logits [N, V] of the answer tokens, for rules that compare probabilities."""
+        return {"write": heads["lm"](hidden_BTD[batch["labels"] != IGNORED])}
+
     def targets_per_token(self, items: list[Item]) -> float:
         """Target tokens to one of a source."""
         targets = sum(len(item.target) for item in items)

@@ -8,6 +8,7 @@
     distilbert   the same without segments
     modernbert   pre-norm encoder, rotary positions, GeGLU, windows
     t5           encoder and decoder, RMSNorm, buckets of distances, no biases
+    xlnet        two streams, distances and segments that each layer weighs for itself
 
 Where a model of ours is computed by several, the first is taken.
 """
@@ -20,8 +21,9 @@ from nanolm.hub.families.gpt2 import GPT2
 from nanolm.hub.families.llama import LLAMA, QWEN3
 from nanolm.hub.families.modernbert import MODERNBERT
 from nanolm.hub.families.t5 import T5
+from nanolm.hub.families.xlnet import XLNET
 
 FAMILIES: dict[str, Family] = {
     family.name: family
-    for family in (GPT2, LLAMA, QWEN3, ROBERTA, DISTILBERT, BERT, MODERNBERT, T5)
+    for family in (GPT2, LLAMA, QWEN3, ROBERTA, DISTILBERT, BERT, MODERNBERT, T5, XLNET)
 }

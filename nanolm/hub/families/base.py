@@ -59,9 +59,15 @@ def whole_rotation(model: ModelConfig) -> list[str]:
     return [] if fraction == 1.0 else [f"model.positions.fraction is {fraction}"]
 
 
+def rotary_bases(model: ModelConfig) -> list[float]:
+    """The bases of rotary positions; [0.0] of others, whose own base may mean something else."""
+    positions: Any = model.positions
+    return positions.base if positions.name == "rotary" else [0.0]
+
+
 def one_rotation(model: ModelConfig) -> list[str]:
     """What keeps a family out that rotates in all layers alike."""
-    bases = getattr(model.positions, "base", [0])
+    bases = rotary_bases(model)
     several = [f"model.positions.base is {bases}"] if len(set(bases)) > 1 else []
     return several + whole_rotation(model)
 

@@ -14,6 +14,7 @@ from nanolm.hub.families.base import (
     BLOCK,
     Classes,
     Family,
+    rotary_bases,
     shared_width,
     whole_rotation,
 )
@@ -46,7 +47,7 @@ TABLE = Table(
 
 def by_layer(model: ModelConfig) -> list[tuple[int | None, float]]:
     """Window and rotary base of every layer."""
-    windows, bases = model.window, getattr(model.positions, "base", [0.0])
+    windows, bases = model.window, rotary_bases(model)
     return [
         (windows[layer % len(windows)], bases[layer % len(bases)])
         for layer in range(model.n_layers)
@@ -59,8 +60,7 @@ def misfits(model: ModelConfig) -> list[str]:
     widths = {width for width, _ in found if width is not None}
     several = [f"model.window is {model.window}"] if len(widths) > 1 else []
     if len(found) > len({width for width, _ in found}):
-        positions: Any = model.positions
-        several.append(f"model.positions.base is {positions.base}")
+        several.append(f"model.positions.base is {rotary_bases(model)}")
     return several + shared_width(model) + whole_rotation(model)
 
 
