@@ -76,6 +76,9 @@ SHAPES["distilbert"] = (
     },
 )
 SHAPES["distilbert-trunk"] = ("DistilBertModel", SHAPES["distilbert"][1])
+ALBERT = SHAPES["bert"][1] | {"embedding_size": 12}
+SHAPES["albert"] = ("AlbertForPreTraining", ALBERT)
+SHAPES["albert-trunk"] = ("AlbertModel", ALBERT)
 SHAPES["modernbert"] = (
     "ModernBertForMaskedLM",
     SHAPES["bert"][1] | {"num_hidden_layers": 4, "local_attention": 12, "pad_token_id": 0},
@@ -150,6 +153,9 @@ def write_tokenizer(folder: pathlib.Path, shape: str) -> None:
     others GPT-2's bytes."""
     if "bert" in shape and shape != "roberta":
         tokenizer = word_piece()
+        if shape.startswith("albert"):  # whose own class in transformers makes a unigram of it
+            words = {"tokenizer_class": "PreTrainedTokenizerFast"}
+            (folder / "tokenizer_config.json").write_text(json.dumps(words))
     elif shape == "roberta":
         tokenizer = byte_bpe(ROBERTA_SPECIALS)
         tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))

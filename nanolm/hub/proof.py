@@ -74,7 +74,8 @@ def differences_of_a_stack(imported: Imported, theirs: Any) -> list[Tensor]:
         logits = answer.logits if "logits" in answer else answer.prediction_logits
         differences.append((heads["lm"](hidden_BTD) - logits)[keep_BT])
     if "pair" in heads and "pair" not in fresh:
-        differences.append(heads["pair"](hidden_BTD) - answer.seq_relationship_logits)
+        logits = answer.sop_logits if "sop_logits" in answer else answer.seq_relationship_logits
+        differences.append(heads["pair"](hidden_BTD) - logits)
     return differences
 
 

@@ -108,10 +108,13 @@ def assembled(
 
 def model_keys(family: Family, published: Published) -> dict[str, Any]:
     """The keys of our model that a config.json describes."""
-    return family.to_model(published) | {
+    keys = family.to_model(published) | {
         "vocab_size": published.size("vocab_size"),
         "tied": bool(published.get("tie_word_embeddings", family.tied)),
     }
+    if family.acts_alike:
+        keys["head_activation"] = keys["feed_forward"]
+    return keys
 
 
 def family_of(path: pathlib.Path, found: object, named: str | None) -> Family:
