@@ -8,6 +8,8 @@ from rich.console import Console
 
 from nanolm.commands.figures import write_json
 from nanolm.errors import UserError, require
+from nanolm.finetune.parity import CASES as HEAD_CASES
+from nanolm.finetune.parity import difference as head_difference
 from nanolm.hub.proof import LIMIT, can_prove
 from nanolm.inference.parity import CASES, DIRECTIONS, difference
 from nanolm.tables import tables
@@ -26,7 +28,12 @@ def run(arguments: Arguments) -> None:
     require(
         can_prove(), "parity needs transformers, which is not installed: pip install transformers"
     )
-    found = {case: {way: difference(case, way) for way in DIRECTIONS} for case in CASES}
+    tables_of = ((CASES, difference), (HEAD_CASES, head_difference))
+    found = {
+        case: {way: measure(case, way) for way in DIRECTIONS}
+        for cases, measure in tables_of
+        for case in cases
+    }
     print("largest difference from transformers, float32")
     rows = [[case, *(f"{row[way]:.1e}" for way in DIRECTIONS)] for case, row in found.items()]
     Console().print(*tables(("model", *DIRECTIONS), rows))

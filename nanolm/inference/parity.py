@@ -57,6 +57,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "BertForMaskedLM",
         BERT | {"tie_word_embeddings": False},
     ),
+    "bert, next sentence": ("bert", "BertForNextSentencePrediction", BERT),
     "bert, trunk": ("bert", "BertModel", BERT),
     "qwen3": ("qwen3", "Qwen3ForCausalLM", LLAMA | {"head_dim": 16, "num_key_value_heads": 4}),
     "qwen3, 2 of 4 heads, tied": (
@@ -99,12 +100,14 @@ VOCABULARY = 256
 
 @dataclasses.dataclass(frozen=True)
 class NoTokenizer:
-    """What a model asks of its tokenizer when it is built: the size, and what T5's objective needs
-    of it."""
+    """What a model asks of its tokenizer when it is built: the size, and what T5's objective and a
+    reader of answers need of it."""
 
     pad: int
     vocab_size: int = VOCABULARY
     eos: int = 2
+    can_place: bool = True
+    separators: int = 1
     extra_ids: tuple[int, ...] = tuple(range(VOCABULARY - 32, VOCABULARY))
 
     def roles(self) -> dict[str, int]:

@@ -30,6 +30,19 @@ class HeadRequest(NamedTuple):
     options: dict
 
 
+class Layout(NamedTuple):
+    """Where the sequences of a batch lie, in the flattened B x T."""
+
+    index_M: Tensor
+    """Flat place of every token, sequence by sequence."""
+    owner_M: Tensor
+    """The sequence that each of them belongs to."""
+    first_S: Tensor
+    """Flat place of each sequence's first token."""
+    last_S: Tensor
+    """Flat place of each sequence's last token."""
+
+
 class Transform(nn.Module):
     """norm(act(W h)): what BERT puts before the vocabulary (Devlin et al. 2019, in its code); as
     wide as the embeddings (Lan et al. 2020, in theirs)."""

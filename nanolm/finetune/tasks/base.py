@@ -221,22 +221,27 @@ class Task:
         )
         return dict(zip(self.fields, parts))
 
+    def n_specials(self, n_texts: int) -> int:
+        """How many special tokens frame so many texts."""
+        return self.framing.n_specials(n_texts) + (n_texts - 1) * (self.tokenizer.separators - 1)
+
     def frame(self, first: np.ndarray, second: np.ndarray | None = None) -> tuple[Sequence, int]:
         """(framed sequence of at most row_length tokens, tokens cut); the longer text is cut."""
         framing = self.framing
         begin, end = (list(map(self.tokenizer.role, r)) for r in (framing.begin, framing.end))
-        room = self.length - framing.n_specials(1 if second is None else 2)
+        room = self.length - self.n_specials(1 if second is None else 2)
         total = len(first) + (0 if second is None else len(second))
         if second is None:
             first = first[:room]
             parts: list[ArrayLike] = [begin, first, end]
         else:
             half = room // 2
+            separators = [self.tokenizer.sep] * self.tokenizer.separators
             keep = min(len(first), max(half, room - len(second)))
             first, second = first[:keep], second[: room - keep]
-            parts = [begin, first, [self.tokenizer.sep], second, end]
+            parts = [begin, first, separators, second, end]
         tokens = np.concatenate(parts).astype(np.int64)
-        begins_second = len(tokens) if second is None else len(begin) + len(first) + 1
+        begins_second = len(tokens) if second is None else len(tokens) - len(second) - len(end)
         sequence = Sequence(tokens, begins_second, self.mark_shared, framing.apart)
         return sequence, max(0, total - room)
 

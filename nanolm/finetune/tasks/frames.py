@@ -1,6 +1,7 @@
 """Frames: the special tokens around a task's texts, as the trunk knows them from pretraining.
 
 encoder      <cls> A <sep>    <cls> A <sep> B <sep>       (Devlin et al. 2019)
+             <s> A </s>       <s> A </s></s> B </s>       (Liu et al. 2019), where the tokenizer says
 two_stream   A <sep> <cls>    A <sep> B <sep> <cls>       (Yang et al. 2019)
 decoder      <eos> A <eos>    <eos> A <sep> B <eos>       every document begins behind an end
 """
@@ -27,7 +28,7 @@ class Frame:
     """How many of the last tokens have a segment of their own, the third."""
 
     def n_specials(self, n_texts: int) -> int:
-        """How many special tokens frame so many texts."""
+        """How many special tokens frame so many texts, one of them between each two."""
         return len(self.begin) + len(self.end) + n_texts - 1
 
 
