@@ -30,8 +30,13 @@ from nanolm.inference.parity import (
 )
 from nanolm.learner import Learner
 
-SHAPES = {"bert": BERT, "roberta": ROBERTA, "distilbert": DISTILBERT, "albert": ALBERT}
-SEVERAL = {"problem_type": "multi_label_classification"}
+SHAPES: dict[str, dict[str, Any]] = {
+    "bert": BERT,
+    "roberta": ROBERTA,
+    "distilbert": DISTILBERT,
+    "albert": ALBERT,
+}
+SEVERAL: dict[str, Any] = {"problem_type": "multi_label_classification"}
 HEADS: dict[str, tuple[str, dict[str, Any]]] = {
     "sequence classification": ("SequenceClassification", {"num_labels": 3}),
     "several labels": ("SequenceClassification", {"num_labels": 3} | SEVERAL),
