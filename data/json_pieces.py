@@ -93,6 +93,10 @@ class JsonPieces:
         found = self._inner.encode_batch(texts, add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in found]
 
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        """The characters [begin, end) of the text that each of its pieces stands for."""
+        return self._inner.encode(text, add_special_tokens=False).offsets
+
     def decode(self, ids: list[int]) -> str:
         """The text of ids."""
         return self._inner.decode(ids, skip_special_tokens=False)
@@ -115,6 +119,14 @@ class JsonPieces:
         found = self._inner.encode("a", add_special_tokens=True)
         masked = found.special_tokens_mask
         return found.ids[: masked.index(0)] if 0 in masked else []
+
+    def between(self) -> list[int]:
+        """The special pieces that the file itself puts between two texts."""
+        found = self._inner.encode("a", "b", add_special_tokens=True)
+        texts = found.sequence_ids
+        if 0 not in texts or 1 not in texts:
+            return []
+        return found.ids[len(texts) - texts[::-1].index(0) : texts.index(1)]
 
     def text_of(self, index: int) -> bytes:
         """The bytes of text that an ordinary piece stands for; a space that WordPiece drops does

@@ -119,7 +119,9 @@ class Tokenizer:
     special_mask, joins_left, joins_right: bool[V]; byte_length: int32[V], the UTF-8 bytes of text
     that a piece stands for (a literal U+F4A1 or U+F4A2 counts double). Token i continues the word
     of token i - 1 iff `joins_left[i] and joins_right[i - 1]`; a character that is spelt in byte
-    pieces is never split.
+    pieces is never split. separators: how many sep pieces stand between the two texts of a pair, as
+    many as a tokenizer.json puts there itself, two for RoBERTa (Liu et al. 2019, in their code);
+    else one.
     """
 
     def __init__(self, model_bytes: bytes, path: str = "") -> None:
@@ -135,6 +137,7 @@ class Tokenizer:
         self._roles = {role: self._find_role(role) for role in ROLES}
         if self._json is not None and self._roles["eos"] is None:
             self._roles["eos"] = self._roles["sep"]  # what ends BERT's texts
+        self.separators = self._count_separators()
         self.extra_ids = self._find_extra_ids()
         self._describe_pieces()
 
@@ -166,6 +169,30 @@ class Tokenizer:
     def encode(self, text: str) -> np.ndarray:
         """The ids of a text: [n] uint16 (uint32 when V > 65536), without special pieces."""
         return self.encode_batch([text])[0]
+
+    def encode_places(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(ids as `encode`, begins, ends): the UTF-8 bytes [begin, end) of the text that each token
+        stands for, int64[n]. What no token stands for (spaces beside WordPiece) lies between them.
+
+        Raises UserError where the tokenizer changes the text and does not say where (`can_place`).
+        """
+        ids = self.encode(text)
+        if self.lossless:
+            ends = np.cumsum(self.byte_length[ids].astype(np.int64))
+            return ids, ends - self.byte_length[ids], ends
+        if self._json is None:
+            raise UserError(
+                f"the tokenizer {self.path} changes the text and does not say what its pieces "
+                f"stand for; use one that `nanolm prepare` trained"
+            )
+        starts = np.cumsum([0, *(len(character.encode()) for character in text)])
+        begins, ends = np.array(self._json.offsets(text), np.int64).reshape(-1, 2).T
+        return ids, starts[begins], starts[ends]
+
+    @property
+    def can_place(self) -> bool:
+        """Whether it can be told which bytes of a text a token stands for."""
+        return self.lossless or self._json is not None
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """The ids of each text; much faster than `encode` one by one."""
@@ -252,6 +279,10 @@ class Tokenizer:
         if self._json is None:
             return [self.eos]
         return self._json.opening() or [self._roles["bos"] or self.eos]
+
+    def _count_separators(self) -> int:
+        between = [] if self._json is None else self._json.between()
+        return len(between) if set(between) == {self._roles["sep"]} else 1
 
     def _encode_int32(self, texts: list[str]) -> list[np.ndarray]:
         if self.lossless and self._json is None:

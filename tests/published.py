@@ -76,6 +76,9 @@ SHAPES["distilbert"] = (
     },
 )
 SHAPES["distilbert-trunk"] = ("DistilBertModel", SHAPES["distilbert"][1])
+ALBERT = SHAPES["bert"][1] | {"embedding_size": 12}
+SHAPES["albert"] = ("AlbertForPreTraining", ALBERT)
+SHAPES["albert-trunk"] = ("AlbertModel", ALBERT)
 SHAPES["modernbert"] = (
     "ModernBertForMaskedLM",
     SHAPES["bert"][1] | {"num_hidden_layers": 4, "local_attention": 12, "pad_token_id": 0},
@@ -91,6 +94,27 @@ SHAPES["t5"] = (
         "n_positions": LENGTH,
     },
 )
+KINDS = {
+    "classify": "SequenceClassification",
+    "regress": "SequenceClassification",
+    "tag": "TokenClassification",
+    "read": "QuestionAnswering",
+    "choose": "MultipleChoice",
+}
+LABELS = {
+    "classify": {"id2label": {0: "no", 1: "yes", 2: "perhaps"}},
+    "tag": {"id2label": {0: "O", 1: "B-X", 2: "I-X", 3: "B-Y", 4: "I-Y"}},
+    "regress": {"id2label": {0: "warmth"}},
+}
+HEADED = {
+    f"{family}-{task}": (
+        SHAPES[family][0].partition("For")[0] + f"For{kind}",
+        SHAPES[family][1] | LABELS.get(task, {}),
+    )
+    for family in ("bert", "roberta", "distilbert", "albert")
+    for task, kind in KINDS.items()
+}
+"""Folders of fine-tuned models."""
 GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 SHAPES["t5-gated"] = (SHAPES["t5"][0], SHAPES["t5"][1] | GATED)
 T5_SPECIALS = ["<pad>", "</s>", "<unk>", *(f"<extra_id_{number}>" for number in range(8))]
@@ -116,6 +140,7 @@ def word_piece() -> Tokenizer:
     found.normalizer = normalizers.BertNormalizer()
     found.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     found.decoder = decoders.WordPiece()
+    found.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     found.train_from_iterator(
         LINES, trainers.WordPieceTrainer(vocab_size=200, special_tokens=specials)
@@ -125,7 +150,7 @@ def word_piece() -> Tokenizer:
 
 def write_published(folder: pathlib.Path, shape: str, **options) -> transformers.PreTrainedModel:
     """A folder as a model's authors publish it; returns the model, in evaluation mode."""
-    name, keys = SHAPES[shape]
+    name, keys = (SHAPES | HEADED)[shape]
     model_class = getattr(transformers, name)
     config = model_class.config_class(vocab_size=VOCAB, **keys)
     config._attn_implementation = "eager"
@@ -148,9 +173,14 @@ def write_published(folder: pathlib.Path, shape: str, **options) -> transformers
 def write_tokenizer(folder: pathlib.Path, shape: str) -> None:
     """WordPiece for BERT and its kin, RoBERTa's frame for RoBERTa, sentinels for T5, and for the
     others GPT-2's bytes."""
-    if "bert" in shape and shape != "roberta":
+    if "bert" in shape and "roberta" not in shape:
         tokenizer = word_piece()
-    elif shape == "roberta":
+        if shape.startswith("albert"):  # whose own class in transformers makes a unigram of it
+            names = ["input_ids", "token_type_ids", "attention_mask"]
+            words = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": names}
+            words |= {"pad_token": "[PAD]"}
+            (folder / "tokenizer_config.json").write_text(json.dumps(words))
+    elif "roberta" in shape:
         tokenizer = byte_bpe(ROBERTA_SPECIALS)
         tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
     elif shape.startswith("t5"):

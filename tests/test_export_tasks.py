@@ -18,6 +18,7 @@ from nanolm.finetune import published
 from nanolm.finetune.config import TaskConfig
 from nanolm.finetune.published import task_folder
 from nanolm.hub.folder import read_tokenizer
+from nanolm.hub.heads import activation_of
 from nanolm.inference.export_transformers import transformers_folder
 from nanolm.inference.parity import randomise
 from nanolm.saved import Saved
@@ -39,6 +40,7 @@ SHAPES = {
     "bert": {"n_segments": 2, "norm_eps": 1e-12},
     "roberta": {"n_segments": 1},
     "distilbert": {"n_segments": 0, "norm_eps": 1e-12},
+    "albert": {"n_segments": 2, "embedding_width": 12, "share_layers": True},
 }
 AUTO = {
     "classify": "AutoModelForSequenceClassification",
@@ -54,6 +56,7 @@ def tuned(shape: str, task: str, folder, pooling: str = "cls") -> Saved:
     words = [f"--objective.name={task}", "--init_from=unused", "--data.path=unused"]
     if task in POOLED:
         words.append(f"--objective.pooling={pooling}")
+        words.append(f"--objective.activation={activation_of(shape)}")
     config = load_config([*words, *TASKS[task], f"--run.dir={folder}"], schema=TaskConfig)
     model = ModelConfig(
         **({"trunk": "encoder", "d_model": 32, "n_layers": 2, "n_heads": 4, "d_ff": 48}),
@@ -75,7 +78,8 @@ def tuned(shape: str, task: str, folder, pooling: str = "cls") -> Saved:
 CASES = [
     *[("bert", task) for task in TASKS],
     *[("roberta", task) for task in TASKS],
-    *[("distilbert", task) for task in ("tag", "read")],
+    *[("distilbert", task) for task in TASKS],
+    *[("albert", task) for task in TASKS],
 ]
 
 

@@ -29,6 +29,7 @@ SINGLE = "model.safetensors"
 FRESH = {
     "bert-trunk": ("cls.predictions.", "cls.seq_relationship."),
     "distilbert-trunk": ("vocab_",),
+    "albert-trunk": ("predictions.", "sop_classifier."),
 }
 
 
@@ -174,6 +175,10 @@ def test_rotary_base_is_read_under_its_old_and_new_names(key):
         ("qwen3, 2 of 4 heads, tied", "in"),
         ("roberta, masked LM", "out"),
         ("distilbert, masked LM", "out"),
+        ("albert, masked LM and sentence order", "in"),
+        ("albert, masked LM, untied", "out"),
+        ("bert, masked LM, tanh gelu", "in"),
+        ("bert, masked LM, tanh gelu", "out"),
         ("modernbert, masked LM", "in"),
     ],
 )

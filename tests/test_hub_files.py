@@ -67,9 +67,12 @@ UNTIDY = {
     "no prefix, bert": ("bert", without("bert.")),
     "no prefix, roberta": ("roberta", without("roberta.")),
     "no prefix, distilbert": ("distilbert", without("distilbert.")),
+    "no prefix, albert": ("albert", without("albert.")),
     "no prefix, modernbert": ("modernbert", without("model.")),
     "doubled prefix": ("bert", doubled("bert.")),
     "doubled prefix, llama": ("llama", doubled("model.")),
+    "doubled prefix, albert": ("albert", doubled("albert.")),
+    "gamma and beta, albert": ("albert", gammas),
     "doubled prefix, roberta": ("roberta", doubled("roberta.")),
     "a wrapper": ("gpt2", lambda t: {f"module.{k}": v for k, v in t.items()}),
     "buffers, gpt2": (
@@ -105,6 +108,13 @@ UNTIDY = {
         twin(
             lm_head__decoder__weight="roberta.embeddings.word_embeddings.weight",
             lm_head__decoder__bias="lm_head.bias",
+        ),
+    ),
+    "a tied weight twice, albert": (
+        "albert",
+        twin(
+            predictions__decoder__weight="albert.embeddings.word_embeddings.weight",
+            predictions__decoder__bias="predictions.bias",
         ),
     ),
     "a tied weight twice, distilbert": (
@@ -220,6 +230,17 @@ BAD = {
     "kinds of layers": ("modernbert", config(layer_types=["full_attention"]), "layer_types"),
     "a gate": ("modernbert", config(hidden_activation="silu"), "hidden_activation"),
     "sines": ("distilbert", config(sinusoidal_pos_embds=True), "sinusoidal_pos_embds"),
+    "blocks in groups": ("albert", config(num_hidden_groups=2), "num_hidden_groups"),
+    "embeddings as wide as the blocks": (
+        "albert",
+        config(embedding_size=32),
+        "albert.embeddings.LayerNorm.bias as 12, and by its config.json it is 32",
+    ),
+    "no projection": (
+        "albert",
+        drop("albert.encoder.embedding_hidden_mapping_in.bias"),
+        "lacks albert.encoder.embedding_hidden_mapping_in.bias",
+    ),
     "another padding": ("roberta", config(pad_token_id=0), "pad_token_id"),
     "no norm of queries": (
         "qwen3",

@@ -8,6 +8,8 @@ import pathlib
 import pytest
 import torch
 from transformers import (
+    AlbertConfig,
+    AlbertModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForPreTraining,
@@ -46,6 +48,7 @@ T5_V1_1_SMALL = T5Config(d_ff=1024, num_layers=8, num_heads=6, feed_forward_proj
 T5_V1_1_BASE = T5Config(
     d_model=768, d_ff=2048, num_layers=12, num_heads=12, feed_forward_proj="gated-gelu"
 )
+ALBERT_BASE = AlbertConfig(hidden_size=768, num_attention_heads=12, intermediate_size=3072)
 XLNET_BASE = XLNetConfig(d_model=768, n_layer=12, n_head=12, d_inner=3072)
 
 
@@ -70,6 +73,7 @@ class T5:
 PEERS = {
     "gpt2_124m": (AutoModelForCausalLM, GPT2Config(), 124_439_808),
     "bert_base": (AutoModelForPreTraining, BertConfig(), None),
+    "albert_base": (AutoModelForPreTraining, ALBERT_BASE, None),
     "llama_135m": (AutoModelForCausalLM, SMOL, 134_515_008),
     "modernbert_base": (AutoModelForMaskedLM, ModernBertConfig(), None),
     "t5_small": (T5, T5_SMALL, 60_506_624),
@@ -108,6 +112,15 @@ def test_bert_trunk_with_pooler_is_bert_model(tokenizer):
         peer = BertModel(BertConfig())
     ours = count(learner.trunk) + count(learner.heads["pair"].dense)
     assert ours == count(peer) == 109_482_240
+
+
+def test_albert_trunk_with_pooler_is_albert_model(tokenizer):
+    learner = on_meta("albert_base", tokenizer)
+    with torch.device("meta"):
+        peer = AlbertModel(ALBERT_BASE)
+    ours = count(learner.trunk) + count(learner.heads["pair"].dense)
+    assert ours == count(peer) == 11_683_584
+    assert len(learner.trunk.blocks) == 1 and learner.trunk.stack.n_layers == 12
 
 
 def test_xlnets_trunk_is_xlnet_model(tokenizer):

@@ -26,8 +26,8 @@ class Arguments:
     out: str
     """Folder to write."""
     family: str | None = None
-    """gpt2, llama, qwen3, bert, roberta, distilbert, modernbert or t5, where config.json has no
-    model_type."""
+    """gpt2, llama, qwen3, bert, roberta, distilbert, albert, modernbert or t5, where config.json
+    has no model_type."""
     allow_pickle: bool = False
     """Read pytorch_model.bin, a pickle: only its tensors, but still only from authors you trust."""
     json: str | None = None

@@ -10,6 +10,8 @@ from rich.console import Console
 
 from nanolm.commands.json_file import write_json
 from nanolm.errors import UserError, require
+from nanolm.finetune.parity import CASES as HEAD_CASES
+from nanolm.finetune.parity import difference as head_difference
 from nanolm.hub.proof import LIMIT, can_prove
 from nanolm.inference.parity import CASES, DIRECTIONS, difference
 from nanolm.tables import tables
@@ -41,8 +43,13 @@ def run(arguments: Arguments) -> None:
 
 
 def families_table(arguments: Arguments) -> None:
-    """Small models of every family, in and out."""
-    found = {case: {way: difference(case, way) for way in DIRECTIONS} for case in CASES}
+    """Small models of every family and head, in and out."""
+    tables_of = ((CASES, difference), (HEAD_CASES, head_difference))
+    found = {
+        case: {way: measure(case, way) for way in DIRECTIONS}
+        for cases, measure in tables_of
+        for case in cases
+    }
     print("largest difference from transformers, float32")
     rows = [[case, *(f"{row[way]:.1e}" for way in DIRECTIONS)] for case, row in found.items()]
     Console().print(*tables(("model", *DIRECTIONS), rows))

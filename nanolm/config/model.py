@@ -38,6 +38,9 @@ class ModelConfig:
     )
     """Feed-forward kind: GELU (exact or tanh), ReLU, ReLU squared, or the gated SwiGLU and GeGLU
     (exact or tanh)."""
+    head_activation: Literal["gelu", "gelu_tanh", "relu", "relu2"] = "gelu"
+    """Activation of the transform before the vocabulary (objective.transform); other heads have
+    none."""
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """Normalisation of the residual stream."""
     norm_position: Literal["pre", "post"] = "pre"
@@ -84,6 +87,11 @@ class ModelConfig:
     """Soft-cap on the vocabulary logits."""
     tied: bool = True
     """Whether the vocabulary head shares the token embedding."""
+    embedding_width: Count | None = None
+    """Width of the embeddings of an encoder, which are then projected to d_model, as ALBERT's are;
+    null: d_model, without a projection."""
+    share_layers: bool = False
+    """Whether all blocks of an encoder are one block, run n_layers times, as ALBERT's are."""
     vocab_size: Count | None = None
     """Rows of the token embedding; null means the tokenizer's size rounded up to a multiple of
     64."""
@@ -120,14 +128,48 @@ class ModelConfig:
             f"model.attention_init={self.attention_init} says otherwise than model.weight_init="
             f"{self.weight_init} how attention starts; set one of them to normal",
         )
+        self.check_albert()
         require(len(self.window) > 0, "model.window is empty; use [null] for global attention")
         for width in self.window:
             require(width is None or width > 0, f"model.window has {width}; widths are positive")
+
+    def check_albert(self) -> None:
+        """Raises UserError where embeddings cannot have a width of their own, or blocks cannot be
+        one."""
+        require_at_least("model", self, embedding_width=1)
+        for key, value in (
+            ("embedding_width", self.embedding_width),
+            ("share_layers", self.share_layers),
+        ):
+            require(
+                not value or self.trunk == "encoder",
+                f"model.{key}={value} is for encoders, and model.trunk is {self.trunk}; leave one "
+                f"of them out",
+            )
+        if not self.share_layers:
+            return
+        bases = getattr(self.positions, "base", [0.0])
+        several = isinstance(bases, list) and len(set(bases)) > 1
+        require(
+            len(set(self.window)) == 1 and not several,
+            "model.share_layers=true makes all blocks one, and model.window or "
+            "model.positions.base tells them apart; give one value there",
+        )
+        require(
+            self.norm_position == "post" or not self.embedding_norm,
+            "model.share_layers=true makes all blocks one, and after model.embedding_norm the "
+            "first pre-norm block differs from the others; set model.norm_position to post",
+        )
 
     @property
     def n_tokens(self) -> int:
         """The size of the vocabulary, where it is known: in a resolved config."""
         return cast(int, self.vocab_size)
+
+    @property
+    def embedded_width(self) -> int:
+        """Width of the embeddings."""
+        return self.embedding_width or self.d_model
 
     @property
     def kv_heads(self) -> int:

@@ -1,81 +1,36 @@
 """A fine-tuned model as transformers' class for its task, such as BertForSequenceClassification.
 
-A family of `hub/families/` with another head. Only heads that compute the same are known: those of
-BERT and RoBERTa decide with tanh on the first token, DistilBERT's with ReLU, so of DistilBERT there
-are only heads without an inner layer. A regression's mean and deviation go into its last layer.
+A family of `hub/families/` with another head (`hub/heads.py`). A regression's mean and deviation go
+into its last layer.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nanolm.checkpoint.named_tensors import learner_tensors
 from nanolm.errors import require
-from nanolm.finetune.tasks.heads import Layout
-from nanolm.finetune.tasks.regress import RegressOptions
-from nanolm.hub.families import FAMILIES, Family
-from nanolm.hub.keys import Rule, Table, Tensors, pair
+from nanolm.hub.families import Family
+from nanolm.hub.heads import KINDS, task_families, their_answers
+from nanolm.hub.heads import answers as head_answers
+from nanolm.hub.keys import Tensors
 from nanolm.hub.proof import LIMIT, can_prove, same_rows
 from nanolm.hub.tokenizer_files import compared, tokenizer_files
 from nanolm.inference.export_transformers import transformers_folder
 from nanolm.saved import Saved
 
 Note = Callable[[str], None]
-KINDS = {
-    "classify": "SequenceClassification",
-    "regress": "SequenceClassification",
-    "choose": "MultipleChoice",
-    "tag": "TokenClassification",
-    "read": "QuestionAnswering",
-}
-"""What transformers calls our tasks."""
-NAMES = {"bert": "Bert", "roberta": "Roberta", "distilbert": "DistilBert"}
-DECIDING = {
-    "bert": {
-        "classify": ("bert.pooler.dense", "classifier"),
-        "regress": ("bert.pooler.dense", "classifier"),
-        "choose": ("bert.pooler.dense", "classifier"),
-    },
-    "roberta": {
-        "classify": ("classifier.dense", "classifier.out_proj"),
-        "regress": ("classifier.dense", "classifier.out_proj"),
-        "choose": ("roberta.pooler.dense", "classifier"),
-    },
-    "distilbert": {},
-}
-"""Published keys of the two layers of heads on the first token."""
-PLAIN = {"tag": "classifier", "read": "qa_outputs"}
-"""Published keys of heads of one layer, in all families."""
 
 
-def task_families(task: str) -> dict[str, Family]:
-    """The families that have a head for a task, with that head in place of their own."""
-    found = {}
-    for name in (name for name in FAMILIES if name in NAMES):
-        if task in PLAIN:
-            rules = pair(PLAIN[task], f"heads.{task}.out")
-        elif task in DECIDING[name]:
-            inner, outer = DECIDING[name][task]
-            rules = (*pair(inner, f"heads.{task}.dense"), *pair(outer, f"heads.{task}.out"))
-        else:
-            continue
-        found[name] = with_head(FAMILIES[name], f"{NAMES[name]}For{KINDS[task]}", rules)
-    return found
-
-
-def with_head(family: Family, model_class: str, rules: tuple[Rule, ...]) -> Family:
-    """A family whose models have these heads alone."""
-    trunk = tuple(rule for rule in family.table.whole if not rule.ours.startswith("heads."))
-    table = Table(whole=(*trunk, *rules), layers=family.table.layers)
-    classes = dataclasses.replace(family.classes, plain=model_class, pooled=None)
-    changes: dict[str, Any] = {"table": table, "classes": classes, "has_head": None}
-    return dataclasses.replace(family, duplicates={}, **changes)
+def families_with(task: str, options: Any) -> dict[str, Family]:
+    """The families that have the head which these options describe; none for another task."""
+    activation = getattr(options, "activation", "tanh")
+    return task_families(task, activation) if task in KINDS else {}
 
 
 def task_folder(
@@ -86,7 +41,7 @@ def task_folder(
     Raises UserError when transformers has no such head, or computes something else.
     """
     task = saved.config.objective.name
-    families = task_families(task) if task in KINDS else {}
+    families = families_with(task, saved.config.objective)
     require(
         bool(families),
         f"{saved.folder} was fine-tuned (objective.name={task}), and transformers has that head "
@@ -162,17 +117,8 @@ def proved(
     tokens_BT, inputs, words = same_rows(saved.config.model, config.pad_token_id)
     keep_BT = words["attention_mask"].bool()
     ours = answers(saved, saved.learner.trunk(inputs), keep_BT)
-    if saved.config.objective.name == "choose":  # the rows are the choices of one question
-        tokens_BT, words = tokens_BT[None], {key: value[None] for key, value in words.items()}
-    found = theirs(tokens_BT, **words)
-    expected = (
-        torch.stack([found.start_logits, found.end_logits], -1)
-        if "start_logits" in found
-        else found.logits
-    )
-    if expected.ndim == 3:
-        expected = expected[keep_BT]
-    difference = float((ours - expected.reshape(ours.shape)).abs().max())
+    expected = their_answers(theirs, saved.config.objective.name, tokens_BT, words)
+    difference = float((ours - expected).abs().max())
     require(
         difference <= LIMIT,
         f"transformers computes something else of {saved.folder}: the largest difference is "
@@ -184,16 +130,4 @@ def proved(
 
 def answers(saved: Saved, hidden_BTD: Tensor, keep_BT: Tensor) -> Tensor:
     """What our head says of every row, or of every token that counts."""
-    task = saved.config.objective.name
-    head = saved.learner.heads[task]
-    index_M = keep_BT.flatten().nonzero()[:, 0]
-    if task in PLAIN:
-        return head(hidden_BTD, index_M)
-    rows, length = keep_BT.shape
-    first_S = torch.arange(rows) * length
-    layout = Layout(index_M, index_M // length, first_S, first_S + keep_BT.sum(1) - 1)
-    logits_SC = head(hidden_BTD, layout)
-    if task != "regress":
-        return logits_SC
-    options = cast(RegressOptions, saved.config.objective)
-    return logits_SC * torch.tensor(options.std) + torch.tensor(options.mean)
+    return head_answers(saved.config.objective, saved.learner.heads, hidden_BTD, keep_BT)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nanolm.config.model import ModelConfig
 from nanolm.errors import UserError, require
+from nanolm.hub.heads import answers, head_of, their_answers
 from nanolm.hub.published import Imported
 from nanolm.hub.two_streams import differences_of_two_streams
 from nanolm.model.cache import KeyValueCache
@@ -50,6 +51,7 @@ def prove(imported: Imported) -> Proof:
     """Raises UserError when transformers finds no place for a tensor."""
     theirs, model = their_model(imported), imported.config.model
     compare = PROOFS.get(model.trunk, differences_of_a_stack)
+    compare = differences_of_a_task if head_of(imported.config) else compare
     largest = max(float(each.abs().max()) for each in compare(imported, theirs))
     if model.trunk != "decoder" or largest > LIMIT:
         return Proof(largest, None)
@@ -75,8 +77,20 @@ def differences_of_a_stack(imported: Imported, theirs: Any) -> list[Tensor]:
         logits = answer.logits if "logits" in answer else answer.prediction_logits
         differences.append((heads["lm"](hidden_BTD) - logits)[keep_BT])
     if "pair" in heads and "pair" not in fresh:
-        differences.append(heads["pair"](hidden_BTD) - answer.seq_relationship_logits)
+        logits = answer.sop_logits if "sop_logits" in answer else answer.seq_relationship_logits
+        differences.append(heads["pair"](hidden_BTD) - logits)
     return differences
+
+
+def differences_of_a_task(imported: Imported, theirs: Any) -> list[Tensor]:
+    """Where hidden states and the answers of a task's head differ."""
+    tokens_BT, inputs, words = same_rows(imported.config.model, theirs.config.pad_token_id)
+    keep_BT, options = words["attention_mask"].bool(), imported.config.objective
+    hidden_BTD = imported.learner.trunk(inputs)
+    expected = theirs.base_model(tokens_BT, **words).last_hidden_state
+    ours = answers(options, imported.learner.heads, hidden_BTD, keep_BT)
+    logits = their_answers(theirs, options.name, tokens_BT, words)
+    return [(hidden_BTD - expected)[keep_BT], ours - logits]
 
 
 def differences_of_two_stacks(imported: Imported, theirs: Any) -> list[Tensor]:

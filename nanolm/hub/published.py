@@ -25,8 +25,10 @@ from nanolm.errors import UserError, require
 from nanolm.hub.configs import Published
 from nanolm.hub.families import FAMILIES, Family
 from nanolm.hub.folder import NeedsFlagError, read_object, read_tokenizer, read_weights
+from nanolm.hub.heads import with_task
 from nanolm.hub.keys import Tensors
 from nanolm.learner import Learner
+from nanolm.registry import OBJECTIVES
 
 OLD_NAMES = (("gamma", "weight"), ("beta", "bias"))
 WRAPPERS = ("module.", *dict.fromkeys(f.prefix for f in FAMILIES.values() if f.prefix))
@@ -70,6 +72,7 @@ def read_published(
         f"vocab_size {keys['vocab_size']}; fetch the tokenizer of this model",
     )
     stored = read_weights(folder, pickled=pickled)
+    chosen = with_task(chosen, published, stored, row_length(keys))
     return assembled(chosen, published, keys, stored, tokenizer, str(folder))
 
 
@@ -108,10 +111,18 @@ def assembled(
 
 def model_keys(family: Family, published: Published) -> dict[str, Any]:
     """The keys of our model that a config.json describes."""
-    return family.to_model(published) | {
+    keys = family.to_model(published) | {
         "vocab_size": published.size("vocab_size"),
         "tied": bool(published.get("tie_word_embeddings", family.tied)),
     }
+    if family.acts_alike:
+        keys["head_activation"] = keys["feed_forward"]
+    return keys
+
+
+def row_length(keys: Mapping[str, Any]) -> int:
+    """Tokens per row of a model with these keys."""
+    return min(ROW_LENGTH, keys["max_length"])
 
 
 def family_of(path: pathlib.Path, found: object, named: str | None) -> Family:
@@ -131,12 +142,14 @@ def family_of(path: pathlib.Path, found: object, named: str | None) -> Family:
 
 def as_config(family: Family, keys: dict, names: frozenset[str], tokenizer: Tokenizer) -> Config:
     """The run's config that a checkpoint of this model has."""
+    objective = family.objective(names)
+    schema = getattr(OBJECTIVES.get(objective["name"]).build, "schema", Config)
     base = {
         "model": keys,
-        "objective": family.objective(names),
-        "data": {"row_length": min(ROW_LENGTH, keys["max_length"])},
+        "objective": objective,
+        "data": {"row_length": row_length(keys)},
     }
-    return build.resolve(load_config([], base=base), tokenizer)
+    return build.resolve(load_config([], schema=schema, base=base), tokenizer)
 
 
 def spellings(key: str, prefix: str) -> list[str]:

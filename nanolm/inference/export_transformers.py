@@ -21,6 +21,7 @@ from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import UserError
 from nanolm.hub.configs import Published
 from nanolm.hub.families import FAMILIES, Family
+from nanolm.hub.families.bert import TRANSFORM
 from nanolm.hub.importing import proved
 from nanolm.hub.keys import Tensors
 from nanolm.hub.published import Imported
@@ -102,10 +103,17 @@ def published_tensors(family: Family, model: ModelConfig, tensors: Mapping[str, 
             f"no model of transformers computes this one exactly: {family.name} is nearest, but "
             f"its vocabulary head has no transform; export it with --format nanolm"
         )
+    activation = family.head_activation(model)
+    if TRANSFORM in tensors and model.head_activation != activation:
+        raise UserError(
+            f"no model of transformers computes this one exactly: {family.name} is nearest, but "
+            f"its vocabulary head has {activation} there and model.head_activation is "
+            f"{model.head_activation}; export it with --format nanolm"
+        )
     known = {rule.ours for rule in family.table.rules(model)}
     if SEGMENTS in known and SEGMENTS not in tensors:
         # BERT always adds the first of its segments: nothing.
-        tensors = {**tensors, SEGMENTS: torch.zeros(1, model.d_model)}
+        tensors = {**tensors, SEGMENTS: torch.zeros(1, model.embedded_width)}
     extra = tensors.keys() - known
     if extra:
         raise UserError(

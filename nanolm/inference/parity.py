@@ -32,6 +32,7 @@ LLAMA = {
     "max_position_embeddings": 48,
 }
 BERT = LLAMA
+ALBERT = BERT | {"embedding_size": 12}
 ROBERTA = BERT | {"max_position_embeddings": 50, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
 DISTILBERT = {"n_layers": 2, "n_heads": 4, "dim": 32, "hidden_dim": 48}
 DISTILBERT |= {"max_position_embeddings": 48}
@@ -57,6 +58,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "BertForMaskedLM",
         BERT | {"tie_word_embeddings": False},
     ),
+    "bert, next sentence": ("bert", "BertForNextSentencePrediction", BERT),
     "bert, trunk": ("bert", "BertModel", BERT),
     "qwen3": ("qwen3", "Qwen3ForCausalLM", LLAMA | {"head_dim": 16, "num_key_value_heads": 4}),
     "qwen3, 2 of 4 heads, tied": (
@@ -68,6 +70,20 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "roberta, trunk": ("roberta", "RobertaModel", ROBERTA),
     "distilbert, masked LM": ("distilbert", "DistilBertForMaskedLM", DISTILBERT),
     "distilbert, trunk": ("distilbert", "DistilBertModel", DISTILBERT),
+    "bert, masked LM, tanh gelu": ("bert", "BertForMaskedLM", BERT | {"hidden_act": "gelu_new"}),
+    "albert, masked LM and sentence order": ("albert", "AlbertForPreTraining", ALBERT),
+    "albert, masked LM": ("albert", "AlbertForMaskedLM", ALBERT),
+    "albert, masked LM, exact gelu": (
+        "albert",
+        "AlbertForMaskedLM",
+        ALBERT | {"hidden_act": "gelu"},
+    ),
+    "albert, masked LM, untied": (
+        "albert",
+        "AlbertForMaskedLM",
+        ALBERT | {"tie_word_embeddings": False},
+    ),
+    "albert, trunk": ("albert", "AlbertModel", ALBERT),
     "modernbert, masked LM": ("modernbert", "ModernBertForMaskedLM", MODERNBERT),
     "modernbert, trunk": ("modernbert", "ModernBertModel", MODERNBERT),
     "t5, v1.0": ("t5", "T5ForConditionalGeneration", T5),
@@ -85,6 +101,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "xlnet, trunk": ("xlnet", "XLNetModel", XLNET),
 }
 """name -> (family, class in transformers, its config)."""
+POOLERS = ("bert.pooler.dense.weight", "albert.pooler.weight")
 DIRECTIONS = ("in", "out")
 VOCABULARY = 256
 
@@ -92,13 +109,15 @@ VOCABULARY = 256
 @dataclasses.dataclass(frozen=True)
 class NoTokenizer:
     """What a model asks of its tokenizer when it is built: the size, and what the objectives of T5
-    and XLNet need of it."""
+    and XLNet and a reader of answers need of it."""
 
     pad: int
     vocab_size: int = VOCABULARY
     eos: int = 2
     sep: int = 3
     cls: int = 4
+    can_place: bool = True
+    separators: int = 1
     extra_ids: tuple[int, ...] = tuple(range(VOCABULARY - 32, VOCABULARY))
 
     def roles(self) -> dict[str, int]:
@@ -138,7 +157,7 @@ def difference(case: str, direction: str) -> float:
         imported = assembled(family, published, ours, stored, tokenizer, case)
         return prove(imported).largest
     pooled = family.classes.pooled is not None and theirs != family.classes.plain
-    names = frozenset({"bert.pooler.dense.weight"} if pooled else ())
+    names = frozenset(POOLERS if pooled else ())
     config = as_config(family, model_keys(family, published), names, tokenizer)
     learner = build.build_learner(config, build.build_objective(config, tokenizer))
     randomise(learner)

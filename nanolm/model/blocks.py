@@ -186,7 +186,8 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """n_layers blocks, with the final norm that pre-norm needs."""
+    """n_layers blocks, or one that runs n_layers times (Lan et al. 2020, section 3.1), with the
+    final norm that pre-norm needs."""
 
     block_kind: ClassVar[type[Block]] = Block
 
@@ -196,8 +197,9 @@ class Stack(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(
             self.block_kind(model, layer, spec, kernels, bias_kind)
-            for layer in range(model.n_layers)
+            for layer in range(1 if model.share_layers else model.n_layers)
         )
+        self.n_layers = model.n_layers
         # A pre-norm stream grows with every block; the head reads it at the size that the blocks'
         # layers read it.
         self.final_norm = Norm(model, kernels) if model.norm_position == "pre" else nn.Identity()
@@ -219,7 +221,8 @@ class Stack(nn.Module):
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        for layer, block in enumerate(self.blocks):
+        for layer in range(self.n_layers):
+            block = self.blocks[layer % len(self.blocks)]
             x_BTD = block(x_BTD, self.of_layer(context, layer))
         return self.final_dropout(self.final_norm(x_BTD))
 

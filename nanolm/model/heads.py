@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanolm.config.model import ModelConfig
-from nanolm.model.layers import Linear, Norm
+from nanolm.errors import require
+from nanolm.model.layers import FeedForward, Linear, Norm
 from nanolm.model.trunk import Trunk
 from nanolm.ops.contract import CrossEntropySpec, Kernels
 from nanolm.ops.reference import CrossEntropyOutput
@@ -29,17 +30,33 @@ class HeadRequest(NamedTuple):
     options: dict
 
 
+class Layout(NamedTuple):
+    """Where the sequences of a batch lie, in the flattened B x T."""
+
+    index_M: Tensor
+    """Flat place of every token, sequence by sequence."""
+    owner_M: Tensor
+    """The sequence that each of them belongs to."""
+    first_S: Tensor
+    """Flat place of each sequence's first token."""
+    last_S: Tensor
+    """Flat place of each sequence's last token."""
+
+
 class Transform(nn.Module):
-    """norm(gelu(W h)): what BERT puts before the vocabulary (Devlin et al. 2019, in its code)."""
+    """norm(act(W h)): what BERT puts before the vocabulary (Devlin et al. 2019, in its code); as
+    wide as the embeddings (Lan et al. 2020, in theirs)."""
 
     def __init__(self, model: ModelConfig, kernels: Kernels) -> None:
         super().__init__()
-        self.dense = Linear(model.d_model, model.d_model, kernels, bias=model.bias)
-        self.norm = Norm(model, kernels)
+        width = model.embedded_width
+        self.dense = Linear(model.d_model, width, kernels, bias=model.bias)
+        self.activation = FeedForward.ACTIVATIONS[model.head_activation]
+        self.norm = Norm(model, kernels, width)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
-        return self.norm(F.gelu(self.dense(hidden)))
+        """[..., D] -> [..., E], E the embeddings' width."""
+        return self.norm(self.activation(self.dense(hidden)))
 
 
 @HEADS.register("token_logits")
@@ -59,6 +76,11 @@ class TokenLogits(nn.Module):
         label_smoothing: bool = False,
     ) -> None:
         super().__init__()
+        require(
+            transform or model.embedding_width is None,
+            f"model.embedding_width={model.embedding_width} needs the head's transform, which "
+            f"brings hidden states to that width; set objective.transform to true",
+        )
         self.transform = Transform(model, kernels) if transform else nn.Identity()
         shape = trunk.embedding.weight.shape
         # The same tensor, not a copy: it gets both gradients and stands once in a checkpoint.
@@ -83,7 +105,7 @@ class TokenLogits(nn.Module):
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def features(self, hidden: Tensor) -> Tensor:
-        """[..., D] -> [..., D]: hidden states as the vocabulary's rows are compared with them."""
+        """[..., D] -> [..., E]: hidden states as the vocabulary's rows are compared with them."""
         hidden = self.transform(hidden)
         return hidden if self.scale is None else hidden * self.scale
 

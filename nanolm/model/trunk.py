@@ -8,7 +8,7 @@ only.
 
 The vocabulary projection, and every other way to read the hidden states, is a head (`heads.py`).
 
-Shapes: B batch, T tokens, S source tokens, D model width.
+Shapes: B batch, T tokens, S source tokens, D model width (E of embeddings that have their own).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from nanolm.config.model import ModelConfig
 from nanolm.model.blocks import Context, Stack, StackSpec
 from nanolm.model.cache import KeyValueCache
-from nanolm.model.layers import Norm
+from nanolm.model.layers import Linear, Norm
 from nanolm.model.positions import Positions
 from nanolm.ops.contract import Kernels
 from nanolm.ops.masks import Mask
@@ -60,19 +60,23 @@ class Trunk(nn.Module):
             raise ValueError("model.vocab_size must be known when the model is built")
         self.causal = spec.causal
         self.kernels = kernels  # for whoever chooses more of them later: Muon
-        self.embedding = nn.Embedding(model.vocab_size, model.d_model)
+        width = model.embedded_width
+        self.embedding = nn.Embedding(model.vocab_size, width)
         self.add_segments(model)
         entry = POSITIONS.get(model.positions.name)
-        self.positions = entry.build(model.positions, model, kernels)
-        self.embedding_norm = Norm(model, kernels) if model.embedding_norm else nn.Identity()
+        self.positions = entry.build(model.positions, as_embedded(model), kernels)
+        self.embedding_norm = Norm(model, kernels, width) if model.embedding_norm else nn.Identity()
         self.scale = math.sqrt(model.d_model) if model.embedding_scale else 1.0
         self.dropout = nn.Dropout(model.dropout) if model.dropout else nn.Identity()
+        self.projection = widening(model, kernels)
         self.stack = self.stack_kind(model, spec, kernels, self.positions.bias_kind)
         self.max_length = model.max_length
 
     def add_segments(self, model: ModelConfig) -> None:
         """A vector for each segment, if there are any."""
-        self.segments = nn.Embedding(model.n_segments, model.d_model) if model.n_segments else None
+        self.segments: nn.Embedding | None = None
+        if model.n_segments:
+            self.segments = nn.Embedding(model.n_segments, model.embedded_width)
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -112,7 +116,7 @@ class Trunk(nn.Module):
         # Absolute positions are added once, at the bottom; rotary and bias encodings leave x alone
         # and act inside each attention instead.
         x_BTD = positions.embed(x_BTD, positions_BT)
-        return self.dropout(self.embedding_norm(x_BTD)), positions_BT
+        return self.projection(self.dropout(self.embedding_norm(x_BTD))), positions_BT
 
     def forward(self, inputs: Inputs) -> Tensor:
         """Hidden states [B, T, D], after the final norm."""
@@ -127,6 +131,23 @@ class Trunk(nn.Module):
             source_mask=inputs.source_mask,
         )
         return self.stack(x_BTD, context)
+
+
+def as_embedded(model: ModelConfig) -> ModelConfig:
+    """The model as its embeddings see it: as wide as they are."""
+    if model.embedding_width is None:
+        return model
+    return dataclasses.replace(
+        model, d_model=model.embedding_width, head_dim=model.head_width, embedding_width=None
+    )
+
+
+def widening(model: ModelConfig, kernels: Kernels) -> nn.Module:
+    """From the embeddings' own width to the blocks': a vocabulary of 30,000 words then costs V E +
+    E D weights instead of V D (Lan et al. 2020, section 3.1)."""
+    if model.embedding_width is None:
+        return nn.Identity()
+    return Linear(model.embedding_width, model.d_model, kernels, bias=True)
 
 
 class EncoderDecoder(Trunk):

@@ -186,7 +186,7 @@ def estimate(
             train.activation_checkpointing,
             *READ.get(model.trunk, of_rows)(tokens, predicted_share, length, memory),
         ),
-        "logits": model.n_tokens * (8.0 * min(CHUNK, tokens) + 4.0 * model.d_model),
+        "logits": model.n_tokens * (8.0 * min(CHUNK, tokens) + 4.0 * model.embedded_width),
     }
     flops = train_flops_per_token(model, length, predicted_share=predicted_share, memory=memory)
     speed = gpus * ACCELERATORS[name].peak(train.precision) * mfu / flops
@@ -261,6 +261,7 @@ def scaled(model: ModelConfig, groups: int) -> ModelConfig:
         n_kv_heads=model.n_kv_heads and groups,
         d_model=int(model.d_model * scale),
         d_ff=model.d_ff and int(model.d_ff * scale),
+        embedding_width=model.embedding_width and max(1, int(model.embedding_width * scale)),
         n_layers=max(1, round(model.n_layers * scale)),
     )
 
@@ -275,7 +276,8 @@ def largest(
         if groups not in known:
             model = scaled(config.model, groups)
             small = sizes_of(dataclasses.replace(model, n_layers=2))
-            known[groups] = model, small.deeper(model.n_layers)
+            # One block that runs often has no more weights in a deeper model.
+            known[groups] = model, small if model.share_layers else small.deeper(model.n_layers)
         return known[groups]
 
     def fits(groups: int, strategy: str, gpus: int) -> bool:

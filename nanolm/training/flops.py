@@ -46,7 +46,11 @@ def forward_flops_per_token(
     and of two streams the places to a token.
     """
     blocks = BLOCKS.get(model.trunk, one_stack)(model, row_length, predicted_share, memory)
-    return blocks + 2.0 * predicted_share * model.d_model * (model.vocab_size or 0)
+    width = model.embedded_width
+    vocabulary = 2.0 * predicted_share * width * (model.vocab_size or 0)
+    if model.embedding_width is not None:  # into the blocks, and out again before the vocabulary
+        vocabulary += 2.0 * (1.0 + predicted_share) * width * model.d_model
+    return blocks + vocabulary
 
 
 def one_stack(model: ModelConfig, row_length: int, share: float = 1.0, memory: int = 0) -> float:

@@ -187,6 +187,10 @@ class Task:
         )
         return dict(zip(self.fields, parts))
 
+    def n_specials(self, n_texts: int) -> int:
+        """How many special tokens frame so many texts."""
+        return self.framing.n_specials(n_texts, self.tokenizer.separators)
+
     def frame(self, first: np.ndarray, second: np.ndarray | None = None) -> tuple[Sequence, int]:
         """(framed sequence of at most row_length tokens, tokens cut); the longer text is cut."""
         return self.framing.around(

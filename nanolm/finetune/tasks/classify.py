@@ -24,7 +24,7 @@ from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import require
 from nanolm.finetune.tasks import metrics
 from nanolm.finetune.tasks.base import OwnOptions, PairOptions, Task, chosen
-from nanolm.finetune.tasks.heads import Pooling, pooling_of
+from nanolm.finetune.tasks.heads import Activation, Pooling, pooling_of
 from nanolm.finetune.tasks.items import Item, text_problem
 from nanolm.finetune.tasks.metrics import Metric, Report
 from nanolm.model.heads import HeadRequest
@@ -38,6 +38,8 @@ class HeadOptions(PairOptions):
 
     pooling: Pooling = "auto"
     """auto: mean for an encoder, last for a decoder and for two streams; or cls, mean, last."""
+    activation: Activation = "tanh"
+    """Between the head's two layers: tanh, or relu as DistilBERT's heads in transformers have."""
     head_dropout: float = 0.1
     """Dropout before the head's last layer."""
 
@@ -51,7 +53,8 @@ class PooledOptions(HeadOptions):
     """Options of tasks that decide about a text or a pair."""
 
     pair: bool | None = None
-    """Read text and text_pair; null: when the train split has a column text_pair."""
+    """Read text and text_pair; null: when the train split has a column text_pair, and of a model
+    that was not trained here (`nanolm import`) when the record has one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,7 +87,12 @@ def sequence_head(options: HeadOptions, trunk: str, n_classes: int) -> HeadReque
     pooling = pooling_of(options.pooling, trunk)
     return HeadRequest(
         "sequence",
-        {"n_classes": n_classes, "pooling": pooling, "dropout": options.head_dropout},
+        {
+            "n_classes": n_classes,
+            "pooling": pooling,
+            "dropout": options.head_dropout,
+            "activation": options.activation,
+        },
     )
 
 
@@ -113,7 +121,23 @@ class Pooled(Task):
 
     def check(self, record: Record, *, with_gold: bool) -> str | None:
         """Texts must be there and not empty; what else, `check_gold` says."""
-        return text_problem(record, self.fields) or (with_gold and self.check_gold(record)) or None
+        return (
+            text_problem(record, self.fields_of(record))
+            or (with_gold and self.check_gold(record))
+            or None
+        )
+
+    def fields_of(self, record: Record) -> tuple[str, ...]:
+        """The texts that are read of a record."""
+        if self.options.pair is None and record.get("text_pair") is not None:
+            return self.split_by
+        return self.fields
+
+    def record_of(self, line: str) -> Record:
+        """One text, or two separated by a tab."""
+        if self.options.pair is None and line.count("\t") == 1:
+            return dict(zip(self.split_by, line.split("\t"), strict=True))
+        return super().record_of(line)
 
     def check_gold(self, record: Record) -> str | None:
         """Why the record's label cannot be used, or None."""
@@ -125,7 +149,8 @@ class Pooled(Task):
 
     def items(self, record: Record, index: int, *, with_gold: bool) -> list[Item]:
         """One item: the framed text."""
-        second = self.encode(record["text_pair"]) if self.options.pair else None
+        two = len(self.fields_of(record)) == 2
+        second = self.encode(record["text_pair"]) if two else None
         sequence, cut = self.frame(self.encode(record["text"]), second)
         return [Item(index, [sequence], self.gold_of(record) if with_gold else None, cut)]
 

@@ -1,6 +1,7 @@
 """Frames: the special tokens around a task's texts, as the trunk knows them from pretraining.
 
 encoder      <cls> A <sep>    <cls> A <sep> B <sep>       (Devlin et al. 2019)
+             <s> A </s>       <s> A </s></s> B </s>       (Liu et al. 2019), if the tokenizer says
 two_stream   A <sep> <cls>    A <sep> B <sep> <cls>       (Yang et al. 2019)
 decoder      <eos> A <eos>    <eos> A <sep> B <eos>       every document begins behind an end
 """
@@ -32,9 +33,9 @@ class Frame:
     apart: int = 0
     """How many of the last tokens have a segment of their own, the third."""
 
-    def n_specials(self, n_texts: int) -> int:
-        """How many special tokens frame so many texts."""
-        return len(self.begin) + len(self.end) + n_texts - 1
+    def n_specials(self, n_texts: int, separators: int = 1) -> int:
+        """How many special tokens frame so many texts, `separators` of them between each two."""
+        return len(self.begin) + len(self.end) + (n_texts - 1) * separators
 
     def around(
         self,
@@ -48,7 +49,7 @@ class Frame:
         """(sequence of at most `length` tokens, tokens cut) of one text or two, as token ids; the
         longer one is cut."""
         begin, end = (list(map(tokenizer.role, r)) for r in (self.begin, self.end))
-        room = length - self.n_specials(1 if second is None else 2)
+        room = length - self.n_specials(1 if second is None else 2, tokenizer.separators)
         total = len(first) + (0 if second is None else len(second))
         if second is None:
             first = first[:room]
@@ -57,9 +58,9 @@ class Frame:
             half = room // 2
             keep = min(len(first), max(half, room - len(second)))
             first, second = first[:keep], second[: room - keep]
-            parts = [begin, first, [tokenizer.sep], second, end]
+            parts = [begin, first, [tokenizer.sep] * tokenizer.separators, second, end]
         tokens = np.concatenate(parts).astype(np.int64)
-        begins_second = len(tokens) if second is None else len(begin) + len(first) + 1
+        begins_second = len(tokens) if second is None else len(tokens) - len(second) - len(end)
         sequence = Sequence(tokens, begins_second, mark_shared, self.apart)
         return sequence, max(0, total - room)
 

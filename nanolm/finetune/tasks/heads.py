@@ -1,6 +1,6 @@
 """Heads of tasks: what reads whole sequences, words or spans out of hidden states.
 
-    sequence    pooled -> W2 tanh(W1 h): classes, scores     classify, regress, choose, rank
+    sequence    pooled -> W2 act(W1 h): classes, scores      classify, regress, choose, rank
     words       hidden of a word's first piece -> tags       tag
     span        hidden -> start and end scores               read
     embedding   pooled -> unit vector                        embed
@@ -14,7 +14,8 @@ Shapes: B rows, T tokens of a row, S sequences, M tokens of all sequences, D mod
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,24 +24,13 @@ from torch import Tensor, nn
 from nanolm.config.model import ModelConfig
 from nanolm.errors import require
 from nanolm.finetune.tasks.frames import frame_of
+from nanolm.model.heads import Layout
 from nanolm.model.trunk import Trunk
 from nanolm.ops.contract import Kernels
 from nanolm.registry import HEADS
 
 Pooling = Literal["auto", "cls", "mean", "last"]
-
-
-class Layout(NamedTuple):
-    """Where the sequences of a batch lie, in the flattened B x T."""
-
-    index_M: Tensor
-    """Flat place of every token, sequence by sequence."""
-    owner_M: Tensor
-    """The sequence that each of them belongs to."""
-    first_S: Tensor
-    """Flat place of each sequence's first token."""
-    last_S: Tensor
-    """Flat place of each sequence's last token."""
+Activation = Literal["tanh", "relu"]
 
 
 def pooling_of(pooling: Pooling, trunk: str) -> Pooling:
@@ -90,7 +80,13 @@ def pool(hidden_BTD: Tensor, layout: Layout, pooling: Pooling) -> Tensor:
 
 @HEADS.register("sequence")
 class SequenceLogits(nn.Module):
-    """W2 dropout(tanh(W1 pool(h))): BERT's head (Devlin et al. 2019, section 4) on any pooling."""
+    """W2 dropout(act(W1 pool(h))): BERT's head (Devlin et al. 2019, section 4) on any pooling, with
+    tanh, or with the ReLU of DistilBERT's (Sanh et al. 2019, in their code)."""
+
+    ACTIVATIONS: ClassVar[dict[str, Callable[[Tensor], Tensor]]] = {
+        "tanh": torch.tanh,
+        "relu": F.relu,
+    }
 
     def __init__(
         self,
@@ -101,9 +97,11 @@ class SequenceLogits(nn.Module):
         n_classes: int,
         pooling: Pooling,
         dropout: float = 0.0,
+        activation: Activation = "tanh",
     ) -> None:
         super().__init__()
         self.pooling = pooling
+        self.activation = self.ACTIVATIONS[activation]
         self.dense = nn.Linear(model.d_model, model.d_model)
         self.dropout = nn.Dropout(dropout)
         self.out = nn.Linear(model.d_model, n_classes)
@@ -111,7 +109,7 @@ class SequenceLogits(nn.Module):
     def forward(self, hidden_BTD: Tensor, layout: Layout) -> Tensor:
         """[B, T, D] -> [S, C], float32."""
         pooled_SD = pool(hidden_BTD, layout, self.pooling).to(hidden_BTD.dtype)
-        return self.out(self.dropout(torch.tanh(self.dense(pooled_SD)))).float()
+        return self.out(self.dropout(self.activation(self.dense(pooled_SD)))).float()
 
 
 @HEADS.register("words")

@@ -9,7 +9,8 @@ Natural Questions"). An answer's score is log p_start + log p_end, each within i
 that a window which is sure of its first token does not outbid one which is sure of a span; "no
 answer" scores what the first token does in the window where it scores least.
 
-Token ids become characters by their byte lengths, which needs a tokenizer that loses nothing.
+Token ids become characters by their byte lengths, where the tokenizer loses nothing, or as the
+package `tokenizers` tells of a tokenizer.json.
 
 Shapes: B rows, T tokens, S sequences (one per window), M tokens of all windows, L longest window.
 """
@@ -102,12 +103,12 @@ class Read(Task):
     def __init__(self, options: ReadOptions, config: Config, tokenizer: Tokenizer) -> None:
         super().__init__(options, config, tokenizer)
         require(
-            tokenizer.lossless,
+            tokenizer.can_place,
             "objective=read must map tokens back to characters, and this tokenizer normalises "
             "text; use a base whose tokenizer `nanolm prepare` trained",
         )
         self.question_length = min(options.question_length, self.length // 2)
-        room = self.length - self.framing.n_specials(2) - self.question_length
+        room = self.length - self.n_specials(2) - self.question_length
         require(
             options.stride < room,
             f"objective.stride={options.stride} leaves no way forward: beside a question of "
@@ -178,12 +179,10 @@ class Read(Task):
         question = self.encode(record["question"])
         cut = max(0, len(question) - self.question_length)
         question = question[: self.question_length]
-        context = self.encode(record["context"])
-        ends = np.cumsum(self.tokenizer.byte_length[context].astype(np.int64))
-        begins = ends - self.tokenizer.byte_length[context]
+        context, begins, ends = self.tokenizer.encode_places(record["context"])
         answer = self.located(record) if with_gold else None
         span = None if answer is None else token_span(record["context"], answer, begins, ends)
-        room = self.length - self.framing.n_specials(2) - len(question)
+        room = self.length - self.n_specials(2) - len(question)
         step = room - self.options.stride
         items = []
         for start in range(0, max(1, len(context) - self.options.stride), step):  # to the end

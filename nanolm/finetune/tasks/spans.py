@@ -1,7 +1,7 @@
 """Gold answers as spans of their context: characters, bytes and tokens of the same stretch of text.
 
-Token ids become characters by their byte lengths, so a span is exact where the tokenizer loses
-nothing. Used by the task `read`, before a batch exists and after its answers came back.
+Tokens stand where `Tokenizer.encode_places` says. Used by the task `read`, before a batch exists
+and after its answers came back.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ BLOCK = "trunk.stack.blocks.{}"
 PLAIN = ("gelu", "gelu_tanh", "relu2")
 
 COMMON = {
+    "share_layers": False,
     "qk_norm": False,
     "embedding_scale": False,
     "attention_softcap": None,
@@ -90,6 +91,11 @@ class Family:
     classes: Classes
     fits: Mapping[str, Any]
     """Keys of our model that the family fixes: a value, or a tuple of those that it knows."""
+    narrow: bool = False
+    """Whether its embeddings have a width of their own."""
+    acts_alike: bool = False
+    """Whether the transform before the vocabulary has the activation of the blocks; that of other
+    families is an exact GELU."""
     misfits: Callable[[ModelConfig], list[str]] = shared_width
     """What else of our model the family does not compute, in words."""
     pad: int | None = None
@@ -130,4 +136,10 @@ class Family:
                 value = getattr(value, part)
             if not (value in wanted if isinstance(wanted, tuple) else value == wanted):
                 found.append(f"model.{key} is {value}")
+        if self.narrow != (model.embedding_width is not None):
+            found.append(f"model.embedding_width is {model.embedding_width}")
         return found + self.misfits(model)
+
+    def head_activation(self, model: ModelConfig) -> str:
+        """The activation that the family's transform before the vocabulary has in such a model."""
+        return model.feed_forward if self.acts_alike else "gelu"

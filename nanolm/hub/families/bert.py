@@ -212,6 +212,7 @@ def distilbert_model(config: Published) -> dict[str, Any]:
 
 BERT = Family(
     name="bert",
+    acts_alike=True,
     table=BERT_TABLE,
     classes=Classes("BertConfig", "BertForMaskedLM", "BertForPreTraining"),
     fits=ENCODER,
@@ -229,6 +230,7 @@ BERT = Family(
 )
 ROBERTA = Family(
     name="roberta",
+    acts_alike=True,
     table=ROBERTA_TABLE,
     classes=Classes("RobertaConfig", "RobertaForMaskedLM"),
     fits=ENCODER | {"n_segments": 1},
@@ -248,6 +250,7 @@ ROBERTA = Family(
 )
 DISTILBERT = Family(
     name="distilbert",
+    acts_alike=True,
     table=DISTILBERT_TABLE,
     classes=Classes("DistilBertConfig", "DistilBertForMaskedLM"),
     fits=ENCODER | {"n_segments": 0, "norm_eps": 1e-12},

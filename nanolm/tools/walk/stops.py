@@ -250,9 +250,10 @@ def of_hidden(learner: Any, layer: int, found: Recording) -> Stop:
     """What the trunk returns."""
     hidden_BTD, trunk = found.hidden_BTD, learner.trunk
     assert hidden_BTD is not None
+    depth = sum(stack.n_layers for stack in trunk.stacks)
     return Stop(
         name="hidden",
-        says=f"{shape(hidden_BTD)} = [B, T, D] after {len(trunk.blocks)} blocks, each attention "
+        says=f"{shape(hidden_BTD)} = [B, T, D] after {depth} blocks, each attention "
         f"and feed-forward with its norm and residual sum",
         places=(place_of(trunk.forward), place_of(trunk.blocks[layer].compute)),
         figures={"shape": list(hidden_BTD.shape)},
