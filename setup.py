@@ -5,9 +5,11 @@ import pathlib
 
 from setuptools import find_packages, setup
 
+ONNX = ["onnx", "onnxruntime", "onnxscript"]
 FINETUNE = ["rouge-score", "sacrebleu", "scikit-learn", "seqeval"]
 DEV = [
     *FINETUNE,
+    *ONNX,
     "datasets",
     "flask",
     "flask-cors",
@@ -57,6 +59,7 @@ setup(
         "dev": DEV,
         "finetune": FINETUNE,
         "hf": ["datasets", "transformers"],
+        "onnx": ONNX,
         "plot": ["matplotlib"],
         "tensorboard": ["tensorboard"],
         "zstd": ["zstandard"],

@@ -45,9 +45,10 @@ class Proof:
 
 
 @torch.no_grad()
-def prove(imported: Imported) -> Proof:
-    """Raises UserError when transformers finds no place for a tensor."""
-    theirs, model = their_model(imported), imported.config.model
+def prove(imported: Imported, theirs: Any = None) -> Proof:
+    """Ours beside transformers' model of the published tensors, or beside `theirs`, where that is
+    more (an adapter on it). Raises UserError when transformers finds no place for a tensor."""
+    theirs, model = theirs or their_model(imported), imported.config.model
     compare = PROOFS.get(model.trunk, differences_of_a_stack)
     largest = max(float(each.abs().max()) for each in compare(imported, theirs))
     if model.trunk != "decoder" or largest > LIMIT:
