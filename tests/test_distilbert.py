@@ -19,7 +19,7 @@ from nanolm.config.load import load_config
 from nanolm.distributed.world import World
 from nanolm.errors import UserError
 from nanolm.hub.importing import base_of
-from nanolm.rules.distilbert import COSINE, SOFT
+from nanolm.rules.distilbert import COSINE, SOFT, tokens_of
 from nanolm.saved import open_saved
 from nanolm.training.batch import MicroBatch
 from nanolm.training.engine import Engine
@@ -30,7 +30,6 @@ from tests.published import write_published
 from tests.tiny_run import bounds, in_ranks
 
 ROWS = 6
-LENGTHS = [32, 9, 32, 20, 4, 32]
 MLM = ("--objective.name=mlm", "--model.trunk=encoder", "--train.precision=fp32")
 WEIGHTS = {"temperature": 3.0, "soft_weight": 1.5, "task_weight": 0.7, "cosine_weight": 0.4}
 
@@ -40,7 +39,7 @@ def teacher() -> str:
     """A run of three steps with four layers."""
     folder = pathlib.Path(tempfile.mkdtemp(prefix="nanolm-teacher-")) / "run"
     words = ("--model.n_layers=4", "--train.steps=3", "--schedule.warmup=0", "--optim.lr=0.02")
-    train(folder, *MLM, *words)
+    train(folder, *MLM, *words, "--model.dropout=0.1")
     return str(folder)
 
 
@@ -63,18 +62,12 @@ def learner_of(config):
 
 
 def batches(config, objective, rows):
-    """Micro-batches of the chosen rows, one a row, some of them short."""
+    """Micro-batches of the chosen rows, one a row."""
     stream = build_stream(config, objective, "train")
     loader = Loader(stream, objective, global_batch=ROWS, micro_batch=1)
     for row, batch in zip(range(ROWS), next(iter(loader)), strict=True):
-        if row not in rows:
-            continue
-        tensors, length = dict(batch.tensors), LENGTHS[row]
-        keep = tensors["masked_index"] < length
-        tensors["masked_index"] = tensors["masked_index"][keep]
-        tensors["masked_targets"] = tensors["masked_targets"][keep]
-        tensors["lengths"] = torch.tensor([length])
-        yield MicroBatch(tensors, {"mlm": int(keep.sum())}, batch.row_ids)
+        if row in rows:
+            yield batch
 
 
 def step(world, rule, scale=1.0, learner=None):
@@ -112,9 +105,9 @@ def test_the_loss_and_its_gradient_are_those_of_the_paper_by_hand():
     learner, taught = learner_of(config), open_saved(teacher(), phase="train").learner
     entropies, divergences, angles = [], [], []
     for batch in batches(config, learner.objective, range(ROWS)):
-        tensors, length = batch.tensors, int(batch.tensors["lengths"])
+        tensors = batch.tensors
         inputs = learner.objective.inputs(tensors)
-        student, master = (one.trunk(inputs)[0, :length] for one in (learner, taught))
+        student, master = (one.trunk(inputs)[0] for one in (learner, taught))
         logits, wisdom = learner.heads["lm"](student), taught.heads["lm"](master).detach()
         entropies.append(
             F.cross_entropy(
@@ -129,7 +122,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_paper_by_hand():
     assert means["mlm"] == pytest.approx(float(mlm.detach()), rel=1e-5)
     assert means[SOFT] == pytest.approx(float(soft.detach()), rel=1e-4)
     assert means[COSINE] == pytest.approx(float(cosine.detach()), rel=1e-5)
-    assert len(torch.cat(divergences)) == sum(LENGTHS) and soft > 0.01 and cosine > 0.01
+    assert len(torch.cat(divergences)) == ROWS * 32 and soft > 0.01 and cosine > 0.01
     (1.5 * soft + 0.7 * mlm + 0.4 * cosine).backward()
     assert_same(found, {n: p.grad for n, p in learner.named_parameters()})
 
@@ -250,7 +243,8 @@ UNTAUGHT = [
     ({"teacher": None}, [], "needs a teacher"),
     ({}, ["--model.d_model=16"], "is 32 wide and this model 16.*cosine_weight=0"),
     ({}, ["--model.vocab_size=640"], r"vocabulary of 512 and .* set model.vocab_size=512"),
-    ({}, ["--objective.name=clm", "--model.trunk=decoder"], "has no head|for masked words"),
+    ({}, ["--objective.name=clm", "--model.trunk=decoder"], "for masked words alone"),
+    ({}, ["--objective.name=mlm_pair", "--model.n_segments=2"], "has no head pair"),
 ]
 
 
@@ -260,6 +254,14 @@ def test_a_teacher_that_does_not_fit_is_refused(keys, words, told, tmp_path):
     options = [f"--train.rule.{key}={value}" for key, value in rule.items()]
     with pytest.raises(UserError, match=told):
         train(tmp_path / "run", *MLM, *options, "--train.steps=1", *words)
+
+
+def test_rows_that_are_not_full_are_refused():
+    short = {"tokens": torch.ones(2, 4, dtype=torch.int64), "lengths": torch.tensor([4, 2])}
+    full = MicroBatch({"tokens": short["tokens"]}, {}, torch.arange(2).numpy())
+    assert tokens_of([full, full.blank()]) == 8
+    with pytest.raises(UserError, match="means over all tokens of full rows"):
+        tokens_of([full, MicroBatch(short, {}, torch.arange(2).numpy())])
 
 
 def test_another_width_is_taught_without_the_angle(tmp_path):

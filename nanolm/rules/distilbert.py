@@ -3,9 +3,9 @@
     L = a T^2 KL(p_teacher || p_student) + b L_task + c (1 - cos(h_student, h_teacher))
 
 p = softmax(logits / T) over the vocabulary, h the last hidden state; both are means over all tokens
-that are no padding, hidden or not. The paper gives no weights: a = 5, b = 2, c = 1 and T = 2 are
-those of the authors' code. The teacher reads the same corrupted rows, in evaluation mode, and is in
-no checkpoint of the student: a run that is resumed opens it again.
+of the rows, hidden or not, and training rows of `mlm` are full. The paper gives no weights: a = 5,
+b = 2, c = 1 and T = 2 are those of the authors' code. The teacher reads the same corrupted rows, in
+evaluation mode, and is in no checkpoint of the student: a run that is resumed opens it again.
 
 Shapes: B rows, T tokens, V vocabulary, D model width.
 """
@@ -24,7 +24,7 @@ from nanolm.config.ranges import Within
 from nanolm.errors import UserError, require
 from nanolm.learner import Learner
 from nanolm.model.trunk import Inputs
-from nanolm.objectives.base import ForwardObjective, Term
+from nanolm.objectives.base import ForwardObjective, Term, length_of
 from nanolm.registry import RULES
 from nanolm.rules.base import Wrapped, WrapperOptions
 from nanolm.rules.distill import open_teacher
@@ -82,23 +82,25 @@ class BesideTeacher:
         with torch.no_grad():
             taught_BTD = self.teacher.trunk(self.inputs(batch))
             taught_BTV = self.teacher.heads["lm"](taught_BTD)
-        keep_BT = tokens_that_count(batch)
-        count = keep_BT.sum()
+        count = length_of(batch["tokens"].flatten())
         soft_BT = divergences(taught_BTV, heads["lm"](hidden_BTD), self.options.temperature)
-        terms |= {SOFT: Term((soft_BT * keep_BT).sum(), count)}
+        terms |= {SOFT: Term(soft_BT.sum(), count)}
         if self.options.cosine_weight > 0:
-            terms |= {COSINE: Term((distances(taught_BTD, hidden_BTD) * keep_BT).sum(), count)}
+            terms |= {COSINE: Term(distances(taught_BTD, hidden_BTD).sum(), count)}
         return terms
 
 
-def tokens_that_count(batch: dict[str, Tensor]) -> Tensor:
-    """bool [B, T]: which tokens of a batch of masked rows are no padding."""
-    tokens_BT = batch["tokens"]
-    if "documents" in batch:
-        return batch["documents"] >= 0
-    if "lengths" in batch:
-        return torch.arange(tokens_BT.shape[1], device=tokens_BT.device) < batch["lengths"][:, None]
-    return torch.ones_like(tokens_BT, dtype=torch.bool)
+def tokens_of(micro_batches: Sequence[MicroBatch]) -> int:
+    """Tokens of a rank's rows; raises UserError for rows that are not full.
+
+    Known on the host: to look for padding would make it wait for the device.
+    """
+    require(
+        not any("lengths" in batch.tensors for batch in micro_batches),
+        "train.rule=distilbert takes means over all tokens of full rows, and this objective's rows "
+        "are filled up; use --train.rule.name distill",
+    )
+    return sum(batch.tensors["tokens"].numel() for batch in micro_batches if len(batch.row_ids))
 
 
 def divergences(taught_BTV: Tensor, logits_BTV: Tensor, temperature: float) -> Tensor:
@@ -132,12 +134,12 @@ class Distilled(Wrapped):
 
 
 def require_fitting(engine: RuleEngine, teacher: Learner, options: DistilBertOptions) -> None:
-    """Raises UserError when this run does not predict masked words, or the widths differ."""
+    """Raises UserError when this run predicts anything but masked words, or the widths differ."""
     learner = engine.learner
     objective = learner.objective
     require(
-        "mlm" in objective.weights and "lm" in objective.heads,
-        f"train.rule=distilbert is for masked words (objective.name mlm or mlm_pair), and this run "
+        list(objective.weights) == ["mlm"] and "lm" in objective.heads,
+        f"train.rule=distilbert is for masked words alone (objective.name=mlm), and this run "
         f"minimises {', '.join(objective.weights)}; use --train.rule.name distill",
     )
     theirs, ours = (one.trunk.embedding.weight.shape[1] for one in (teacher, learner))
@@ -164,12 +166,7 @@ def distilbert(options: DistilBertOptions) -> GradientRule:
             teacher = open_teacher(path, learner)
             require_fitting(learner, teacher, options)
             teachers.append(teacher)
-        mine = sum(
-            int(tokens_that_count(batch.tensors).sum())
-            for batch in micro_batches
-            if len(batch.row_ids)
-        )
-        (count,) = learner.world.all_sum([mine])
+        (count,) = learner.world.all_sum([tokens_of(micro_batches)])
         # A rule around this one may have weighed the objective's terms: these two go along.
         outer = backward.weights["mlm"] / learner.learner.objective.weights["mlm"]
         weights = {SOFT: outer * options.soft_weight, COSINE: outer * options.cosine_weight}
