@@ -111,6 +111,22 @@ def test_an_adapter_of_peft_comes_in_and_goes_out_again(shape, kind, tmp_path):
     torch.testing.assert_close(logits_of_theirs(theirs), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_an_adapter_of_two_stacks_comes_in(tmp_path):
+    """One that reads across is refused, since our adapters leave that as it is."""
+    published, base = base_of("t5-gated", tmp_path)
+    for modules in (["SelfAttention.q", "wi_1"], ["EncDecAttention.q"]):
+        config = peft.LoraConfig(r=3, target_modules=modules)
+        model = peft.get_peft_model(their_base("t5-gated", published), config)
+        randomise(p for p in model.parameters() if p.requires_grad)
+        model.save_pretrained(tmp_path / modules[0])
+    words = [str(tmp_path / "run"), f"--base={base}", f"--json={tmp_path / 'figures.json'}"]
+    with pytest.raises(UserError, match=r"EncDecAttention.q, which nanolm does not change"):
+        cli.run(["import", str(tmp_path / "EncDecAttention.q"), *words])
+    cli.run(["import", str(tmp_path / "SelfAttention.q"), *words])
+    assert 0 < json.loads((tmp_path / "figures.json").read_text())["largest_difference"] < 1e-5
+    assert open_saved(tmp_path / "run").config.peft.targets == ["q", "up"]
+
+
 def adapted(saved, name="lora", heads=(), **options):
     """A model as a run with an adapter saves it, with random weights in it."""
     chosen = PEFT.get(name).options(**options)

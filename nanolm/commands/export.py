@@ -74,9 +74,10 @@ def run(arguments: Arguments) -> None:
         f"{folder} holds an adapter without its base; `nanolm merge` makes one model of both, and "
         f"--format peft writes the adapter alone",
     )
+    proof: dict[str, Any] = {}
     if arguments.format == "nanolm":
-        parts: dict[str, Tensors] = {"model": whole_tensors(folder, arguments.ema)}
-        files, proof = small_files(folder), {}
+        parts = {"model": whole_tensors(folder, arguments.ema)}
+        files = small_files(folder)
     else:
         saved = open_saved(folder, plugins=arguments.plugins, ema=arguments.ema)
         parts, files, proof = FORMATS[arguments.format](saved)

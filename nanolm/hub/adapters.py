@@ -79,7 +79,7 @@ class Place:
 def places(family: Family, model: ModelConfig) -> Iterator[Place]:
     """Every weight of the blocks that our low-rank methods reach."""
     for rule in family.table.rules(model):
-        *_, sublayer, linear, kind = (*rule.ours.split("."), "")[:-1]
+        sublayer, linear, kind = rule.ours.split(".")[-3:]
         if kind != "weight" or sublayer not in SUBLAYERS or linear not in LINEARS:
             continue
         rows = FUSED[linear][1](model) if linear in FUSED else ()
@@ -164,17 +164,22 @@ class Ours:
     tensors: Tensors
 
 
-def to_ours(family: Family, model: ModelConfig, changes: Mapping[str, Change], what: str) -> Ours:
-    """Changes by their modules as an adapter of ours; `what` names the file.
+def to_ours(
+    family: Family, model: ModelConfig, changes: Mapping[str, Change], base: Tensors, what: str
+) -> Ours:
+    """Changes by their modules as an adapter of ours; `base` are the learner's own weights, and
+    `what` names the file.
 
     Raises UserError for a module that nanolm does not change, for one that is changed in some
     layers only, and for modules of different ranks or scales.
     """
-    known = {module: place for place in places(family, model) for module in place.theirs}
+    # A family's table has the rules of all its models: T5's feed-forward is gated or not.
+    found = [place for place in places(family, model) if f"{place.ours}.weight" in base]
+    known = {module: place for place in found for module in place.theirs}
     named = {by_name(module, known, family, what): change for module, change in changes.items()}
     tensors: Tensors = {}
     counted: Counter[str] = Counter()
-    for place in dict.fromkeys(known.values()):
+    for place in found:
         names = place.parts if place.apart else (place.linear,)
         for part, module in zip(names, place.theirs, strict=True):
             if module in named:
@@ -182,7 +187,7 @@ def to_ours(family: Family, model: ModelConfig, changes: Mapping[str, Change], w
                 counted[part] += 1
     every = Counter(
         part
-        for place in dict.fromkeys(known.values())
+        for place in found
         for part in (place.parts if place.apart else (place.linear,))
     )
     some = next((part for part in counted if counted[part] != every[part]), None)

@@ -54,8 +54,8 @@ def import_adapter(
     model = saved.config.model
     family = family_of(model, learner_tensors(saved.learner), saved.tokenizer.roles())
     changes, facts = read_adapter(folder)
-    ours = to_ours(family, model, changes, str(folder))
     frozen = base_tensors(saved.learner)
+    ours = to_ours(family, model, changes, frozen, str(folder))
     options = options_of(ours, facts.get("lora_dropout", 0.0))
     adapter = attach(saved.learner, options, base=str(saved.folder))
     live = adapter.tensors(saved.learner)
