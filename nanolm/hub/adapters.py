@@ -186,9 +186,7 @@ def to_ours(
                 tensors |= our_names(place, part, named[module])
                 counted[part] += 1
     every = Counter(
-        part
-        for place in found
-        for part in (place.parts if place.apart else (place.linear,))
+        part for place in found for part in (place.parts if place.apart else (place.linear,))
     )
     some = next((part for part in counted if counted[part] != every[part]), None)
     if some is not None:
