@@ -5,9 +5,11 @@ import pathlib
 
 from setuptools import find_packages, setup
 
+ONNX = ["onnx", "onnxruntime", "onnxscript"]
 FINETUNE = ["rouge-score", "sacrebleu", "scikit-learn", "seqeval"]
 DEV = [
     *FINETUNE,
+    *ONNX,
     "datasets",
     "flask",
     "flask-cors",
@@ -59,6 +61,7 @@ setup(
         "finetune": FINETUNE,
         "gguf": ["gguf", "tokenizers"],
         "hf": ["datasets", "transformers"],
+        "onnx": ONNX,
         "plot": ["matplotlib"],
         "tensorboard": ["tensorboard"],
         "zstd": ["zstandard"],

@@ -38,6 +38,7 @@ import nanolm.peft.lora
 import nanolm.peft.prefix
 import nanolm.peft.prompt
 import nanolm.rules.adversarial
+import nanolm.rules.distilbert
 import nanolm.rules.distill
 import nanolm.rules.rdrop
 import nanolm.rules.replay

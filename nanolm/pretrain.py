@@ -10,6 +10,7 @@ from typing import Any, cast
 from nanolm import build
 from nanolm.checkpoint.checkpoints import load_trunk, locate
 from nanolm.checkpoint.facts import facts_of, require_same_facts
+from nanolm.checkpoint.fewer_layers import load_layers
 from nanolm.config.schema import Config
 from nanolm.data.shards.directory import unigram_counts
 from nanolm.data.stream import RowStream
@@ -98,6 +99,10 @@ def start_from(
         not adapted or config.init_from is not None,
         f"peft={config.peft.name} adapts trained weights; say which: --init_from RUN",
     )
+    require(
+        config.init_layers is None or config.init_from is not None,
+        "init_layers names layers of init_from, which is not set: --init_from RUN",
+    )
     if config.init_from is None or (checkpoint is not None and not adapted):
         return []
     base = locate(config.init_from)
@@ -107,12 +112,28 @@ def start_from(
         f"its weights mean other tokens: prepare the data with --tokenizer {base}/{MODEL_FILE}, or "
         f"leave out init_from",
     )
-    fresh = load_trunk(base, learner)
+    fresh, left_out = base_weights(config, base, learner)
     heads = f"; fresh heads: {', '.join(fresh)}" if fresh else ""
-    notes = [f"weights from {config.init_from}{heads}"]
+    less = f"; left out: {', '.join(left_out)}" if left_out else ""
+    notes = [f"weights from {config.init_from}{heads}{less}"]
     if adapted:
         notes.append(begin_adapter(config, learner, fresh, base, checkpoint))
     return notes
+
+
+def base_weights(
+    config: Config, base: pathlib.Path, learner: Learner
+) -> tuple[list[str], list[str]]:
+    """Fills the learner from its base, or from the layers of it that config.init_layers names;
+    returns (heads that start fresh, weights that were left out)."""
+    if config.init_layers is None:
+        return load_trunk(base, learner), []
+    require(
+        config.peft.name == "none",
+        f"peft={config.peft.name} adapts a base as a whole, and init_layers takes some of its "
+        f"layers; leave init_layers out",
+    )
+    return load_layers(base, learner, config.init_layers)
 
 
 def build_evaluator(

@@ -21,7 +21,7 @@ from nanolm.finetune.tasks.multi import PartItem
 from nanolm.objectives.base import Term
 from nanolm.peft.base import attach
 from nanolm.registry import OBJECTIVES, PEFT, RULES
-from nanolm.rules import distill
+from nanolm.rules import distilbert, distill
 from nanolm.training.batch import MicroBatch
 from nanolm.training.engine import Engine
 from nanolm.training.gradient import Backward, build_rule
@@ -247,6 +247,13 @@ def test_adversaries_of_packed_documents(name):
     step(*pretraining("clm", rule=RULE_CASES[name], documents=True))
 
 
+def test_distillation_in_pretraining(monkeypatch):
+    rule = {"name": "distilbert", "teacher": "given below"}
+    _, teacher, _ = pretraining("mlm", model=ENCODER)
+    monkeypatch.setattr(distilbert, "open_teacher", lambda path, engine: teacher)
+    step(*pretraining("mlm", model=ENCODER, rule=rule))
+
+
 PEFT_CASES = {name: {"name": name} for name in PEFT.names() if name != "none"}
 PEFT_CASES["prompt"] = {"name": "prompt", "init": "random", "length": 4}
 
@@ -266,5 +273,5 @@ def test_everything_built_in_is_walked_over():
     objectives = {objective for objective, _ in PRETRAINING.values()}
     assert built_in(OBJECTIVES) == objectives | {task for task, _ in CASES} | {"multi"}
     # Replay's passes are those of a pretraining objective beside the task's own.
-    assert built_in(RULES) == {*RULE_CASES, "plain", "replay"} - {"nested"}
+    assert built_in(RULES) == {*RULE_CASES, "plain", "replay", "distilbert"} - {"nested"}
     assert built_in(PEFT) == {*PEFT_CASES, "none"}

@@ -258,20 +258,37 @@ def load_trunk(path: str | pathlib.Path, learner: nn.Module, *, ema: bool = True
     encoder takes of an encoder-decoder the encoder, and no head. Raises UserError when the trunk is
     of another shape.
     """
+    folder, saved = trained_tensors(path, ema=ema)
+    if not getattr(learner.trunk, "causal", True):  # a plug-in's trunk need not say it
+        saved = encoder_alone(saved)
+    return fill_learner(learner, saved, f"checkpoint {folder}")
+
+
+def trained_tensors(
+    path: str | pathlib.Path, *, ema: bool = True
+) -> tuple[pathlib.Path, dict[str, Tensor]]:
+    """(folder, tensors) of a checkpoint's folder or a run's, with the average of the weights in
+    their place where there is one."""
     folder = locate(path)
     saved = read_tensors(folder, "model")
     if ema and part_files(folder, "ema"):
         saved.update(read_tensors(folder, "ema"))
+    return folder, saved
+
+
+def fill_learner(learner: nn.Module, saved: Mapping[str, Tensor], what: str) -> list[str]:
+    """Fills the trunk, and each head that matches; returns the names of the heads that do not.
+
+    Raises UserError, which says `what` the tensors are of, when the trunk is of another shape.
+    """
     live = learner_tensors(learner)
-    if not getattr(learner.trunk, "causal", True):  # a plug-in's trunk need not say it
-        saved = encoder_alone(saved)
-    load_named(_part(live, "trunk."), _part(saved, "trunk."), f"checkpoint {folder}")
+    load_named(_part(live, "trunk."), _part(saved, "trunk."), what)
     fresh = []
     for name in cast(nn.ModuleDict, learner.heads):
         mine, theirs = _part(live, f"heads.{name}."), _part(saved, f"heads.{name}.")
         same = {k: v.shape for k, v in mine.items()} == {k: v.shape for k, v in theirs.items()}
         if same:
-            load_named(mine, theirs, f"checkpoint {folder}")
+            load_named(mine, theirs, what)
         else:
             fresh.append(name)
     return fresh

@@ -13,6 +13,7 @@ import pathlib
 from nanolm.commands.json_file import write_json
 from nanolm.errors import require
 from nanolm.hub.importing import import_folder
+from nanolm.inference.import_peft import import_adapter, is_adapter
 
 POSITIONAL = ("path", "out")
 
@@ -30,6 +31,8 @@ class Arguments:
     has no model_type."""
     allow_pickle: bool = False
     """Read pytorch_model.bin, a pickle: only its tensors, but still only from authors you trust."""
+    base: str | None = None
+    """Of an adapter of peft (adapter_config.json), the imported model that it belongs to."""
     json: str | None = None
     """Also write the figures to this file."""
 
@@ -38,6 +41,15 @@ def run(arguments: Arguments) -> None:
     """Read, prove, write."""
     out = pathlib.Path(arguments.out)
     require(not out.exists(), f"OUT {out} exists already; name a folder that does not")
+    if is_adapter(pathlib.Path(arguments.path)):
+        figures = import_adapter(pathlib.Path(arguments.path), out, arguments.base, print)
+        write_json(arguments.json, {"out": str(out), **figures})
+        return
+    require(
+        arguments.base is None,
+        f"--base is for an adapter, and {arguments.path} holds no adapter_config.json; leave it "
+        f"out",
+    )
     figures = import_folder(
         pathlib.Path(arguments.path),
         out,

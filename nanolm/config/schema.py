@@ -304,6 +304,9 @@ class Config:
     init_from: str | None = None
     """Checkpoint whose trunk (and matching heads) are the initial weights of a fresh run;
     hf:FOLDER takes a published one (see `nanolm import`)."""
+    init_layers: list[int] | None = None
+    """Layers of init_from, counted from 0, that the layers of a smaller model start from, one for
+    each; null: all, in their order."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     """What is trained."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)

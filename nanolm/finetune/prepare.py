@@ -120,6 +120,11 @@ def base_folder(config: TaskConfig) -> pathlib.Path:
             "nothing to fine-tune: set init_from to a run or checkpoint that nanolm wrote (with "
             "--weights random for its shape and tokenizer only)"
         )
+    require(
+        config.init_layers is None,
+        "init_layers is for pretraining, since a task's model has the shape of its base; leave it "
+        "out, or make a smaller model first: nanolm train --init_layers",
+    )
     base = locate(config.init_from, best=True)
     require_whole(base, config.init_from)
     return base

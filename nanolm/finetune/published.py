@@ -40,6 +40,21 @@ def task_folder(
 
     Raises UserError when transformers has no such head, or computes something else.
     """
+    task, families = saved.config.objective.name, families_of(saved)
+    tensors = scaled(task, saved.config.objective, learner_tensors(saved.learner))
+    named, files, model_class = described_folder(saved, tensors, families)
+    facts = json.loads(files["config.json"])
+    theirs = their_model(model_class, facts)
+    if theirs is not None:
+        theirs.load_state_dict(named, strict=True)
+    difference = proved(saved, theirs, note)
+    files |= tokenizer_files(saved.tokenizer, saved.config.model)
+    figures = {"largest_difference": difference, "greedy_tokens": None}
+    return named, files, figures | {"texts_with_other_ids": compared(saved.tokenizer, files, note)}
+
+
+def families_of(saved: Saved) -> dict[str, Family]:
+    """The families that have the head of a fine-tuned model; raises UserError when none has."""
     task = saved.config.objective.name
     families = families_with(task, saved.config.objective)
     require(
@@ -54,16 +69,20 @@ def task_folder(
         f"the first token; fine-tune with --objective.pooling cls, or export it with --format "
         f"nanolm",
     )
-    tensors = scaled(task, saved.config.objective, learner_tensors(saved.learner))
+    return families
+
+
+def described_folder(
+    saved: Saved, tensors: Tensors, families: Mapping[str, Family]
+) -> tuple[Tensors, dict[str, bytes], str]:
+    """(published tensors, config.json, transformers' class) of a fine-tuned model's tensors."""
     named, files = transformers_folder(saved.config, saved.tokenizer, tensors, families)
     facts = json.loads(files["config.json"])
     model_class = families[facts["model_type"]].classes.plain
-    facts |= {"architectures": [model_class], **described(task, saved.config.objective)}
+    options = saved.config.objective
+    facts |= {"architectures": [model_class], **described(options.name, options)}
     files["config.json"] = json.dumps(facts, indent=2, ensure_ascii=False).encode() + b"\n"
-    difference = proved(saved, model_class, named, facts, note)
-    files |= tokenizer_files(saved.tokenizer, saved.config.model)
-    figures = {"largest_difference": difference, "greedy_tokens": None}
-    return named, files, figures | {"texts_with_other_ids": compared(saved.tokenizer, files, note)}
+    return named, files, model_class
 
 
 def scaled(task: str, options: Any, tensors: Tensors) -> Tensors:
@@ -96,25 +115,29 @@ def described(task: str, options: Any) -> dict[str, Any]:
     return facts
 
 
-@torch.no_grad()
-def proved(
-    saved: Saved, model_class: str, named: Tensors, facts: Mapping[str, Any], note: Note
-) -> float | None:
-    """The largest difference of the answers on random rows, told; None without transformers.
-
-    Raises UserError above LIMIT.
-    """
+def their_model(model_class: str, facts: Mapping[str, Any]) -> Any:
+    """transformers' model of a config.json with random weights; None without transformers."""
     if not can_prove():
-        note("the proof was left out: transformers is not installed")
         return None
     import transformers  # noqa: PLC0415  (slow to import, and not always installed)
 
     built = getattr(transformers, model_class)
     config = built.config_class(**facts)
     config._attn_implementation = "eager"
-    theirs = built(config).float().eval()
-    theirs.load_state_dict(named, strict=True)
-    tokens_BT, inputs, words = same_rows(saved.config.model, config.pad_token_id)
+    return built(config).float().eval()
+
+
+@torch.no_grad()
+def proved(saved: Saved, theirs: Any, note: Note) -> float | None:
+    """The largest difference of the answers on random rows from transformers' model, told; None
+    without one.
+
+    Raises UserError above LIMIT.
+    """
+    if theirs is None:
+        note("the proof was left out: transformers is not installed")
+        return None
+    tokens_BT, inputs, words = same_rows(saved.config.model, theirs.config.pad_token_id)
     keep_BT = words["attention_mask"].bool()
     ours = answers(saved, saved.learner.trunk(inputs), keep_BT)
     expected = their_answers(theirs, saved.config.objective.name, tokens_BT, words)
@@ -124,7 +147,8 @@ def proved(
         f"transformers computes something else of {saved.folder}: the largest difference is "
         f"{difference:.1e}, above {LIMIT:.0e}; nothing is written",
     )
-    note(f"proof: largest difference from {model_class} {difference:.1e} (float32)")
+    name = type(theirs).__name__
+    note(f"proof: largest difference from {name} {difference:.1e} (float32)")
     return difference
 
 

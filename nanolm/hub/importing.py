@@ -72,15 +72,15 @@ def import_folder(
     }
 
 
-def proved(imported: Imported, what: str, note: Note) -> Proof | None:
-    """The proof, told; None where transformers is not installed.
+def proved(imported: Imported, what: str, note: Note, theirs: Any = None) -> Proof | None:
+    """The proof, told; None where transformers is not installed. See `prove` for `theirs`.
 
     Raises UserError above LIMIT.
     """
     if not can_prove():
         note("the proof was left out: transformers is not installed")
         return None
-    proof = prove(imported)
+    proof = prove(imported, theirs)
     require(
         proof.largest <= LIMIT,
         f"transformers computes something else of {what}: the largest difference is "

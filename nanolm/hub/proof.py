@@ -47,9 +47,10 @@ class Proof:
 
 
 @torch.no_grad()
-def prove(imported: Imported) -> Proof:
-    """Raises UserError when transformers finds no place for a tensor."""
-    theirs, model = their_model(imported), imported.config.model
+def prove(imported: Imported, theirs: Any = None) -> Proof:
+    """Ours beside transformers' model of the published tensors, or beside `theirs`, where that is
+    more (an adapter on it). Raises UserError when transformers finds no place for a tensor."""
+    theirs, model = theirs or their_model(imported), imported.config.model
     compare = PROOFS.get(model.trunk, differences_of_a_stack)
     compare = differences_of_a_task if head_of(imported.config) else compare
     largest = max(float(each.abs().max()) for each in compare(imported, theirs))

@@ -38,7 +38,7 @@ class DistillOptions(WrapperOptions):
 
     name: str = "distill"
     teacher: str | None = None
-    """Run or checkpoint to learn from."""
+    """Run or checkpoint to learn from; hf:FOLDER takes a published one (see `nanolm import`)."""
     temperature: float = 2.0
     """T: divides the logits of both."""
     weight: float = 0.5
@@ -89,9 +89,11 @@ def divergence_from(taught_NC: Tensor, logits_NC: Tensor, temperature: float) ->
 
 def open_teacher(path: str, engine: RuleEngine) -> Learner:
     """The checkpoint in evaluation mode; raises UserError when it cannot teach this learner."""
+    from nanolm.hub.importing import base_of  # noqa: PLC0415  (as below)
     from nanolm.saved import open_saved  # noqa: PLC0415  (it imports what registers this rule)
 
-    saved = open_saved(path, phase="train", device=str(engine.world.device))
+    folder = base_of(path, print if engine.world.is_main else lambda line: None)
+    saved = open_saved(str(folder), phase="train", device=str(engine.world.device))
     student = engine.learner.objective
     missing = sorted(set(student.heads) - set(saved.learner.heads))
     require(

@@ -108,7 +108,10 @@ class SequenceLogits(nn.Module):
 
     def forward(self, hidden_BTD: Tensor, layout: Layout) -> Tensor:
         """[B, T, D] -> [S, C], float32."""
-        pooled_SD = pool(hidden_BTD, layout, self.pooling).to(hidden_BTD.dtype)
+        return self.decide(pool(hidden_BTD, layout, self.pooling).to(hidden_BTD.dtype))
+
+    def decide(self, pooled_SD: Tensor) -> Tensor:
+        """One vector per sequence -> [S, C], float32."""
         return self.out(self.dropout(self.activation(self.dense(pooled_SD)))).float()
 
 
