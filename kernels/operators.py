@@ -85,7 +85,7 @@ def differentiable(
 
     # With forward and setup_context apart, `apply` would ask for forward's signature at each call.
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    function = type(operator._name.rpartition(":")[2], (torch.autograd.Function,), members)
+    function: Any = type(operator._name.rpartition(":")[2], (torch.autograd.Function,), members)
 
     def call(*arguments: Any) -> Any:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():

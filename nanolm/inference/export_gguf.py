@@ -46,7 +46,7 @@ def gguf_file(saved: Saved, out: pathlib.Path, kind: str, note: Note) -> dict[st
     architecture = ARCHITECTURES[family.name]
     tensors = to_gguf(architecture, published_tensors(family, model, ours), model)
     values = model_values(architecture, model, kind)
-    values |= vocabulary_values(saved.tokenizer, model.vocab_size)
+    values |= vocabulary_values(saved.tokenizer, model.n_tokens)
     temporary = temporary_name(out)
     with full_disk_is_told(out, AGAIN):
         out.parent.mkdir(parents=True, exist_ok=True)

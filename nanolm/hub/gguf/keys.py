@@ -177,9 +177,9 @@ def shapes(architecture: Architecture, model: ModelConfig) -> dict[str, tuple[in
         "ffn_up": (inner, wide),
         "ffn_down": (wide, inner),
     }
-    found = {"output_norm.weight": (wide,)} | {
-        name: (model.vocab_size, wide) for name in ("token_embd.weight", "output.weight")
-    }
+    rows = (model.n_tokens, wide)
+    found: dict[str, tuple[int, ...]] = {"output_norm.weight": (wide,)}
+    found |= {"token_embd.weight": rows, "output.weight": rows}
     for name in names(architecture, model.n_layers, tied=model.tied):
         if name.startswith("blk."):
             found[name] = layer[name.split(".")[2]]
