@@ -111,6 +111,11 @@ def main(argv: list[str] | None = None) -> None:
         # What is still buffered would be written when Python ends, and fail once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(128 + signal.SIGPIPE) from None
+    except SystemExit as ended:
+        # rich, which prints our tables, ends the program itself, with status 1.
+        if isinstance(ended.__context__, BrokenPipeError):
+            raise SystemExit(128 + signal.SIGPIPE) from None
+        raise
     except OSError as error:
         sentence = refused_by_the_disk(error)
         if sentence is None:

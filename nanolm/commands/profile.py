@@ -19,6 +19,7 @@ from nanolm.build import build_tokenizer
 from nanolm.config.load import load_config
 from nanolm.distributed.world import close, launch
 from nanolm.run import rehearse
+from nanolm.tools.trace import write_trace
 from nanolm.training.phases import PHASES
 from nanolm.training.trainer import Trainer
 
@@ -58,8 +59,7 @@ def record(trainer: Trainer, trace: pathlib.Path) -> str:
         trainer.progress.enter("data", trainer.state.done + 1)
         trainer.step(trainer.engine.pad_passes(next(batches)))
     phases = trainer.progress.take_seconds()
-    trace.parent.mkdir(parents=True, exist_ok=True)
-    profiler.export_chrome_trace(str(trace))
+    write_trace(profiler, trace)
     sort = "self_cuda_time_total" if len(activities) > 1 else "self_cpu_time_total"
     table = profiler.key_averages().table(sort_by=sort, row_limit=20, max_name_column_width=50)
     shares = ", ".join(f"{phase} {phases[f'{phase}_seconds'] * 1e3:.1f} ms" for phase in PHASES)

@@ -25,6 +25,7 @@ from nanolm.tools.bench.admission import why_not
 from nanolm.tools.bench.clock import Clock, Step, clock_on
 from nanolm.tools.bench.shape import Shape, step_flops
 from nanolm.tools.bench.step import build_step
+from nanolm.tools.trace import write_trace
 from nanolm.training.throughput import peak_flops
 
 TRACED = 2
@@ -107,8 +108,7 @@ def record(clock: Clock, step: Step, path: pathlib.Path) -> dict[str, str]:
         for _ in range(TRACED):
             clock.take(step)
         clock.wait()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    profiler.export_chrome_trace(str(path))
+    write_trace(profiler, path)
     sort = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
     averages = profiler.key_averages()
     return {"operators": averages.table(sort_by=sort, row_limit=25, max_name_column_width=60)}
