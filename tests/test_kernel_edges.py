@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from nanolm.errors import UserError
-from nanolm.kernels import cross_entropy
 from nanolm.ops.bias import AlibiBias, DenseBias
 from nanolm.ops.contract import KERNELS, AttentionSpec, CrossEntropySpec, candidates, choose, kernel
 from nanolm.ops.masks import Mask
@@ -60,6 +59,8 @@ def test_options_of_the_loss_do_not_hide_a_wrong_target():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_loss_does_not_depend_on_its_chunks(monkeypatch, dtype):
+    from nanolm.kernels import cross_entropy
+
     hidden, weight = draw(11, 5).detach().to(dtype), draw(7, 5, seed=1)
     targets = torch.arange(11, device=DEVICE) % 7
     run, results = kernel_of("linear_cross_entropy", "triton").run, []
@@ -76,6 +77,8 @@ def test_the_loss_does_not_depend_on_its_chunks(monkeypatch, dtype):
 
 
 def test_chunks_of_the_loss_are_whole_tiles_of_its_products():
+    from nanolm.kernels import cross_entropy
+
     for n_columns in (7, 512, 30_522, 50_304, 128_256, 262_144, 10**7):
         chunk = cross_entropy.chunk_of(n_columns)
         assert chunk % 128 == 0

@@ -49,8 +49,21 @@ def become(mutant: Mutant, folder: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(mutant.source(), encoding="utf-8")
     nanolm.kernels.__path__.insert(0, folder)
-    for file in FILES:
-        importlib.import_module(f"nanolm.kernels.{file.removesuffix('.py').replace('/', '.')}")
+    for module in map(module_of, FILES):
+        importlib.import_module(module)
+
+
+def module_of(file: str) -> str:
+    """The module that a file of kernels/ is imported as."""
+    return f"nanolm.kernels.{file.removesuffix('.py').replace('/', '.')}"
+
+
+def require_not_imported() -> None:
+    """Raises RuntimeError when a kernel is in this process already: its mutants would never be
+    imported, and survive whatever is asked."""
+    early = sorted(set(map(module_of, FILES)) & sys.modules.keys())
+    if early:
+        raise RuntimeError(f"imported before any mutant: {', '.join(early)}")
 
 
 def ask(mutant: Mutant | str, folder: str) -> dict[str, Any]:
@@ -86,6 +99,7 @@ def child(mutant: Mutant | str, folder: str, pipe: Any) -> None:
 
 def examine(mutant: Mutant | str) -> dict[str, Any]:
     """The verdict on one mutant; one that crashes or does not end is found by that."""
+    require_not_imported()
     context = multiprocessing.get_context("fork")  # nothing here has threads or kernels yet
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
