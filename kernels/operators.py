@@ -91,7 +91,7 @@ def differentiable(
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return operator(*arguments)
         device = arguments[0].device.type
-        if n_cast == 0 or not torch.is_autocast_enabled(device):
+        if n_cast == 0 or device not in DEVICES or not torch.is_autocast_enabled(device):
             return function.apply(*arguments)
         # Before `apply`: what is saved for the backward pass has autocast's dtype too.
         cast = autocast_arguments(arguments, device, n_cast)
