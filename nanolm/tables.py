@@ -68,11 +68,14 @@ def cells_of(cells: Sequence[str], widths: Sequence[int], *, left: int = 1, gap:
 
 
 def beside(cells: Sequence[str], widths: Sequence[int], prose: str) -> str:
-    """Words of these widths, and sentences in what remains of the 80 columns beside them."""
-    words = cells_of(cells, widths, left=len(cells))
-    begin = " " * GAP + words.ljust(sum(widths) + GAP * len(cells))
-    lines = textwrap.wrap(prose, WIDTH - len(begin)) or [""]
-    return f"\n{' ' * len(begin)}".join([begin + lines[0], *lines[1:]]).rstrip()
+    """Words of these widths, and sentences in what remains of the 80 columns beside them; below
+    them where the words are wider than that."""
+    words = " " * GAP + cells_of(cells, widths, left=len(cells)).rstrip()
+    column = GAP + sum(widths) + GAP * len(cells)
+    lines = textwrap.wrap(prose, WIDTH - column)
+    if lines and len(words) <= column - GAP:
+        words = words.ljust(column) + lines.pop(0)
+    return f"\n{' ' * column}".join([words, *lines])
 
 
 def ending(text: str, most: int) -> str:

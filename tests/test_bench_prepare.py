@@ -25,8 +25,9 @@ def test_rates_and_memory_of_a_small_corpus(tmp_path, capsys):
 
 def test_a_corpus_is_grown_from_the_sources_sentences(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "FILE_BYTES", 20_000)
-    source = tmp_path / "small.txt"
-    source.write_text("".join(f"Sentence {n} is short. " for n in range(500)), encoding="utf-8")
+    source = tmp_path / "small.jsonl"
+    text = "".join(f"Sentence {n} is short. " for n in range(500))
+    source.write_text(json.dumps({"body": text}) + "\n", encoding="utf-8")
     folder = tmp_path / "corpus"
     corpus.grow([str(source)], "body", 50_000, folder)
     files = sorted(folder.iterdir())

@@ -127,6 +127,8 @@ def test_sentencepiece_ids_are_the_librarys(prefix, tmp_path):
     assert differing == []
     assert ours.role("bos") == model.bos_id() and ours.role("eos") == model.eos_id()
     assert ours.opening == [model.bos_id()]
+    frame = json.loads(ours.model_bytes)["post_processor"]["single"]
+    assert frame[0]["SpecialToken"]["id"] == "<s>"  # for those who read the file without us
     assert all(ours.decode(ids) == text.replace("▁", " ") for text, ids in zip(texts, found))
 
 

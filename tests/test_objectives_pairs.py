@@ -76,6 +76,7 @@ class Specials:
     """A tokenizer of three special tokens."""
 
     sep = 2
+    separators = 1
 
     def role(self, name):
         return {"cls": 1, "sep": 2, "eos": 3}[name]

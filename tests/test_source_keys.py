@@ -63,7 +63,10 @@ def test_a_key_that_no_source_heeds_is_refused(tmp_path, silent_plugin):
     values = {"exclude": ["x"], "text_field": "x", "txt_documents": "line", "encoding": "cp1251"}
     kinds = kinds_of_source(tmp_path)
     assert set(values) == set(SHARED_KEYS)
-    assert {name_and_argument(spec)[0] for spec in kinds} == {*SOURCES.names(), "silent"}
+    # Plug-ins of other tests may be in the registry too.
+    entries = SOURCES._entries.items()
+    ours = {name for name, entry in entries if entry.build.__module__.startswith("nanolm.")}
+    assert {name_and_argument(spec)[0] for spec in kinds} == {*ours, "silent"}
 
     def ask(*specs, **told):
         config = PrepareConfig(out="out", sources=list(specs), **told)

@@ -32,6 +32,8 @@ def begin(*words: object, **options) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         start_new_session=True,
         bufsize=0,
+        # A shell that starts the tests behind `&` has Ctrl-C ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         **options,
     )
 

@@ -109,7 +109,7 @@ def test_a_figure_keeps_its_sign(tmp_path):
 @pytest.mark.parametrize("higher", [True, False])
 def test_a_study_chooses_by_direction(higher):
     def cell(i):
-        return Cell("r", "v", 0, {"k": i}, (), "m", higher, str(i), None)
+        return Cell("r", "v", 0, {"k": i}, (), "m", "m", higher, str(i), None)
 
     tries = [cell(i) for i in range(4)]
     values = [-0.94, 0.1, -0.2, 0.05]

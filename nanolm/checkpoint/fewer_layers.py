@@ -28,7 +28,7 @@ def load_layers(
     """
     folder, saved = trained_tensors(path)
     live = learner_tensors(learner)
-    blocks = cast(nn.ModuleList, learner.trunk.blocks)  # type: ignore[union-attr]
+    blocks = cast(nn.ModuleList, cast(nn.Module, learner.trunk).blocks)
     require(
         not any(name.startswith("trunk.encoder_stack.") for name in live),
         "init_layers chooses among the layers of one stack, and model.trunk=encoder_decoder has "
