@@ -79,6 +79,15 @@ def test_queries_keys_and_values(space, name, axis):
     assert torch.equal(run(far, far, far, Mask(), scale=0.25), run(x, x, x, Mask(), scale=0.25))
 
 
+@pytest.mark.parametrize("name", ["triton", "triton_decode"])
+def test_heads_that_are_too_many_for_32_bits(space, name):
+    """A view with large strides is copied first, one with a small stride of many heads is not."""
+    x = draw(1, 2, 300, 16)
+    far = placed(space, x, [32, 16, 2**31 // 299 + 1, 1])
+    run = kernel_of("attention", name).run
+    assert torch.equal(run(far, far, far, Mask(), scale=0.25), run(x, x, x, Mask(), scale=0.25))
+
+
 @pytest.mark.parametrize("axis", range(4))
 def test_rotary(space, axis):
     sizes = (3, 5, 9, 16)

@@ -57,6 +57,10 @@ def arguments_of(name):
         flat = attention_arguments(DenseBias(draw(1, 2, 9, 11, grad=False)), grad=False)
         out, lse = torch.ops.nanolm.attention(*flat)
         yield torch.ones_like(out), None, out, lse, True, *flat
+        narrow = DenseBias(draw(1, 2, 9, 11, grad=False).bfloat16())  # its gradient is narrow too
+        flat = attention_arguments(narrow, grad=False)
+        out, lse = torch.ops.nanolm.attention(*flat)
+        yield torch.ones_like(out), None, out, lse, True, *flat
     elif name == "norm":
         yield x, weight, bias, draw(5, 24, seed=3), True, 1e-5
         yield x, weight, None, None, False, 1e-5

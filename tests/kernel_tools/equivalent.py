@@ -40,6 +40,12 @@ EQUIVALENT: dict[str, str] = {
     "tl.cast(own, tl.int64)": TOO_LARGE,
     "attention/bias_gradient.py attention_dense_bias_kernel truncations: tl.int64 -> tl.int32 in "
     "tl.cast(own, tl.int64)": TOO_LARGE,
+    "attention/bias_gradient.py attention_bucket_bias_kernel extremes: tl.minimum -> tl.maximum in "
+    "tl.minimum(n_query_tiles, n_key_tiles + diagonal)": (
+        "further tiles lie outside the scores and add 0: the same gradient, later"
+    ),
+    "glu.py glu_backward_kernel truncations: tl.int64 -> tl.int32 in "
+    "tl.cast(tl.program_id(0) // n_blocks, tl.int64)": TOO_LARGE,
     "attention/backward.py attention_delta_kernel truncations: tl.int64 -> tl.int32 in "
     "tl.cast(row, tl.int64)": TOO_LARGE,
     "attention/backward.py load_row truncations: tl.int64 -> tl.int32 in "

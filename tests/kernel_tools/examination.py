@@ -193,6 +193,7 @@ def attention() -> Iterator[Question]:
     yield test_of(edge_tests.test_dropout_of_one_drops_everything, "triton")
     yield from far("test_dense_bias", "triton", 4)
     yield from far("test_queries_keys_and_values", "triton", 4)
+    yield from many_heads("triton")
     yield from operators("attention", "attention_backward")
 
 
@@ -207,6 +208,7 @@ def decode() -> Iterator[Question]:
         yield test_of(test, "triton_decode", hidden, torch.float32)
     yield from far("test_dense_bias", "triton_decode", 4)
     yield from far("test_queries_keys_and_values", "triton_decode", 4)
+    yield from many_heads("triton_decode")
     yield from operators("attention_decode")
 
 
@@ -222,6 +224,16 @@ def far(test: str, name: str | None, n_axes: int) -> Iterator[Question]:
 
         run.__name__ = test
         yield test_of(run, *arguments, about=about, concerns=of_far)
+
+
+def many_heads(name: str) -> Iterator[Question]:
+    """A view whose heads lie further apart than 32 bits reach, though its strides are small."""
+
+    def run(name: str) -> None:
+        far_tests.test_heads_that_are_too_many_for_32_bits(far_tests.untouched(), name)
+
+    run.__name__ = "test_heads_that_are_too_many_for_32_bits"
+    yield test_of(run, name, concerns=of_far)
 
 
 def operators(*names: str) -> Iterator[Question]:
