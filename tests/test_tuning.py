@@ -22,6 +22,17 @@ def test_depths(make_learner):
     assert depth["trunk.stack.final_norm.weight"] == depth["heads.lm.weight"] == 3
 
 
+def test_a_decoder_stands_above_the_encoder_that_it_reads(make_learner):
+    t5 = {"trunk": "encoder_decoder", "positions": {"name": "t5"}, "tied": False}
+    depth = depths(name for name, _ in make_learner(t5, {"name": "span"}).named_parameters())
+    places = ("encoder_stack.blocks.0", "encoder_stack.blocks.1", "encoder_stack.final_norm")
+    places += ("stack.blocks.0", "stack.blocks.1", "stack.final_norm", "embedding")
+    found = [
+        {d for name, d in depth.items() if name.startswith(f"trunk.{place}.")} for place in places
+    ]
+    assert found == [{1}, {2}, {2}, {3}, {4}, {5}, {0}]
+
+
 @pytest.mark.parametrize(
     ("tune", "chosen"),
     [

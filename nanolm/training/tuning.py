@@ -26,18 +26,29 @@ from nanolm.training.engine import RuleEngine
 from nanolm.training.gradient import Backward, GradientRule, build_rule
 from nanolm.training.optim import build_optimizers
 
-_BLOCK = re.compile(r"trunk\.(?:stack\.)?blocks\.(\d+)\.")
+_BLOCK = re.compile(r"trunk\.(?:(encoder)_stack\.|stack\.)?blocks\.(\d+)\.")
 
 
 def depths(names: Iterable[str]) -> dict[str, int]:
-    """{parameter name: depth}; a head that is tied to the embedding has its depth, 0."""
+    """{parameter name: depth}; a head that is tied to the embedding has its depth, 0.
+
+    A decoder that reads an encoder stands above it: its first block is one deeper than the
+    encoder's last, whose norm has that block's depth.
+    """
     names = list(names)
-    block = {name: int(match[1]) + 1 for name in names if (match := _BLOCK.match(name))}
-    top = max(block.values(), default=0) + 1
-    return {
-        name: block.get(name, top if name.startswith(("heads.", "trunk.stack.final_norm")) else 0)
-        for name in names
+    matches = {name: match for name in names if (match := _BLOCK.match(name))}
+    encoder = max((int(match[2]) + 1 for match in matches.values() if match[1]), default=0)
+    block = {
+        name: int(match[2]) + 1 + (0 if match[1] else encoder) for name, match in matches.items()
     }
+    top = max(block.values(), default=0) + 1
+    outside = {"heads.": top, "trunk.stack.final_norm": top, "trunk.encoder_stack.": encoder}
+
+    def depth(name: str) -> int:
+        around = (outside[begin] for begin in outside if name.startswith(begin))
+        return block.get(name, next(around, 0))
+
+    return {name: depth(name) for name in names}
 
 
 def freeze(learner: nn.Module, tune: TuneConfig) -> None:
