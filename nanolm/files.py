@@ -113,7 +113,8 @@ class AtomicFile:
 def write_text(path: str | os.PathLike, text: str, again: str = KEPT) -> None:
     """Writes a small file atomically: readers see the old content or the new, never half."""
     with AtomicFile(path, again) as file:
-        file.write(text.encode())
+        # A page may quote the name of a file, which need not be text: escaped, as on a terminal.
+        file.write(text.encode(errors="backslashreplace"))
 
 
 def write_json(path: str | os.PathLike, value: Any, *, indent: int = 2, again: str = KEPT) -> None:

@@ -191,3 +191,8 @@ def test_figures_may_go_into_a_pipe():
     code = "from nanolm.commands.json_file import write_json; write_json('/dev/stdout', {'a': 1})"
     said = subprocess.check_output([sys.executable, "-c", code], text=True)
     assert json.loads(said) == {"a": 1}
+
+
+def test_a_page_that_quotes_a_name_which_is_no_text_can_be_written(tmp_path):
+    files.write_text(tmp_path / "page", "# na\udcefve: \u00fc\n")
+    assert (tmp_path / "page").read_text(encoding="utf-8") == "# na\\udcefve: \u00fc\n"
