@@ -247,19 +247,20 @@ TURNS = [
     {"role": "user", "content": "say set"},
     {"role": "assistant", "content": "ok"},
     {"role": "user", "content": "thanks a lot and goodbye"},
+    {"role": "assistant", "content": "set"},
 ]
 
 
-@pytest.mark.parametrize("n_turns", [3, 4])
-def test_a_dialogue_is_scored_against_its_last_answer(n_turns, tmp_path):
+@pytest.mark.parametrize(("n_turns", "answer"), [(3, 2), (4, 2), (5, 4)])
+def test_a_dialogue_is_scored_against_its_last_answer(n_turns, answer, tmp_path):
     dialogue = {"messages": TURNS[:n_turns]}
-    assert last_answer(dialogue["messages"]) == 2
+    assert last_answer(dialogue["messages"]) == answer
     writer = build("write", "decoder")[0].objective
     writer.options = dataclasses.replace(writer.options, chat=True)
-    before = writer.prompt({"messages": TURNS[:3]})
+    before = writer.prompt({"messages": TURNS[: answer + 1]})
     assert writer.prompt(dialogue, with_gold=True) == before
-    assert before.endswith("say set\nassistant: ")
-    assert ("goodbye" in writer.prompt(dialogue)) == (n_turns == 4)  # `nanolm predict` goes on
+    assert before.endswith(f"{TURNS[answer - 1]['content']}\nassistant: ")
+    assert ("goodbye" in writer.prompt(dialogue)) == (n_turns > 3)  # `nanolm predict` goes on
     for split in ("train", "val", "test"):
         table(tmp_path / "data", split, [dialogue] * 6)
     words = ("--objective.name=write", "--objective.max_new_tokens=3", "--optim.lr=1e-2")
