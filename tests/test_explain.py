@@ -123,6 +123,7 @@ def test_the_command_writes_a_page_and_a_picture(tmp_path):
     [
         ("mlm", "def open(<mask>, name): return"),
         ("clm", "def open(self, name):"),
+        ("clm", ""),  # a row of one token
         ("prefix", "def open(self, name): "),
     ],
 )

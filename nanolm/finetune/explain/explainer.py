@@ -155,7 +155,8 @@ def observed_attention(learner: Learner) -> Iterator[list[Tensor]]:
     """
     maps: list[Tensor] = []
     attentions: list[Any] = [block.attention for block in learner.trunk.blocks]
-    kept = [(attention, attention.attend) for attention in attentions]
+    names = ("attend", "attend_to_cache")  # the second one serves rows of one token
+    kept = [(at, name, getattr(at, name)) for at in attentions for name in names]
 
     def watch(attend: Any) -> Any:
         constants = {name: attend.keywords[name] for name in ("scale", "softcap")}
@@ -167,12 +168,12 @@ def observed_attention(learner: Learner) -> Iterator[list[Tensor]]:
         return observed
 
     try:
-        for attention, attend in kept:
-            attention.attend = watch(attend)
+        for attention, name, attend in kept:
+            setattr(attention, name, watch(attend))
         yield maps
     finally:
-        for attention, attend in kept:
-            attention.attend = attend
+        for attention, name, attend in kept:
+            setattr(attention, name, attend)
 
 
 def best_window(learner: Learner, items: list[Item], target: str | None) -> Explainer:

@@ -111,8 +111,9 @@ def record(
             learner.trunk.register_forward_hook(output(found)),
         ):
             stack.callback(hook.remove)
-        attend = watched_attention(found, attention.attend, question.position, head)
-        stack.enter_context(in_place(attention, "attend", attend))
+        for name in ("attend", "attend_to_cache"):  # the second one serves rows of one token
+            attend = watched_attention(found, getattr(attention, name), question.position, head)
+            stack.enter_context(in_place(attention, name, attend))
         vocabulary = learner.heads["lm"]
         entropy = watched_entropy(found, vocabulary, question)
         stack.enter_context(in_place(vocabulary, "cross_entropy", entropy))
