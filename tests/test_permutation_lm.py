@@ -140,6 +140,43 @@ def test_padding_changes_nothing(tokenizer):
         assert torch.equal(learner(batch)["permutation"].sum, before)
 
 
+@torch.no_grad()
+def test_a_prediction_reads_all_that_came_before_it_and_nothing_else(tokenizer):
+    """From the batch to the loss: neither its own token nor a later one changes a term."""
+    config = config_of(tokenizer, memory=7, model={"init_std": 0.3})
+    objective = build_objective(config, tokenizer)
+    learner = build_learner(config, objective).eval()
+    batch = tensors_of(objective, (37, 26, 37))
+    order, ranks = batch["order"][:, :32], 1 + batch["order"][:, 32:]
+
+    def term(rank, changed):
+        targets = torch.where(ranks == rank, batch["targets"], IGNORED)
+        tokens = torch.where(changed, (batch["tokens"] + 1) % 512, batch["tokens"])
+        found = learner(batch | {"targets": targets, "tokens": tokens})["permutation"]
+        assert found.count == (ranks == rank).sum() > 0
+        return found.sum
+
+    nothing = torch.zeros_like(order, dtype=torch.bool)
+    for rank in range(1, objective.n_places + 1):
+        before = term(rank, nothing)
+        assert torch.equal(term(rank, order >= rank), before)
+        assert not torch.equal(term(rank, order == rank - 1), before)
+
+
+@torch.no_grad()
+def test_logits_of_predictions_are_those_of_the_loss(tokenizer):
+    config = config_of(tokenizer, memory=7, model={"init_std": 0.3})
+    objective = build_objective(config, tokenizer)
+    learner = build_learner(config, objective).eval()
+    batch = tensors_of(objective, (37, 20, 8))
+    hidden = learner.trunk(objective.inputs(batch))
+    logits = objective.logits(hidden, learner.heads, batch)["permutation"]
+    term = objective.loss(hidden, learner.heads, batch)["permutation"]
+    expected = torch.nn.functional.cross_entropy(logits, objective.targets(batch), reduction="sum")
+    torch.testing.assert_close(term.sum, expected, atol=1e-4, rtol=1e-5)
+    assert len(logits) == term.count == 5 + 2 + 1
+
+
 def test_rows_of_an_evaluation_read_what_stands_before_them(tokenizer, corpus):
     config = config_of(tokenizer, memory=11, data={"path": str(corpus)})
     objective = build_objective(config, tokenizer)

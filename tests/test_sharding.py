@@ -14,7 +14,7 @@ from nanolm.config.load import load_config
 from nanolm.distributed.sharding import require_shardable, whole
 from nanolm.distributed.world import World
 from nanolm.errors import UserError
-from nanolm.registry import OPTIMIZERS, PEFT
+from nanolm.registry import OPTIMIZERS, PEFT, RULES
 from nanolm.training.engine import Engine
 from tests.conftest import TINY, tiny_tokenizer
 from tests.test_resume import assert_same_bits, fit
@@ -184,6 +184,17 @@ def test_what_cannot_be_sharded_is_refused(tmp_path, changes, word):
     with pytest.raises(UserError, match="keeps none"):
         dataclasses.replace(config.distributed, compare_weights_every=3)
     Engine(tiny_learner(), World(), config)  # a world of one has nothing to shard
+
+
+def test_every_rule_but_the_plain_one_is_refused(tmp_path):
+    for name in RULES.names():
+        rule = RULES.get(name).options()
+        config = tiny_config(tmp_path, distributed__strategy="fsdp", train__rule=rule)
+        if name == "plain":
+            require_shardable(config)
+            continue
+        with pytest.raises(UserError, match=f"^train.rule={name} with fsdp.*strategy to ddp"):
+            require_shardable(config)
 
 
 def test_a_missing_part_is_told(tmp_path):
