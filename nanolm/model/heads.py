@@ -128,7 +128,8 @@ class TokenLogits(nn.Module):
 
 @HEADS.register("pooled")
 class Pooled(nn.Module):
-    """W2 tanh(W1 h_first): a decision about the whole sequence (Devlin et al. 2019, section 3)."""
+    """W2 tanh(W1 h_first): a decision about the whole sequence, as BERT pools it (Devlin et al.
+    2019, in their code)."""
 
     def __init__(
         self, model: ModelConfig, kernels: Kernels, trunk: Trunk, *, n_classes: int

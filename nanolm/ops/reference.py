@@ -230,7 +230,7 @@ class ReferenceNorm:
 class ReferenceRotary:
     """Rotation of the pairs (x_i, x_{i + R}), i < R = cos.shape[-1], by position angles.
 
-    Su et al. 2021, section 3.4, pair neighbours (x_{2i}, x_{2i + 1}). Pairing the two halves is
+    Su et al. 2021, section 3.2.2, pair neighbours (x_{2i}, x_{2i + 1}). Pairing the two halves is
     GPT-NeoX's layout (Black et al. 2022), and Llama's in transformers: the same up to a permutation
     of the features, so weights trained with one layout need it to be used with the other.
     """

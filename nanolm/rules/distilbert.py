@@ -1,4 +1,4 @@
-"""Distillation in pretraining, as DistilBERT was made (Sanh et al. 2019, section 3).
+"""Distillation in pretraining, as DistilBERT was made (Sanh et al. 2019, sections 2 and 3).
 
     L = a T^2 KL(p_teacher || p_student) + b L_task + c (1 - cos(h_student, h_teacher))
 

@@ -6,8 +6,8 @@ hold every parameter once. Each parameter group also carries
     peak_lr   its learning rate at schedule factor 1 (the trainer sets lr = peak_lr * factor(step))
     names     its parameters' names, in order: checkpoints key optimizer state by name
 
-Weight decay acts on matrices (two dimensions or more, embeddings included, as in GPT-2 and nanoGPT)
-and never on biases and norm gains.
+Weight decay acts on matrices (two dimensions or more, embeddings included) and never on biases and
+norm gains (Radford et al. 2018, section 4.1).
 """
 
 from __future__ import annotations
