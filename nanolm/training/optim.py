@@ -276,6 +276,8 @@ def orthogonalise(
     into [0.68, 1.21]. Smaller ones are multiplied by at most a^5 = 485 and stay below: 0.001 ends
     at 0.47, 0.0001 at 0.05, and 0 stays 0.
     """
+    # A polynomial of X keeps its singular vectors and changes its singular values alone: products
+    # of matrices, where an SVD would be slow on a GPU.
     a, b, c = 3.4445, -4.7750, 2.0315
     # X X^T of the shorter side: a smaller Gram matrix, and the same singular values.
     tall = matrix_MN.shape[0] > matrix_MN.shape[1]
