@@ -12,8 +12,9 @@ through the network again until it is inside (*cycle walking*; fewer than one in
 of a batch's journey (mixture -> permutation -> stream -> loader). `fold_key` makes one 64-bit word
 of a tuple of integers, for every keyed choice in `nanolm.data`.
 
-Source: J. Black and P. Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002, sections 3
-and 5. The mixing constants are those of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014).
+Source: J. Black and P. Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002, sections 4
+(cycle walking) and 5 (the network). The mixing constants are those of SplitMix64 (Steele, Lea,
+Flood, OOPSLA 2014).
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ class Tokenizer:
     that a piece stands for (a literal U+F4A1 or U+F4A2 counts double). Token i continues the word
     of token i - 1 iff `joins_left[i] and joins_right[i - 1]`; a character that is spelt in byte
     pieces is never split. separators: how many sep pieces stand between the two texts of a pair, as
-    many as a tokenizer.json puts there itself, two for RoBERTa (Liu et al. 2019, in their code);
+    many as a tokenizer.json puts there itself, two for RoBERTa (Liu et al. 2019b, in their code);
     else one.
     """
 

@@ -2,9 +2,9 @@
 
     (a, b) -> (a cos - b sin, b cos + a sin)
 
-for the pairs (x_i, x_{i+R}), i < R (Su et al. 2021, section 3.4, where neighbours are paired; the
-halves are GPT-NeoX's, Black et al. 2022). A rotation's transpose is its inverse, so the backward
-pass is the same kernel with -sin.
+for the pairs (x_i, x_{i+R}), i < R (Su et al. 2021, section 3.2.2, where neighbours are paired;
+the halves are GPT-NeoX's, Black et al. 2022). A rotation's transpose is its inverse, so the
+backward pass is the same kernel with -sin.
 
 Shapes: B batch, T tokens, H heads, K head width, R rotated pairs (2R <= K); angles [B or 1, T, R].
 """

@@ -1,10 +1,12 @@
 """How many lines of code and of comment the rooms have, now or at an older revision.
 
     python -m tests.code_lines                 the working tree, room by room
-    python -m tests.code_lines --at REVISION   the same of a commit
+    python -m tests.code_lines --to_read       the files of docs/reading_order.txt, one by one
+    python -m tests.code_lines --at REVISION   of a commit
 
 A line of code holds a token that is neither a comment nor part of a docstring, so that a statement
-over three lines counts three times. A line of comment holds nothing else.
+over three lines counts three times. A line of comment holds a comment, after code or alone, that is
+no order to a tool (`# fmt: skip`, `# noqa`, `# type: ignore`).
 """
 
 import argparse
@@ -12,10 +14,12 @@ import ast
 import collections
 import io
 import pathlib
+import re
 import subprocess
 import tokenize
 
 ROOMS = ("nanolm", "kernels", "data")
+ORDERS = re.compile(r"#\s*(fmt:|noqa|type: ignore|pragma)")
 NO_CODE = {
     tokenize.NL,
     tokenize.NEWLINE,
@@ -37,16 +41,14 @@ def docstring_lines(tree: ast.AST) -> set[int]:
 
 
 def count(source: str) -> tuple[int, int]:
-    """Lines of code and lines that are only comment."""
+    """Lines of code and lines with a comment."""
     code, comments = set(), set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        lines = range(token.start[0], token.end[0] + 1)
-        if token.type == tokenize.COMMENT:
-            comments.update(lines)
-        elif token.type not in NO_CODE:
-            code.update(lines)
-    code -= docstring_lines(ast.parse(source))
-    return len(code), len(comments - code)
+        if token.type != tokenize.COMMENT and token.type not in NO_CODE:
+            code.update(range(token.start[0], token.end[0] + 1))
+        elif token.type == tokenize.COMMENT and not ORDERS.match(token.string):
+            comments.add(token.start[0])
+    return len(code - docstring_lines(ast.parse(source))), len(comments)
 
 
 def sources(revision: str | None) -> dict[str, str]:
@@ -62,18 +64,29 @@ def sources(revision: str | None) -> dict[str, str]:
     return {p: subprocess.check_output([*show, f"{revision}:{p}"], text=True) for p in paths}
 
 
+def to_read() -> set[str]:
+    """The files of the reading order."""
+    text = pathlib.Path("docs/reading_order.txt").read_text(encoding="utf-8")
+    return set(re.findall(r"^([a-z]+/\S+\.py)", text, re.M))
+
+
 def main() -> None:
-    """Prints a line for each folder below a room, and their sum."""
+    """Prints a line for each folder or file, and their sum."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--at", metavar="REVISION")
+    parser.add_argument("--to_read", action="store_true")
+    arguments = parser.parse_args()
+    found = sources(arguments.at)
+    name_of = {path: "/".join(pathlib.PurePath(path).parts[:-1][:2]) for path in found}
+    if arguments.to_read:
+        name_of = {path: path for path in found.keys() & to_read()}
     totals: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
-    for path, text in sources(parser.parse_args().at).items():
-        code, comments = count(text)
-        folder = "/".join(pathlib.PurePath(path).parts[:-1][:2])
-        for name in (folder, "all"):
-            totals[name].update(files=1, code=code, comments=comments)
+    for path, name in name_of.items():
+        code, comments = count(found[path])
+        for total in (totals[name], totals["all"]):
+            total.update(files=1, code=code, comments=comments)
     print(f"{'files':>6} {'code':>7} {'comments':>9}")
-    for name, total in sorted(totals.items(), key=lambda item: item[0] == "all"):
+    for name, total in sorted(totals.items(), key=lambda item: (item[0] == "all", item[0])):
         print(f"{total['files']:6d} {total['code']:7,d} {total['comments']:9,d}  {name}")
 
 

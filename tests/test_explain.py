@@ -3,13 +3,17 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
+from rich.cells import cell_len
 
+from nanolm.commands.explain import told
 from nanolm.commands.fill import fill
 from nanolm.errors import UserError
 from nanolm.finetune.explain.explainer import Explainer, best_window, observed_attention
 from nanolm.finetune.explain.guess import Guess
+from nanolm.finetune.explain.page import Explanation
 from nanolm.inference.generate import Generator
 from nanolm.saved import open_saved
 from tests.finetuned import checkpoint, command, finetune, questions, table
@@ -89,6 +93,24 @@ def test_what_is_explained_can_be_chosen_or_is_refused():
             Explainer(learner.eval(), split.items[0])
 
 
+def test_what_is_printed_fits_80_columns_and_keeps_the_highest_probabilities():
+    chances = {f"a_long_name_of_label_{i}": (i + 1) / 66 for i in range(11)}
+    many = Explanation(
+        pieces=["▁a\n" * 9] * 40,
+        prediction={"label": "x", "probability": 1 / 3, "probabilities": chances, "spans": [[0.5]]},
+        question="logit of label x",
+        value=0.5,
+        attributions={"integrated gradients": [0.25] * 40},
+        notes=["A note of many words. " * 9],
+        maps_LHTT=np.zeros((1, 1, 40, 40)),
+    )
+    lines = told(many)
+    assert all(cell_len(text) <= 80 and text.isprintable() for text in lines)
+    words = " ".join(" ".join(lines).split())
+    assert '"probability": 0.3333' in words and 'label_10": 0.1667' in words
+    assert "label_6" in words and "label_5" not in words and words.count("+0.250") == 8
+
+
 def test_the_command_writes_a_page_and_a_picture(tmp_path):
     table(tmp_path / "data", "train", questions(120))
     table(tmp_path / "data", "val", questions(30, 1000))
@@ -101,7 +123,9 @@ def test_the_command_writes_a_page_and_a_picture(tmp_path):
     printed = command(
         "explain", str(run), line, f"--out={out}", "--formats=[html, png]", f"--json={figures}"
     )
-    assert "logit of label file" in printed and "attributions miss" in printed
+    words = " ".join(printed.split())
+    assert "logit of label file" in words and "attributions miss" in words
+    assert all(cell_len(text) <= 80 for text in printed.splitlines() if not text.startswith("/"))
     page = (tmp_path / "why.html").read_text()
     assert page.count("data:image/png;base64,") == 8 and "http" not in page
     assert (tmp_path / "why.png").read_bytes().startswith(b"\x89PNG")

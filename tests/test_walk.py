@@ -19,6 +19,7 @@ from nanolm.tools.replay import replay, trainer_before
 from nanolm.tools.walk import recording
 from nanolm.tools.walk.place import ROOT, place_of
 from nanolm.tools.walk.run import walk
+from nanolm.tools.walk.stops import LETTERS
 from tests.doors import entered
 from tests.prepared import prepared_corpus, train
 
@@ -183,6 +184,7 @@ def test_the_command_prints_80_columns_and_a_page_that_needs_nothing(
 ):
     monkeypatch.setenv("COLUMNS", "80")
     folder = run_of(kind)
+    capsys.readouterr()  # of the training, if this test is the first that needs the run
     before, page, figures = digests(folder), tmp_path / "walk.html", tmp_path / "walk.json"
     cli.run(["walk", str(folder), f"--html={page}", f"--json={figures}"])
     assert digests(folder) == before
@@ -192,9 +194,14 @@ def test_the_command_prints_80_columns_and_a_page_that_needs_nothing(
     taken = walked(folder)
     for stop in taken.stops:
         assert f"<h2>{stop.name}</h2>" in html and stop.name in out
+        # No words twice in a row: a sentence that was put together of two halves that overlap.
+        assert not re.search(r"\b([a-z]+(?: [a-z]+)+) \1\b", stop.says), stop.says
         for place in stop.places:
             assert str(place) in html and str(place) in out
         assert told[stop.name]["places"] == [str(place) for place in stop.places]
+    for letter in set(re.findall(r"\b[A-Z]\b", " ".join(re.findall(r"= \[([^\]]*)", out)))):
+        assert f" {letter} " in LETTERS, f"{letter} is explained nowhere"
+    assert LETTERS in " ".join(out.split()) and LETTERS.partition("'")[0] in html
     assert not re.search(r"(src|href)=|https?:|@import|<script", html)
     assert "<mask>" not in html and ("&lt;mask&gt;" in html) == (kind == "mlm")
 

@@ -1,8 +1,8 @@
 """Attention as a PyTorch operator: the kernels behind `torch.ops.nanolm.attention`.
 
-`attention` is what ops_triton.TritonAttention.run calls. As an operator it can be compiled,
-checkpointed, exported, autocast and counted by FlopCounterMode. Its arguments are described in
-attention/call.py.
+`attention` is what TritonAttention.run (kernels/candidates.py) calls. As an operator it can be
+compiled, checkpointed, exported, autocast and counted by FlopCounterMode. Its arguments are
+described in attention/call.py.
 
 Shapes: B batch, T queries, S keys, H query heads, G key/value heads, K head width.
 """

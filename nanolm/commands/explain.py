@@ -8,8 +8,10 @@ for the one at its first <mask>. Everything comes from the saved folder alone.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
+import textwrap
 from typing import Annotated, Any, Literal
 
 import torch
@@ -27,9 +29,12 @@ from nanolm.finetune.predict import Predictor, record_of_line
 from nanolm.finetune.several import part_of
 from nanolm.finetune.splits import TYPED, make_split
 from nanolm.saved import Saved, open_saved
+from nanolm.tables import WIDTH
 
 POSITIONAL = ("run", "text")
 WRITERS = {"html": write_page, "png": draw}
+MOST = 5
+"""Probabilities of a prediction that are printed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,9 +156,33 @@ def told(explanation: Explanation) -> list[str]:
     values: dict[str, Any] = explanation.attributions
     strongest = values["integrated gradients"]
     order = sorted(range(len(strongest)), key=lambda place: -abs(strongest[place]))[:8]
-    parts = [f"{explanation.pieces[place]} {strongest[place]:+.3f}" for place in order]
-    return [
-        json.dumps(explanation.prediction, ensure_ascii=False),
+    parts = [f"{visible(explanation.pieces[place])} {strongest[place]:+.3f}" for place in order]
+    sentences = [
+        json.dumps(shortened(explanation.prediction), ensure_ascii=False),
         f"{explanation.question} = {explanation.value:.4f}: {', '.join(parts)}",
         *explanation.notes,
     ]
+    wrap = functools.partial(textwrap.wrap, width=WIDTH, subsequent_indent="    ")
+    return [line for sentence in sentences for line in wrap(sentence, break_on_hyphens=False)]
+
+
+def visible(piece: str) -> str:
+    """A token as it can stand in a line: what cannot be seen is written as Python would."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in piece)
+
+
+def shortened(value: Any) -> Any:
+    """A prediction for the terminal: numbers of four digits, of many probabilities the highest.
+
+    The file of --json has all of it.
+    """
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, list):
+        return [shortened(part) for part in value]
+    if not isinstance(value, dict):
+        return value
+    items = list(value.items())
+    if len(items) > MOST and all(isinstance(part, float) for part in value.values()):
+        items = sorted(items, key=lambda item: -item[1])[:MOST]
+    return {key: shortened(part) for key, part in items}

@@ -1,6 +1,6 @@
 """`nanolm study STUDY.yaml`: a table of fine-tuning experiments, restartable cell by cell.
 
-STUDY.yaml is an instance of `study_config.StudyConfig`; any of its keys can be given beside it, as
+STUDY.yaml is an instance of `StudyConfig`; any of its keys can be given beside it, as
 in `nanolm study configs/study/tasks.yaml --data DIR --jobs 2`.
 """
 

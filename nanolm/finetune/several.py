@@ -1,6 +1,6 @@
 """A run of several tasks: its data, its evaluation, and one task taken out of what was saved.
 
-    config -> a config per task -> tables -> labels -> items of each     `prepare_parts`
+    config -> a config per task -> labels of each                        `resolve_parts`
     items of all, mixed by share -> one stream                           `mixed`
     each task's own evaluator on its own records                         `MultiEvaluator`
     saved run -> a saved run of one task                                 `part_of`

@@ -35,7 +35,8 @@ class Sampling:
     min_p: float | None = None
     """Keep tokens at least this likely, relative to the most likely one."""
     repetition_penalty: float = 1.0
-    """Divides positive, multiplies negative logits of tokens already seen (Keskar et al. 2019)."""
+    """Divides positive, multiplies negative logits of tokens already seen (Keskar et al. 2019, who
+    divide negative ones too: that would make them likelier)."""
 
     def __post_init__(self) -> None:
         require(

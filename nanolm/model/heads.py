@@ -86,6 +86,8 @@ class TokenLogits(nn.Module):
         # The same tensor, not a copy: it gets both gradients and stands once in a checkpoint.
         self.weight = trunk.embedding.weight if model.tied else nn.Parameter(torch.empty(shape))
         self.bias = nn.Parameter(torch.zeros(shape[0])) if bias else None
+        # T5 v1.0 starts its tied embedding with variance 1: without the scale its logits would have
+        # variance D.
         self.scale = model.d_model**-0.5 if model.logit_scale else None
         self.softcap = model.logit_softcap
         self.kernel = kernels.choose(
@@ -128,7 +130,8 @@ class TokenLogits(nn.Module):
 
 @HEADS.register("pooled")
 class Pooled(nn.Module):
-    """W2 tanh(W1 h_first): a decision about the whole sequence (Devlin et al. 2019, section 3)."""
+    """W2 tanh(W1 h_first): a decision about the whole sequence, as BERT pools it (Devlin et al.
+    2019, in their code)."""
 
     def __init__(
         self, model: ModelConfig, kernels: Kernels, trunk: Trunk, *, n_classes: int
@@ -139,4 +142,6 @@ class Pooled(nn.Module):
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         """[B, T, D] -> [B, C]."""
+        # The first token is <cls>, which stands for no word: what the blocks gather there is free
+        # to be about the row.
         return self.out(torch.tanh(self.dense(hidden_BTD[:, 0])))

@@ -114,6 +114,8 @@ class Sinusoidal(Positions):
         """x plus the sinusoids of each position."""
         frequency_i = inverse_frequencies(self.d_model, self.base, positions_BT.device)
         angle_BTi = positions_BT[..., None].float() * frequency_i
+        # Both of each frequency: with the two, a shift by k positions is a rotation, a linear map
+        # that is the same wherever it begins.
         table_BTD = torch.stack([angle_BTi.sin(), angle_BTi.cos()], dim=-1).flatten(-2)
         return x_BTD + table_BTD.to(x_BTD.dtype)
 
@@ -149,6 +151,9 @@ class Rotary(Positions):
         """{base: (cos_BTR, sin_BTR)}, float32, for each base in the pattern."""
         tables = {}
         for base in dict.fromkeys(self.bases):
+            # One speed for each pair: fast pairs tell neighbours apart, slow ones have not gone
+            # round once by the end of a long text. In float32, since bfloat16 has no odd numbers
+            # above 256.
             frequency_R = inverse_frequencies(self.n_rotated, base, positions_BT.device)
             angle_BTR = positions_BT[..., None].float() * frequency_R
             tables[base] = (angle_BTR.cos(), angle_BTR.sin())
@@ -165,6 +170,8 @@ class Rotary(Positions):
     ) -> tuple[Tensor, Tensor]:
         """Rotated queries and keys."""
         cos_BTR, sin_BTR = prepared
+        # Queries and keys, not values: where a token stands says how well it matches, not what is
+        # read of it.
         return self.kernel.run(q_BTHK, cos_BTR, sin_BTR), self.kernel.run(k_BTGK, cos_BTR, sin_BTR)
 
 
@@ -194,6 +201,7 @@ class Alibi(Positions):
 
 def alibi_slopes(n_heads: int) -> list[float]:
     """2^(-8 i / n) for i = 1..n; other head counts interleave the next power of two's slopes."""
+    # A geometric sequence down to 2^-8: some heads see little but what is near, others nearly all.
     power = 2 ** math.floor(math.log2(n_heads))
     slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
     between = [2 ** (-4 * (2 * i + 1) / power) for i in range(n_heads - power)]
@@ -220,6 +228,8 @@ class T5Bias(Positions):
 
     def __init__(self, options: T5BiasOptions, model: ModelConfig, kernels: Kernels) -> None:
         super().__init__()
+        # Halved twice: into before and after (in an encoder), and into near distances, which have a
+        # bucket each, and far ones, which share.
         require(
             options.n_buckets >= 4 and options.n_buckets % 4 == 0,
             f"model.positions.n_buckets={options.n_buckets} must be a multiple of 4",

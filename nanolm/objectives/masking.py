@@ -87,8 +87,9 @@ def select_spans(
     starts, stops = words(tokens_T, tokenizer)
     left = budget(int((stops - starts).sum()), rate)
     taken = np.zeros(len(tokens_T), dtype=bool)
-    # Geometric: short spans are most frequent, and with p = 0.2 cut at 10 the mean is 3.8 words, as
-    # in SpanBERT.
+    # Geometric: short spans are most frequent. A draw above 10 counts as 10, which gives a mean of
+    # 4.5 words; SpanBERT's 3.8 is the mean when such a draw is repeated. What a span meets (a taken
+    # word, the end of the budget) makes it shorter still.
     lengths = np.minimum(rng.geometric(stop_probability, size=len(starts)), longest)
     for first, length in zip(rng.permutation(len(starts)), lengths, strict=True):
         for word in range(first, min(first + length, len(starts))):

@@ -77,6 +77,8 @@ class Mlm:
         tokens = self.tokenizer
         tokens_T = np.concatenate([[tokens.cls], row.tokens, [tokens.sep]]).astype(np.int64)
         document = np.zeros(len(tokens_T), dtype=np.int64)
+        # <cls> belongs to the first document of the row and <sep> to the last: apart from both they
+        # would see nothing but themselves.
         document[1 + row.starts[1:]] = 1
         return self.mask(tokens_T, rng) | {"documents": np.cumsum(document)}
 

@@ -3,8 +3,8 @@
     nsp   does B follow A, or come from elsewhere?      (Devlin et al. 2019, section 3.1)
     sop   is B what follows A, or do they stand swapped? (Lan et al. 2020, section 3.1)
 
-Half of the rows are positive. The pair term has its own denominator (rows), so it and the token
-term never share one.
+Each pair is broken with a probability of one half. The pair term has its own denominator (rows), so
+it and the token term never share one.
 
 Shapes: B batch, T tokens, D model width.
 """

@@ -3,10 +3,11 @@
     loss = - sum_i log p(x_{z_i} | what is not predicted, x_{z_1}, …, x_{z_{i-1}}, the place z_i)
 
 A row is raw tokens <sep> <cls>, and what it is predicted from may begin earlier: `memory` tokens
-that stand before it in the text. One token in K is predicted (section 2.3), in stretches: the row
-is cut into contexts of K L tokens, L drawn evenly from 1 to 5, and a stretch of L tokens at an even
-place of each context is taken. The order z of the predicted tokens is drawn evenly; a token that is
-not predicted, <sep> and <cls> among them, is seen by all and sees no predicted one.
+that stand before it in the text. One token in K is predicted (section 2.3), in stretches (section
+3.1): the row is cut into contexts of K L tokens, L drawn uniformly from 1 to 5, and a stretch of L
+tokens at a uniformly drawn place of each context is taken. All orders z of the predicted tokens are
+equally likely; a token that is not predicted, <sep> and <cls> among them, is seen by all and sees
+no predicted one.
 
 Two streams tell the two things that a place needs: what stands there, and that something does (see
 model/two_stream.py). With o the place of a token in the order, 0 for all that is not predicted, a
@@ -70,7 +71,8 @@ class PermutationOptions(TokenLossOptions):
 
     def places(self, n_tokens: int, rng: np.random.Generator) -> np.ndarray:
         """Sorted int64 [n_predicted]: the places of the stretches. What K leaves of a row over
-        stands before the first context or behind the last, cut at an even place."""
+        stands before the first context or behind the last, cut at a uniformly drawn
+        place."""
         left = self.n_predicted(n_tokens)
         context = min(self.one_in, max(n_tokens, 1))  # of one predicted token
         begin = int(rng.integers(n_tokens - left * context + 1))

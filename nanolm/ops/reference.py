@@ -100,6 +100,7 @@ class ReferenceAttention:
         k_BHSK = upcast(k_BSGK).transpose(1, 2).repeat_interleave(repeats, dim=1)
         scores_BHTS = q_BHTK @ k_BHSK.transpose(-1, -2) * scale
         if softcap is not None:
+            # Bent and not cut off: every score keeps its order, and a gradient that brings it back.
             scores_BHTS = softcap * torch.tanh(scores_BHTS / softcap)
         if bias is not None:
             scores_BHTS = scores_BHTS + bias.dense(*scores_BHTS.shape[-2:])
@@ -182,6 +183,8 @@ class ReferenceCrossEntropy:
             logits_NV = softcap * torch.tanh(logits_NV / softcap)
         kept_N = targets_N != -100
         safe_N = targets_N.clamp(0, weight_VD.shape[0] - 1)
+        # -log p_v = lse - z_v. logsumexp subtracts the largest logit before it takes exp, so
+        # nothing overflows, and no [N, V] of probabilities is made.
         lse_N = torch.logsumexp(logits_NV, dim=-1)
         nll_N = lse_N - logits_NV.gather(1, safe_N[:, None])[:, 0]
         nll_N = nll_N * nan_where(outside(targets_N, weight_VD.shape[0]), nll_N)
@@ -221,6 +224,7 @@ class ReferenceNorm:
         y = upcast(total)
         if kind == "layernorm":
             y = y - y.mean(dim=-1, keepdim=True)
+        # eps under the root: a row whose entries are all equal has no spread to be divided by.
         y = y * torch.rsqrt(y.square().mean(dim=-1, keepdim=True) + eps) * upcast(weight_D)
         y = y if bias_D is None else y + upcast(bias_D)
         return y.to(total.dtype), total
@@ -230,7 +234,7 @@ class ReferenceNorm:
 class ReferenceRotary:
     """Rotation of the pairs (x_i, x_{i + R}), i < R = cos.shape[-1], by position angles.
 
-    Su et al. 2021, section 3.4, pair neighbours (x_{2i}, x_{2i + 1}). Pairing the two halves is
+    Su et al. 2021, section 3.2.2, pair neighbours (x_{2i}, x_{2i + 1}). Pairing the two halves is
     GPT-NeoX's layout (Black et al. 2022), and Llama's in transformers: the same up to a permutation
     of the features, so weights trained with one layout need it to be used with the other.
     """

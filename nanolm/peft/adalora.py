@@ -5,8 +5,8 @@
 Each triplet (column of B, entry of e, row of A) has a score: the product of the smoothed |w dL/dw|
 and of its smoothed change, e's own plus the means over the column and the row (section 3.2). From
 `warm_steps` on, a falling number of triplets keeps its e and all others' become 0, chosen over all
-weights together (section 3.3, equation 10). The loss gains weight * mean ||A A^T - I||, as in the
-authors' code; the paper squares the norm (equation 4).
+weights together; the number falls along a cubic curve (section 3.3). The loss gains weight *
+mean ||A A^T - I||, as in the authors' code; the paper squares the norm (section 3.1).
 
 Scores live in buffers, so a resumed run goes on with them.
 """

@@ -94,16 +94,10 @@ class ChoiceObjective(ForwardObjective, Protocol):
         """See `Objective.logits`."""
 
 
-class WithLogits:
-    """An objective whose loss also returns the logits [N, C] of each term that is a choice among
-    classes, as `logits/<term>`; N is the term's count of targets."""
+class AroundObjective:
+    """Stands in for an objective: reads what it reads, and a rule's own class says what is lost."""
 
     def __init__(self, objective: Any) -> None:
-        if not hasattr(objective, "logits"):
-            raise UserError(
-                f"train.rule compares class probabilities, and objective="
-                f"{objective.options.name} has none; use another train.rule"
-            )
         self.objective: ChoiceObjective = objective
 
     def inputs(self, batch: dict[str, Tensor]) -> Inputs:
@@ -113,8 +107,21 @@ class WithLogits:
     def logits(
         self, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """The objective's own."""
+        """The objective's own, for rules around this one."""
         return self.objective.logits(hidden_BTD, heads, batch)
+
+
+class WithLogits(AroundObjective):
+    """An objective whose loss also returns the logits [N, C] of each term that is a choice among
+    classes, as `logits/<term>`; N is the term's count of targets."""
+
+    def __init__(self, objective: Any) -> None:
+        if not hasattr(objective, "logits"):
+            raise UserError(
+                f"train.rule compares class probabilities, and objective="
+                f"{objective.options.name} has none; use another train.rule"
+            )
+        super().__init__(objective)
 
     def loss(
         self, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: dict[str, Tensor]

@@ -1,4 +1,4 @@
-"""Distillation in pretraining, as DistilBERT was made (Sanh et al. 2019, section 3).
+"""Distillation in pretraining, as DistilBERT was made (Sanh et al. 2019, sections 2 and 3).
 
     L = a T^2 KL(p_teacher || p_student) + b L_task + c (1 - cos(h_student, h_teacher))
 
@@ -23,10 +23,9 @@ from torch import Tensor, nn
 from nanolm.config.ranges import Within
 from nanolm.errors import UserError, require
 from nanolm.learner import Learner
-from nanolm.model.trunk import Inputs
 from nanolm.objectives.base import ForwardObjective, Term, length_of
 from nanolm.registry import RULES
-from nanolm.rules.base import Wrapped, WrapperOptions
+from nanolm.rules.base import AroundObjective, Wrapped, WrapperOptions
 from nanolm.rules.distill import open_teacher
 from nanolm.training.batch import MicroBatch
 from nanolm.training.engine import RuleEngine
@@ -58,21 +57,12 @@ class DistilBertOptions(WrapperOptions):
         require(min(weights) >= 0, f"train.rule weights {weights} must not be negative")
 
 
-class BesideTeacher:
+class BesideTeacher(AroundObjective):
     """An objective whose loss also has the terms `soft_targets` and `cosine`."""
 
     def __init__(self, objective: Any, teacher: Learner, options: DistilBertOptions) -> None:
-        self.objective, self.teacher, self.options = objective, teacher, options
-
-    def inputs(self, batch: dict[str, Tensor]) -> Inputs:
-        """What both trunks read."""
-        return self.objective.inputs(batch)
-
-    def logits(
-        self, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """The objective's own, for rules around this one."""
-        return self.objective.logits(hidden_BTD, heads, batch)
+        super().__init__(objective)
+        self.teacher, self.options = teacher, options
 
     def loss(
         self, hidden_BTD: Tensor, heads: nn.ModuleDict, batch: dict[str, Tensor]

@@ -1,8 +1,10 @@
-"""Exponential moving average of the weights (Polyak & Juditsky 1992), for evaluation and use.
+"""Exponential moving average of the weights, for evaluation and use.
 
     average <- decay * average + (1 - decay) * weight         after every optimizer step
 
 The average is kept in float32 beside the weights; `swapped()` puts it in their place for a while.
+Averaging comes from Polyak & Juditsky 1992, whose mean gives all steps the same weight; this one
+forgets, since early weights lie far from the last ones.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ hold every parameter once. Each parameter group also carries
     peak_lr   its learning rate at schedule factor 1 (the trainer sets lr = peak_lr * factor(step))
     names     its parameters' names, in order: checkpoints key optimizer state by name
 
-Weight decay acts on matrices (two dimensions or more, embeddings included, as in GPT-2 and nanoGPT)
-and never on biases and norm gains.
+Weight decay acts on matrices (two dimensions or more, embeddings included) and never on biases and
+norm gains (Radford et al. 2018, section 4.1).
 """
 
 from __future__ import annotations
@@ -276,6 +276,8 @@ def orthogonalise(
     into [0.68, 1.21]. Smaller ones are multiplied by at most a^5 = 485 and stay below: 0.001 ends
     at 0.47, 0.0001 at 0.05, and 0 stays 0.
     """
+    # A polynomial of X keeps its singular vectors and changes its singular values alone: products
+    # of matrices, where an SVD would be slow on a GPU.
     a, b, c = 3.4445, -4.7750, 2.0315
     # X X^T of the shorter side: a smaller Gram matrix, and the same singular values.
     tall = matrix_MN.shape[0] > matrix_MN.shape[1]

@@ -51,6 +51,8 @@ class Progress:
     def _now(self) -> Any:
         if not self._cuda:
             return time.perf_counter()
+        # The host runs ahead of the device: its clock would say when work was asked for. An event
+        # is passed by the device when the work before it is done.
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event

@@ -7,7 +7,7 @@ warm-up to step `steps` (the one after the last), and f the floor,
 
     cosine        f + (1 - f) (1 + cos(pi u)) / 2        Loshchilov & Hutter 2017 (SGDR)
     linear        1 - (1 - f) u                          Devlin et al. 2019 (BERT)
-    wsd           1, then over the last part linearly to f    Hu et al. 2024 (MiniCPM)
+    wsd           1, then over the last part linearly to f    Hu et al. 2024 (theirs: exponentially)
     inverse_sqrt  sqrt(warmup / (step + 1))              Vaswani et al. 2017
     constant      1
 """

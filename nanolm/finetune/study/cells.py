@@ -4,7 +4,7 @@
     `nanolm finetune` in a process of its own -> figures, seconds, peak memory
     `nanolm evaluate` of the chosen setting only -> test figures
 
-What the key is made of: `study_identity`.
+What the key is made of: `identity`.
 """
 
 from __future__ import annotations

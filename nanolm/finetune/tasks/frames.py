@@ -1,7 +1,7 @@
 """Frames: the special tokens around a task's texts, as the trunk knows them from pretraining.
 
 encoder      <cls> A <sep>    <cls> A <sep> B <sep>       (Devlin et al. 2019)
-             <s> A </s>       <s> A </s></s> B </s>       (Liu et al. 2019), if the tokenizer says
+             <s> A </s>       <s> A </s></s> B </s>       (Liu et al. 2019b), if the tokenizer says
 two_stream   A <sep> <cls>    A <sep> B <sep> <cls>       (Yang et al. 2019)
 decoder      <eos> A <eos>    <eos> A <sep> B <eos>       every document begins behind an end
 """

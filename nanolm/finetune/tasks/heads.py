@@ -80,8 +80,9 @@ def pool(hidden_BTD: Tensor, layout: Layout, pooling: Pooling) -> Tensor:
 
 @HEADS.register("sequence")
 class SequenceLogits(nn.Module):
-    """W2 dropout(act(W1 pool(h))): BERT's head (Devlin et al. 2019, section 4) on any pooling, with
-    tanh, or with the ReLU of DistilBERT's (Sanh et al. 2019, in their code)."""
+    """W2 dropout(act(W1 pool(h))): BERT's head (Devlin et al. 2019, in their code; section 4.1 has
+    W2 alone) on any pooling, with tanh, or with the ReLU of DistilBERT's (Sanh et al. 2019, in
+    theirs)."""
 
     ACTIVATIONS: ClassVar[dict[str, Callable[[Tensor], Tensor]]] = {
         "tanh": torch.tanh,

@@ -4,7 +4,7 @@
 
 Each term is divided by its own count of targets, so `weight` says how much a task's mean loss
 matters and `share` how many of a step's examples are its own: the second is no hidden weight. (In
-the line of Caruana 1997; Liu et al. 2019, MT-DNN, who take whole batches of one task in turn. Here
+the line of Caruana 1997; Liu et al. 2019a, MT-DNN, who take whole batches of one task in turn. Here
 a batch mixes the tasks, so that every step moves the trunk for all of them.)
 
 This is a composition: `parts` are the objectives that would train alone. The sequences of all of

@@ -169,7 +169,7 @@ def roberta_config(model: ModelConfig, named: Mapping[str, Tensor]) -> dict[str,
 
 
 def roberta_model(config: Published) -> dict[str, Any]:
-    """RoBERTa (Liu et al. 2019): its positions are counted from behind the id of padding."""
+    """RoBERTa (Liu et al. 2019b): its positions are counted from behind the id of padding."""
     config.only(pad_token_id=UNUSED - 1)
     model = to_model(config)
     return model | {

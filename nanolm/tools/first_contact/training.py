@@ -61,7 +61,7 @@ class Arguments:
 
     @property
     def job(self) -> dict[str, Any]:
-        """What `bench_once.measure` is to do."""
+        """What `measure` (tools/bench/once.py) is to do."""
         warmup, steps = STEPS[self.shape]
         settings = {"model": self.model, "objective": self.objective, "compile": self.compile}
         return {

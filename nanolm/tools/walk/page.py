@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Sequence
 
 from nanolm.files import write_text
-from nanolm.tools.walk.stops import Stop
+from nanolm.tools.walk.stops import LETTERS, Stop
 
 STYLE = """
 :root { color-scheme: light dark }
@@ -15,7 +15,8 @@ body { font: 17px/1.6 system-ui, sans-serif; max-width: 46em; margin: 2em auto; 
   background: Canvas; color: CanvasText }
 li { margin: 1.4em 0 }
 h2 { font-size: 1.1em; margin: 0 }
-p { margin: .3em 0; overflow-wrap: anywhere }
+h1 { font-size: 1.3em; overflow-wrap: anywhere }
+p { margin: .3em 0; overflow-wrap: anywhere; white-space: pre-wrap }
 table { border-collapse: collapse; margin: .6em 0; font-size: 16px }
 th, td { text-align: left; padding: .1em .9em .1em 0; border-bottom: 1px solid #8886 }
 td { white-space: pre }
@@ -37,7 +38,7 @@ def page(title: str, walk: Sequence[Stop]) -> str:
             '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{head}</title>\n<style>{STYLE}</style>",
-            f"<h1>{head}</h1>\n<ol>",
+            f"<h1>{head}</h1>\n<p>{html.escape(LETTERS)}</p>\n<ol>",
             *map(item, walk),
             "</ol>\n</html>\n",
         ]

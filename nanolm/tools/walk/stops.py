@@ -32,6 +32,12 @@ SHOWN = 24
 """Pieces and ids of the row that are shown."""
 KEYS, HIDDEN_KEYS, CHOICES = 6, 2, 5
 """Rows of the tables: keys that weigh most, hidden keys, most likely tokens."""
+LETTERS = (
+    "One row of the run's own data on its way through one step. Names and shapes: B rows, T tokens "
+    "(queries), S tokens as keys, D model width, H query heads, G key/value heads, K width of a "
+    "head, V vocabulary; ▁ is a space."
+)
+"""What a reader must know before the first stop."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,7 +112,8 @@ def of_text(tokenizer: Tokenizer, raw: list[int], batch: MicroBatch) -> list[Sto
     return [
         Stop(
             name="text",
-            says=f"{shortened(printable(text), 200)}   ({len(text)} characters, row {row})",
+            says=f"{shortened(printable(text), 200)}   ({len(text)} characters; row {row} of the "
+            f"data, whose rows are cut every so many tokens, also within a word)",
             places=(place_of(Tokenizer.decode),),
             figures={"text": text, "row": row},
         ),
@@ -334,9 +341,7 @@ def of_update(trainer: Trainer, found: Recording) -> list[Stop]:
         ),
         Stop(
             name="step",
-            says=f"{kinds}, {moved} of their norm"
-            if result.applied
-            else "refused: no weight moves",
+            says=f"{kinds}, {moved}" if result.applied else "refused: no weight moves",
             places=(place_of(trainer.update.apply), place_of(trainer.step)),
             figures={"lr": result.lr, "applied": result.applied, "moved": found.moved},
         ),

@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from nanolm.tools.walk.stops import Stop
+from nanolm.tools.walk.stops import LETTERS, Stop
 
 INDENT = 4
 
@@ -18,6 +18,7 @@ INDENT = 4
 def show(console: Console, title: str, walk: Sequence[Stop]) -> None:
     """Prints each stop: its name, what is seen there, its table, and where the code stands."""
     console.print(Text(title, style="bold"))
+    console.print(Text(LETTERS))
     for number, stop in enumerate(walk, start=1):
         console.print(Text(f"\n{number:>2}  {stop.name}", style="bold"))
         console.print(Padding(Text(stop.says), (0, 0, 0, INDENT)))
