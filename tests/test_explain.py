@@ -101,14 +101,19 @@ def test_what_is_printed_fits_80_columns_and_keeps_the_highest_probabilities():
         question="logit of label x",
         value=0.5,
         attributions={"integrated gradients": [0.25] * 40},
-        notes=["A note of many words. " * 9],
+        notes=["A note of many words. " * 9, "x " * 100],
         maps_LHTT=np.zeros((1, 1, 40, 40)),
     )
     lines = told(many)
     assert all(cell_len(text) <= 80 and text.isprintable() for text in lines)
     words = " ".join(" ".join(lines).split())
     assert '"probability": 0.3333' in words and 'label_10": 0.1667' in words
-    assert "label_6" in words and "label_5" not in words and words.count("+0.250") == 8
+    assert (
+        r"▁a\n▁a" in words
+        and "label_6" in words
+        and "label_5" not in words
+        and words.count("+0.250") == 8
+    )
 
 
 def test_the_command_writes_a_page_and_a_picture(tmp_path):
