@@ -25,6 +25,7 @@ import sentencepiece
 
 from nanolm.data.json_pieces import JSON_FILE, JsonPieces, is_json
 from nanolm.data.object_store import ObjectStore, is_remote
+from nanolm.data.rank_files import json_of_ranks, named_rank_file
 from nanolm.errors import UserError
 
 MODEL_FILE = "tokenizer.model"
@@ -143,25 +144,29 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | pathlib.Path) -> Tokenizer:
-        """Open a `.model` file, or the tokenizer of a prepared directory (a folder or s3://…).
+        """Open a `.model` file, a rank file, or the tokenizer of a prepared directory (a folder or
+        s3://…).
 
-        In a folder a tokenizer.model comes before a tokenizer.json. Raises UserError when there is
-        none or it cannot be read as one.
+        A rank file becomes a tokenizer.json (`rank_files`). In a folder a tokenizer.model comes
+        before a tokenizer.json. Raises UserError when there is none or it cannot be read as one.
         """
         if is_remote(path):
             return cls(ObjectStore(str(path)).read_all(MODEL_FILE), f"{path}/{MODEL_FILE}")
-        file = pathlib.Path(path)
-        if file.is_dir():
+        encoding, file = named_rank_file(path) or (None, pathlib.Path(path))
+        if encoding is None and file.is_dir():
             other = file / JSON_FILE
             file = file / MODEL_FILE
             file = other if other.is_file() and not file.is_file() else file
         try:
-            return cls(file.read_bytes(), str(file))
+            content = file.read_bytes()
         except OSError as error:
             raise UserError(
                 f"cannot read the tokenizer {file} ({error.strerror}); "
                 f"give a .model file or a directory written by `nanolm prepare`"
             ) from error
+        if encoding is not None:
+            content = json_of_ranks(content, encoding, str(file))
+        return cls(content, str(file))
 
     def __reduce__(self) -> tuple:
         return (Tokenizer, (self.model_bytes, self.path))

@@ -62,7 +62,8 @@ class PrepareConfig:
     test_fraction: Fraction = 0.0
     """Share of documents for a test split, chosen by hash (at least one document if not 0)."""
     tokenizer: str | None = None
-    """An existing SentencePiece .model (or prepared directory) to use instead of training one."""
+    """An existing SentencePiece .model, tokenizer.json or prepared directory to use instead of
+    training one; or a .tiktoken file of ranks after its encoding: gpt2:FILE, cl100k_base:FILE."""
     tokenizer_type: Literal["unigram", "bpe"] = "unigram"
     """Kind of tokenizer to train. unigram encodes five times as fast; bpe trains in a tenth of the
     time, so below about 40 MB of text it is done sooner, and needs 1 or 2 % fewer tokens."""
