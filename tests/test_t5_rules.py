@@ -108,7 +108,8 @@ def test_divided_weights_write_as_whole_ones(base, tmp_path):
     for strategy in ("ddp", "fsdp"):
         settled = config(base, path.parent, tmp_path / strategy, *words)
         figures[strategy] = in_ranks(2, tune, settled, strategy)
-    assert figures["ddp"][0] == pytest.approx(figures["fsdp"][0], abs=1e-5)
+    # Relative for the perplexity, which is exp(loss): 100 times the loss's difference at 100.
+    assert figures["ddp"][0] == pytest.approx(figures["fsdp"][0], abs=1e-5, rel=1e-6)
     assert figures["fsdp"][0] == figures["fsdp"][1]
     runs = [lines(tmp_path / strategy) for strategy in figures]
     for left, right in zip(*runs, strict=True):
