@@ -22,15 +22,12 @@ from nanolm.tools.kernel_check.leaks import KINDS, leak
 from nanolm.tools.kernel_check.sanitizer import sanitized, shuffled
 from nanolm.tools.kernel_check.trial import (
     TOLERANCE,
-    distance,
     errors,
     excess,
     execute,
     like,
-    reference,
 )
 from tests.kernel_tools.covering import AXES, covering_cases, pairwise
-from tests.kernel_tools.philox import keep_mask
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COVERING = covering_cases()
@@ -145,42 +142,6 @@ def test_tiles_that_a_mask_rules_out_are_not_visited():
         scan = 64 * 64  # at most this many ids are read beside tiles
         tiles_read = (traffic.loaded["attention_forward_kernel"] - 4 * tile) / (2 * tile)
         assert n_tiles <= tiles_read < n_tiles + scan / tile, (name, tiles_read)
-
-
-def test_dropout_is_the_documented_function_of_its_indices():
-    q, k, v = problem(2, 19, 23, 2, 16)
-    seed = torch.tensor([12345678901], device=DEVICE)
-    run = functools.partial(triton_attention().run, mask=Mask(), scale=0.25, dropout=0.3)
-    out = run(q, k, v, seed=seed)
-    weights, _ = reference("attention").weights(
-        q.double(), k.double(), Mask(), bias=None, scale=0.25, softcap=None
-    )
-    keep = torch.from_numpy(keep_mask(int(seed), 0.3, tuple(weights.shape))).to(DEVICE)
-    assert 0.6 < keep.double().mean() < 0.8
-    dropped = torch.where(keep, weights / 0.7, 0.0)
-    expected = (dropped @ v.double().transpose(1, 2)).transpose(1, 2)
-    assert distance(out, expected) < 1e-5
-    weight = torch.randn_like(out)
-    actual = torch.autograd.grad((out * weight).sum(), [q, k, v])
-    wanted = torch.autograd.grad((expected * weight).sum(), [q, k, v])
-    assert max(map(distance, actual, wanted)) < 1e-5
-    torch.manual_seed(3)
-    once = run(q, k, v)
-    torch.manual_seed(3)
-    assert torch.equal(once, run(q, k, v)) and not torch.equal(once, run(q, k, v))
-
-
-@pytest.mark.parametrize("p", [0.0, 1e-4, 0.1, 0.5, 0.999, 1.0])
-def test_dropout_drops_what_it_should_and_no_two_entries_together(p):
-    """Eight decisions come from one Philox call: entries near each other must not share one."""
-    keep = keep_mask(987654321, p, (2, 3, 64, 96)).astype(float)
-    deviation = (p * (1 - p) / keep.size) ** 0.5
-    assert abs(keep.mean() - (1 - p)) <= 5 * deviation
-    if p != 0.5:
-        return
-    for t, s in [(0, 1), (0, 2), (0, 8), (0, 9), (0, 16), (1, 0), (8, 0), (8, 8), (16, 0), (8, 1)]:
-        shifted = keep[:, :, t:, s:] == keep[:, :, : 64 - t, : 96 - s]
-        assert abs(shifted.mean() - 0.5) <= 5 * (0.25 / shifted.size) ** 0.5, (t, s)
 
 
 @pytest.mark.parametrize("bias", ["none", "bucket", "dense_by_head"])

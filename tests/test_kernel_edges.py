@@ -158,3 +158,20 @@ def test_a_kernel_that_cannot_be_registered_is_one_sentence(op, attributes, word
         registered(op, **attributes)
     assert words in str(told.value) and "\n" not in str(told.value)
     assert "mine" not in KERNELS["norm"].names()
+
+
+@pytest.mark.parametrize("name", ["reference", "sdpa", "triton"])
+def test_attention_and_its_gradients_repeat_bit_for_bit(name):
+    """On CUDA sdpa's backward pass does so under torch's own flag alone, which is set here for it:
+    docs/kernels_attention.md says what is lost without."""
+    q, k, v = (draw(2, 20, 2, 16, seed=seed) for seed in range(3))
+
+    def once():
+        out = kernel_of("attention", name).run(q, k, v, Mask(causal=True), scale=0.25)
+        return out, *torch.autograd.grad(out.square().sum(), [q, k, v])
+
+    torch.use_deterministic_algorithms(name == "sdpa")
+    try:
+        assert all(map(torch.equal, once(), once()))
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -23,6 +23,7 @@ from nanolm.tools.kernel_check.sanitizer import sanitized
 from nanolm.tools.kernel_check.trial import Trial, excess, execute
 from nanolm.tools.kernel_check.watch import KernelFaultError
 from tests import test_kernel_attention as attention_tests
+from tests import test_kernel_dropout as dropout_tests
 from tests import test_kernel_edges as edge_tests
 from tests import test_kernel_far as far_tests
 from tests import test_kernel_operators as operator_tests
@@ -177,12 +178,16 @@ def attention() -> Iterator[Question]:
     yield tiled(case_question("no lse", small(SINGLE["causal"]), lse=False), 16, 16)
     tests = attention_tests
     for test, about in (
-        (tests.test_dropout_is_the_documented_function_of_its_indices, "dropout keep"),
         (tests.test_rows_that_see_nothing_give_zero_and_no_gradient, "inf lengths"),
         (tests.test_tiles_that_a_mask_rules_out_are_not_visited, "range"),
         (tests.test_order_of_programs_does_not_matter, ""),
     ):
         yield tiled(test_of(test, about=about), 16, 16)
+    test = dropout_tests.test_the_kernel_keeps_what_the_definition_says
+    yield tiled(test_of(test, (1, 2, 33, 48), dropout_tests.SEED, about="dropout keep"), 16, 16)
+    for bias in dropout_tests.BIASES:
+        test = dropout_tests.test_every_gradient_is_that_of_what_the_forward_pass_kept
+        yield tiled(test_of(test, bias, about=f"dropout keep {bias}"), 16, 16)
     for bias in ("none", "bucket", "dense_by_head"):
         yield test_of(tests.test_gradcheck, bias, about=f"accumulate {bias.partition('_')[0]}")
     for dtype in (torch.float32, torch.bfloat16):

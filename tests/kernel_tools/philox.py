@@ -30,11 +30,16 @@ def philox(seed: int, c0: np.ndarray, c1: np.ndarray, c2: np.ndarray, c3: np.nda
     return np.stack([c0, c1, c2, c3]).astype(np.uint32)
 
 
-def keep_mask(seed: int, dropout: float, shape: tuple[int, int, int, int]) -> np.ndarray:
-    """bool [B, H, T, S]: which entries survive."""
+def decisions(seed: int, shape: tuple[int, int, int, int]) -> np.ndarray:
+    """int [B, H, T, S]: the 16 bits by which each entry is kept or dropped."""
     b, h, t, s = np.ogrid[tuple(slice(n) for n in shape)]
     zero = np.zeros(shape, dtype=np.uint64)
     counter_s, counter_t = s // 16 * 4 + s % 8 // 2, t // 16 * 8 + t % 8
     words = philox(seed, zero + counter_s, zero + counter_t, zero + h, zero + b)
     chosen = np.choose((t // 8 % 2 * 2 + s // 8 % 2) + zero.astype(np.int64), words)
-    return np.where(s % 2 == 1, chosen >> 16, chosen & 0xFFFF) >= round(dropout * 2**16)
+    return np.where(s % 2 == 1, chosen >> 16, chosen & 0xFFFF)
+
+
+def keep_mask(seed: int, dropout: float, shape: tuple[int, int, int, int]) -> np.ndarray:
+    """bool [B, H, T, S]: which entries survive."""
+    return decisions(seed, shape) >= round(dropout * 2**16)
