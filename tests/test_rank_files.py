@@ -15,11 +15,16 @@ import random
 import pytest
 import regex
 import tokenizers
+import transformers
 
+from nanolm import cli
+from nanolm.config.model import ModelConfig
 from nanolm.data.json_pieces import byte_alphabet
 from nanolm.data.rank_files import ENCODINGS
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import UserError
+from nanolm.hub.gguf.writing import vocabulary_values
+from nanolm.hub.tokenizer_files import tokenizer_files
 from tests.mixed_lines import mixed_lines
 
 END = r"|\s++\Z|\s+(?!\S)|\s"
@@ -159,6 +164,31 @@ def test_a_published_file_brings_its_special_pieces(
     assert tokenizer.eos == PIECES + 1
     assert tokenizer.special_mask[PIECES:].all() and not tokenizer.special_mask[:PIECES].any()
     assert (tokenizer.encode("<|endoftext|>") < PIECES).all()
+
+
+@pytest.mark.parametrize("encoding", PATTERNS)
+def test_it_is_copied_with_the_data_and_goes_out_as_a_tokenizer_json(
+    encoding: str, ranks: dict[bytes, int], tmp_path: pathlib.Path
+) -> None:
+    """transformers gives the same ids, texts and end; llama.cpp would cut words otherwise."""
+    path = write(tmp_path / "own.tiktoken", lines_of(ranks))
+    (tmp_path / "corpus.txt").write_text("\n".join(texts()[:200]), encoding="utf-8")
+    named, out = f"--tokenizer={encoding}:{path}", str(tmp_path / "data")
+    cut = ("--txt_documents=line", named)
+    cli.run(["prepare", str(tmp_path / "corpus.txt"), "--out", out, *cut])
+    path.unlink()
+    tokenizer = Tokenizer.load(tmp_path / "data")
+    for name, content in tokenizer_files(tokenizer, ModelConfig()).items():
+        (tmp_path / name).write_bytes(content)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    for text in texts():
+        ids = originals(text, encoding, ranks)
+        assert tokenizer.encode(text).tolist() == ids
+        assert theirs(text, add_special_tokens=False, split_special_tokens=True).input_ids == ids
+        assert theirs.decode(ids) == text
+    assert theirs.eos_token_id == PIECES
+    with pytest.raises(UserError, match="export with --format transformers"):
+        vocabulary_values(tokenizer, tokenizer.vocab_size)
 
 
 def test_a_file_of_unknown_encoding_is_refused_with_a_remedy_that_works(
