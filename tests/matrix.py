@@ -31,7 +31,7 @@ HEAD = """# Versions that the tests ran with
 `make matrix` prints and writes this table. The first row is `make check`: the pins of
 constraints.txt and all tests. In the others pip chose everything but Python and torch, and the slow
 tests are left out. The last column is pytest's own closing line. `make matrix` runs a row again
-when the sources have changed since.
+when the sources have changed since its commit.
 
 """
 
@@ -111,6 +111,12 @@ def sources() -> str:
     return digest.hexdigest()[:16]
 
 
+def commit() -> str:
+    """The commit that is checked out, with a + where files differ from it."""
+    words = ["git", "describe", "--always", "--abbrev=7", "--exclude=*", "--dirty=+"]
+    return subprocess.check_output(words, cwd=ROOT, text=True).strip()
+
+
 def versions(cell: Cell) -> dict[str, str]:
     """What pip chose, of the packages that matter most; and the whole of Python's version."""
     code = (
@@ -121,7 +127,7 @@ def versions(cell: Cell) -> dict[str, str]:
     return json.loads(subprocess.check_output([str(cell.binary), "-c", code]))
 
 
-def run(cell: Cell, tree: str, workers: int) -> dict[str, object]:
+def run(cell: Cell, tree: dict[str, str], workers: int) -> dict[str, object]:
     """Runs the cell's tests; its versions, pytest's closing line and what failed."""
     log = FOLDER / f"{cell.name}.log"
     print(f"{cell.name}: running, see {log.relative_to(ROOT)}", flush=True)
@@ -129,8 +135,7 @@ def run(cell: Cell, tree: str, workers: int) -> dict[str, object]:
         subprocess.run(cell.command(workers), cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
     lines = log.read_text(encoding="utf-8").splitlines()
     closing = [line for line in lines if re.search(r"\d+ (passed|failed).* in [\d.]+s", line)]
-    return {
-        "sources": tree,
+    return tree | {
         "versions": versions(cell),
         "tests": "all" if cell.checked else "not slow",
         "closing": closing[-1].strip("= ") if closing else "pytest did not finish",
@@ -140,16 +145,16 @@ def run(cell: Cell, tree: str, workers: int) -> dict[str, object]:
 
 def table(results: dict[str, dict]) -> str:
     """The rows of docs/matrix.md."""
-    columns = ["Python", *SHOWN, "tests", "pytest's closing line"]
+    columns = ["Python", *SHOWN, "commit", "tests", "pytest's closing line"]
     rows = [columns, ["---"] * len(columns)]
     for cell in CELLS:
         result = results.get(cell.name)
         if result is None:
-            rows.append([cell.python, cell.torch, *["–"] * (len(SHOWN) - 1), "–", "not run yet"])
+            rows.append([cell.python, cell.torch, *["–"] * (len(SHOWN) + 1), "not run yet"])
             continue
         found = result["versions"]
         shown = [found["python"], *(found[name] for name in SHOWN)]
-        rows.append([*shown, result["tests"], result["closing"]])
+        rows.append([*shown, result["commit"], result["tests"], result["closing"]])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
@@ -161,12 +166,13 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     FOLDER.mkdir(exist_ok=True)
-    kept, tree = FOLDER / "results.json", sources()
+    # Both before the first cell, after which the table in docs differs from what is checked out.
+    kept, tree = FOLDER / "results.json", {"sources": sources(), "commit": commit()}
     results = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
     for cell in CELLS:
         if arguments.only and cell.name not in arguments.only:
             continue
-        finished = results.get(cell.name, {}).get("sources") == tree
+        finished = results.get(cell.name, {}).get("sources") == tree["sources"]
         if finished and not arguments.fresh:
             continue
         python = find_python(cell.python)

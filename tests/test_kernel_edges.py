@@ -43,6 +43,26 @@ def test_a_target_outside_the_vocabulary_is_nan_in_every_kernel(name, wrong):
     assert grad_hidden.isnan().any()  # and so the guards of a run see it
 
 
+@pytest.mark.parametrize("name", ["reference", "chunked", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sums_of_16_bit_logits_are_taken_in_float32(name, dtype):
+    """Smoothing adds all logits of a row up: here 3,000 of about 30, which float16 cannot hold."""
+    hidden, noise = (
+        draw(*shape, seed=seed, grad=False) for seed, shape in enumerate([(2, 8), (3000, 8)])
+    )
+    hidden, weight = (1 + hidden / 8).to(dtype), (3.75 + noise / 8).to(dtype)
+    targets, options = torch.tensor([3, 2999], device=DEVICE), {"label_smoothing": 0.1}
+    found = kernel_of("linear_cross_entropy", name).run(hidden, weight, None, targets, **options)
+    exact = kernel_of("linear_cross_entropy", "reference").run(
+        hidden.double(), weight.double(), None, targets, **options
+    )
+    logits = hidden.double() @ weight.double().T
+    assert logits.sum(dim=1).min() > torch.finfo(torch.float16).max
+    # Each logit is rounded to 16 bits, by half of eps; their mean, by less.
+    rounding = float(logits.max()) * torch.finfo(dtype).eps
+    assert abs(float(found.loss) - float(exact.loss)) <= 2 * rounding
+
+
 def test_options_of_the_loss_do_not_hide_a_wrong_target():
     options = {"softcap": 3.0, "label_smoothing": 0.1, "z_loss": 0.01}
     targets = torch.tensor([3, 7, -100], device=DEVICE)

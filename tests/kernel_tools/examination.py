@@ -292,6 +292,9 @@ def cross_entropy() -> Iterator[Question]:
     for wrong in (7, -1):
         test = edge_tests.test_a_target_outside_the_vocabulary_is_nan_in_every_kernel
         yield test_of(test, "triton", wrong)
+    yield test_of(
+        edge_tests.test_sums_of_16_bit_logits_are_taken_in_float32, "triton", torch.float16
+    )
     yield from operators("linear_cross_entropy")
 
 
