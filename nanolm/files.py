@@ -59,8 +59,14 @@ class AtomicFile:
         self.closed = True
 
     def __enter__(self) -> Self:
-        with self._disk_errors():
-            self._file = open(self.temporary, "wb")
+        try:
+            with self._disk_errors():
+                self._file = open(self.temporary, "wb")
+        except BaseException:
+            # Ctrl-C may come when the file is there and the `with` block has not begun.
+            with contextlib.suppress(OSError):
+                self.temporary.unlink(missing_ok=True)
+            raise
         self.closed = False
         return self
 

@@ -67,6 +67,17 @@ def test_a_failed_write_is_told_and_leaves_nothing_of_it(
     assert [p.name for p in tmp_path.iterdir()] == ["file.json"] and path.read_text() == OLD
 
 
+def test_ctrl_c_before_the_block_begins_leaves_nothing(tmp_path, monkeypatch):
+    def interrupted(*words):
+        open(*words).close()  # the file is there
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "open", interrupted, raising=False)
+    with pytest.raises(KeyboardInterrupt), files.AtomicFile(tmp_path / "out"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_earlier_versions_left_is_removed_and_nothing_else(tmp_path):
     left = ["shard.arrow.17.partial", ".partial-head-17", ".partial-000003-17", ".tmp-latest-17"]
     kept = ["shard.arrow", "partial", "a.partial", "step-00000001", "index.json"]

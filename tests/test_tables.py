@@ -227,6 +227,7 @@ NARROW = {
     "nanolm/commands/evaluate.py": "two columns, a figure each",
     "nanolm/commands/parity.py": "a name and two numbers; a name, a family and three",
     "nanolm/commands/fill.py": "three columns, a token each",
+    "nanolm/commands/explain.py": "no table, sentences; tests/test_explain.py wraps them",
     "nanolm/commands/doctor.py": "two columns; a list of rows is prose and wraps",
     "nanolm/tools/walk/terminal.py": "tests/test_walk.py runs it at 80 columns",
 }

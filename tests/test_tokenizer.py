@@ -152,3 +152,17 @@ def test_loading(tokenizer: Tokenizer, tmp_path):
         Tokenizer.load(tmp_path / "bad.model")
     with pytest.raises(UserError, match="cannot read the tokenizer"):
         Tokenizer.load(tmp_path / "missing.model")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), UserError("a torn shard"), OSError("gone")])
+@pytest.mark.parametrize("before", [0, 50])
+def test_what_reading_the_sample_raises_is_no_fault_of_the_corpus(error, before):
+    """SentencePiece makes a RuntimeError of whatever its iterator raises."""
+
+    def samples():
+        yield from corpus()[:before]
+        raise error
+
+    with pytest.raises(type(error)) as told:
+        train_tokenizer(samples(), vocab_size=390, kind="bpe")
+    assert told.value is error

@@ -72,11 +72,11 @@ def train_tokenizer(
     roles = [ROLE_PIECES[role] for role in ("cls", "sep", "mask")]
     extras = [EXTRA_PIECES[0].format(index) for index in range(extra_tokens)]
     model = io.BytesIO()
+    raised: list[BaseException] = []
+    cleaned = (RESERVED_CHARACTERS.sub("", escape(sentence)) for sentence in samples)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(
-                RESERVED_CHARACTERS.sub("", escape(sentence)) for sentence in samples
-            ),
+            sentence_iterator=kept(cleaned, raised),
             model_writer=model,
             model_type=kind,
             vocab_size=vocab_size,
@@ -89,8 +89,20 @@ def train_tokenizer(
             **PIECES,
         )
     except RuntimeError as error:
+        if raised:
+            raise raised[0] from None
         raise UserError(explain(str(error), vocab_size)) from error
     return model.getvalue()
+
+
+def kept(samples: Iterator[str], raised: list[BaseException]) -> Iterator[str]:
+    """The samples; what reading them raises is put into `raised` too, since SentencePiece makes a
+    RuntimeError of it, of Ctrl-C as well."""
+    try:
+        yield from samples
+    except (Exception, KeyboardInterrupt) as error:
+        raised.append(error)
+        raise
 
 
 LOSSLESS: dict[str, Any] = {
