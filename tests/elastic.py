@@ -25,7 +25,16 @@ waits 30 s."""
 
 def elastic(logs: pathlib.Path, ranks: int, restarts: int, function, *arguments) -> bool:
     """Runs function(world, *arguments) in `ranks` workers; whether they ended well at last."""
-    modules = ["torch._dynamo", "tests.tiny_run", "tests.elastic", function.__module__]
+    return _launch(logs, ranks, restarts, _worker, function, *arguments)
+
+
+def command_on_ranks(logs: pathlib.Path, ranks: int, *words: str) -> None:
+    """`torchrun --nproc_per_node=RANKS -m nanolm WORDS`, which must end well."""
+    assert _launch(logs, ranks, 0, _command, words), output(logs)
+
+
+def _launch(logs: pathlib.Path, ranks: int, restarts: int, entry, *arguments) -> bool:
+    modules = ["torch._dynamo", "tests.tiny_run", "tests.elastic", "nanolm.finetune.run"]
     multiprocessing.set_forkserver_preload(modules)
     config = LaunchConfig(
         min_nodes=1,
@@ -41,10 +50,15 @@ def elastic(logs: pathlib.Path, ranks: int, restarts: int, function, *arguments)
         **({"shutdown_timeout": 0.3} if HAS_PATIENCE else {}),
     )
     try:
-        elastic_launch(config, _worker)(function, *arguments)
+        elastic_launch(config, entry)(*arguments)
     except ChildFailedError:
         return False
     return True
+
+
+def _command(words):
+    torch.set_num_threads(1)
+    cli.main(list(words))
 
 
 def _worker(function, *arguments):

@@ -39,7 +39,7 @@ def fit_on_a_slow_disk(world, config, seconds=0.1):
     return seen
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, strategy):
     changes = CHANGES | {"distributed__strategy": strategy, "eval__every": 0}
     in_ranks(2, fit, tiny_config(tmp_path / "whole", **changes))

@@ -227,6 +227,7 @@ def test_finished_contests_on_a_cpu_are_found_by_the_keys_they_have_always_had(
     assert printed.count("nanolm / ") == 4 and "1,478" in printed
 
 
+@pytest.mark.slow
 def test_contestants_in_processes_of_their_own_and_one_that_fails(tmp_path):
     common = {"precision": "fp32", "shape": TINY, "threads": 1, "warmup": 1, "steps": 2}
     settings = {"model": "nanolm", "objective": "mlm"}

@@ -141,6 +141,7 @@ def test_a_rule_around_it_weighs_all_three_terms():
     assert_same(half, {name: 0.5 * torch.tensor(gradient) for name, gradient in whole.items()})
 
 
+@pytest.mark.slow
 def test_ranks_change_nothing():
     one, means = step(World(), rule_of())
     for found, other in in_ranks(2, step, rule_of()):

@@ -77,7 +77,7 @@ def survive(tmp_path, ranks, kills, **changes):
     assert sum(entry["writing"] for entry in entries) >= kills // 5
 
 
-@pytest.mark.parametrize("checkpoint_async", [False, True])
+@pytest.mark.parametrize("checkpoint_async", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_kills_at_random_moments_end_bit_equal(tmp_path, checkpoint_async):
     survive(tmp_path, ranks=2, kills=2, run__checkpoint_async=checkpoint_async)
 
@@ -114,7 +114,14 @@ def deadlock():
     lock.acquire()
 
 
-@pytest.mark.parametrize("how", ["block", "alone", "stop"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param("block", marks=pytest.mark.slow),
+        "alone",
+        pytest.param("stop", marks=pytest.mark.slow),
+    ],
+)
 def test_a_rank_that_hangs_is_named_and_the_job_restarts(tmp_path, how):
     changes = {"train__steps": 12, "distributed__hang_timeout": 2.0}
     config = tiny_config(tmp_path / "run", resume="auto", **changes)

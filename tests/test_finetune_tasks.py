@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from nanolm.errors import UserError
+from tests.elastic import command_on_ranks
 from tests.finetuned import (
     QUIET,
     assert_two_ranks_equal_one,
@@ -15,7 +16,6 @@ from tests.finetuned import (
     finetune,
     table,
 )
-from tests.test_finetune import torchrun
 from tests.test_objectives_tasks import EXTRA, RECORDS
 
 STEPS = ("--train.steps=3", "--train.global_batch=5", "--data.row_length=48", "--eval.batch=4")
@@ -71,7 +71,7 @@ def test_in_batch_negatives_of_two_ranks_equal_one(tmp_path):
         f"--data.path={tmp_path / 'data'}",
         f"--run.dir={tmp_path / 'two'}",
     ]
-    torchrun(2, [*argv, *QUIET, *words])
+    command_on_ranks(tmp_path / "logs", 2, "finetune", *argv, *QUIET, *words)
     assert_two_ranks_equal_one(tmp_path, 3)
     with pytest.raises(UserError, match="compares all rows of a step"):
         micro = ("--train.micro_batch=2",)

@@ -28,6 +28,7 @@ def test_without_a_gpu_it_is_one_sentence_and_status_2(capsys):
         cli.run(["doctor"])
 
 
+@pytest.mark.slow
 def test_losses_of_the_device_are_those_of_the_cpu(data, tmp_path):
     verdict = gpu_check.check_losses("cpu", tmp_path, data)
     assert verdict.passed and "20 float32 losses" in verdict.words

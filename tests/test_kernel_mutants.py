@@ -73,6 +73,7 @@ def test_a_draw_has_every_operator_and_hardly_changes_when_one_mutant_goes():
     assert draw(60, "other", mutants()) != some
 
 
+@pytest.mark.slow
 def test_mutants_of_the_gate_are_found_and_known_ones_are_read(tmp_path):
     words = (
         "--count",

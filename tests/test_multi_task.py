@@ -19,6 +19,7 @@ from nanolm.errors import UserError
 from nanolm.finetune.prepare import open_stream, prepare
 from nanolm.finetune.several import learner_of
 from nanolm.training.throughput import TIMING
+from tests.elastic import command_on_ranks
 from tests.finetuned import (
     QUIET,
     assert_two_ranks_equal_one,
@@ -29,7 +30,7 @@ from tests.finetuned import (
     questions,
     table,
 )
-from tests.test_finetune import lines, torchrun
+from tests.test_finetune import lines
 from tests.test_objectives_tasks import RECORDS, tensors
 from tests.test_train_command import ROOT
 
@@ -193,10 +194,12 @@ def test_two_ranks_equal_one(data, tmp_path):
     words = [*COMMON[:2], tasks(data), "--data.path=null", *steps]
     base = checkpoint("mlm")
     finetune(base, data, tmp_path / "one", *words)
-    torchrun(2, [f"--init_from={base}", f"--run.dir={tmp_path / 'two'}", *QUIET, *words])
+    argv = [f"--init_from={base}", f"--run.dir={tmp_path / 'two'}", *QUIET, *words]
+    command_on_ranks(tmp_path / "logs", 2, "finetune", *argv)
     assert_two_ranks_equal_one(tmp_path, 6, "kind/classify", "words/tag")
 
 
+@pytest.mark.slow
 def test_a_task_that_compares_the_rows_of_a_step(data, tmp_path):
     """`embed` beside `classify`: 2 ranks = 1, though a rank often has no pair and its stand-in's
     documents may compete with no other rank's."""
@@ -210,7 +213,7 @@ def test_a_task_that_compares_the_rows_of_a_step(data, tmp_path):
     expected = (summary["val"]["kind/accuracy"] + summary["val"]["near/mrr"]) / 2
     assert summary["val"]["score"] == pytest.approx(expected)
     argv = [f"--init_from={base}", f"--run.dir={tmp_path / 'two'}", *QUIET, *words]
-    torchrun(2, [*argv, "--eval.every=8"])
+    command_on_ranks(tmp_path / "logs", 2, "finetune", *argv, "--eval.every=8")
     assert_two_ranks_equal_one(tmp_path, 8, "kind/classify", "near/embed")
     with pytest.raises(UserError, match="compares all rows of a step"):
         finetune(base, data, tmp_path / "cut", *words, "--train.micro_batch=2")

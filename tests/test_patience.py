@@ -30,7 +30,7 @@ def fit(world, config, kill_after=None):
     return trainer.state.done, notes
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_it_stops_keeps_the_best_and_resumes_exactly(tmp_path, ranks):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     changes = {"eval__every": 5, "eval__patience": 2, "run__checkpoint_every": 15}

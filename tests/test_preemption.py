@@ -27,7 +27,9 @@ def fit_with_signal(world, config, rank, step, number):
     return trainer.state.done, trainer.preempted, notes
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)]
+)
 def test_all_ranks_stop_after_the_same_step_and_the_rest_is_exact(tmp_path, number):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     changes = {"train__ema": 0.9, "model__dropout": 0.1}

@@ -49,7 +49,7 @@ def assert_same_bits(left, right, last=LAST):
 CHANGES = {"train__ema": 0.9, "model__dropout": 0.1}
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_killed_run_ends_bit_equal_to_an_undisturbed_one(tmp_path, ranks):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     in_ranks(ranks, fit, tiny_config(whole, **CHANGES))

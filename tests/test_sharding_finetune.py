@@ -43,7 +43,7 @@ def data(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("peft", ["none", "lora"])
+@pytest.mark.parametrize("peft", [pytest.param("none", marks=pytest.mark.slow), "lora"])
 def test_fine_tuning_equals_ddp(peft, data, tmp_path):
     """31 records in batches of 7 on two ranks: one rank has a batch more to evaluate."""
     base, figures = checkpoint("mlm"), {}

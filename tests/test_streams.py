@@ -93,17 +93,36 @@ def test_ctrl_c_while_writing_keeps_what_was_shown(tmp_path):
     assert shown.startswith(b"def")
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("phase", ["reading", "sampling"])
-def test_ctrl_c_in_prepare_loses_nothing(workers, phase, tmp_path):
+SETTINGS = {"vocab_size": 400, "shard_tokens": 200_000, "sample_bytes": 100_000}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """(the sources, what a preparation that was never broken off makes of them)."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    lines = "".join(f"{i} {i * i} words of line {i % 97}\n" for i in range(15000))
+    sources = [str(folder / "a.txt"), str(folder / "b.txt")]
+    for source in sources:
+        pathlib.Path(source).write_text(source[-5] + lines)
+    settings = PrepareConfig(out=str(folder / "whole"), sources=sources, workers=1, **SETTINGS)
+    prepare(settings, Silent())
+    return sources, contents(folder / "whole")
+
+
+@pytest.mark.parametrize(
+    ("phase", "workers"),
+    [
+        ("reading", 1),
+        ("sampling", 2),
+        pytest.param("reading", 2, marks=pytest.mark.slow),
+        pytest.param("sampling", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_ctrl_c_in_prepare_loses_nothing(undisturbed, workers, phase, tmp_path):
     """What goes on afterwards has the bytes of a preparation that was never broken off."""
-    lines = "".join(f"{i} {i * i} words of line {i % 97}\n" for i in range(40000))
-    for name in ("a.txt", "b.txt"):
-        (tmp_path / name).write_text(name + lines)
-    sources = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
-    settings = {"vocab_size": 400, "shard_tokens": 200_000, "sample_bytes": 200_000}
+    sources, whole = undisturbed
     out = tmp_path / "out"
-    words = [f"--{key}={value}" for key, value in settings.items()]
+    words = [f"--{key}={value}" for key, value in SETTINGS.items()]
     words = ["prepare", *sources, f"--out={out}", f"--workers={workers}", *words]
     process = begin(*words)
     while not (told := process.stderr.readline()).startswith(f"{phase}: ".encode()):
@@ -113,6 +132,4 @@ def test_ctrl_c_in_prepare_loses_nothing(workers, phase, tmp_path):
     process = begin(*words)
     told = process.communicate(timeout=600)[1]
     assert process.returncode == 0, told
-    whole = PrepareConfig(out=str(tmp_path / "whole"), sources=sources, workers=1, **settings)
-    prepare(whole, Silent())
-    assert contents(out) == contents(tmp_path / "whole")
+    assert contents(out) == whole

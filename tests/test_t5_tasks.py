@@ -15,6 +15,7 @@ from nanolm.finetune.tasks.write_from_source import WriteFromSource
 from nanolm.model.trunk import Inputs
 from nanolm.objectives.base import IGNORED
 from nanolm.saved import open_saved
+from tests.elastic import command_on_ranks
 from tests.finetuned import (
     QUIET,
     assert_two_ranks_equal_one,
@@ -25,7 +26,6 @@ from tests.finetuned import (
     table,
 )
 from tests.prepared import trained_run
-from tests.test_finetune import torchrun
 from tests.test_objectives_tasks import EXTRA, RECORDS
 
 OPPOSITES = {"open": "close", "read": "write", "first": "last", "left": "right"}
@@ -159,7 +159,7 @@ def test_two_ranks_write_as_one(base, tmp_path):
     words += ("--data.row_length=24", "--train.micro_batch=4")
     finetune(base, path.parent, tmp_path / "one", *words)
     argv = [f"--init_from={base}", f"--data.path={path.parent}", f"--run.dir={tmp_path / 'two'}"]
-    torchrun(2, [*argv, *QUIET, *words])
+    command_on_ranks(tmp_path / "logs", 2, "finetune", *argv, *QUIET, *words)
     assert_two_ranks_equal_one(tmp_path, 6, "nll")
 
 

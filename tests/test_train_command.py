@@ -75,7 +75,14 @@ def metrics(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("objective", ["clm", "mlm", "span"])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        "clm",
+        pytest.param("mlm", marks=pytest.mark.slow),
+        pytest.param("span", marks=pytest.mark.slow),
+    ],
+)
 def test_torchrun_and_one_process_print_the_same_losses(prepared, tmp_path, objective):
     one, two = tmp_path / "one", tmp_path / "two"
     printed = train(prepared, one, objective=objective)
