@@ -17,7 +17,6 @@ import hashlib
 import itertools
 import pathlib
 import re
-import unicodedata
 from typing import cast
 
 import numpy as np
@@ -25,6 +24,7 @@ import sentencepiece
 
 from nanolm.data.json_pieces import JSON_FILE, JsonPieces, is_json
 from nanolm.data.object_store import ObjectStore, is_remote
+from nanolm.data.pieces import Pieces, json_pieces, model_pieces
 from nanolm.data.rank_files import json_of_ranks, named_rank_file
 from nanolm.errors import UserError
 
@@ -48,21 +48,6 @@ FOREIGN_PIECES = {
     "sep": ("<sep>", "[SEP]"),
     "mask": ("<mask>", "[MASK]"),
 }
-# Scripts written without spaces: one character is one word, unless a segmenter says otherwise.
-IDEOGRAPHIC = (
-    "\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f"
-    "\U00020000-\U0003ffff"
-)
-# Line-break class SA, "complex context", of the Unicode character database (LineBreak.txt, UAX 14):
-# Thai, Lao, Burmese, Khmer, Tai Le, New Tai Lue, Tai Tham, Burmese extended, Tai Viet, Ahom.
-COMPLEX_CONTEXT = (
-    "\u0e01-\u0e3a\u0e40-\u0e4e\u0e81-\u0ebd\u0ec0-\u0ece\u0edc-\u0edf\u1000-\u103f\u1050-\u108f"
-    "\u109a-\u109f\u1780-\u17d3\u17d7\u17dc\u17dd\u1950-\u1974\u1980-\u19c9\u19da\u19de\u19df"
-    "\u1a20-\u1a7c\u1aa0-\u1aad\ua9e0-\ua9ef\ua9fa-\ua9fe\uaa60-\uaac2\uaadb-\uaadf"
-    "\U00011700-\U0001172b\U0001173a\U0001173b\U0001173f-\U00011746"
-)
-UNSPACED = re.compile(f"[{IDEOGRAPHIC}{COMPLEX_CONTEXT}]")
-MARKED = re.compile(f"[{COMPLEX_CONTEXT}]")
 PROBE = "  \uff21\ufb01\tx \n\u4e00"
 
 
@@ -84,32 +69,6 @@ def unescape(text: str) -> str:
     )
 
 
-def joins_word(character: str) -> bool:
-    """Whether a character continues the word of a letter before it.
-
-    A vowel sign or tone mark does in every script, so that no letter loses its own.
-    """
-    mark = unicodedata.category(character)[0] == "M"
-    return mark or (character.isalnum() and not UNSPACED.match(character))
-
-
-def is_joined(character: str) -> bool:
-    """Whether what follows a character may continue its word, be it only a mark on its letter."""
-    return joins_word(character) or bool(MARKED.match(character))
-
-
-def byte_joins_word(byte: int) -> bool:
-    """Whether a byte piece continues the word before it.
-
-    The middle of a character always does, so that no character is split. A first byte tells the
-    script in the rough: Latin to Indic letters (C3-E1) and Hangul syllables (EA-ED) continue a
-    word; punctuation, kana, Chinese characters and symbols (E2-E9, EE and above) begin one.
-    """
-    if byte < 0x80:
-        return joins_word(chr(byte))
-    return byte < 0xE2 or 0xEA <= byte <= 0xED
-
-
 def _is_unicode(text: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
@@ -117,10 +76,8 @@ def _is_unicode(text: str) -> bool:
 class Tokenizer:
     """A SentencePiece model or tokenizer.json, its roles, and what each piece is worth in text.
 
-    special_mask, joins_left, joins_right: bool[V]; byte_length: int32[V], the UTF-8 bytes of text
-    that a piece stands for (a literal U+F4A1 or U+F4A2 counts double). Token i continues the word
-    of token i - 1 iff `joins_left[i] and joins_right[i - 1]`; a character that is spelt in byte
-    pieces is never split. separators: how many sep pieces stand between the two texts of a pair, as
+    special_mask, joins_left, joins_right: bool[V]; byte_length: int32[V]: as `Pieces` says of them.
+    separators: how many sep pieces stand between the two texts of a pair, as
     many as a tokenizer.json puts there itself, two for RoBERTa (Liu et al. 2019b, in their code);
     else one.
     """
@@ -140,7 +97,9 @@ class Tokenizer:
             self._roles["eos"] = self._roles["sep"]  # what ends BERT's texts
         self.separators = self._count_separators()
         self.extra_ids = self._find_extra_ids()
-        self._describe_pieces()
+        pieces = self._describe_pieces()
+        self.special_mask, self.byte_length = pieces.special_mask, pieces.byte_length
+        self.joins_left, self.joins_right = pieces.joins_left, pieces.joins_right
 
     @classmethod
     def load(cls, path: str | pathlib.Path) -> Tokenizer:
@@ -331,51 +290,13 @@ class Tokenizer:
                 return cast(tuple[int, ...], found)
         return ()
 
-    def _describe_pieces(self) -> None:
-        size = self.vocab_size
-        self.special_mask = np.zeros(size, bool)
-        self.byte_length = np.zeros(size, np.int32)
-        self.joins_left = np.zeros(size, bool)
-        self.joins_right = np.zeros(size, bool)
+    def _describe_pieces(self) -> Pieces:
         reserved = {*self.roles().values(), *self.extra_ids}
         if self._json is not None:
-            self._describe_json_pieces(self._json, reserved)
-            return
-        processor = cast(sentencepiece.SentencePieceProcessor, self._processor)
-        for index in range(size):
-            if (
-                index in reserved
-                or processor.is_control(index)
-                or processor.is_unknown(index)
-                or processor.is_unused(index)
-            ):
-                self.special_mask[index] = True
-            elif processor.is_byte(index):
-                self.byte_length[index] = 1
-                byte = int(processor.id_to_piece(index)[1:-1], 16)  # "<0xE4>"
-                self.joins_left[index] = byte_joins_word(byte)
-                self.joins_right[index] = byte >= 0x80 or is_joined(chr(byte))
-            elif text := processor.id_to_piece(index).replace(SPACE, " "):
-                self.byte_length[index] = len(text.encode())
-                self.joins_left[index] = joins_word(text[0])
-                self.joins_right[index] = is_joined(text[-1])
-
-    def _describe_json_pieces(self, pieces: JsonPieces, reserved: set[int]) -> None:
-        for index in range(self.vocab_size):
-            if index in reserved or pieces.is_special(index):
-                self.special_mask[index] = True
-            elif content := pieces.text_of(index):
-                self.byte_length[index] = len(content)
-                text = content.decode(errors="replace")
-                first, last = text[0] != "\ufffd", text[-1] != "\ufffd"
-                if pieces.word_pieces:
-                    self.joins_left[index] = pieces.continues_word(index)
-                    self.joins_right[index] = True
-                else:
-                    self.joins_left[index] = (
-                        joins_word(text[0]) if first else byte_joins_word(content[0])
-                    )
-                    self.joins_right[index] = is_joined(text[-1]) if last else True
+            return json_pieces(self._json, self.vocab_size, reserved)
+        return model_pieces(
+            cast(sentencepiece.SentencePieceProcessor, self._processor), reserved, SPACE
+        )
 
 
 def opened_model(model_bytes: bytes, path: str) -> sentencepiece.SentencePieceProcessor:

@@ -56,9 +56,11 @@ COMMANDS = {
 
 
 def usage() -> str:
-    """One line per command."""
+    """One line per command, more where the terminal is narrow."""
+    from nanolm.tables import beside  # noqa: PLC0415  (imports rich)
+
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    lines = [beside([name], [width], text) for name, (_, text) in COMMANDS.items()]
     return "\n".join(["usage: nanolm COMMAND [--help] …", "", *lines])
 
 

@@ -1,4 +1,5 @@
-"""Tables that fit a terminal of 80 columns: one row a line, names left, numbers right.
+"""Tables that fit 80 columns, or a terminal that has fewer: one row a line, names left, numbers
+right.
 
 Columns that have no room begin another table below, with the names again; a name that is too long
 loses its beginning, since runs differ in their ends.
@@ -11,22 +12,50 @@ from collections.abc import Sequence
 from typing import Literal
 
 from rich.cells import cell_len
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-WIDTH, GAP = 80, 2
+from nanolm.terminal import columns, say, table_width
+
+GAP = 2
 SHORTEST = 20
 """What a name may always take, however many columns there are."""
+NARROWEST = 24
+"""Sentences beside words need this many columns, or they stand below."""
+
+
+def open_console(*, highlight: bool = True) -> Console:
+    """The standard output as rich prints to it, as wide as our own sentences and tables are.
+
+    Left to itself, rich measures whichever stream it finds a terminal behind, in a pipe standard
+    input's.
+    """
+    return Console(width=columns() or table_width(), highlight=highlight)
+
+
+def show(*parts: RenderableType) -> None:
+    """Print tables and sentences, one below the other."""
+    for part in parts:
+        if isinstance(part, str):
+            say(part)
+        else:
+            open_console().print(part)
 
 
 def tables(
-    head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1, width: int = WIDTH
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    left: int = 1,
+    width: int | None = None,
 ) -> list[Table]:
-    """The rows as tables of at most this width; the first `left` columns are words, the first of
-    all names the row.
+    """The rows as tables of at most this width (`table_width` when None); the first `left` columns
+    are words, the first of all names the row.
 
     A single column that is wider than the terminal is folded.
     """
+    width = width or table_width()
     widths = [max(cell_len(line[i]) for line in (head, *rows)) + GAP for i in range(len(head))]
     name = max(SHORTEST, min(widths[0], width - sum(widths[1:])))
     name = min(name, widths[0])
@@ -61,18 +90,29 @@ def table(left: int, head: Sequence[str], *rows: Sequence[str]) -> Table:
 
 
 def cells_of(cells: Sequence[str], widths: Sequence[int], *, left: int = 1, gap: int = GAP) -> str:
-    """One line of a table that is printed while it is made, so that the widths are given."""
+    """One row of a table that is printed while it is made, so that the widths are given.
+
+    Cells that a line has no room for stand below it, with nothing in the place of the name.
+    """
     sides = [str.ljust] * left + [str.rjust] * (len(cells) - left)
-    padded = (side(cell, width) for side, cell, width in zip(sides, cells, widths, strict=True))
-    return (" " * gap).join(padded).rstrip()
+    padded = [side(cell, width) for side, cell, width in zip(sides, cells, widths, strict=True)]
+    room = [width + gap for width in widths]
+    lines = blocks(room, room[0], table_width() + gap - GAP)
+    names = [padded[0], *[" " * widths[0]] * (len(lines) - 1)]
+    return "\n".join(
+        (" " * gap).join([name, *(padded[i] for i in line[1:])]).rstrip()
+        for name, line in zip(names, lines, strict=True)
+    )
 
 
 def beside(cells: Sequence[str], widths: Sequence[int], prose: str) -> str:
-    """Words of these widths, and sentences in what remains of the 80 columns beside them; below
-    them where the words are wider than that."""
+    """Words of these widths, and sentences in what remains of the columns beside them; below
+    them where the words are wider than that, and where little remains."""
     words = " " * GAP + cells_of(cells, widths, left=len(cells)).rstrip()
     column = GAP + sum(widths) + GAP * len(cells)
-    lines = textwrap.wrap(prose, WIDTH - column)
+    if table_width() - column < NARROWEST:
+        column = 2 * GAP + widths[0] * (len(cells) > 1)
+    lines = textwrap.wrap(prose, table_width() - column)
     if lines and len(words) <= column - GAP:
         words = words.ljust(column) + lines.pop(0)
     return f"\n{' ' * column}".join([words, *lines])

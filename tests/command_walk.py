@@ -56,7 +56,8 @@ def texts() -> pathlib.Path:
     """A folder with one text."""
     folder = scratch() / "texts"
     folder.mkdir()
-    (folder / "a.txt").write_text("One text.\n\nAnother one, with words.\n\nA third.\n" * 3)
+    text = "".join(f"One text, number {n}.\n\nAnother one, with {n} words.\n\n" for n in range(40))
+    (folder / "a.txt").write_text(text)
     return folder
 
 
@@ -68,7 +69,7 @@ def line_of(command: str, run: str) -> list[str]:
     tiny = [*small, "--data.row_length=16", *QUIET, "--train.steps=1", f"--data.path={corpus}"]
     model = f"--tokenizer={corpus / 'tokenizer.model'}"
     return {
-        "prepare": [str(texts()), "--out=out", model, "--workers=1"],
+        "prepare": [str(texts()), "--out=out", model, "--workers=1", "--txt_documents=paragraph"],
         "data inspect": [str(corpus)],
         "data verify": [str(corpus)],
         "train": [*tiny, "--run.dir=out", "--eval.batches=1", "--schedule.warmup=0"],
@@ -94,7 +95,8 @@ def line_of(command: str, run: str) -> list[str]:
         "doctor": [run, "1"],
         "runs": [str(pathlib.Path(run).parent if run else run)],
         "plot": [run, "--out=plot.png"],
-        "masks draw": ["--out=out"],
+        "walk": [run],
+        "figures": ["--out=out"],
         "bench prepare": [str(texts())],
         "bench data": [str(corpus)],
     }.get(command, [])

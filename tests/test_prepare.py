@@ -14,7 +14,6 @@ import time
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from nanolm import files
 from nanolm.data.prepare import report
@@ -23,6 +22,7 @@ from nanolm.data.prepare.progress import Lines, Silent
 from nanolm.data.prepare.workspace import WORK
 from nanolm.data.shards.directory import open_split, open_tokenizer, verify
 from nanolm.errors import UserError
+from nanolm.tables import show
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -303,9 +303,7 @@ def test_reports_and_progress_lines(corpus, reference, tmp_path, capsys):
     assert json.loads(json.dumps(figures)) == figures
     inspection = report.inspect(str(reference))
     assert json.dumps(report.inspection_figures(inspection))
-    console = Console(width=100)
-    console.print(report.render(summary))
-    console.print(report.render_inspection(inspection))
+    show(*report.render(summary), *report.render_inspection(inspection))
     shown = capsys.readouterr().out
     for text in ("bytes/token", "dropped: duplicate", "train document 0"):
         assert text in shown

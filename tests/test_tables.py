@@ -16,11 +16,12 @@ from nanolm import cli
 from nanolm.commands.kernels import check as check_kernels
 from nanolm.commands.kernels import compile as compile_kernels
 from nanolm.commands.runs import show as show_runs
-from nanolm.data.prepare.report import _split_table
+from nanolm.data.prepare.report import _split_tables
 from nanolm.data.shards.directory import Manifest
 from nanolm.finetune import repeats, report
 from nanolm.finetune.study.table import Sheet, grid_of
-from nanolm.tables import WIDTH, beside, cells_of, ending, tables
+from nanolm.tables import beside, cells_of, ending, tables
+from nanolm.terminal import WIDEST
 from nanolm.tools.bench import data as bench_data
 from nanolm.tools.bench import figures as bench_figures
 from nanolm.tools.bench import finetune_contest
@@ -132,7 +133,7 @@ def of_loaders():
 
 
 def of_preparation(capsys):
-    where = console(WIDTH)  # what the headings mean is prose, and may wrap
+    where = console(WIDEST)  # what the headings mean is prose, and may wrap
     keys = ("alone_one", "alone_all", "encoding", "everything", "peak_bytes", "worker_peak_bytes")
     row = {key: 1_234_567_890 for key in keys}
     row |= {"encoding_over_alone": 0.95, "kind": "unigram", "workers": 16}
@@ -164,7 +165,7 @@ def of_prepared_data():
         splits={split: [0] for split in splits},
     )
     assert {"vocab_size", "totals", "splits"} <= set(Manifest.__dataclass_fields__)
-    where.print(_split_table(manifest, "runs/demo-data"))
+    where.print(*_split_tables(manifest, "runs/demo-data"))
     return printed(where)
 
 
@@ -227,8 +228,8 @@ NARROW = {
     "nanolm/commands/evaluate.py": "two columns, a figure each",
     "nanolm/commands/parity.py": "a name and two numbers; a name, a family and three",
     "nanolm/commands/fill.py": "three columns, a token each",
-    "nanolm/commands/explain.py": "no table, sentences; tests/test_explain.py wraps them",
     "nanolm/commands/doctor.py": "two columns; a list of rows is prose and wraps",
+    "nanolm/commands/profile.py": "tests/test_terminal.py runs it at 80 and 60 columns",
     "nanolm/tools/walk/terminal.py": "tests/test_walk.py runs it at 80 columns",
 }
 
@@ -241,11 +242,13 @@ def test_a_table_fits_80_columns(source, tmp_path, capsys, monkeypatch):
     lines = MADE[source](fixtures).splitlines()
     assert len(lines) >= 2
     for line in lines:
-        assert cell_len(line.rstrip()) <= WIDTH, line
+        assert cell_len(line.rstrip()) <= WIDEST, line
 
 
 def test_no_table_is_forgotten():
-    uses = re.compile(r"^from (rich\.table|nanolm\.tables) import", re.M)
+    uses = re.compile(
+        r"^from (rich\.table|nanolm\.tables) import (.*\b[Tt]ables?\b|.*blocks|beside|cells)", re.M
+    )
     found = {
         path.relative_to(ROOT).as_posix()
         for room in ("nanolm", "data", "kernels")
@@ -280,11 +283,11 @@ def test_tables_of_any_shape_fit_and_hold_every_cell(data, columns, count):
     assert sum(len(table.columns) - 1 for table in made) == columns - 1
     shown = []
     for table in made:
-        where = console(WIDTH)
+        where = console(WIDEST)
         where.print(table)
         lines = printed(where).splitlines()
         assert len(lines) == count + 1, lines
-        assert all(cell_len(text.rstrip()) <= WIDTH for text in lines)
+        assert all(cell_len(text.rstrip()) <= WIDEST for text in lines)
         shown += [text.split() for text in lines]
     cells = {cell for words in shown for cell in words}
     assert {cell for row in (head, *rows) for cell in row[1:]} <= cells
@@ -299,6 +302,6 @@ def test_a_long_name_keeps_its_end(text, most):
 @given(name=WORD, prose=st.lists(WORD, max_size=40).map(" ".join))
 def test_prose_beside_a_name_keeps_its_words_and_the_width(name, prose):
     lines = beside([name], [12], prose).splitlines()
-    assert all(len(line) <= WIDTH for line in lines)
+    assert all(len(line) <= WIDEST for line in lines)
     assert " ".join(lines).split() == [name, *prose.split()]
     assert all(line.startswith(" " * 16) for line in lines[1:])

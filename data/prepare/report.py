@@ -7,7 +7,6 @@ import pathlib
 from typing import Any
 
 import numpy as np
-from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -20,6 +19,7 @@ from nanolm.data.shards.directory import (
     open_tokenizer,
     unigram_counts,
 )
+from nanolm.tables import tables
 
 SAMPLE_TOKENS = 120
 COARSE = 2.0
@@ -34,11 +34,11 @@ def bytes_per_token(totals: dict[str, int]) -> float | None:
 def cleaning_counts(manifest: Manifest) -> dict[str, dict[str, int]]:
     """The counts of cleaning as tables: `dropped` documents by reason, what was `changed`, and
     files `passed over` by kind."""
-    tables: dict[str, dict[str, int]] = {"dropped": {}, "changed": {}, PASSED_OVER: {}}
+    found: dict[str, dict[str, int]] = {"dropped": {}, "changed": {}, PASSED_OVER: {}}
     for key, count in manifest.cleaning.items():
         table, _, name = key.partition("/")
-        tables.setdefault(table, {})[name] = count
-    return tables
+        found.setdefault(table, {})[name] = count
+    return found
 
 
 def figures(summary: Summary) -> dict[str, Any]:
@@ -64,8 +64,8 @@ def figures(summary: Summary) -> dict[str, Any]:
     }
 
 
-def render(summary: Summary) -> Group:
-    """The summary as tables: splits, what cleaning did, one line of speed."""
+def render(summary: Summary) -> list[Table | str]:
+    """The summary as tables and sentences: splits, what cleaning did, one line of speed."""
     manifest = summary.manifest
     numbers = figures(summary)
     speed = numbers["encoded_megabytes_per_second"]
@@ -79,12 +79,12 @@ def render(summary: Summary) -> Group:
             f"{summary.seconds['encoding']:.1f} s at {speed:.1f} MB/s in {summary.workers} "
             f"process{'es' if summary.workers > 1 else ''}"
         )
-    return Group(
-        _split_table(manifest, summary.directory),
-        *_cleaning_table(manifest),
-        *map(Text, coarse_splits(manifest)),
-        Text(line),
-    )
+    return [
+        *_split_tables(manifest, summary.directory),
+        *_cleaning_tables(manifest),
+        *coarse_splits(manifest),
+        line,
+    ]
 
 
 def coarse_splits(manifest: Manifest) -> list[str]:
@@ -110,38 +110,36 @@ def coarse_splits(manifest: Manifest) -> list[str]:
     return told
 
 
-def _split_table(manifest: Manifest, directory: str) -> Table:
-    title = f"{directory}: vocabulary {manifest.vocab_size:,}"
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column("split")
-    for name in ("shards", "documents", "tokens", "bytes", "bytes/token"):
-        table.add_column(name, justify="right")
+def _split_tables(manifest: Manifest, directory: str) -> list[Table | str]:
+    rows = []
     for split in SPLITS:
         totals = manifest.totals[split]
         ratio = bytes_per_token(totals)
-        table.add_row(
-            split,
-            f"{len(manifest.splits[split]):,}",
-            *(f"{totals[key]:,}" for key in ("documents", "tokens", "bytes")),
-            "" if ratio is None else f"{ratio:.3f}",
+        rows.append(
+            [
+                split,
+                f"{len(manifest.splits[split]):,}",
+                *(f"{totals[key]:,}" for key in ("documents", "tokens", "bytes")),
+                "" if ratio is None else f"{ratio:.3f}",
+            ]
         )
-    return table
+    head = ("split", "shards", "documents", "tokens", "bytes", "bytes/token")
+    return [f"{directory}: vocabulary {manifest.vocab_size:,}", *tables(head, rows)]
 
 
-def _cleaning_table(manifest: Manifest) -> list[Table]:
-    tables = cleaning_counts(manifest)
-    if not any(tables.values()):
+def _cleaning_tables(manifest: Manifest) -> list[Table | str]:
+    found = cleaning_counts(manifest)
+    if not any(found.values()):
         return []
-    table = Table(title="cleaning", title_justify="left")
-    table.add_column("what")
-    table.add_column("count", justify="right")
-    for kind, counts in tables.items():
-        for name, count in counts.items():
-            table.add_row(f"{kind}: {name}", f"{count:,}")
+    rows = [
+        [f"{kind}: {name}", f"{count:,}"]
+        for kind, counts in found.items()
+        for name, count in counts.items()
+    ]
     kept = sum(totals["documents"] for totals in manifest.totals.values())
-    read = kept + sum(tables["dropped"].values())
-    table.add_row("kept documents", f"{kept:,} of {read:,}")
-    return [table]
+    read = kept + sum(found["dropped"].values())
+    rows.append(["kept documents", f"{kept:,} of {read:,}"])
+    return ["", *tables(("cleaning", "count"), rows)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,17 +202,15 @@ def inspection_figures(inspection: Inspection) -> dict[str, Any]:
     return dataclasses.asdict(inspection)
 
 
-def render_inspection(inspection: Inspection) -> Group:
-    """An inspection as tables and sample texts."""
+def render_inspection(inspection: Inspection) -> list[Table | Text | str]:
+    """An inspection as tables, sentences and sample texts."""
     manifest = inspection.manifest
-    lengths = Table(title="tokens in a document", title_justify="left")
-    lengths.add_column("split")
-    for name in ("smallest", "median", "mean", "largest"):
-        lengths.add_column(name, justify="right")
-    for split, numbers in inspection.document_tokens.items():
-        lengths.add_row(split, *(f"{value:,.0f}" for value in numbers.values()))
-    facts = Text(
-        f"data {manifest.data_hash}\ntokenizer {manifest.tokenizer_hash}\n"
+    lengths = [
+        [split, *(f"{value:,.0f}" for value in numbers.values())]
+        for split, numbers in inspection.document_tokens.items()
+    ]
+    facts = (
+        f"\ndata {manifest.data_hash}\ntokenizer {manifest.tokenizer_hash}\n"
         f"special pieces {manifest.special_ids}\n"
         f"pieces that the train split never uses: {inspection.unused_pieces:,}\n"
         f"entropy of the train split's pieces: "
@@ -226,10 +222,11 @@ def render_inspection(inspection: Inspection) -> Group:
         Text.assemble((f"\n{split} document {index}\n", "bold"), text)
         for split, index, text in inspection.samples
     ]
-    return Group(
-        _split_table(manifest, inspection.directory),
-        *_cleaning_table(manifest),
-        lengths,
+    return [
+        *_split_tables(manifest, inspection.directory),
+        *_cleaning_tables(manifest),
+        "\ntokens in a document",
+        *tables(("split", "smallest", "median", "mean", "largest"), lengths),
         facts,
         *samples,
-    )
+    ]

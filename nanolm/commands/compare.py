@@ -10,14 +10,13 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from rich.console import Console
-
 from nanolm.checkpoint.container import read_json
 from nanolm.errors import UserError, require
 from nanolm.finetune.config import TaskConfig
 from nanolm.registry import OBJECTIVES
 from nanolm.saved import read_config
-from nanolm.tables import ending, tables
+from nanolm.tables import ending, open_console, tables
+from nanolm.terminal import say
 
 POSITIONAL = ("run", "other")
 LONGEST_NAME = 24
@@ -55,12 +54,12 @@ def run(arguments: Arguments) -> None:
         for name in left
         if name in right
     ]
-    console = Console()
+    console = open_console()
     head = ("figure", *(ending(str(place), LONGEST_NAME) for place in places), "difference")
     for grid in tables(head, rows):
         console.print(grid)
     higher = direction(places[0], summaries[0], arguments.plugins)
-    console.print(verdict(metric, left[metric], right[metric], places, higher), highlight=False)
+    say(verdict(metric, left[metric], right[metric], places, higher))
 
 
 def require_tuned(place: pathlib.Path, plugins: list[str]) -> None:

@@ -16,7 +16,6 @@ import pathlib
 import tempfile
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from nanolm.commands.json_file import write_json
@@ -25,6 +24,8 @@ from nanolm.distributed.devices import DeviceWord
 from nanolm.distributed.world import close, launch
 from nanolm.errors import UserError, require
 from nanolm.saved import read_config
+from nanolm.tables import show
+from nanolm.terminal import say
 from nanolm.tools.gpu_check import check_device
 from nanolm.tools.replay import examine, replay, trainer_before
 
@@ -68,13 +69,14 @@ def run(arguments: Arguments) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         trainer, notes = trainer_before(step, config, folder, world, pathlib.Path(scratch))
         for note in notes if world.is_main else []:
-            print(note)
+            say(note)
         figures = examine(trainer, replay(trainer, step))
     if world.is_main:
-        table = Table("figure", f"step {arguments.step} of {folder}")
+        say(f"step {arguments.step} of {folder}")
+        table = Table("figure", "value")
         for name, value in figures.items():
             table.add_row(name, f"{value:.6g}" if isinstance(value, float) else str(value))
-        Console().print(table)
+        show(table)
         write_json(arguments.json, {"run": str(folder), "step": arguments.step, **figures})
     close(world)
 
@@ -88,9 +90,9 @@ def check_gpu(arguments: Arguments, device: str = "cuda") -> None:
     )
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU as stand-in"
     verdicts = check_device(device)
-    print(f"\nfor docs/evidence.md, column *on a GPU* ({name}, torch {torch.__version__}):")
+    say(f"\nfor docs/evidence.md, column *on a GPU* ({name}, torch {torch.__version__}):")
     for verdict in verdicts:
-        print(verdict.line(name))
+        say(verdict.line(name))
     write_json(arguments.json, [dataclasses.asdict(verdict) for verdict in verdicts])
     if not all(verdict.passed for verdict in verdicts):
         raise SystemExit(1)

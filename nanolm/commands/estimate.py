@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 
-from rich.console import Console
 from rich.table import Column, Table
 
 from nanolm import build
@@ -19,6 +18,7 @@ from nanolm.config.model import ModelConfig
 from nanolm.config.ranges import Count, Share
 from nanolm.config.schema import Config
 from nanolm.errors import require
+from nanolm.tables import show
 from nanolm.tools.estimate import Limit, Needs, Sizes, estimate, find_device, largest, parts_of
 from nanolm.tools.stand_in import stand_in_tokenizer
 from nanolm.training.accelerators import ACCELERATORS
@@ -79,8 +79,7 @@ def run(arguments: Arguments) -> None:
         memory=getattr(objective, "memory", 0),
     )
     limits = largest(config, sizes_of, strategies(arguments), arguments.device)
-    console = Console()
-    console.print(table_of(needs, arguments, config), limits_of(limits, arguments))
+    show(table_of(needs, arguments, config), limits_of(limits, arguments))
     figures = dataclasses.asdict(needs) | {"total": needs.total, "fits": needs.fits}
     figures["largest"] = [dataclasses.asdict(limit) for limit in limits]
     write_json(arguments.json, {"gpus": arguments.gpus, "device": arguments.device, **figures})

@@ -10,8 +10,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-from rich.console import Console
-
 from nanolm.build import build_stream
 from nanolm.checkpoint.facts import facts_of, require_same_facts
 from nanolm.commands.json_file import write_json
@@ -28,7 +26,7 @@ from nanolm.finetune.several import part_of
 from nanolm.finetune.tasks.multi import Multi
 from nanolm.pretrain import evaluator_of
 from nanolm.saved import Saved
-from nanolm.tables import tables
+from nanolm.tables import show, tables
 from nanolm.training.engine import Engine
 
 POSITIONAL = ("run",)
@@ -134,5 +132,5 @@ def evaluate_pretrained(saved: Saved, world: World, arguments: Arguments) -> dic
     figures = evaluate(Engine(saved.learner.to(world.device), world, config)) or {}
     if world.is_main:
         rows = [[name, f"{value:.6g}"] for name, value in figures.items()]
-        Console().print(*tables(("figure", f"{split} split"), rows))
+        show(*tables(("figure", f"{split} split"), rows))
     return {"split": split} | figures

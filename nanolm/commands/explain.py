@@ -29,7 +29,7 @@ from nanolm.finetune.predict import Predictor, record_of_line
 from nanolm.finetune.several import part_of
 from nanolm.finetune.splits import TYPED, make_split
 from nanolm.saved import Saved, open_saved
-from nanolm.tables import WIDTH
+from nanolm.terminal import say, table_width
 
 POSITIONAL = ("run", "text")
 WRITERS = {"html": write_page, "png": draw}
@@ -147,7 +147,8 @@ def run(arguments: Arguments) -> None:
             notes = WRITERS[name](explanation, path)
         except OSError as error:
             raise UserError(f"cannot write --out {path}: {error.strerror}") from None
-        print(*notes, path, sep="\n")
+        for line in (*notes, path):
+            say(line)
     write_json(arguments.json, explanation.figures())
 
 
@@ -162,7 +163,7 @@ def told(explanation: Explanation) -> list[str]:
         f"{explanation.question} = {explanation.value:.4f}: {', '.join(parts)}",
         *explanation.notes,
     ]
-    wrap = functools.partial(textwrap.wrap, width=WIDTH, subsequent_indent="    ")
+    wrap = functools.partial(textwrap.wrap, width=table_width(), subsequent_indent="    ")
     return [line for sentence in sentences for line in wrap(sentence, break_on_hyphens=False)]
 
 

@@ -36,6 +36,7 @@ from nanolm.inference.export_onnx import onnx_folder
 from nanolm.inference.export_peft import PART, adapter_folder
 from nanolm.inference.export_transformers import published_folder
 from nanolm.saved import Saved, open_saved, read_config
+from nanolm.terminal import say
 
 POSITIONAL = ("run",)
 Tensors = dict[str, Tensor]
@@ -87,7 +88,7 @@ def run(arguments: Arguments) -> None:
     if arguments.format == "gguf":  # one file, which is proved before it gets its name
         saved = open_saved(folder, plugins=arguments.plugins, ema=arguments.ema)
         figures: dict[str, Any] = {"out": str(out)}
-        figures |= gguf_file(saved, out, arguments.weights or "F32", print)
+        figures |= gguf_file(saved, out, arguments.weights or "F32", say)
         write_json(arguments.json, figures)
         return
     proof: dict[str, Any] = {}
@@ -101,7 +102,7 @@ def run(arguments: Arguments) -> None:
     tensors = [tensor for named in parts.values() for tensor in named.values()]
     numbers = sum(tensor.numel() for tensor in tensors)
     count = f"{len(tensors)} tensors, {numbers:,} numbers" if parts else f"{len(files)} files"
-    print(f"{folder}: {count}, written to {out}")
+    say(f"{folder}: {count}, written to {out}")
     figures = {"out": str(out), "format": arguments.format, "tensors": len(tensors)}
     write_json(arguments.json, figures | {"numbers": numbers} | proof)
 

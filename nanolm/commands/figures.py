@@ -11,6 +11,7 @@ import pathlib
 
 from nanolm.errors import UserError
 from nanolm.files import write_text
+from nanolm.terminal import say
 from nanolm.tools.figures.curves import curves
 from nanolm.tools.figures.journey import journey
 from nanolm.tools.figures.masks import masks
@@ -38,7 +39,7 @@ def run(arguments: Arguments) -> None:
     for folder in arguments.runs:
         found = read_run(folder)
         for problem in found.problems:
-            print(f"note: {problem}")
+            say(f"note: {problem}")
         path = found.folder / "curves.svg"
         if arguments.out is not None:
             path = pathlib.Path(arguments.out) / f"curves_{found.folder.resolve().name}.svg"
@@ -53,4 +54,4 @@ def run(arguments: Arguments) -> None:
                 f"cannot make the folder {path.parent}: {error.strerror}; choose another --out"
             ) from None
         write_text(path, str(picture))
-        print(f"wrote {path}")
+        say(f"wrote {path}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from rich.console import Console
 from rich.table import Column, Table
 
 from nanolm.commands.json_file import write_json
@@ -16,6 +15,8 @@ from nanolm.errors import require
 from nanolm.inference.masked import mask_ids
 from nanolm.model.trunk import Inputs
 from nanolm.saved import Saved, open_saved
+from nanolm.tables import show
+from nanolm.terminal import say
 
 POSITIONAL = ("run", "text")
 
@@ -73,6 +74,6 @@ def run(arguments: Arguments) -> None:
         for c in candidates:
             table.add_row(str(index + 1), f"{c['probability']:.3f}", repr(c["text"]))
         table.add_section()
-    Console().print(arguments.text, markup=False)
-    Console().print(table)
+    say(arguments.text)
+    show(table)
     write_json(arguments.json, {"text": arguments.text, "masks": masks})

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated
 
-from rich.console import Console
-
 from nanolm.commands.json_file import write_json
 from nanolm.commands.pretrained import require_pretrained
 from nanolm.config.ranges import Count, Seed, Within
@@ -18,6 +16,8 @@ from nanolm.inference.generate import Generator, write
 from nanolm.inference.generate_from_source import GENERATORS
 from nanolm.inference.sampling import Sampling
 from nanolm.saved import open_saved
+from nanolm.tables import open_console
+from nanolm.terminal import columns
 
 POSITIONAL = ("run",)
 
@@ -105,12 +105,14 @@ def run(arguments: Arguments) -> None:
             stop=arguments.stop,
             on_text=show,
         )
-    console = Console(highlight=False)
+    console = open_console(highlight=False)
     if alone:
         print()
     else:
         for index, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
             console.rule(f"sample {index + 1}")
             between = "\n" if arguments.chat else ""
-            console.print(prompt + between + text, markup=False)
+            # A file or a pipe gets the text as it is, without ends of lines that are not in it.
+            whole = columns() is None
+            console.print(prompt + between + text, markup=False, soft_wrap=whole)
     write_json(arguments.json, [{"prompt": p, "text": t} for p, t in zip(prompts, texts)])

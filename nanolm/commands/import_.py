@@ -14,6 +14,7 @@ from nanolm.commands.json_file import write_json
 from nanolm.errors import require
 from nanolm.hub.importing import import_folder
 from nanolm.inference.import_peft import import_adapter, is_adapter
+from nanolm.terminal import say
 
 POSITIONAL = ("path", "out")
 
@@ -42,7 +43,7 @@ def run(arguments: Arguments) -> None:
     out = pathlib.Path(arguments.out)
     require(not out.exists(), f"OUT {out} exists already; name a folder that does not")
     if is_adapter(pathlib.Path(arguments.path)):
-        figures = import_adapter(pathlib.Path(arguments.path), out, arguments.base, print)
+        figures = import_adapter(pathlib.Path(arguments.path), out, arguments.base, say)
         write_json(arguments.json, {"out": str(out), **figures})
         return
     require(
@@ -55,6 +56,6 @@ def run(arguments: Arguments) -> None:
         out,
         family=arguments.family,
         pickled=arguments.allow_pickle,
-        note=print,
+        note=say,
     )
     write_json(arguments.json, {"out": str(out), **figures})

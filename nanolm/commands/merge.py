@@ -19,6 +19,7 @@ from nanolm.model.trunk import Inputs
 from nanolm.peft.base import NoPeftOptions, merge
 from nanolm.peft.files import DESCRIPTION
 from nanolm.saved import Saved, open_saved
+from nanolm.terminal import say
 
 POSITIONAL = ("run",)
 TOLERANCE = 1e-5
@@ -77,7 +78,7 @@ def run(arguments: Arguments) -> None:
         f"merging changed the hidden states by {difference:.3g}; nothing was written",
     )
     write_folder(out, {"model": learner_tensors(saved.learner)}, merged_files(saved))
-    print(
+    say(
         f"{adapter.options.name}: {small:,} numbers folded into {out}; largest change of a hidden "
         f"state {difference:.2g}"
     )

@@ -6,15 +6,14 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 
-from rich.console import Console
-
 from nanolm.commands.json_file import write_json
 from nanolm.errors import UserError, require
 from nanolm.finetune.parity import CASES as HEAD_CASES
 from nanolm.finetune.parity import difference as head_difference
 from nanolm.hub.proof import LIMIT, can_prove
 from nanolm.inference.parity import CASES, DIRECTIONS, difference
-from nanolm.tables import tables
+from nanolm.tables import show, tables
+from nanolm.terminal import say
 from nanolm.tools.parity_of_configs import compared
 
 POSITIONAL = ("configs",)
@@ -50,9 +49,9 @@ def families_table(arguments: Arguments) -> None:
         for cases, measure in tables_of
         for case in cases
     }
-    print("largest difference from transformers, float32")
+    say("largest difference from transformers, float32")
     rows = [[case, *(f"{row[way]:.1e}" for way in DIRECTIONS)] for case, row in found.items()]
-    Console().print(*tables(("model", *DIRECTIONS), rows))
+    show(*tables(("model", *DIRECTIONS), rows))
     write_json(arguments.json, found)
     worst = [(case, way) for case, row in found.items() for way in DIRECTIONS if row[way] > LIMIT]
     if worst:
@@ -62,13 +61,13 @@ def families_table(arguments: Arguments) -> None:
 def configs_table(arguments: Arguments) -> None:
     """The models of the configs, out."""
     found = {pathlib.Path(path).stem: compared(path) for path in arguments.configs}
-    print("parameters, and the largest difference from transformers, float32")
+    say("parameters, and the largest difference from transformers, float32")
     rows = [
         [name, row.family, f"{row.parameters:,}", f"{row.theirs:,}", f"{row.largest:.1e}"]
         for name, row in found.items()
     ]
     head = ("model", "family", "parameters", "in transformers", "difference")
-    Console().print(*tables(head, rows, left=2))
+    show(*tables(head, rows, left=2))
     write_json(arguments.json, {name: dataclasses.asdict(row) for name, row in found.items()})
     for name, row in found.items():
         require(row.parameters == row.theirs, f"transformers counts {row.theirs:,} of {name}")

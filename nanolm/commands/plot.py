@@ -8,6 +8,7 @@ from typing import Any
 
 from nanolm.errors import UserError
 from nanolm.finetune.pictures import fonts_for, pyplot
+from nanolm.terminal import say
 from nanolm.training.runs import Run, read_run
 
 PANELS = (
@@ -66,8 +67,8 @@ def run(arguments: Arguments) -> None:
     """Read the runs and draw."""
     runs = [read_run(folder) for folder in arguments.runs]
     for problem in [problem for each in runs for problem in each.problems]:
-        print(f"note: {problem}")
+        say(f"note: {problem}")
     out = pathlib.Path(arguments.out) if arguments.out else runs[0].folder / "plot.png"
     for note in draw(runs, out):
-        print(note)
-    print(f"wrote {out}")
+        say(note)
+    say(f"wrote {out}")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-from rich.console import Console
-
 from nanolm.commands.json_file import write_json
 from nanolm.config.load import import_plugins, parse, read_files, split_words
 from nanolm.data.prepare.config import TRAINING, require_one_tokenizer
 from nanolm.data.prepare.pipeline import PrepareConfig, prepare
 from nanolm.data.prepare.report import figures, render
+from nanolm.tables import show
 
 POSITIONAL = ("sources",)
 
@@ -41,5 +40,5 @@ def run(arguments: Arguments) -> None:
     names = [field.name for field in dataclasses.fields(PrepareConfig)]
     keys = {name: getattr(arguments, name) for name in names}
     summary = prepare(PrepareConfig(**keys))
-    Console().print(render(summary))
+    show(*render(summary))
     write_json(arguments.json, figures(summary))

@@ -12,6 +12,7 @@ import pathlib
 import tempfile
 
 import torch
+from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 from nanolm import pretrain
@@ -19,11 +20,14 @@ from nanolm.build import build_tokenizer
 from nanolm.config.load import load_config
 from nanolm.distributed.world import close, launch
 from nanolm.run import rehearse
+from nanolm.tables import show, tables
 from nanolm.tools.trace import write_trace
 from nanolm.training.phases import PHASES
 from nanolm.training.trainer import Trainer
 
 WARM_UP = 2
+MOST = 20
+"""Operators of the table."""
 
 
 def main(argv: list[str]) -> None:
@@ -36,13 +40,13 @@ def main(argv: list[str]) -> None:
         plan = pretrain.plan(dataclasses.replace(config, resume="never"), build_tokenizer(config))
         trainer = rehearse(plan, world, pathlib.Path(scratch), lambda line: None)
         run = pathlib.Path(config.run.dir)
-        table = record(trainer, run / "profile" / f"rank-{world.rank}.json")
+        told = record(trainer, run / "profile" / f"rank-{world.rank}.json")
     if world.is_main:
-        print(table)
+        show(*told)
     close(world)
 
 
-def record(trainer: Trainer, trace: pathlib.Path) -> str:
+def record(trainer: Trainer, trace: pathlib.Path) -> list[Table | str]:
     """Takes the steps and writes the trace of the last; returns what to show; collective."""
     activities = [ProfilerActivity.CPU]
     if trainer.world.device.type == "cuda":
@@ -60,7 +64,32 @@ def record(trainer: Trainer, trace: pathlib.Path) -> str:
         trainer.step(trainer.engine.pad_passes(next(batches)))
     phases = trainer.progress.take_seconds()
     write_trace(profiler, trace)
-    sort = "self_cuda_time_total" if len(activities) > 1 else "self_cpu_time_total"
-    table = profiler.key_averages().table(sort_by=sort, row_limit=20, max_name_column_width=50)
     shares = ", ".join(f"{phase} {phases[f'{phase}_seconds'] * 1e3:.1f} ms" for phase in PHASES)
-    return f"{table}\nstep: {shares}\ntrace: {trace} (open it in https://ui.perfetto.dev)"
+    return [
+        *operators(profiler, len(activities) > 1),
+        f"step: {shares}",
+        f"trace: {trace} (open it in https://ui.perfetto.dev)",
+    ]
+
+
+def operators(profiler: profile, on_device: bool) -> list[Table]:
+    """The operators that took most time by themselves, without those that they call; where there is
+    a device by its time, else by the CPU's."""
+    averages = profiler.key_averages()
+    own = {"CPU": "self_cpu_time_total"}
+    if on_device:
+        own = {"GPU": "self_device_time_total", **own}
+    first = next(iter(own.values()))
+    slowest = sorted(averages, key=lambda each: -getattr(each, first))[:MOST]
+    whole = {key: sum(getattr(each, key) for each in averages) or 1 for key in own.values()}
+    head = ["operator", "calls", "total ms"]
+    for place in own:
+        head += [f"{place} ms", f"{place} %"]
+    rows = []
+    for each in slowest:
+        times = [f"{each.cpu_time_total / 1e3:.3f}"]
+        for key in own.values():
+            took = getattr(each, key)
+            times += [f"{took / 1e3:.3f}", f"{100 * took / whole[key]:.1f}"]
+        rows.append([each.key, f"{each.count:,}", *times])
+    return tables(head, rows)

@@ -9,7 +9,8 @@ from rich.console import Console
 
 from nanolm.commands.json_file import write_json
 from nanolm.errors import UserError
-from nanolm.tables import tables
+from nanolm.tables import open_console, tables
+from nanolm.terminal import say
 from nanolm.training.runs import Run, read_run
 
 POSITIONAL = ("folder",)
@@ -48,9 +49,9 @@ def run(arguments: Arguments) -> None:
         raise UserError(f"no runs below {arguments.folder}; name their folder with --folder")
     runs = [read_run(folder) for folder in found]
     for problem in [problem for each in runs for problem in each.problems]:
-        print(f"note: {problem}")
+        say(f"note: {problem}")
     rows = [row(each) for each in runs]
-    show(Console(), rows, arguments.folder)
+    show(open_console(), rows, arguments.folder)
     write_json(arguments.json, rows)
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import pathlib
 import signal
 
-from rich.console import Console
-
 from nanolm.config.load import parse
 from nanolm.errors import UserError
 from nanolm.finetune.study.config import StudyConfig
 from nanolm.finetune.study.run import Results, Study, plan
 from nanolm.finetune.study.table import grid_of, sheet, split_page, write_page
+from nanolm.tables import show
+from nanolm.terminal import say
 
 
 def main(argv: list[str]) -> None:
@@ -35,13 +35,11 @@ def run(study: StudyConfig) -> None:
         split_page(study)
     results = Results(pathlib.Path(study.results or f"{study.out}/{study.name}.json"))
     groups = plan(study, results.defaults)
-    console = Console()
-    console.print(
+    say(
         f"study {study.name}: {len(groups)} groups of {len(study.seeds)} seeds, {study.jobs} at "
-        f"once; {len(results.cells)} cells are in {results.path}",
-        highlight=False,
+        f"once; {len(results.cells)} cells are in {results.path}"
     )
-    runner = Study(study, results, lambda text: console.print(text, highlight=False, markup=False))
+    runner = Study(study, results, say)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the cells too
     try:
         runner.run(groups)
@@ -52,6 +50,6 @@ def run(study: StudyConfig) -> None:
     finally:
         signal.signal(signal.SIGTERM, before)
         made = sheet(study, groups, results)
-        console.print(grid_of(study, made))
+        show(grid_of(study, made))
     if study.table is not None and study.only is None:
         write_page(study, made)

@@ -14,13 +14,13 @@ import dataclasses
 import pathlib
 
 import torch
-from rich.console import Console
 
 from nanolm.commands.json_file import write_json
 from nanolm.config.ranges import Amount, Count
 from nanolm.distributed.devices import DeviceWord, device_type
 from nanolm.distributed.world import World
 from nanolm.saved import read_config
+from nanolm.tables import open_console
 from nanolm.tools.walk.page import write_page
 from nanolm.tools.walk.run import walk
 from nanolm.tools.walk.terminal import show
@@ -70,7 +70,7 @@ def run(arguments: Arguments) -> None:
         head=arguments.head,
     )
     title = f"step {taken.step} of {folder} ({config.objective.name}), {taken.notes[0]}"
-    show(Console(highlight=False), title, taken.stops)
+    show(open_console(highlight=False), title, taken.stops)
     if arguments.html is not None:
         write_page(title, taken.stops, pathlib.Path(arguments.html))
     write_json(

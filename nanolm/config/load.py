@@ -17,6 +17,7 @@ import dataclasses
 import importlib
 import os
 import re
+import shutil
 import sys
 from typing import Any, TypeVar, overload
 
@@ -25,6 +26,7 @@ from nanolm.config.choices import CHOICES, choose, registered_names, widen
 from nanolm.config.schema import Config
 from nanolm.config.typed import dotted, fields_of, from_words, instance, n_words, unknown_key
 from nanolm.errors import UserError
+from nanolm.terminal import wrapped
 
 Words = dict[str, list[str]]
 S = TypeVar("S")
@@ -232,7 +234,10 @@ def help_text(schema: type, prog: str, positional: tuple[str, ...]) -> str:
         if names is not None:
             action.help = f"{action.help} One of {', '.join(names)}, or a plug-in's."
         action.option_strings = [s for s in action.option_strings if not s.endswith("+")]
-    return re.sub(r"Annotated\[([^]]+)\]", r"\1", parser.format_help())
+    text = re.sub(r"Annotated\[([^]]+)\]", r"\1", parser.format_help())
+    # argparse wraps what is told of an option; its title, its choices and the usage stay whole.
+    width = shutil.get_terminal_size().columns
+    return "".join(f"{part}\n" for line in text.splitlines() for part in wrapped(line, width))
 
 
 def as_mapping(config: Any) -> dict:

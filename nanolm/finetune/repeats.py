@@ -17,13 +17,11 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rich.console import Console
-
 from nanolm.checkpoint.container import read_json
 from nanolm.errors import require
 from nanolm.files import RESUME, write_json
 from nanolm.finetune.config import TaskConfig
-from nanolm.tables import tables
+from nanolm.tables import open_console, tables
 
 Run = Callable[[TaskConfig], dict[str, Any]]
 
@@ -109,4 +107,4 @@ def show(summary: dict[str, Any]) -> None:
         for name, figure in summary["val"].items()
     ]
     for grid in tables(("val figure", "mean ± std", *summary["runs"]), rows):
-        Console().print(grid)
+        open_console().print(grid)

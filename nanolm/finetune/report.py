@@ -16,8 +16,6 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, cast
 
-from rich.console import Console
-
 from nanolm.checkpoint.container import read_json
 from nanolm.data.tables.files import Table
 from nanolm.distributed.world import World
@@ -40,7 +38,8 @@ from nanolm.finetune.splits import (
 from nanolm.finetune.tasks.base import task_in
 from nanolm.finetune.tasks.metrics import Report
 from nanolm.saved import Saved
-from nanolm.tables import tables
+from nanolm.tables import open_console, tables
+from nanolm.terminal import say
 from nanolm.training.engine import Engine
 
 
@@ -105,15 +104,14 @@ def find_table(
 
 def show(name: str, split: Split, figures: dict[str, float], report: Report | None) -> None:
     """The table on the terminal."""
-    console = Console()
     head = ("figure", f"{name}, {len(split.table)} records")
-    console.print(*tables(head, [[key, f"{value:.6g}"] for key, value in figures.items()]))
+    open_console().print(*tables(head, [[key, f"{value:.6g}"] for key, value in figures.items()]))
     for text in [
         f"read from {split.table.path}",
         *split.messages,
         *([report.text] if report and report.text else []),
     ]:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(text)
 
 
 def keep(
@@ -143,7 +141,7 @@ def keep(
     write_text(folder / f"{name}_predictions.jsonl", "".join(lines))
     if report is not None and report.confusion is not None:
         for note in draw_confusion(report, folder / f"{name}_confusion.png", f"{run.name}: {name}"):
-            print(note)
+            say(note)
     if (run / "summary.json").is_file():
         write_card(
             run, cast(TaskConfig, saved.whole or saved.config), read_json(run, "summary.json")

@@ -24,6 +24,7 @@ from nanolm.config.load import as_mapping
 from nanolm.config.schema import Config, WandbConfig
 from nanolm.distributed.world import World
 from nanolm.errors import UserError
+from nanolm.terminal import say, wrapped
 
 Record = Mapping[str, Any]
 
@@ -92,9 +93,10 @@ class Console:
     def note(self, text: str) -> None:
         """Any other line, such as a warning or a saved checkpoint."""
         if self.bar is not None:
-            self.bar.console.print(text, highlight=False, markup=False)
+            lines = wrapped(text, self.bar.console.width)
+            self.bar.console.print(*lines, sep="\n", highlight=False, markup=False)
         else:
-            print(text, file=self.stream, flush=True)
+            say(text, stream=self.stream)
 
     def close(self) -> None:
         """Takes the bar away."""

@@ -18,6 +18,7 @@ from nanolm.commands.json_file import write_json
 from nanolm.config.ranges import Count
 from nanolm.distributed.devices import DeviceWord, device_type
 from nanolm.errors import require
+from nanolm.terminal import say
 from nanolm.tools.bench.admission import Entries, announce, job_of, require_fast
 from nanolm.tools.bench.cells import Cells, cpu_name
 from nanolm.tools.bench.finetune import TuneShape
@@ -101,12 +102,12 @@ def run(arguments: Arguments) -> None:
     given = (arguments.data, arguments.column, arguments.label, arguments.shape(2))
     data, n_classes, facts = prepared(*given)
     shape = arguments.shape(n_classes)
-    print(
+    say(
         f"{facts['texts']:,} texts of {facts['mean_tokens']:.1f} tokens, {facts['longest']} at most"
     )
     reports = []
     for entered in enter_each(data, shape):
         reports.append(bench(entered, arguments.rounds, device, cells))
-        print(table(reports[-1]) + "\n", flush=True)
+        say(table(reports[-1]) + "\n")
     described = {"shape": dataclasses.asdict(shape), "cpu": cpu_name(), "data": facts}
     write_json(arguments.json, described | {"reports": reports})

@@ -18,12 +18,12 @@ import dataclasses
 import os
 from typing import Any, Literal
 
-from rich.console import Console
-
 from nanolm.commands.json_file import write_json
 from nanolm.config.ranges import Amount, Count
 from nanolm.distributed.devices import DeviceWord
 from nanolm.errors import require
+from nanolm.tables import show
+from nanolm.terminal import say
 from nanolm.tools.bench.cells import Cells, cpu_name
 from nanolm.tools.bench.scaling import measure, tables_of
 from nanolm.tools.bench.shape import Shape
@@ -82,11 +82,10 @@ def run(arguments: Arguments) -> None:
         for row in measure(arguments.job, scaling, arguments.processes, arguments.rounds, cells)
     ]
     run_of = f"{arguments.strategy}, {arguments.objective} {arguments.precision}"
-    print(f"{run_of}: scaling, with the number of processes")
-    for table in tables_of(found):
-        Console().print(table)
+    say(f"{run_of}: scaling, with the number of processes")
+    show(*tables_of(found))
     cores = os.cpu_count() or 1
     if max(arguments.processes) * arguments.threads > cores:
-        print(f"more threads than this machine's {cores} cores: no efficiency to speak of")
+        say(f"more threads than this machine's {cores} cores: no efficiency to speak of")
     machine = {"cpu": cpu_name(), "cores": cores}
     write_json(arguments.json, {**dataclasses.asdict(arguments), **machine, "rows": found})

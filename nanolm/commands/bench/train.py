@@ -28,6 +28,7 @@ from nanolm.commands.json_file import write_json
 from nanolm.config.ranges import Count
 from nanolm.distributed.devices import DeviceWord, device_type
 from nanolm.errors import require
+from nanolm.terminal import say
 from nanolm.tools.bench.admission import announce, job_of, require_fast
 from nanolm.tools.bench.cells import Cells, cpu_name
 from nanolm.tools.bench.figures import table
@@ -111,6 +112,6 @@ def run(arguments: Arguments) -> None:
     for entered in contests:
         if entered.jobs:  # `only` may name none of this objective
             reports.append(bench(entered, arguments.rounds, device, cells))
-            print(table(reports[-1]) + "\n", flush=True)
+            say(table(reports[-1]) + "\n")
     shape = dataclasses.asdict(arguments.shape)
     write_json(arguments.json, {"shape": shape, "cpu": cpu_name(), "reports": reports})

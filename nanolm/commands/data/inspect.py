@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from rich.console import Console
-
 from nanolm.commands.json_file import write_json
 from nanolm.config.ranges import Amount
 from nanolm.data.prepare.report import inspect, inspection_figures, render_inspection
+from nanolm.tables import show
 
 POSITIONAL = ("directory",)
 
@@ -28,5 +27,5 @@ class Arguments:
 def run(arguments: Arguments) -> None:
     """Inspect and print."""
     inspection = inspect(arguments.directory, samples=arguments.samples)
-    Console().print(render_inspection(inspection))
+    show(*render_inspection(inspection))
     write_json(arguments.json, inspection_figures(inspection))

@@ -6,6 +6,7 @@ import dataclasses
 
 from nanolm.commands.json_file import write_json
 from nanolm.data.shards.directory import verify
+from nanolm.terminal import say
 
 POSITIONAL = ("directory",)
 
@@ -25,7 +26,7 @@ def run(arguments: Arguments) -> None:
     manifest = verify(arguments.directory)
     shards = sum(map(len, manifest.splits.values()))
     tokens = sum(total["tokens"] for total in manifest.totals.values())
-    print(f"{arguments.directory}: {shards} shards, {tokens:,} tokens, all as recorded")
+    say(f"{arguments.directory}: {shards} shards, {tokens:,} tokens, all as recorded")
     write_json(
         arguments.json, {"shards": shards, "tokens": tokens, "data_hash": manifest.data_hash}
     )

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import dataclasses
 
-from rich.console import Console
-
 from nanolm.commands.json_file import write_json
 from nanolm.config.load import import_plugins
 from nanolm.config.ranges import Count
 from nanolm.errors import UserError
 from nanolm.ops.timings import save_timings
+from nanolm.tables import open_console
+from nanolm.terminal import say
 from nanolm.tools.bench.kernels import measure, show, timings
 from nanolm.tools.kernel_check.problems import PROBLEMS, Sizes
 
@@ -54,8 +54,8 @@ def run(arguments: Arguments) -> None:
     table = []
     for op in PROBLEMS if arguments.op == "all" else [arguments.op]:
         rows = measure(op, arguments, arguments.repetitions)
-        print(f"{op}: {rows[-1].get('problem', '')}, {arguments.dtype}, {passes}", flush=True)
-        show(rows, Console())
+        say(f"{op}: {rows[-1].get('problem', '')}, {arguments.dtype}, {passes}")
+        show(rows, open_console())
         table += rows
         if arguments.save:  # op by op: who interrupts it keeps what was timed
             save_timings(arguments.save, timings(rows))

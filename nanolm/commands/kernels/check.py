@@ -21,6 +21,7 @@ from nanolm.errors import UserError
 from nanolm.ops.contract import candidates
 from nanolm.registry import KERNELS, OPS
 from nanolm.tables import beside
+from nanolm.terminal import say
 from nanolm.tools.kernel_check.conformance import Finding, check_kernel
 from nanolm.tools.kernel_check.safety import (
     UNSAFE,
@@ -92,7 +93,7 @@ def findings_of(op: str, name: str, kernel: Any, arguments: Arguments) -> list[F
 
 def show(op: str, name: str, findings: list[Finding]) -> None:
     """Print one kernel's findings."""
-    print(f"{op}: {name}")
+    say(f"{op}: {name}")
     for finding in findings:
         print(beside([finding.verdict, finding.check], [7, 34], finding.words))
 
@@ -106,9 +107,9 @@ def run(arguments: Arguments) -> None:
         findings = findings_of(op, name, kernel, arguments)
         show(op, name, findings)
         counts = {v: sum(f.verdict == v for f in findings) for v in ("pass", "FAIL", "refused")}
-        print(f"  {counts['pass']} passed, {counts['FAIL']} failed, {counts['refused']} refused")
+        say(f"  {counts['pass']} passed, {counts['FAIL']} failed, {counts['refused']} refused")
         if not counts["pass"]:
-            print("  it passed no check: of a kernel that refuses everything nothing is known")
+            say("  it passed no check: of a kernel that refuses everything nothing is known")
         failed += counts["FAIL"] + (not counts["pass"])
         record += [{"op": op, "kernel": name} | dataclasses.asdict(f) for f in findings]
     write_json(arguments.json, record)

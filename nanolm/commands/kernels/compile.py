@@ -14,7 +14,8 @@ from typing import Any
 import nanolm.kernels
 from nanolm.commands.json_file import write_json
 from nanolm.errors import UserError
-from nanolm.tables import cells_of
+from nanolm.tables import beside, cells_of
+from nanolm.terminal import say
 from nanolm.tools.kernel_check.matrix import ARCHITECTURES, compile_elsewhere, faults, key
 
 RECORD = pathlib.Path(next(iter(nanolm.kernels.__path__))) / "compile_matrix.json"
@@ -50,13 +51,14 @@ COLUMNS = {
     "s": 5,
 }
 """The table's columns and their widths; a row is printed when its kernel is compiled."""
-LEGEND = """\
-regs, spill  registers of a thread, and how many are spilled to memory
-lane         how many are spilled to lanes of other registers (AMD)
-KiB          shared memory, of what the GPU has
-products     instructions of the tensor cores; per: products issued for one needed
-fit          programs that a multiprocessor holds at once
-wide, s      loads of 128 bits, and seconds of compiling"""
+LEGEND = {
+    "regs, spill": "registers of a thread, and how many are spilled to memory",
+    "lane": "how many are spilled to lanes of other registers (AMD)",
+    "KiB": "shared memory, of what the GPU has",
+    "products": "instructions of the tensor cores; per: products issued for one needed",
+    "fit": "programs that a multiprocessor holds at once",
+    "wide, s": "loads of 128 bits, and seconds of compiling",
+}
 
 
 def line(row: dict[str, Any]) -> str:
@@ -104,10 +106,11 @@ def run(arguments: Arguments) -> None:
         recorded = {key(row): row for row in json.loads(RECORD.read_text(encoding="utf-8"))}
     rows: list[dict[str, Any]] = []
     complaints: list[str] = []
-    print(LEGEND)
+    for name, words in LEGEND.items():
+        print(beside([name], [max(map(len, LEGEND))], words))
     for row in compile_elsewhere(arguments.archs, sample=arguments.sample, only=arguments.only):
         if not rows or (row["arch"], row["build"]) != (rows[-1]["arch"], rows[-1]["build"]):
-            print(f"{row['arch']} {row['build']}")
+            say(f"{row['arch']} {row['build']}")
             print(cells_of(list(COLUMNS), list(COLUMNS.values()), gap=1))
         print(line(row), flush=True)
         rows.append(row)
@@ -120,9 +123,9 @@ def run(arguments: Arguments) -> None:
         merged |= {key(row): row for row in rows}
         write_rows(RECORD, [merged[k] for k in sorted(merged)])
     write_json(arguments.json, rows)
-    print(f"{len(rows)} kernels compiled, {len(complaints)} complaints")
+    say(f"{len(rows)} kernels compiled, {len(complaints)} complaints")
     for words in complaints:
-        print(f"  {words}")
+        say(f"  {words}")
     if complaints:
         raise SystemExit(1)
 

@@ -16,6 +16,7 @@ from typing import Any
 from nanolm.commands.json_file import write_json
 from nanolm.config.ranges import Count
 from nanolm.distributed.devices import DeviceWord, device_type
+from nanolm.terminal import say
 from nanolm.tools.kernel_check.conformance import Finding
 from nanolm.tools.kernel_check.survey import Patient, default_jobs, describe, survey
 
@@ -41,16 +42,16 @@ def verdict(patient: Patient, found: Sequence[Finding]) -> dict[str, Any]:
     passed = sum(finding.verdict == "pass" for finding in found)
     mark = "  <- auto" if patient.auto else ""
     counts = f"{passed:>3} passed {len(wrong):>3} failed{mark}"
-    print(f"{patient.op:<21} {patient.kernel:<14} {counts}", flush=True)
+    say(f"{patient.op:<21} {patient.kernel:<14} {counts}")
     for finding in wrong:
-        print(f"    {finding.check}: {finding.words}", flush=True)
+        say(f"    {finding.check}: {finding.words}")
     return dataclasses.asdict(patient) | {"passed": passed, "failed": len(wrong)}
 
 
 def run(arguments: Arguments) -> None:
     """Check and print; exits 1 when a kernel fails."""
     device = device_type(arguments.device)
-    print(describe(device), flush=True)
+    say(describe(device))
     jobs = arguments.jobs or default_jobs(device)
     found = survey(device, quick=arguments.quick, jobs=jobs)
     verdicts = [verdict(patient, told) for patient, told in found]

@@ -12,14 +12,13 @@ import resource
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
 
 from nanolm.commands.json_file import write_json
 from nanolm.config.ranges import Count
 from nanolm.distributed.devices import device_type
 from nanolm.errors import UserError
 from nanolm.ops.contract import CrossEntropySpec, candidates
-from nanolm.tables import tables
+from nanolm.tables import show, tables
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,8 +81,11 @@ def run(arguments: Arguments) -> None:
         table.append({"kernel": name, "bytes": results.get()[1]})
     plain = next(row["bytes"] for row in table if row["kernel"] == "reference")
     for row in table:
-        row["share"] = row["bytes"] / plain
-    cells = [[r["kernel"], f"{r['bytes'] / 1e6:.1f}", f"{r['share']:.3f}"] for r in table]
-    for made in tables(["kernel", "MB", "of reference"], cells):
-        Console().print(made)
+        row["share"] = row["bytes"] / plain if plain else None  # so small a problem adds nothing
+    shares = ["-" if row["share"] is None else f"{row['share']:.3f}" for row in table]
+    cells = [
+        [row["kernel"], f"{row['bytes'] / 1e6:.1f}", share]
+        for row, share in zip(table, shares, strict=True)
+    ]
+    show(*tables(["kernel", "MB", "of reference"], cells))
     write_json(arguments.json, table)

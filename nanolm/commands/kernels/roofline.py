@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from rich.console import Console
-
 from nanolm.commands.json_file import write_json
-from nanolm.tables import tables
+from nanolm.tables import show, tables
+from nanolm.terminal import say
 from nanolm.tools.kernel_check.roofline import GPUS, TYPICAL
 
 
@@ -27,11 +26,9 @@ def run(arguments: Arguments) -> None:
         cells = [f"{1e3 * seconds:.2f} {kind[0]}" for seconds, kind in bounds.values()]
         rows.append([name, figure(cost.flops / 1e9), figure(cost.bytes / 1e6), *cells])
         record.append({"name": name, "flops": cost.flops, "bytes": cost.bytes, "bounds": bounds})
-    console = Console()
-    for table in tables(["op and shape", "GFLOP", "MB", *GPUS], rows):
-        console.print(table)
-    print("Under each GPU: the least milliseconds, bound by compute (c) or by memory (m).")
-    print("The peaks are the data sheets'; no kernel of this project has been timed there.")
+    show(*tables(["op and shape", "GFLOP", "MB", *GPUS], rows))
+    say("Under each GPU: the least milliseconds, bound by compute (c) or by memory (m).")
+    say("The peaks are the data sheets'; no kernel of this project has been timed there.")
     write_json(arguments.json, record)
 
 

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from nanolm.config.schema import Config
 from nanolm.data.tables.files import Record
-from nanolm.data.tokenizer import UNSPACED, Tokenizer
+from nanolm.data.tokenizer import Tokenizer
+from nanolm.data.words import UNSPACED
 from nanolm.finetune.tasks.base import TaskOptions
 from nanolm.finetune.tasks.choose import Choose
 from nanolm.finetune.tasks.heads import group_sizes, group_sums

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from nanolm.data.tokenizer import MARKED, UNSPACED
+from nanolm.data.words import MARKED, UNSPACED
 from nanolm.errors import UserError
 
 

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from nanolm.config.schema import Config
 from nanolm.data.tables.files import Record, Table
 from nanolm.data.tables.labels import label_problem, tag_labels
-from nanolm.data.tokenizer import UNSPACED, Tokenizer
+from nanolm.data.tokenizer import Tokenizer
+from nanolm.data.words import UNSPACED
 from nanolm.errors import require
 from nanolm.finetune.tasks import metrics
 from nanolm.finetune.tasks.base import Task, TaskOptions, chosen

@@ -14,6 +14,7 @@ from typing import Any
 
 from nanolm.build import build_learner, build_objective
 from nanolm.errors import UserError, require
+from nanolm.terminal import say
 from nanolm.tools.bench.shape import Shape
 from nanolm.tools.bench.step import nanolm_config
 from nanolm.tools.stand_in import stand_in_tokenizer
@@ -110,4 +111,4 @@ def announce(contests: Sequence[Entries]) -> None:
     """Prints who is left out of a benchmark's contests, each reason once."""
     told = [item for entries in contests for item in entries.left_out.items()]
     for name, reason in dict.fromkeys(told):
-        print(f"left out: {name}: {reason}", flush=True)
+        say(f"left out: {name}: {reason}")

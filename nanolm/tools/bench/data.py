@@ -30,7 +30,7 @@ from nanolm.data.rows import RowBlock, count_targets, fill_blocks
 from nanolm.data.shards.directory import Manifest, open_split
 from nanolm.data.stream import RowStream
 from nanolm.errors import UserError
-from nanolm.tables import tables
+from nanolm.tables import open_console, tables
 from nanolm.training.loader import Loader
 
 Batches = Iterator[Mapping[str, Tensor]]
@@ -203,7 +203,7 @@ def print_bench(figures: dict, console: Console | None = None) -> None:
                 "" if name == _ours_for(name) else f"{figures['ratios'][name]:.1f}x",
             ]
         )
-    console = console or Console()
+    console = console or open_console()
     console.print(
         f"{figures['batch']} x {figures['length']} int64 batches; ratio: of nanolm's speed to it",
         highlight=False,

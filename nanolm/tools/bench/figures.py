@@ -7,7 +7,8 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from nanolm.tables import GAP, WIDTH, blocks
+from nanolm.tables import GAP, blocks
+from nanolm.terminal import table_width
 from nanolm.tools.bench.contest import quiet
 from nanolm.tools.bench.shape import PHASES, Shape, step_flops
 
@@ -161,7 +162,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def aligned(columns: dict[str, Column], rows: dict[str, Row]) -> list[str]:
-    """The lines of a table: heads, then each row after its name; columns that 80 characters have
+    """The lines of a table: heads, then each row after its name; columns that a line has
     no room for stand below, after the names again."""
     lines = [["", *columns]]
     for name, row in rows.items():
@@ -169,7 +170,7 @@ def aligned(columns: dict[str, Column], rows: dict[str, Row]) -> list[str]:
     widths = [max(map(len, column)) + GAP for column in zip(*lines, strict=True)]
     return [
         "".join([line[0].ljust(widths[0] - GAP), *(line[i].rjust(widths[i]) for i in block[1:])])
-        for block in blocks(widths, widths[0], WIDTH)
+        for block in blocks(widths, widths[0], table_width())
         for line in lines
     ]
 

@@ -34,7 +34,8 @@ from nanolm.data.prepare.config import PrepareConfig
 from nanolm.data.shards.directory import open_split
 from nanolm.data.tokenizer import MODEL_FILE, Tokenizer
 from nanolm.errors import require
-from nanolm.tables import tables
+from nanolm.tables import open_console, tables
+from nanolm.terminal import say
 
 MB, MIB = 1e6, 1 << 20
 CHILD = r"""
@@ -170,7 +171,7 @@ def print_bench(rows: list[dict[str, Any]], console: Console | None = None) -> N
         ]
         for row in rows
     ]
-    console = console or Console()
+    console = console or open_console()
     title = f"prepare with {workers} workers, MB of text a second (medians)"
     console.print(title, highlight=False)
     for table in tables(head, lines):
@@ -180,4 +181,4 @@ def print_bench(rows: list[dict[str, Any]], console: Console | None = None) -> N
         "MiB: peak memory, + that of each worker",
         highlight=False,
     )
-    print(f"{rows[0]['bytes'] / MB:.1f} MB of text; load average {rows[-1]['load_average']:.1f}")
+    say(f"{rows[0]['bytes'] / MB:.1f} MB of text; load average {rows[-1]['load_average']:.1f}")

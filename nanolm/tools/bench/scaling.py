@@ -12,6 +12,7 @@ from rich.table import Table
 
 from nanolm.distributed.devices import device_type
 from nanolm.tables import tables
+from nanolm.terminal import say
 from nanolm.tools.bench.cells import Cells, run_process
 from nanolm.tools.bench.contest import Theft, enough, quiet, quietest
 from nanolm.training.phases import PHASES
@@ -48,7 +49,7 @@ def measure(
         shares.append(max(result["stolen"] for result in taken.values()))
         print(f"{scaling}: turn {len(turns)}, {shares[-1]:.0%} stolen", file=sys.stderr)
     kept = quietest(shares, rounds)
-    print(f"{scaling}: {quiet([shares[n] for n in kept])}")
+    say(f"{scaling}: {quiet([shares[n] for n in kept])}")
     return rows(scaling, {count: (jobs[count], [turns[n][count] for n in kept]) for count in jobs})
 
 

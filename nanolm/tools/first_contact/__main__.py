@@ -22,6 +22,7 @@ from typing import Any
 
 from nanolm.config.load import parse
 from nanolm.errors import UserError, require
+from nanolm.terminal import say
 from nanolm.tools.first_contact.entry import Entry
 from nanolm.tools.first_contact.report import Report, entry_of, forget
 from nanolm.tools.first_contact.runner import run_together
@@ -82,7 +83,8 @@ def environment() -> dict[str, str]:
     all stages and calls share."""
     caches = pathlib.Path(tempfile.gettempdir()) / f"nanolm-first-contact-{os.getuid()}"
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return os.environ | {
+    outside = {key: value for key, value in os.environ.items() if key != "COLUMNS"}  # lines of logs
+    return outside | {
         "PYTHONPATH": path,
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -129,7 +131,7 @@ def do_part(stages: Sequence[Stage], report: Report, end: float, order: list[str
         entry = dataclasses.replace(entry, device=device)
         if entry.verdict != "not begun" or stage.name not in report.entries:
             report.add(entry, order)  # what an earlier call has seen is more than nothing
-        print("\n".join(entry.text()), flush=True)
+        say("\n".join(entry.text()))
         found.append(entry)
         said = entry.lines[-1] if entry.lines else entry.words
         require(number > 0 or entry.verdict == "ok", f"the stage machine failed: {said}")
@@ -161,7 +163,7 @@ def run(arguments: Arguments, start: float) -> int:
                 start = time.monotonic()
         finally:
             packed = report.pack()
-    print(f"\n{report.folder}: report.txt, report.json, logs.tar.gz ({packed})", flush=True)
+    say(f"\n{report.folder}: report.txt, report.json, logs.tar.gz ({packed})")
     return int(any(entry.verdict in ("FAIL", "not begun") for entry in entries))
 
 

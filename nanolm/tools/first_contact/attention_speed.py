@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from nanolm.ops.contract import candidates
 from nanolm.ops.flex import pairs_allowed
 from nanolm.ops.masks import Mask
+from nanolm.terminal import say
 from nanolm.tools.first_contact.device_time import milliseconds
 from nanolm.tools.first_contact.measurement import Figures, enter
 from nanolm.tools.kernel_check.problems import Sizes
@@ -235,10 +236,10 @@ def run(arguments: Arguments) -> int:
     """Measures, prints and writes; 1 when a kernel of nanolm's could not serve."""
     figures, good = Figures(arguments.json), True
     for problem in problems(arguments.device):
-        print(f"attention: {problem.words}", flush=True)
+        say(f"attention: {problem.words}")
         for row in measure(problem, arguments.repetitions):
             figures.add(row)
-            print(line(row), flush=True)
+            say(line(row))
             good &= not (row["kernel"].startswith("nanolm") and "raises" in row)
     return int(not good)
 

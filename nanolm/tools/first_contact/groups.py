@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nanolm.distributed.devices import device_type
 from nanolm.distributed.world import World, close
+from nanolm.terminal import say
 from nanolm.tools.bench.scale_step import build_trainer
 from nanolm.tools.first_contact.measurement import Figures, enter
 
@@ -93,7 +94,7 @@ def run(arguments: Arguments) -> int:
             words += f"{dist.get_backend()}: {steps} losses and gradient norms at most {far:.1e} "
             words += f"from those without a group, {limit:.0e} allowed"
             figures.add({"ok": right, "words": words, "losses": found[::2], "far": far})
-            print(f"{'ok  ' if right else 'FAIL'} {words}", flush=True)
+            say(f"{'ok  ' if right else 'FAIL'} {words}")
             good &= right
     close(world)
     return int(not good)

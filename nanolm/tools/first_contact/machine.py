@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from nanolm.distributed.devices import device_type
+from nanolm.terminal import say
 from nanolm.tools.bench.cells import cpu_name
 from nanolm.tools.first_contact.measurement import Figures, enter
 from nanolm.training.accelerators import find_accelerator
@@ -91,12 +92,11 @@ def run(arguments: Arguments) -> int:
     row = facts(device_type(arguments.device))
     Figures(arguments.json).add(row)
     for key, value in row.items():
-        print(f"{key}: {value}", flush=True)
+        say(f"{key}: {value}")
     packages = row["packages"]
-    print(
+    say(
         f"this is {row['device']}, Python {row['python']}, torch {packages['torch']}, triton "
-        f"{packages['triton']}, {row['usable_cores']} cores",
-        flush=True,
+        f"{packages['triton']}, {row['usable_cores']} cores"
     )
     if tool := shutil.which("nvidia-smi"):
         subprocess.run([tool], check=False)  # for the log: clocks, what else runs

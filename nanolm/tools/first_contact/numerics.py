@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from nanolm.ops.contract import candidates
+from nanolm.terminal import say
 from nanolm.tools.first_contact.measurement import Figures, enter
 from nanolm.tools.first_contact.real_sizes import Check, checks
 from nanolm.tools.kernel_check.trial import (
@@ -141,12 +142,11 @@ def run(arguments: Arguments) -> int:
             figures.add(row)
             count, wrong = count + 1, wrong + (not row["ok"])
             mark = "ok  " if row["ok"] else "FAIL"
-            print(
+            say(
                 f"{mark} {row['op']:<20} {row['kernel']:<13} {row['check']:<58} {row['words']}  "
-                f"({row['seconds']:.1f} s)",
-                flush=True,
+                f"({row['seconds']:.1f} s)"
             )
-    print(f"{count} checks, {wrong} wrong", flush=True)
+    say(f"{count} checks, {wrong} wrong")
     return int(wrong > 0)
 
 

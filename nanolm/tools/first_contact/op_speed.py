@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from nanolm.ops.contract import candidates
+from nanolm.terminal import say
 from nanolm.tools.bench.kernels import call as call_kernel
 from nanolm.tools.bench.kernels import peak_bytes
 from nanolm.tools.first_contact.device_time import milliseconds
@@ -83,10 +84,10 @@ def run(arguments: Arguments) -> int:
     """Measures, prints and writes; 1 when a kernel raised."""
     figures, good = Figures(arguments.json), True
     for op in OPS:
-        print(op, flush=True)
+        say(op)
         for row in measure(op, arguments):
             figures.add(row)
-            print(line(row), flush=True)
+            say(line(row))
             good &= "raises" not in row
     return int(not good)
 

@@ -22,6 +22,7 @@ from typing import Any
 
 from nanolm.distributed.devices import device_type
 from nanolm.errors import require
+from nanolm.terminal import say
 from nanolm.tools import gpu_check
 from nanolm.tools.first_contact.measurement import Figures, enter
 from nanolm.training.throughput import TIMING
@@ -115,7 +116,7 @@ def run(arguments: Arguments) -> int:
     losses = [record["loss"] for record in expected]
     words += f"; loss {losses[0]:.3f} to {losses[-1]:.3f}, {seconds:.0f} s undisturbed"
     Figures(arguments.json).add({"ok": not apart, "words": words, "losses": losses})
-    print(f"{'FAIL' if apart else 'ok  '} {words}", flush=True)
+    say(f"{'FAIL' if apart else 'ok  '} {words}")
     return int(bool(apart))
 
 

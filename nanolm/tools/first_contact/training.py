@@ -12,6 +12,7 @@ import dataclasses
 import math
 from typing import Any, Literal
 
+from nanolm.terminal import say
 from nanolm.tools.bench.admission import why_not
 from nanolm.tools.bench.once import measure
 from nanolm.tools.bench.shape import Shape
@@ -94,14 +95,14 @@ def run(arguments: Arguments) -> int:
     """Measures, prints and writes; 1 when a loss is not finite."""
     reason = why_not(arguments.job, arguments.device)
     if reason is not None:
-        print(reason, flush=True)
+        say(reason)
         return LEFT_OUT
     row = measure(arguments.job) | {"kernels_asked": arguments.kernels, "size": arguments.shape}
     if "operators" in row:
         print(row.pop("operators"), flush=True)
     Figures(arguments.json).add(row)
-    print(line(row, arguments.kernels), flush=True)
-    print(f"kernels: {row['kernels']}; {row['peak_source']}", flush=True)
+    say(line(row, arguments.kernels))
+    say(f"kernels: {row['kernels']}; {row['peak_source']}")
     return 0 if all(map(math.isfinite, row["losses"])) else 1
 
 

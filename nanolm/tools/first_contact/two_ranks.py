@@ -17,6 +17,7 @@ from typing import Literal
 
 from nanolm.distributed.devices import device_type
 from nanolm.errors import require
+from nanolm.terminal import say
 from nanolm.tools import gpu_check
 from nanolm.tools.first_contact.measurement import Figures, enter
 
@@ -60,7 +61,7 @@ def run(arguments: Arguments) -> int:
     words += f"{found[0]:.3f} to {found[-1]:.3f}, at most {far:.1e} from one rank's, "
     words += f"{TOLERANCE:.0e} allowed"
     Figures(arguments.json).add({"ok": right, "words": words, "losses": found, "far": far})
-    print(f"{'ok  ' if right else 'FAIL'} {words}", flush=True)
+    say(f"{'ok  ' if right else 'FAIL'} {words}")
     return int(not right)
 
 
