@@ -128,6 +128,20 @@ class JsonPieces:
             return []
         return found.ids[len(texts) - texts[::-1].index(0) : texts.index(1)]
 
+    def around(self, n_texts: int) -> list[list[int]]:
+        """The special pieces that the file itself puts before one text or two, between them, and
+        behind; raises KeyError where the letters that ask for it are no pieces."""
+        found = self._inner.encode(*"ab"[:n_texts], add_special_tokens=True)
+        parts: list[list[int]] = [[]]
+        for number, text in zip(found.ids, found.sequence_ids, strict=True):
+            if text is None:
+                parts[-1].append(number)
+            elif text == len(parts) - 1:
+                parts.append([])
+        if len(parts) != n_texts + 1:
+            raise KeyError("ab"[len(parts) - 1])
+        return parts
+
     def text_of(self, index: int) -> bytes:
         """The bytes of text that an ordinary piece stands for; a space that WordPiece drops does
         not count."""

@@ -201,12 +201,21 @@ def cls_last(tokenizer: Tokenizer) -> dict[str, Any] | None:
     return template(tokenizer, "A:0 sep:0", "B:1 sep:1", end="cls:2")
 
 
+def end_around(tokenizer: Tokenizer) -> dict[str, Any] | None:
+    """eos A eos, and eos A sep B eos for two texts, as a decoder reads what it decides about; two
+    texts of a tokenizer without sep, which nothing is trained on, have nothing between them."""
+    parted = "sep:0 B:0" if "sep" in tokenizer.roles() else "B:0"
+    return template(tokenizer, "eos:0 A:0", parted, end="eos:0")
+
+
 def template(tokenizer: Tokenizer, first: str, second: str, end: str = "") -> dict[str, Any] | None:
-    """What stands around one text and two, each part with its segment; None without cls or sep."""
+    """What stands around one text and two, each part with its segment; None for a tokenizer that
+    lacks one of the roles."""
     roles = tokenizer.roles()
-    if "cls" not in roles or "sep" not in roles:
+    wanted = {word.split(":")[0] for word in f"{first} {second} {end}".split()} - {"A", "B"}
+    if not wanted <= roles.keys():
         return None
-    names = {role: tokenizer.piece(roles[role]) for role in ("cls", "sep")}
+    names = {role: tokenizer.piece(roles[role]) for role in sorted(wanted)}
 
     def part(word: str) -> dict[str, Any]:
         name, segment = word.split(":")

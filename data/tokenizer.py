@@ -244,6 +244,23 @@ class Tokenizer:
             return [self.eos]
         return self._json.opening() or [self._roles["bos"] or self.eos]
 
+    def around(self, n_texts: int) -> list[list[int]]:
+        """The special pieces before one text or two, between them and behind, as a tokenizer.json
+        itself puts them; raises UserError where there is none that says it."""
+        if self._json is None:
+            raise UserError(
+                f"the tokenizer {self.path} does not say what stands around a text, which a "
+                f"tokenizer.json does; transformers writes one: "
+                f"AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+            )
+        try:
+            return self._json.around(n_texts)
+        except KeyError as error:
+            raise UserError(
+                f"the tokenizer {self.path} has no piece for the letter {error.args[0]}, and so "
+                f"does not say what it puts around a text; leave objective.frame out"
+            ) from error
+
     def _count_separators(self) -> int:
         between = [] if self._json is None else self._json.between()
         return len(between) if set(between) == {self._roles["sep"]} else 1

@@ -16,6 +16,7 @@ from tokenizers import (
 )
 
 from nanolm.hub.proof import untie
+from nanolm.hub.task_heads import KINDS, NAMES, TASK_HEADS
 
 LINES = ["the quick brown fox jumps over the lazy dog", "héllo wörld 中文 def f(x): return x\n"] * 8
 VOCAB, LENGTH = 320, 48
@@ -94,25 +95,19 @@ SHAPES["t5"] = (
         "n_positions": LENGTH,
     },
 )
-KINDS = {
-    "classify": "SequenceClassification",
-    "regress": "SequenceClassification",
-    "tag": "TokenClassification",
-    "read": "QuestionAnswering",
-    "choose": "MultipleChoice",
-}
 LABELS = {
     "classify": {"id2label": {0: "no", 1: "yes", 2: "perhaps"}},
     "tag": {"id2label": {0: "O", 1: "B-X", 2: "I-X", 3: "B-Y", 4: "I-Y"}},
     "regress": {"id2label": {0: "warmth"}},
 }
+PADDING = {"llama": {"pad_token_id": 0}, "qwen3": {"pad_token_id": 0}}
 HEADED = {
     f"{family}-{task}": (
-        SHAPES[family][0].partition("For")[0] + f"For{kind}",
-        SHAPES[family][1] | LABELS.get(task, {}),
+        f"{NAMES[family]}For{KINDS[task]}",
+        SHAPES[family][1] | PADDING.get(family, {}) | LABELS.get(task, {}),
     )
-    for family in ("bert", "roberta", "distilbert", "albert")
-    for task, kind in KINDS.items()
+    for family, heads in TASK_HEADS.items()
+    for task in heads
 }
 """Folders of fine-tuned models."""
 GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
@@ -190,6 +185,13 @@ def write_tokenizer(folder: pathlib.Path, shape: str) -> None:
         end = {"__type": "AddedToken", "content": "<|endoftext|>", "special": True}
         names = {"bos_token": "<|endoftext|>", "eos_token": end}
         names["tokenizer_class"] = "PreTrainedTokenizerFast"  # not Qwen's, which normalises text
+        if shape.startswith("llama-") and shape in HEADED:  # Llama's begins every text
+            first = processors.TemplateProcessing(
+                single="<|endoftext|> $A",
+                pair="<|endoftext|> $A <|endoftext|> $B",
+                special_tokens=[("<|endoftext|>", 0)],
+            )
+            tokenizer.post_processor = processors.Sequence([processors.ByteLevel(), first])
         (folder / "tokenizer_config.json").write_text(json.dumps(names))
     tokenizer.save(str(folder / "tokenizer.json"))
 

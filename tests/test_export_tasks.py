@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 
 from nanolm import build
 from nanolm.config.load import load_config
-from nanolm.config.model import ModelConfig
 from nanolm.data.prepare.tokenizer_training import train_tokenizer
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import UserError
@@ -18,7 +17,7 @@ from nanolm.finetune import published
 from nanolm.finetune.config import TaskConfig
 from nanolm.finetune.published import task_folder
 from nanolm.hub.folder import read_tokenizer
-from nanolm.hub.heads import activation_of
+from nanolm.hub.task_heads import TASK_HEADS
 from nanolm.inference.export_transformers import transformers_folder
 from nanolm.inference.parity import randomise
 from nanolm.saved import Saved
@@ -28,20 +27,28 @@ from tests.test_tokenizer import corpus
 TASKS = {
     "classify": ("--objective.labels=[yes,no,perhaps]", "--objective.pair=false"),
     "regress": (
-        *("--objective.scores=[warm,cold]", "--objective.mean=[3.0,-1.0]"),
-        *("--objective.std=[2.0,0.5]", "--objective.pair=false"),
+        *("--objective.scores=[warm,cold]", "--objective.std=[2.0,0.5]", "--objective.pair=false"),
     ),
     "tag": ("--objective.labels=[O,B-X,I-X]",),
     "read": (),
     "choose": (),
 }
 POOLED = ("classify", "regress", "choose")
+POST = {"trunk": "encoder", "norm_position": "post", "embedding_norm": True}
+ROTARY = {"positions": {"name": "rotary"}, "bias": False}
+LLAMA = ROTARY | {"norm": "rmsnorm", "feed_forward": "swiglu", "tied": False, "n_kv_heads": 2}
 SHAPES = {
-    "bert": {"n_segments": 2, "norm_eps": 1e-12},
-    "roberta": {"n_segments": 1},
-    "distilbert": {"n_segments": 0, "norm_eps": 1e-12},
-    "albert": {"n_segments": 2, "embedding_width": 12, "share_layers": True},
+    "bert": POST | {"n_segments": 2, "norm_eps": 1e-12},
+    "roberta": POST | {"n_segments": 1},
+    "distilbert": POST | {"n_segments": 0, "norm_eps": 1e-12},
+    "albert": POST | {"n_segments": 2, "embedding_width": 12, "share_layers": True},
+    "modernbert": ROTARY
+    | {"trunk": "encoder", "embedding_norm": True, "norm_bias": False, "feed_forward": "geglu"},
+    "gpt2": {"feed_forward": "gelu_tanh"},
+    "llama": LLAMA,
+    "qwen3": LLAMA | {"qk_norm": True},
 }
+DECODERS = ("gpt2", "llama", "qwen3")
 AUTO = {
     "classify": "AutoModelForSequenceClassification",
     "regress": "AutoModelForSequenceClassification",
@@ -51,18 +58,23 @@ AUTO = {
 }
 
 
-def tuned(shape: str, task: str, folder, pooling: str = "cls") -> Saved:
-    """A model with random weights, as fine-tuning on the task would have saved it."""
+def tuned(shape: str, task: str, folder, pooling: str = "cls", **options) -> Saved:
+    """A model with random weights, as fine-tuning on the task would have saved it with the head
+    that its family has in transformers, or with other options."""
+    head = TASK_HEADS[shape][task]
+    pooling = "last" if pooling == "cls" and shape in DECODERS else pooling
+    options = {"head": head.head} | options
+    if task == "regress":
+        options = {"mean": "[0,0]" if shape in DECODERS else "[3.0,-1.0]"} | options
+    if head.head == "layer" and task in POOLED:
+        options = {"activation": head.activation} | options
     words = [f"--objective.name={task}", "--init_from=unused", "--data.path=unused"]
     if task in POOLED:
         words.append(f"--objective.pooling={pooling}")
-        words.append(f"--objective.activation={activation_of(shape)}")
-    config = load_config([*words, *TASKS[task], f"--run.dir={folder}"], schema=TaskConfig)
-    model = ModelConfig(
-        **({"trunk": "encoder", "d_model": 32, "n_layers": 2, "n_heads": 4, "d_ff": 48}),
-        **({"norm_position": "post", "embedding_norm": True, "max_length": 48}),
-        **({"vocab_size": 448} | SHAPES[shape]),
-    )
+    words += [*TASKS[task], *(f"--objective.{key}={value}" for key, value in options.items())]
+    config = load_config([*words, f"--run.dir={folder}"], schema=TaskConfig)
+    sizes = {"d_model": 32, "n_layers": 2, "n_heads": 4, "d_ff": 48, "max_length": 48}
+    model = load_config([], base={"model": sizes | {"vocab_size": 448} | SHAPES[shape]}).model
     folder.mkdir()
     if shape == "roberta":
         write_tokenizer(folder, shape)
@@ -75,12 +87,7 @@ def tuned(shape: str, task: str, folder, pooling: str = "cls") -> Saved:
     return Saved(folder, config, tokenizer, learner.eval())
 
 
-CASES = [
-    *[("bert", task) for task in TASKS],
-    *[("roberta", task) for task in TASKS],
-    *[("distilbert", task) for task in TASKS],
-    *[("albert", task) for task in TASKS],
-]
+CASES = [(shape, task) for shape in SHAPES for task in TASK_HEADS[shape]]
 
 
 @pytest.mark.parametrize(("shape", "task"), CASES)
@@ -111,10 +118,24 @@ def test_transformers_answers_the_same(shape, task, tmp_path):
         assert model.config.problem_type == "regression" and model.config.num_labels == 2
 
 
+DIFFERENT = [
+    ("bert", "classify", {"pooling": "mean"}, r"--objective\.pooling cls"),
+    ("gpt2", "classify", {"pooling": "mean"}, r"--objective\.pooling last"),
+    ("gpt2", "classify", {"head": "layer"}, r"--objective\.head linear"),
+    ("llama", "regress", {"mean": "[0,2.5]"}, r"--objective\.mean \[0,0\]"),
+    ("modernbert", "tag", {"head": "linear"}, r"--objective\.head transform"),
+    ("modernbert", "classify", {"head": "linear"}, r"--objective\.head transform"),
+    ("bert", "read", {"head": "transform"}, r"--objective\.head linear"),
+    ("bert", "classify", {"activation": "relu"}, r"--objective\.activation tanh"),
+]
+
+
 def test_what_transformers_decides_differently_is_refused(tmp_path):
-    saved = tuned("bert", "classify", tmp_path / "a", pooling="mean")
-    with pytest.raises(UserError, match=r"--objective\.pooling cls"):
-        task_folder(saved)
+    for number, (shape, task, options, told) in enumerate(DIFFERENT):
+        saved = tuned(shape, task, tmp_path / str(number), **options)
+        with pytest.raises(UserError, match=told) as caught:
+            task_folder(saved)
+        assert str(caught.value).endswith("or export it with --format nanolm")
     saved = tuned("distilbert", "classify", tmp_path / "b")
     with pytest.raises(UserError, match=r"bert is nearest.*id of padding|norm_eps|n_segments"):
         only = {"roberta": published.task_families("classify")["roberta"]}

@@ -13,11 +13,13 @@ from nanolm.checkpoint.container import read_tensors
 from nanolm.errors import UserError
 from nanolm.finetune import parity
 from nanolm.hub.samples import sample_texts
+from nanolm.hub.task_heads import KINDS, TASK_HEADS
 from nanolm.saved import open_saved
-from tests.published import HEADED, KINDS, LABELS, edit_config, write_published
+from tests.published import HEADED, LABELS, edit_config, write_published
 
 SINGLE = "model.safetensors"
 BERTS = ("bert", "roberta", "distilbert", "albert")
+DECODERS = ("gpt2", "llama", "qwen3")
 
 
 def imported(source, out, *words):
@@ -56,9 +58,11 @@ def test_rows_of_the_parity_table(case, direction):
 
 
 def test_the_table_has_every_family_with_every_head():
-    assert set(parity.SHAPES) == set(BERTS)
+    assert set(parity.SHAPES) == set(TASK_HEADS) == {*BERTS, "modernbert", *DECODERS}
     assert {kind for kind, _ in parity.HEADS.values()} == set(KINDS.values())
-    assert len(parity.CASES) == len(parity.SHAPES) * len(parity.HEADS)
+    without = {f"{family}, multiple choice" for family in DECODERS}  # nor has transformers
+    every = {f"{family}, {head}" for family in parity.SHAPES for head in parity.HEADS}
+    assert every - parity.CASES.keys() == without
 
 
 RECORDS = [
@@ -193,6 +197,15 @@ def config(**keys):
     return lambda folder: edit_config(folder, **keys)
 
 
+def ended(folder):
+    """An end behind every text, which is the padding too."""
+    path = folder / "tokenizer.json"
+    parsed = json.loads(path.read_text())
+    single = parsed["post_processor"]["processors"][1]["single"]
+    single.append(single[0])
+    path.write_text(json.dumps(parsed))
+
+
 BAD = {
     "no head": (
         "bert-classify",
@@ -233,10 +246,40 @@ BAD = {
     "an unknown problem": ("bert-classify", config(problem_type="ranking"), "problem_type"),
     "no class": ("bert-classify", config(architectures=None), "names no class"),
     "no class, a reader": ("roberta-read", config(architectures=None), "names no class"),
-    "another family": (
-        "bert-classify",
-        config(model_type="modernbert", architectures=["ModernBertForSequenceClassification"]),
-        "nanolm imports heads of tasks for",
+    "a head that its family has not": (
+        "gpt2-classify",
+        config(architectures=["GPT2ForMultipleChoice"]),
+        "nanolm imports heads of MultipleChoice for roberta, distilbert, bert, albert, modernbert",
+    ),
+    "no class, a decoder": (
+        "llama-classify",
+        config(architectures=None),
+        r"LlamaForSequenceClassification",
+    ),
+    "a head of words without a bias": (
+        "llama-tag",
+        edited(lambda t: t.pop("score.bias")),
+        "lacks score.bias",
+    ),
+    "a bias that decoders have not": (
+        "qwen3-classify",
+        edited(lambda t: t.update({"score.bias": torch.ones(3)})),
+        "holds score.bias",
+    ),
+    "no transform": (
+        "modernbert-tag",
+        edited(lambda t: t.pop("head.dense.weight")),
+        "lacks head.dense.weight",
+    ),
+    "another pooling": (
+        "modernbert-classify",
+        config(classifier_pooling="max"),
+        "classifier_pooling as 'max'; it must be cls or mean",
+    ),
+    "padding that ends every text": (
+        "llama-classify",
+        lambda folder: ended(folder),
+        "pad_token_id as 0.*decides by the token before it",
     ),
 }
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nanolm.errors import require
 from nanolm.finetune.published import answers
-from nanolm.finetune.tasks.heads import Pooling, SequenceLogits
+from nanolm.finetune.tasks.heads import PooledLogits, Pooling
 from nanolm.finetune.tasks.regress import RegressOptions
 from nanolm.hub.heads import PLAIN
 from nanolm.inference.export_onnx import Note, Read, onnx_folder
@@ -48,10 +48,10 @@ def compared(
 
 def of_rows(saved: Saved, task: str) -> Read:
     """One answer for each row."""
-    pooling = cast(SequenceLogits, saved.learner.heads[task]).pooling
+    pooling = cast(PooledLogits, saved.learner.heads[task]).pooling
 
     def read(heads: nn.ModuleDict, hidden_BTD: Tensor, keep_BT: Tensor) -> Tensor:
-        head = cast(SequenceLogits, heads[task])
+        head = cast(PooledLogits, heads[task])
         return head.decide(POOLS[pooling](hidden_BTD, keep_BT))
 
     return read

@@ -1,8 +1,7 @@
 """Heads of tasks under published names: sequence and token classification, question answering,
 multiple choice; in both directions.
 
-A family of `families/` with another head. Only heads that compute the same are known: those of
-BERT, RoBERTa and ALBERT decide with tanh on the first token, DistilBERT's with ReLU.
+A family of `families/` with another head, one of `task_heads.py`.
 """
 
 from __future__ import annotations
@@ -18,42 +17,10 @@ from torch import Tensor, nn
 from nanolm.errors import UserError, require
 from nanolm.hub.configs import Published
 from nanolm.hub.families import FAMILIES, Family
-from nanolm.hub.keys import Rule, Table, pair
+from nanolm.hub.keys import Rule, Table
+from nanolm.hub.task_heads import KINDS, NAMES, PLAIN, POOLED, POOLERS, TASK_HEADS, TaskHead, having
 from nanolm.model.heads import Layout
 
-KINDS = {
-    "classify": "SequenceClassification",
-    "regress": "SequenceClassification",
-    "choose": "MultipleChoice",
-    "tag": "TokenClassification",
-    "read": "QuestionAnswering",
-}
-"""What transformers calls our tasks."""
-NAMES = {"bert": "Bert", "roberta": "Roberta", "distilbert": "DistilBert", "albert": "Albert"}
-POOLERS = {
-    "bert": "bert.pooler.dense",
-    "roberta": "roberta.pooler.dense",
-    "albert": "albert.pooler",
-}
-"""Published keys of the layer between the first token and the decision, which files may hold
-although their head does not read it."""
-DECIDING = {
-    "bert": dict.fromkeys(("classify", "regress", "choose"), (POOLERS["bert"], "classifier")),
-    "roberta": {
-        "classify": ("classifier.dense", "classifier.out_proj"),
-        "regress": ("classifier.dense", "classifier.out_proj"),
-        "choose": (POOLERS["roberta"], "classifier"),
-    },
-    "distilbert": dict.fromkeys(
-        ("classify", "regress", "choose"), ("pre_classifier", "classifier")
-    ),
-    "albert": dict.fromkeys(("classify", "regress", "choose"), (POOLERS["albert"], "classifier")),
-}
-"""Published keys of the two layers of heads on the first token."""
-PLAIN = {"tag": "classifier", "read": "qa_outputs"}
-"""Published keys of heads of one layer, in all families."""
-ACTIVATIONS = {"distilbert": "relu"}
-"""What stands between the two layers; tanh where nothing else is said."""
 PROBLEMS = {
     "regression": "regress",
     "single_label_classification": "classify",
@@ -61,39 +28,43 @@ PROBLEMS = {
 }
 """Our tasks by config.json's problem_type."""
 NEVER = r"(?!)"
+POOLING_KEY = "classifier_pooling"
+"""What ModernBERT's config.json calls it."""
 
 
-def activation_of(family: str) -> str:
-    """What a family's heads on the first token have between their two layers."""
-    return ACTIVATIONS.get(family, "tanh")
+def task_families(task: str) -> dict[str, Family]:
+    """The families that have a head of a task, with that head in place of their own."""
+    return {name: with_head(FAMILIES[name], task) for name in having(task)}
 
 
-def task_families(task: str, activation: str = "tanh") -> dict[str, Family]:
-    """The families that have a head for a task, with that head in place of their own; of heads on
-    the first token those with this activation."""
-    found = {}
-    for name in (name for name in FAMILIES if name in NAMES):
-        if task in PLAIN:
-            rules = pair(PLAIN[task], f"heads.{task}.out")
-        elif activation == activation_of(name):
-            inner, outer = DECIDING[name][task]
-            rules = (*pair(inner, f"heads.{task}.dense"), *pair(outer, f"heads.{task}.out"))
-        else:
-            continue
-        found[name] = with_head(FAMILIES[name], f"{NAMES[name]}For{KINDS[task]}", rules)
-    return found
+def with_head(family: Family, task: str) -> Family:
+    """A family whose models have the head of this task alone."""
+    head = TASK_HEADS[family.name][task]
+    prefix = family.prefix if head.prefix is None else head.prefix
 
+    def renamed(rule: Rule) -> Rule:
+        theirs = (name.removeprefix(family.prefix) for name in rule.theirs)
+        return dataclasses.replace(rule, theirs=tuple(prefix + name for name in theirs))
 
-def with_head(family: Family, model_class: str, rules: tuple[Rule, ...]) -> Family:
-    """A family whose models have these heads alone."""
-    trunk = tuple(rule for rule in family.table.whole if not rule.ours.startswith("heads."))
-    table = Table(whole=(*trunk, *rules), layers=family.table.layers)
-    classes = dataclasses.replace(family.classes, plain=model_class, pooled=None)
-    changes: dict[str, Any] = {"table": table, "classes": classes, "has_head": None, "heads": {}}
+    trunk = [rule for rule in family.table.whole if not rule.ours.startswith("heads.")]
+    layers = family.table.layers
+    if prefix != family.prefix:
+        trunk, layers = [renamed(rule) for rule in trunk], tuple(map(renamed, layers))
     pooler = POOLERS.get(family.name)
-    read = any(name.startswith(f"{pooler}.") for rule in rules for name in rule.theirs)
-    unread = NEVER if pooler is None or read else rf"{re.escape(pooler)}\.(weight|bias)"
-    return dataclasses.replace(family, duplicates={}, unread=unread, **changes)
+    read = any(key.startswith(f"{pooler}.") for rule in head.rules(task) for key in rule.theirs)
+    return dataclasses.replace(
+        family,
+        table=Table(whole=(*trunk, *head.rules(task)), layers=layers),
+        classes=dataclasses.replace(
+            family.classes, plain=f"{NAMES[family.name]}For{KINDS[task]}", pooled=None
+        ),
+        prefix=prefix,
+        embedding=prefix + family.embedding.removeprefix(family.prefix),
+        has_head=None,
+        heads={},
+        duplicates={},
+        unread=NEVER if pooler is None or read else rf"{re.escape(pooler)}\.(weight|bias)",
+    )
 
 
 def with_task(family: Family, published: Published, keys: Iterable[str], row_length: int) -> Family:
@@ -111,25 +82,26 @@ def with_task(family: Family, published: Published, keys: Iterable[str], row_len
         require(
             listed or not any(is_of_task(key) for key in keys),
             f"{published.path} names no class under architectures, and the file holds a head of a "
-            f'task; add the class there: "architectures": ["BertForSequenceClassification"]',
+            f'task; add the class there: "architectures": '
+            f'["{NAMES.get(family.name, "Bert")}ForSequenceClassification"]',
         )
         return family
     task = task_of(kind, published)
-    found = task_families(task, activation_of(family.name))
-    if family.name not in found:
+    if family.name not in having(task):
         raise UserError(
-            f"{published.path} is of a {architecture}, and nanolm imports heads of tasks for "
-            f"{', '.join(NAMES)}; choose a checkpoint of one of them"
+            f"{published.path} is of a {architecture}, and nanolm imports heads of "
+            f"{KINDS[task]} for {', '.join(having(task))}; choose a checkpoint of one of them"
         )
-    options = options_of(task, family.name, published)
+    options = options_of(task, family, published)
     if task == "read":  # windows of a short row must not share more than they hold
         options["stride"] = min(32, row_length // 8)
-    return dataclasses.replace(found[family.name], objective=lambda names: dict(options))
+    found = with_head(family, task)
+    return dataclasses.replace(found, objective=lambda names: dict(options))
 
 
 def is_of_task(key: str) -> bool:
     """Whether a key is one of a task's head."""
-    return key.startswith(("classifier.", "pre_classifier.", "qa_outputs."))
+    return key.startswith(("classifier.", "pre_classifier.", "qa_outputs.", "score."))
 
 
 def task_of(kind: str, published: Published) -> str:
@@ -147,11 +119,14 @@ def task_of(kind: str, published: Published) -> str:
     return PROBLEMS[problem]
 
 
-def options_of(task: str, family: str, published: Published) -> dict[str, Any]:
+def options_of(task: str, family: Family, published: Published) -> dict[str, Any]:
     """The task's options that a config.json describes."""
-    options: dict[str, Any] = {"name": task}
-    if task not in PLAIN:
-        options |= {"pooling": "cls", "activation": activation_of(family)}
+    head = TASK_HEADS[family.name][task]
+    options: dict[str, Any] = {"name": task, "head": head.head}
+    if task in POOLED:
+        options |= {"pooling": pooling_of(head, published), "activation": head.activation}
+    if family.fits["trunk"] == "decoder":
+        options["frame"] = "tokenizer"
     if task in ("classify", "tag"):
         options["labels"] = labels_of(published)
     if task == "classify":
@@ -160,6 +135,25 @@ def options_of(task: str, family: str, published: Published) -> dict[str, Any]:
         scores = labels_of(published)
         options |= {"scores": scores, "mean": [0.0] * len(scores), "std": [1.0] * len(scores)}
     return options
+
+
+def pooling_of(head: TaskHead, published: Published) -> str:
+    """How a published head reads a sequence; raises UserError for another way than it can."""
+    if len(head.poolings) == 1:
+        return head.poolings[0]
+    pooling = published.get(POOLING_KEY, head.poolings[0])
+    require(
+        pooling in head.poolings,
+        f"{published.path} gives {POOLING_KEY} as {pooling!r}; it must be "
+        f"{' or '.join(head.poolings)}",
+    )
+    return pooling
+
+
+def pooling_facts(family: str, task: str, pooling: str | None) -> dict[str, Any]:
+    """What config.json says of how a sequence is read: nothing, where there is one way."""
+    several = len(TASK_HEADS[family][task].poolings) > 1
+    return {POOLING_KEY: pooling} if several else {}
 
 
 def labels_of(published: Published) -> list[str]:
@@ -207,6 +201,13 @@ def answers(options: Any, heads: nn.ModuleDict, hidden_BTD: Tensor, keep_BT: Ten
 def their_answers(theirs: Any, task: str, tokens_BT: Tensor, words: dict[str, Tensor]) -> Tensor:
     """The same of transformers' model of the task."""
     keep_BT = words["attention_mask"].bool()
+    if task in POOLED and theirs.config.pad_token_id is None and len(keep_BT) > 1:
+        # without padding a decoder of transformers decides about one row at a time
+        rows = [
+            their_answers(theirs, task, tokens_BT[[row]], {k: v[[row]] for k, v in words.items()})
+            for row in range(len(keep_BT))
+        ]
+        return torch.cat(rows)
     if task == "choose":  # the rows are the choices of one question
         tokens_BT, words = tokens_BT[None], {key: value[None] for key, value in words.items()}
     found = theirs(tokens_BT, **words)

@@ -18,7 +18,7 @@ from nanolm.hub.folder import NeedsFlagError
 from nanolm.hub.gguf.importing import read_gguf
 from nanolm.hub.proof import LIMIT, Proof, can_prove, prove
 from nanolm.hub.published import Imported, read_published
-from nanolm.hub.tokenizer_files import opened, told
+from nanolm.hub.tokenizer_files import opened, require_same_frame, told
 
 PREFIX = "hf:"
 CACHE = "~/.cache/nanolm/imported"
@@ -96,6 +96,8 @@ def told_ids(imported: Imported, folder: pathlib.Path, note: Note) -> int | None
     opens none."""
     if not (folder / JSON_FILE).is_file():  # it would need another package to make one
         return None
+    if getattr(imported.config.objective, "frame", "trunk") == "tokenizer":
+        require_same_frame(imported.tokenizer, folder)
     try:
         encode = opened(folder)
     except Exception as error:  # noqa: BLE001  (any, of code that is not ours; it is told)

@@ -54,7 +54,7 @@ def prove(imported: Imported, theirs: Any = None) -> Proof:
     compare = PROOFS.get(model.trunk, differences_of_a_stack)
     compare = differences_of_a_task if head_of(imported.config) else compare
     largest = max(float(each.abs().max()) for each in compare(imported, theirs))
-    if model.trunk != "decoder" or largest > LIMIT:
+    if model.trunk != "decoder" or head_of(imported.config) or largest > LIMIT:
         return Proof(largest, None)
     tokens_BT, _, _ = same_rows(model, theirs.config.pad_token_id)
     return Proof(largest, alike(imported, theirs, tokens_BT[:1, :PROMPT]))
@@ -85,7 +85,8 @@ def differences_of_a_stack(imported: Imported, theirs: Any) -> list[Tensor]:
 
 def differences_of_a_task(imported: Imported, theirs: Any) -> list[Tensor]:
     """Where hidden states and the answers of a task's head differ."""
-    tokens_BT, inputs, words = same_rows(imported.config.model, theirs.config.pad_token_id)
+    pad = theirs.config.pad_token_id
+    tokens_BT, inputs, words = same_rows(imported.config.model, pad, padded=can_pad(pad))
     keep_BT, options = words["attention_mask"].bool(), imported.config.objective
     hidden_BTD = imported.learner.trunk(inputs)
     expected = theirs.base_model(tokens_BT, **words).last_hidden_state
@@ -129,15 +130,22 @@ PROOFS = {
 """What is compared of trunks that are not one stack."""
 
 
-def same_rows(model: ModelConfig, pad: int | None) -> tuple[Tensor, Inputs, dict[str, Tensor]]:
-    """(tokens, what our trunk reads, what theirs reads besides) of random rows: for an encoder the
-    second is half padding, and both have two segments where the model has."""
+def can_pad(pad: int | None) -> bool:
+    """Whether rows can be filled up with this id; some config.json have -1 for none."""
+    return pad is not None and pad >= 0
+
+
+def same_rows(
+    model: ModelConfig, pad: int | None, *, padded: bool = False
+) -> tuple[Tensor, Inputs, dict[str, Tensor]]:
+    """(tokens, what our trunk reads, what theirs reads besides) of random rows: for an encoder, or
+    if `padded`, the second is half padding, and both have two segments where the model has."""
     widest = max(width or 0 for width in model.window)
     length = min(max(TOKENS, 2 * widest), model.max_length)
     generator = torch.Generator().manual_seed(0)
     tokens_BT = torch.randint(0, model.n_tokens, (ROWS, length), generator=generator)
     encoder = model.trunk == "encoder"
-    lengths_B = torch.tensor([length, length // 2 if encoder else length])
+    lengths_B = torch.tensor([length, length // 2 if encoder or padded else length])
     keep_BT = torch.arange(length) < lengths_B[:, None]
     if pad is not None:  # RoBERTa counts positions by what is not padding
         tokens_BT[tokens_BT == pad] = (pad + 1) % model.n_tokens

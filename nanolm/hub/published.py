@@ -73,7 +73,23 @@ def read_published(
     )
     stored = read_weights(folder, pickled=pickled)
     chosen = with_task(chosen, published, stored, row_length(keys))
-    return assembled(chosen, published, keys, stored, tokenizer, str(folder))
+    imported = assembled(chosen, published, keys, stored, tokenizer, str(folder))
+    require_last_token(imported)
+    return imported
+
+
+def require_last_token(imported: Imported) -> None:
+    """Raises UserError where transformers does not decide by the last token of a text: it leaves
+    out what has the id of padding, be it the end of every text."""
+    if getattr(imported.config.objective, "frame", "trunk") != "tokenizer":
+        return
+    ends, pad = imported.tokenizer.around(1)[-1], imported.published.get("pad_token_id", None)
+    require(
+        not hasattr(imported.config.objective, "pooling") or pad is None or ends[-1:] != [pad],
+        f"{imported.published.path} gives pad_token_id as {pad}, which {imported.tokenizer.path} "
+        f"also puts behind every text, so transformers decides by the token before it and nanolm "
+        f"cannot; choose a checkpoint that has a padding of its own",
+    )
 
 
 def assembled(

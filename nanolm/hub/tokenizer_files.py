@@ -12,11 +12,13 @@ import json
 import pathlib
 import tempfile
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from nanolm.config.model import ModelConfig
 from nanolm.data.json_pieces import JSON_FILE, is_json, published
-from nanolm.data.sentencepiece_json import cls_first, cls_last, sentencepiece_json
+from nanolm.data.sentencepiece_json import Frame, cls_first, cls_last, sentencepiece_json
 from nanolm.data.tokenizer import Tokenizer
+from nanolm.errors import require
 from nanolm.hub.samples import sample_texts
 
 CONFIG_FILE = "tokenizer_config.json"
@@ -26,16 +28,20 @@ Encode = Callable[[str], list[int]]
 Note = Callable[[str], None]
 
 
-def tokenizer_files(tokenizer: Tokenizer, model: ModelConfig) -> dict[str, bytes]:
-    """The files of a model's tokenizer.
+def tokenizer_files(
+    tokenizer: Tokenizer, model: ModelConfig, *, frame: Frame | None = None
+) -> dict[str, bytes]:
+    """The files of a model's tokenizer; `frame` is put around a text in place of what is there.
 
     Raises UserError for a SentencePiece model that no tokenizer.json describes.
     """
     own = tokenizer.model_bytes
     if is_json(own):
-        files = {JSON_FILE: published(own)}
+        template = None if frame is None else frame(tokenizer)
+        whole = published(own)
+        files = {JSON_FILE: whole if template is None else with_frame(whole, template)}
     else:
-        whole = sentencepiece_json(tokenizer, FRAMES.get(model.trunk))
+        whole = sentencepiece_json(tokenizer, frame or FRAMES.get(model.trunk))
         files = {JSON_FILE: whole, tokenizer.file_name: own}
     names = ["input_ids", *(["token_type_ids"] if model.n_segments > 1 else []), "attention_mask"]
     facts = {
@@ -48,6 +54,34 @@ def tokenizer_files(tokenizer: Tokenizer, model: ModelConfig) -> dict[str, bytes
     if tokenizer.chat_template is not None:
         facts["chat_template"] = tokenizer.chat_template
     return files | {CONFIG_FILE: json.dumps(facts, ensure_ascii=False, indent=2).encode() + b"\n"}
+
+
+def with_frame(content: bytes, frame: dict[str, Any]) -> bytes:
+    """A tokenizer.json with this template as its post-processor, behind the step by which
+    byte-level ones say where their pieces stand."""
+    parsed = json.loads(content)
+    old = parsed.get("post_processor") or {}
+    steps = old.get("processors", [old])
+    kept = [step for step in steps if step.get("type") == "ByteLevel"]
+    parsed["post_processor"] = {"type": "Sequence", "processors": [*kept, frame]}
+    return json.dumps(parsed, ensure_ascii=False).encode()
+
+
+def require_same_frame(tokenizer: Tokenizer, folder: pathlib.Path) -> None:
+    """Raises UserError where transformers puts other pieces around a text, or around two, than the
+    folder's tokenizer.json says: some of its classes put theirs there."""
+    from transformers import AutoTokenizer  # noqa: PLC0415  (slow to import)
+
+    theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    for texts in (("a",), ("a", "b")):
+        ours, *rest = tokenizer.around(len(texts))
+        for text, after in zip(texts, rest, strict=True):
+            ours = [*ours, *tokenizer.encode(text).tolist(), *after]
+        require(
+            theirs(*texts).input_ids == ours,
+            f"transformers puts other pieces around a text than {folder / JSON_FILE} says; let it "
+            f"write that file anew: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)",
+        )
 
 
 def compared(tokenizer: Tokenizer, files: Mapping[str, bytes], note: Note) -> int | None:

@@ -21,7 +21,6 @@ from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import UserError
 from nanolm.hub.configs import Published
 from nanolm.hub.families import FAMILIES, Family
-from nanolm.hub.families.bert import TRANSFORM
 from nanolm.hub.importing import proved
 from nanolm.hub.keys import Tensors
 from nanolm.hub.published import Imported
@@ -64,6 +63,8 @@ def as_published(
     return Imported(family, config, tokenizer, learner, tensors, published, ())
 
 
+TRANSFORMED = ".transform.dense.weight"
+"""What the names of tensors of a transform before a head's last layer end with."""
 VOCABULARY = "heads.lm."
 """What the names of a vocabulary head's tensors begin with."""
 
@@ -104,10 +105,11 @@ def published_tensors(family: Family, model: ModelConfig, tensors: Mapping[str, 
             f"its vocabulary head has no transform; export it with --format nanolm"
         )
     activation = family.head_activation(model)
-    if TRANSFORM in tensors and model.head_activation != activation:
+    transformed = any(name.endswith(TRANSFORMED) for name in tensors)
+    if transformed and model.head_activation != activation:
         raise UserError(
             f"no model of transformers computes this one exactly: {family.name} is nearest, but "
-            f"its vocabulary head has {activation} there and model.head_activation is "
+            f"its head has {activation} there and model.head_activation is "
             f"{model.head_activation}; export it with --format nanolm"
         )
     known = {rule.ours for rule in family.table.rules(model)}
@@ -138,13 +140,31 @@ def family_of(
         name: family.why_not(model) + heads_and_padding(family, tensors, roles)
         for name, family in families.items()
     }
-    name = min(misfits, key=lambda name: len(misfits[name]))
-    if misfits[name]:
+    return families[nearest(misfits)[0]]
+
+
+def families_that_fit(
+    model: ModelConfig, roles: Mapping[str, int], families: Mapping[str, Family]
+) -> list[str]:
+    """The families that compute a model's trunk, whatever its heads; raises UserError naming what
+    keeps the nearest from fitting."""
+    return nearest(
+        {
+            name: family.why_not(model) + heads_and_padding(family, {}, roles)
+            for name, family in families.items()
+        }
+    )
+
+
+def nearest(misfits: Mapping[str, list[str]]) -> list[str]:
+    """The families without misfits; raises UserError with those of the nearest where all have."""
+    fewest = min(misfits, key=lambda name: len(misfits[name]))
+    if misfits[fewest]:
         raise UserError(
-            f"no model of transformers computes this one exactly: {name} is nearest, but "
-            f"{'; '.join(misfits[name])}; export it with --format nanolm"
+            f"no model of transformers computes this one exactly: {fewest} is nearest, but "
+            f"{'; '.join(misfits[fewest])}; export it with --format nanolm"
         )
-    return families[name]
+    return [name for name, found in misfits.items() if not found]
 
 
 def heads_and_padding(

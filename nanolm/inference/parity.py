@@ -124,6 +124,14 @@ class NoTokenizer:
         """Padding, by which some families count."""
         return {"pad": self.pad}
 
+    def role(self, name: str) -> int:
+        """What stands around a text."""
+        return int(getattr(self, name))
+
+    def around(self, n_texts: int) -> list[list[int]]:
+        """An end before a text and none behind it, as published decoders read it."""
+        return [[self.eos], [], []][: n_texts + 1]
+
 
 @torch.no_grad()
 def randomise(model: nn.Module) -> None:

@@ -26,7 +26,7 @@ from nanolm.data.tables.stream import TaskRow
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import UserError, require
 from nanolm.finetune.config import TaskConfig
-from nanolm.finetune.tasks.frames import frame_of
+from nanolm.finetune.tasks.frames import FrameName, frame_of
 from nanolm.finetune.tasks.heads import Layout
 from nanolm.finetune.tasks.items import Item, Sequence
 from nanolm.finetune.tasks.metrics import Metric, Report, lower
@@ -45,7 +45,16 @@ class TaskOptions(Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PairOptions(TaskOptions):
+class FramedOptions(TaskOptions):
+    """Options of tasks whose texts stand in a frame of special tokens."""
+
+    frame: FrameName = "trunk"
+    """trunk: as the trunk was pretrained; tokenizer: what a tokenizer.json itself puts around a
+    text, as published decoders with a head of a task read it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairOptions(FramedOptions):
     """Options of tasks that may read two texts as one sequence."""
 
     mark_shared: bool = False
@@ -105,7 +114,8 @@ class Task:
         )
         self.heads: dict[str, HeadRequest] = {}
         self.weights = {self.term: 1.0}
-        self.framing = frame_of(self.trunk)
+        framed = isinstance(options, FramedOptions)
+        self.framing = frame_of(self.trunk, options.frame if framed else "trunk")
         padding = {"lengths"} if self.framing.two_sided else set()
         self.masks = frozenset({"documents", "length_groups"} if self.packed else padding)
         self.compiled, self.in_line = config.train.compile, False
@@ -189,7 +199,7 @@ class Task:
 
     def n_specials(self, n_texts: int) -> int:
         """How many special tokens frame so many texts."""
-        return self.framing.n_specials(n_texts, self.tokenizer.separators)
+        return self.framing.n_specials(self.tokenizer, n_texts)
 
     def frame(self, first: np.ndarray, second: np.ndarray | None = None) -> tuple[Sequence, int]:
         """(framed sequence of at most row_length tokens, tokens cut); the longer text is cut."""

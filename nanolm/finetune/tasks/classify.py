@@ -24,7 +24,13 @@ from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import require
 from nanolm.finetune.tasks import metrics
 from nanolm.finetune.tasks.base import OwnOptions, PairOptions, Task, chosen
-from nanolm.finetune.tasks.heads import Activation, Pooling, pooling_of
+from nanolm.finetune.tasks.heads import (
+    POOLED_HEADS,
+    Activation,
+    PooledHead,
+    Pooling,
+    pooling_of,
+)
 from nanolm.finetune.tasks.items import Item, text_problem
 from nanolm.finetune.tasks.metrics import Metric, Report
 from nanolm.model.heads import HeadRequest
@@ -38,14 +44,23 @@ class HeadOptions(PairOptions):
 
     pooling: Pooling = "auto"
     """auto: mean for an encoder, last for a decoder and for two streams; or cls, mean, last."""
+    head: PooledHead = "layer"
+    """layer: a layer and its activation stand before the decision, as in BERT; linear: nothing, and
+    the decision has no bias, as in published decoders; transform: what BERT has before its
+    vocabulary, as in ModernBERT."""
     activation: Activation = "tanh"
-    """Between the head's two layers: tanh, or relu as DistilBERT's heads in transformers have."""
+    """Of head=layer: tanh, or relu as DistilBERT's heads in transformers have."""
     head_dropout: float = 0.1
     """Dropout before the head's last layer."""
 
     def __post_init__(self) -> None:
         value = self.head_dropout
         require(0 <= value < 1, f"objective.head_dropout={value} must lie in [0, 1)")
+        require(
+            self.head == "layer" or self.activation == "tanh",
+            f"objective.activation={self.activation} is that of objective.head=layer, and "
+            f"objective.head={self.head} has no such layer; leave one of them out",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,16 +99,14 @@ class ClassifyOptions(PooledOptions):
 
 def sequence_head(options: HeadOptions, trunk: str, n_classes: int) -> HeadRequest:
     """The request for a head on pooled states."""
-    pooling = pooling_of(options.pooling, trunk)
-    return HeadRequest(
-        "sequence",
-        {
-            "n_classes": n_classes,
-            "pooling": pooling,
-            "dropout": options.head_dropout,
-            "activation": options.activation,
-        },
-    )
+    facts = {
+        "n_classes": n_classes,
+        "pooling": pooling_of(options.pooling, trunk),
+        "dropout": options.head_dropout,
+    }
+    if options.head == "layer":
+        facts["activation"] = options.activation
+    return HeadRequest(POOLED_HEADS[options.head], facts)
 
 
 class Pooled(Task):

@@ -4,6 +4,9 @@ encoder      <cls> A <sep>    <cls> A <sep> B <sep>       (Devlin et al. 2019)
              <s> A </s>       <s> A </s></s> B </s>       (Liu et al. 2019b), if the tokenizer says
 two_stream   A <sep> <cls>    A <sep> B <sep> <cls>       (Yang et al. 2019)
 decoder      <eos> A <eos>    <eos> A <sep> B <eos>       every document begins behind an end
+
+Or (`objective.frame=tokenizer`) whatever a tokenizer.json itself puts around a text, which is what
+a published model with a head of a task was trained on.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ from numpy.typing import ArrayLike
 
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.finetune.tasks.items import Sequence
+
+FrameName = Literal["trunk", "tokenizer"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,9 +38,16 @@ class Frame:
     apart: int = 0
     """How many of the last tokens have a segment of their own, the third."""
 
-    def n_specials(self, n_texts: int, separators: int = 1) -> int:
-        """How many special tokens frame so many texts, `separators` of them between each two."""
-        return len(self.begin) + len(self.end) + (n_texts - 1) * separators
+    def sides(self, tokenizer: Tokenizer, n_texts: int) -> list[list[int]]:
+        """The special tokens before the first text, between it and a second, and behind the last:
+        n_texts + 1 lists."""
+        begin, end = (list(map(tokenizer.role, roles)) for roles in (self.begin, self.end))
+        between = [tokenizer.sep] * tokenizer.separators if n_texts == 2 else []
+        return [begin, between, end] if n_texts == 2 else [begin, end]
+
+    def n_specials(self, tokenizer: Tokenizer, n_texts: int) -> int:
+        """How many special tokens frame one text or two."""
+        return sum(map(len, self.sides(tokenizer, n_texts)))
 
     def around(
         self,
@@ -48,8 +60,8 @@ class Frame:
     ) -> tuple[Sequence, int]:
         """(sequence of at most `length` tokens, tokens cut) of one text or two, as token ids; the
         longer one is cut."""
-        begin, end = (list(map(tokenizer.role, r)) for r in (self.begin, self.end))
-        room = length - self.n_specials(1 if second is None else 2, tokenizer.separators)
+        begin, *between, end = self.sides(tokenizer, 1 if second is None else 2)
+        room = length - sum(map(len, (begin, *between, end)))
         total = len(first) + (0 if second is None else len(second))
         if second is None:
             first = first[:room]
@@ -58,11 +70,19 @@ class Frame:
             half = room // 2
             keep = min(len(first), max(half, room - len(second)))
             first, second = first[:keep], second[: room - keep]
-            parts = [begin, first, [tokenizer.sep] * tokenizer.separators, second, end]
+            parts = [begin, first, *between, second, end]
         tokens = np.concatenate(parts).astype(np.int64)
         begins_second = len(tokens) if second is None else len(tokens) - len(second) - len(end)
         sequence = Sequence(tokens, begins_second, mark_shared, self.apart)
         return sequence, max(0, total - room)
+
+
+class FrameOfFile(Frame):
+    """What a tokenizer.json itself puts around a text; what else is known of a trunk stays."""
+
+    def sides(self, tokenizer: Tokenizer, n_texts: int) -> list[list[int]]:
+        """As the file says."""
+        return tokenizer.around(n_texts)
 
 
 FRAMES = {
@@ -71,8 +91,12 @@ FRAMES = {
     "decoder": Frame(begin=("eos",), end=("eos",), pooling="last", two_sided=False),
 }
 """The frame of each trunk that reads labelled texts."""
+KINDS: dict[FrameName, type[Frame]] = {"trunk": Frame, "tokenizer": FrameOfFile}
+FIELDS = dataclasses.fields(Frame)
 
 
-def frame_of(trunk: str) -> Frame:
-    """The frame of a trunk; a plug-in's trunk is read as a decoder is."""
-    return FRAMES.get(trunk, FRAMES["decoder"])
+def frame_of(trunk: str, kind: FrameName = "trunk") -> Frame:
+    """The frame of a trunk, or with `tokenizer` that of the tokenizer's file; a plug-in's trunk is
+    read as a decoder is."""
+    frame = FRAMES.get(trunk, FRAMES["decoder"])
+    return KINDS[kind](**{field.name: getattr(frame, field.name) for field in FIELDS})

@@ -1,6 +1,7 @@
 """Heads of tasks: what reads whole sequences, words or spans out of hidden states.
 
     sequence    pooled -> W2 act(W1 h): classes, scores      classify, regress, choose, rank
+                or W h, or W norm(act(W1 h)): `PooledLogits`
     words       hidden of a word's first piece -> tags       tag
     span        hidden -> start and end scores               read
     embedding   pooled -> unit vector                        embed
@@ -24,13 +25,21 @@ from torch import Tensor, nn
 from nanolm.config.model import ModelConfig
 from nanolm.errors import require
 from nanolm.finetune.tasks.frames import frame_of
-from nanolm.model.heads import Layout
+from nanolm.model.heads import Layout, Transform
 from nanolm.model.trunk import Trunk
 from nanolm.ops.contract import Kernels
 from nanolm.registry import HEADS
 
 Pooling = Literal["auto", "cls", "mean", "last"]
 Activation = Literal["tanh", "relu"]
+PooledHead = Literal["layer", "linear", "transform"]
+WordHead = Literal["linear", "transform"]
+POOLED_HEADS: dict[PooledHead, str] = {
+    "layer": "sequence",
+    "linear": "sequence_linear",
+    "transform": "sequence_transform",
+}
+"""The registered kind of each head on pooled states."""
 
 
 def pooling_of(pooling: Pooling, trunk: str) -> Pooling:
@@ -78,8 +87,28 @@ def pool(hidden_BTD: Tensor, layout: Layout, pooling: Pooling) -> Tensor:
     return total_SD / lengths_S[:, None].clamp(min=1)
 
 
+class PooledLogits(nn.Module):
+    """Base of heads that decide about a whole sequence: W dropout(features(pool(h)))."""
+
+    pooling: Pooling
+    dropout: nn.Dropout
+    out: nn.Linear
+
+    def features(self, pooled_SD: Tensor) -> Tensor:
+        """What the decision reads of one vector per sequence, [S, D]."""
+        raise NotImplementedError
+
+    def forward(self, hidden_BTD: Tensor, layout: Layout) -> Tensor:
+        """[B, T, D] -> [S, C], float32."""
+        return self.decide(pool(hidden_BTD, layout, self.pooling).to(hidden_BTD.dtype))
+
+    def decide(self, pooled_SD: Tensor) -> Tensor:
+        """One vector per sequence -> [S, C], float32."""
+        return self.out(self.dropout(self.features(pooled_SD))).float()
+
+
 @HEADS.register("sequence")
-class SequenceLogits(nn.Module):
+class SequenceLogits(PooledLogits):
     """W2 dropout(act(W1 pool(h))): BERT's head (Devlin et al. 2019, in their code; section 4.1 has
     W2 alone) on any pooling, with tanh, or with the ReLU of DistilBERT's (Sanh et al. 2019, in
     theirs)."""
@@ -107,13 +136,70 @@ class SequenceLogits(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.out = nn.Linear(model.d_model, n_classes)
 
-    def forward(self, hidden_BTD: Tensor, layout: Layout) -> Tensor:
-        """[B, T, D] -> [S, C], float32."""
-        return self.decide(pool(hidden_BTD, layout, self.pooling).to(hidden_BTD.dtype))
+    def features(self, pooled_SD: Tensor) -> Tensor:
+        """act(W1 h)."""
+        return self.activation(self.dense(pooled_SD))
 
-    def decide(self, pooled_SD: Tensor) -> Tensor:
-        """One vector per sequence -> [S, C], float32."""
-        return self.out(self.dropout(self.activation(self.dense(pooled_SD)))).float()
+
+@HEADS.register("sequence_linear")
+class LinearLogits(PooledLogits):
+    """W dropout(pool(h)) without a bias, as transformers' decoders decide (GPT-2, Llama, Qwen3)."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        kernels: Kernels,
+        trunk: Trunk,
+        *,
+        n_classes: int,
+        pooling: Pooling,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.pooling = pooling
+        self.dropout = nn.Dropout(dropout)
+        self.out = nn.Linear(model.d_model, n_classes, bias=False)
+
+    def features(self, pooled_SD: Tensor) -> Tensor:
+        """The pooled state as it is."""
+        return pooled_SD
+
+
+@HEADS.register("sequence_transform")
+class TransformedLogits(PooledLogits):
+    """W2 dropout(norm(act(W1 pool(h)))), as ModernBERT decides (Warner et al. 2024, in their
+    code)."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        kernels: Kernels,
+        trunk: Trunk,
+        *,
+        n_classes: int,
+        pooling: Pooling,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.pooling = pooling
+        self.transform = transform_of(model, kernels)
+        self.dropout = nn.Dropout(dropout)
+        self.out = nn.Linear(model.d_model, n_classes)
+
+    def features(self, pooled_SD: Tensor) -> Tensor:
+        """norm(act(W1 h))."""
+        return self.transform(pooled_SD)
+
+
+def transform_of(model: ModelConfig, kernels: Kernels) -> Transform:
+    """What stands before BERT's vocabulary; raises UserError where embeddings are narrow, since it
+    brings states to their width."""
+    require(
+        model.embedding_width is None,
+        f"objective.head=transform is as wide as the embeddings, and this base has "
+        f"model.embedding_width={model.embedding_width}; use another objective.head",
+    )
+    return Transform(model, kernels)
 
 
 @HEADS.register("words")
@@ -128,27 +214,33 @@ class WordLogits(nn.Module):
         *,
         n_classes: int,
         dropout: float = 0.0,
+        transform: bool = False,
     ) -> None:
         super().__init__()
+        self.transform = transform_of(model, kernels) if transform else nn.Identity()
         self.dropout = nn.Dropout(dropout)
         self.out = nn.Linear(model.d_model, n_classes)
 
     def forward(self, hidden_BTD: Tensor, index_W: Tensor) -> Tensor:
         """Hidden states at the flat places index_W -> [W, C], float32."""
-        return self.out(self.dropout(hidden_BTD.flatten(0, 1)[index_W])).float()
+        hidden_WD = self.transform(hidden_BTD.flatten(0, 1)[index_W])
+        return self.out(self.dropout(hidden_WD)).float()
 
 
 @HEADS.register("span")
 class SpanLogits(nn.Module):
     """Start and end scores of every token (Devlin et al. 2019, section 4.2)."""
 
-    def __init__(self, model: ModelConfig, kernels: Kernels, trunk: Trunk) -> None:
+    def __init__(
+        self, model: ModelConfig, kernels: Kernels, trunk: Trunk, *, transform: bool = False
+    ) -> None:
         super().__init__()
+        self.transform = transform_of(model, kernels) if transform else nn.Identity()
         self.out = nn.Linear(model.d_model, 2)
 
     def forward(self, hidden_BTD: Tensor, index_M: Tensor) -> Tensor:
         """[M, 2] for the tokens at the flat places index_M, float32."""
-        return self.out(hidden_BTD.flatten(0, 1)[index_M]).float()
+        return self.out(self.transform(hidden_BTD.flatten(0, 1)[index_M])).float()
 
 
 @HEADS.register("embedding")

@@ -32,6 +32,7 @@ from nanolm.data.words import UNSPACED
 from nanolm.errors import require
 from nanolm.finetune.tasks import metrics
 from nanolm.finetune.tasks.base import PairOptions, Task
+from nanolm.finetune.tasks.heads import WordHead
 from nanolm.finetune.tasks.items import Item, Sequence, text_problem
 from nanolm.finetune.tasks.metrics import Metric, Report, higher
 from nanolm.finetune.tasks.ragged import columns, ragged, within
@@ -56,6 +57,9 @@ class ReadOptions(PairOptions):
     """Longest question in tokens; longer ones are cut."""
     longest_answer: int = 48
     """Longest answer in tokens."""
+    head: WordHead = "linear"
+    """linear: one layer; transform: behind what BERT has before its vocabulary, as in ModernBERT's
+    published heads."""
     empty_windows: float = 1.0
     """Share that training reads of the windows that lack an answer which stands elsewhere in their
     context. Evaluation and prediction read every window."""
@@ -116,7 +120,7 @@ class Read(Task):
             f"{self.question_length} tokens a window has room for {room} of the context; choose a "
             f"smaller stride or question_length, or a greater data.row_length",
         )
-        self.heads = {"read": HeadRequest("span", {})}
+        self.heads = {"read": HeadRequest("span", {"transform": options.head == "transform"})}
 
     @classmethod
     def resolve(cls, options: ReadOptions, table: Table) -> ReadOptions:

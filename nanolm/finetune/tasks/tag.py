@@ -27,7 +27,8 @@ from nanolm.data.tokenizer import Tokenizer
 from nanolm.data.words import UNSPACED
 from nanolm.errors import require
 from nanolm.finetune.tasks import metrics
-from nanolm.finetune.tasks.base import Task, TaskOptions, chosen
+from nanolm.finetune.tasks.base import FramedOptions, Task, chosen
+from nanolm.finetune.tasks.heads import WordHead
 from nanolm.finetune.tasks.items import Item
 from nanolm.finetune.tasks.metrics import Metric, Report, higher
 from nanolm.model.heads import HeadRequest
@@ -36,7 +37,7 @@ from nanolm.registry import OBJECTIVES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TagOptions(TaskOptions):
+class TagOptions(FramedOptions):
     """A label for every word."""
 
     name: str = "tag"
@@ -44,8 +45,11 @@ class TagOptions(TaskOptions):
     """The tag set; null: inferred from the train split, in order, and stored with the model."""
     spaces: Literal["auto", "always", "never"] = "auto"
     """Whether words are joined by spaces; auto: except beside scripts that write none."""
+    head: WordHead = "linear"
+    """linear: one layer; transform: behind what BERT has before its vocabulary, as in ModernBERT's
+    published heads."""
     head_dropout: float = 0.1
-    """Dropout before the head's only layer."""
+    """Dropout before the head's last layer."""
 
     def __post_init__(self) -> None:
         value = self.head_dropout
@@ -68,6 +72,7 @@ class Tag(Task):
         self.labels = chosen(options.labels, options.name)
         self.number = {label: i for i, label in enumerate(self.labels)}
         head = {"n_classes": len(self.labels), "dropout": options.head_dropout}
+        head["transform"] = options.head == "transform"
         self.heads = {"tag": HeadRequest("words", head)}
 
     @classmethod
@@ -133,7 +138,8 @@ class Tag(Task):
         """One item, or several windows of whole words when the sentence is too long."""
         words = as_list(record["tokens"])
         pieces = self.tokenizer.encode_batch(spaced(words, self.options.spaces))
-        room = self.length - self.framing.n_specials(1)
+        room = self.length - self.n_specials(1)
+        before = len(self.framing.sides(self.tokenizer, 1)[0])
         cut = sum(max(0, len(ids) - room) for ids in pieces)
         pieces = [ids[:room] for ids in pieces]
         tags = as_list(record["tags"]) if with_gold else []
@@ -145,7 +151,7 @@ class Tag(Task):
                 stop += 1
             part = pieces[begin:stop]
             sequence, _ = self.frame(np.concatenate(part))
-            ends = len(self.framing.begin) + np.cumsum([len(ids) for ids in part])
+            ends = before + np.cumsum([len(ids) for ids in part])
             places = ends - [len(ids) for ids in part] if self.framing.two_sided else ends - 1
             target = [self.number[str(tag)] for tag in tags[begin:stop]] if with_gold else None
             items.append(Item(index, [sequence], target, cut, places))
