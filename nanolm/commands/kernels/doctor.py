@@ -42,8 +42,10 @@ def verdict(patient: Patient, found: Sequence[Finding]) -> dict[str, Any]:
     mark = "  <- auto" if patient.auto else ""
     counts = f"{passed:>3} passed {len(wrong):>3} failed{mark}"
     print(f"{patient.op:<21} {patient.kernel:<14} {counts}", flush=True)
-    for finding in wrong:
-        print(f"    {finding.check}: {finding.words}", flush=True)
+    for finding in found:
+        if finding.verdict in ("FAIL", "note"):
+            note = "note: " if finding.verdict == "note" else ""
+            print(f"    {note}{finding.check}: {finding.words}", flush=True)
     return dataclasses.asdict(patient) | {"passed": passed, "failed": len(wrong)}
 
 
