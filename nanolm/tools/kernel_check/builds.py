@@ -1,9 +1,8 @@
 """What the compile matrix compiles: every op in the shapes and modes whose machine code differs.
 
 A build calls an op, forward and backward, on CPU tensors; `compile.collecting` sees to it that the
-launches compile for another GPU and do not run. Attention has variants: masks, biases, soft-cap,
-dropout and shared key heads are compile-time branches of its kernels, each with registers of its
-own, and together they need more than each alone. So what models are made of stands here whole.
+launches compile for another GPU and do not run. Attention has variants: masks, biases, soft-cap and
+dropout are compile-time branches of its kernels, each with registers of its own.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ N_TOKENS = 256
 
 @dataclasses.dataclass(frozen=True)
 class Build:
-    """One thing to compile: an op in one shape, and in one variant: features joined by "+"."""
+    """One thing to compile: an op in one shape, and for attention in one variant."""
 
     op: str
     dtype: str
@@ -37,11 +36,6 @@ class Build:
         words = [self.op, str(self.width), self.dtype]
         return "/".join(words + ["causal"] * self.causal + [self.variant] * bool(self.variant))
 
-    @property
-    def features(self) -> tuple[str, ...]:
-        """The variant's words."""
-        return tuple(self.variant.split("+")) if self.variant else ()
-
     def exists_on(self, arch: str) -> bool:
         """Whether the architecture has it: TF32 is NVIDIA's."""
         return self.variant != "tf32x3" or arch.startswith("sm_")
@@ -51,93 +45,47 @@ class Build:
         return torch.zeros(shape, dtype=getattr(torch, self.dtype), requires_grad=True)
 
 
-BF16 = "bfloat16"
 BUILDS = (
-    Build("attention", BF16, 64, True),
-    Build("attention", BF16, 64),
+    Build("attention", "bfloat16", 64, True),
+    Build("attention", "bfloat16", 64),
     Build("attention", "float16", 64, True),
     Build("attention", "float32", 64, True),
-    Build("attention", BF16, 96, True),
-    Build("attention", BF16, 128, True),
-    Build("attention", BF16, 128),
+    Build("attention", "bfloat16", 96, True),
+    Build("attention", "bfloat16", 128, True),
+    Build("attention", "bfloat16", 128),
     Build("attention", "float16", 128, True),
-    Build("attention", BF16, 256, True),
-    Build("attention", BF16, 64, variant="documents"),
-    Build("attention", BF16, 128, True, variant="documents"),
-    Build("attention", BF16, 64, variant="dropout"),
-    Build("attention", BF16, 128, True, variant="dropout"),
-    Build("attention", BF16, 64, variant="bucket"),
-    Build("attention", BF16, 128, True, variant="bucket"),
-    Build("attention", BF16, 128, True, variant="dense"),
-    Build("attention", BF16, 128, True, variant="softcap"),
-    Build("attention", BF16, 128, True, variant="alibi"),
+    Build("attention", "bfloat16", 256, True),
+    Build("attention", "bfloat16", 64, variant="documents"),
+    Build("attention", "bfloat16", 128, True, variant="documents"),
+    Build("attention", "bfloat16", 64, variant="dropout"),
+    Build("attention", "bfloat16", 128, True, variant="dropout"),
+    Build("attention", "bfloat16", 64, variant="bucket"),
+    Build("attention", "bfloat16", 128, True, variant="bucket"),
+    Build("attention", "bfloat16", 128, True, variant="dense"),
+    Build("attention", "bfloat16", 128, True, variant="softcap"),
+    Build("attention", "bfloat16", 128, True, variant="alibi"),
     Build("attention", "float32", 64, True, variant="tf32x3"),
-    # BERT and RoBERTa: padding and dropout. T5: its table beside both, and its decoder. XLNet.
-    Build("attention", BF16, 64, variant="lengths"),
-    Build("attention", BF16, 64, variant="lengths+dropout"),
-    Build("attention", BF16, 64, variant="lengths+bucket+dropout"),
-    Build("attention", BF16, 64, True, variant="bucket+dropout"),
-    Build("attention", BF16, 64, variant="order+dense"),
-    # ModernBERT's local layers, of packed rows. A prefix that sees itself.
-    Build("attention", BF16, 64, variant="documents+window"),
-    Build("attention", BF16, 64, True, variant="prefix"),
-    Build("attention", BF16, 128, True, variant="prefix+lengths"),
-    # Llama, Mistral and Qwen: eight query heads on two, alone, packed, and with a window.
-    Build("attention", BF16, 64, True, variant="grouped"),
-    Build("attention", BF16, 128, True, variant="grouped"),
-    Build("attention", BF16, 64, True, variant="grouped+documents"),
-    Build("attention", BF16, 128, True, variant="grouped+documents"),
-    Build("attention", BF16, 128, True, variant="grouped+window"),
-    # Gemma: heads of 256, with a window and a soft-cap. What takes most registers at each width.
-    Build("attention", BF16, 256, True, variant="grouped"),
-    Build("attention", BF16, 256, True, variant="grouped+window+softcap"),
-    Build("attention", BF16, 256, True, variant="bucket"),
-    Build("attention", BF16, 256, True, variant="dense"),
-    Build("attention", BF16, 64, True, variant="grouped+window+bucket+dropout"),
-    Build("attention", BF16, 128, True, variant="grouped+window+bucket+dropout"),
-    Build("attention", BF16, 256, True, variant="grouped+window+bucket+dropout"),
-    Build("attention_decode", BF16, 64, True),
-    Build("attention_decode", BF16, 128, True),
-    Build("norm", BF16, 1024),
-    Build("norm", BF16, 768, variant="layernorm"),
-    Build("norm", BF16, 4096, variant="wide_stream"),
-    Build("norm", BF16, 12288),
-    Build("norm", BF16, 16384),
-    Build("norm", BF16, 12288, variant="layernorm+wide_stream"),
-    Build("norm", BF16, 16384, variant="layernorm+wide_stream"),
-    Build("rotary", BF16, 64),
-    Build("glu", BF16, 4096),
-    Build("linear_cross_entropy", BF16, 50304),
-    Build("symmetric_product", BF16, 1024),
+    Build("attention_decode", "bfloat16", 64, True),
+    Build("attention_decode", "bfloat16", 128, True),
+    Build("norm", "bfloat16", 1024),
+    Build("rotary", "bfloat16", 64),
+    Build("glu", "bfloat16", 4096),
+    Build("linear_cross_entropy", "bfloat16", 50304),
+    Build("symmetric_product", "bfloat16", 1024),
     Build("symmetric_product", "float32", 1024, variant="tf32x3"),
 )
-SAMPLE = (Build("attention", BF16, 64, True), Build("norm", BF16, 1024))
+SAMPLE = (BUILDS[0], Build("norm", "bfloat16", 1024))
 
 
-def zeros(*shape: int) -> Tensor:
-    """Numbers of documents and places, and lengths."""
-    return torch.zeros(shape, dtype=torch.int64)
-
-
-def mask_of(build: Build) -> Mask:
-    """The mask of a build of attention."""
-    fields: dict[str, dict[str, Any]] = {
-        "documents": {"documents": zeros(1, N_TOKENS)},
-        "lengths": {"key_lengths": zeros(1)},
-        "order": {"order": zeros(1, N_TOKENS), "strict": True},
-        "prefix": {"prefix_lengths": zeros(1)},
-        "window": {"window": 65},
-    }
-    chosen: dict[str, Any] = {}
-    for feature in build.features:
-        chosen |= fields.get(feature, {})
-    return Mask(causal=build.causal, **chosen)
-
-
-def options_of(build: Build, n_heads: int) -> dict[str, Any]:
-    """The other arguments of attention; biases are in float32, as in training."""
+def variant_options(build: Build) -> dict[str, Any]:
+    """Arguments of attention that a variant adds; biases are in float32, as in training."""
+    n_heads = 2
     wide: dict[str, Any] = {"dtype": torch.float32, "requires_grad": True}
     choices: dict[str, Callable[[], dict[str, Any]]] = {
+        "": dict,
+        "documents": lambda: {
+            "mask": Mask(causal=build.causal, documents=torch.zeros(1, N_TOKENS, dtype=torch.int64))
+        },
         "dropout": lambda: {"dropout": 0.1},
         "bucket": lambda: {
             "bias": BucketBias(torch.zeros(32, n_heads, **wide), not build.causal, 128)
@@ -147,21 +95,17 @@ def options_of(build: Build, n_heads: int) -> dict[str, Any]:
         "softcap": lambda: {"softcap": 30.0},
         "tf32x3": lambda: {"precision": "tf32x3"},
     }
-    options: dict[str, Any] = {}
-    for feature in build.features:
-        options |= choices.get(feature, dict)()
-    return options
+    return choices[build.variant]()
 
 
 def attention(build: Build) -> None:
     """Forward and backward, with the bias's gradient where it has one."""
     from nanolm.kernels.attention.operator import attention as run  # noqa: PLC0415
 
-    n_heads, n_groups = (8, 2) if "grouped" in build.features else (2, 2)
-    options = options_of(build, n_heads)
-    q, k, v = (build.leaf(1, N_TOKENS, n, build.width) for n in (n_heads, n_groups, n_groups))
+    options = {"mask": Mask(causal=build.causal)} | variant_options(build)
+    q, k, v = (build.leaf(1, N_TOKENS, 2, build.width) for _ in range(3))
     wanted = [q, k, v]
-    out, _ = run(q, k, v, mask_of(build), scale=0.1, **options)
+    out, _ = run(q, k, v, options.pop("mask"), scale=0.1, **options)
     bias = vars(options["bias"]).values() if "bias" in options else ()
     wanted += [x for x in bias if isinstance(x, Tensor) and x.requires_grad]
     torch.autograd.grad(out, wanted, out)
@@ -176,17 +120,12 @@ def attention_decode(build: Build) -> None:
 
 
 def norm(build: Build) -> None:
-    """RMSNorm or LayerNorm after a residual sum, whose stream autocast keeps in float32."""
+    """RMSNorm after a residual sum."""
     from nanolm.kernels.norm import norm as run  # noqa: PLC0415
 
-    layernorm = "layernorm" in build.features
     x, weight, residual = (build.leaf(*shape, build.width) for shape in ((64,), (), (64,)))
-    if "wide_stream" in build.features:
-        residual = residual.detach().float().requires_grad_()
-    bias = build.leaf(build.width) if layernorm else None
-    kind = "layernorm" if layernorm else "rmsnorm"
-    out, total = run(x, weight, bias, kind=kind, eps=1e-5, residual=residual)
-    torch.autograd.grad((out, total), (x, weight), (out, total))
+    out, _ = run(x, weight, None, kind="rmsnorm", eps=1e-5, residual=residual)
+    torch.autograd.grad(out, (x, weight), out)
 
 
 def rotary(build: Build) -> None:
