@@ -78,6 +78,17 @@ class Restless(Mine):
         return super().run(q, k, v, mask, **options) * (1 + 1e-7 * self.turns)
 
 
+class RestlessBehind(Mine):
+    """Its gradients alone vary."""
+
+    def run(self, q, k, v, mask, **options):
+        self.turns = getattr(self, "turns", 0) + 1
+        factor = 1 + 1e-7 * self.turns
+        out = super().run(q, k, v, mask, **options)
+        out.register_hook(lambda grad: grad * factor)
+        return out
+
+
 class Raising(Mine):
     def run(self, *arguments, **options):
         raise RuntimeError("no such tile")
@@ -103,6 +114,7 @@ def test_a_kernel_that_is_right_passes(monkeypatch, tmp_path):
     [
         (Blind(), "a causal window", "of 3e-02"),
         (Restless(), "GPT-2 in fp32", "not the same bits twice"),
+        (RestlessBehind(), "GPT-2 in fp32", "not the same bits twice"),
         (Raising(), "GPT-2 in fp32", "it raises RuntimeError: no such tile"),
     ],
 )
@@ -113,11 +125,11 @@ def test_a_kernel_that_is_wrong_is_found(monkeypatch, tmp_path, capsys, kernel, 
     assert "FAIL attention" in capsys.readouterr().out
 
 
-def test_bits_that_nobody_promised_are_told_and_pass(monkeypatch, tmp_path):
-    kernel = Restless()
-    kernel.name = "theirs"
-    status, found = found_by_numerics(monkeypatch, tmp_path, kernel, "GPT-2 in fp32")
-    assert status == 0 and not found[0]["same_bits"] and not found[0]["promised"]
+@pytest.mark.parametrize(("kernel", "status"), [(RestlessBehind(), 0), (Restless(), 1)])
+def test_gradients_that_say_that_they_vary_are_told_and_pass(monkeypatch, tmp_path, kernel, status):
+    kernel.varies_on = {"cpu": "it adds in any order"}
+    left, found = found_by_numerics(monkeypatch, tmp_path, kernel, "GPT-2 in fp32")
+    assert left == status and not found[0]["same_bits"] and not found[0]["promised"]
 
 
 def test_a_check_that_cannot_be_made_does_not_end_the_others(monkeypatch, tmp_path):

@@ -21,12 +21,12 @@ HALF = 2**31 + 2**22
 """Elements on either side of where a view begins."""
 
 
-def untouched():
-    """float16 [2 * HALF] of zeros in memory that exists when something is written there."""
+def untouched(n_bytes=4 * HALF, dtype=torch.float16):
+    """Zeros in memory that exists when something is written there."""
     unreserved = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux's number; named by Python 3.13
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | unreserved
-    memory = mmap.mmap(-1, 4 * HALF, flags=flags)
-    return torch.frombuffer(memory, dtype=torch.float16)
+    memory = mmap.mmap(-1, n_bytes, flags=flags)
+    return torch.frombuffer(memory, dtype=dtype)
 
 
 @pytest.fixture
@@ -86,6 +86,28 @@ def test_heads_that_are_too_many_for_32_bits(space, name):
     far = placed(space, x, [32, 16, 2**31 // 299 + 1, 1])
     run = kernel_of("attention", name).run
     assert torch.equal(run(far, far, far, Mask(), scale=0.25), run(x, x, x, Mask(), scale=0.25))
+
+
+@pytest.mark.parametrize("condition", ["documents", "order"])
+def test_numbers_of_many_keys(condition):
+    """Three rows of 2^30 keys, of which a window leaves the last twenty: the documents of the third
+    row's, or their order, lie beyond 2^31 numbers."""
+    n_rows, n_keys, window = 3, 2**30 + 2**20, 20
+    space = untouched(4 * (2**31 + 2**22 + n_rows * n_keys), torch.int32)
+    numbers = space[2**31 + 2**22 :].view(n_rows, n_keys)
+    numbers[:, -5:] = torch.tensor([2, 4, 2, 3, 2])
+    own = torch.full((n_rows, 1), 2 if condition == "documents" else 3, dtype=torch.int32)
+    q, k, v = (draw(n_rows, 1, 2, 16, seed=seed) for seed in range(3))
+
+    def attend(keys):
+        fields = {condition: own, f"key_{condition}": keys}
+        mask = Mask(causal=True, window=window, **fields)
+        every = [x.expand(-1, keys.shape[1], -1, -1) for x in (k, v)]
+        return kernel_of("attention").run(q, *every, mask, scale=0.25, return_lse=True)
+
+    far, near = attend(numbers), attend(numbers[:, -window:].clone())
+    torch.testing.assert_close(far.out, near.out)
+    torch.testing.assert_close(far.lse, near.lse)
 
 
 @pytest.mark.parametrize("axis", range(4))

@@ -5,6 +5,7 @@ An op is a name (`registry.OPS` lists them). A *kernel* fulfils it: an object wi
     name                      its registered name
     why_not(spec) -> str|None a reason in words why it cannot serve this spec, or None
     only_by_name_on           (optional) device types on which `auto` passes it over
+    varies_on                 (optional) {device type: why its gradients may differ from run to run}
     run(...)                  the computation, with the op's signature (see `ops/reference.py`)
 
 A *spec* is what is known when the model is built: widths, masks that may occur, dtype, device and
@@ -21,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol
 
 import torch
@@ -171,7 +172,21 @@ def instance(op: str, kernel_class: type) -> Kernel:
     for method in ("why_not", "run"):
         if not callable(getattr(kernel, method, None)):
             raise UserError(f"{words} {name!r} has no method {method}; see kernels/README.md")
+    reasons = getattr(kernel, "varies_on", {})
+    if not isinstance(reasons, Mapping) or not all(
+        isinstance(word, str) and word.strip() for pair in reasons.items() for word in pair
+    ):
+        raise UserError(
+            f'{words} {name!r}: varies_on is {{"cuda": "why its gradients vary there"}}, a device '
+            f"type and a sentence, not {reasons!r}"
+        )
     return kernel
+
+
+def why_it_varies(kernel: Kernel, device: str) -> str | None:
+    """Why a kernel's gradients may differ from run to run on a device type, as it says itself; None
+    for one that promises the same bits."""
+    return getattr(kernel, "varies_on", {}).get(device)
 
 
 def kernel(op: str) -> Any:
@@ -255,7 +270,10 @@ class Kernels:
         spec = spec_class(**self.common | details)
         if spec not in self.choices:
             choice = self.decide(op, spec, self.requested.get(op, "auto"))
-            why = "; ".join(f"not {name}: {reason}" for name, reason in choice.refused.items())
+            notes = [f"not {name}: {reason}" for name, reason in choice.refused.items()]
+            varies = why_it_varies(choice.kernel, spec.device) if spec.phase == "train" else None
+            notes += [f"its gradients may differ from run to run: {varies}"] if varies else []
+            why = "; ".join(notes)
             log.info("%s: %s%s", op, choice.kernel.name, f" ({why})" if why else "")
             self.choices[spec] = choice
         return self.choices[spec].kernel

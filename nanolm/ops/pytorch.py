@@ -24,6 +24,7 @@ class SdpaAttention:
     """torch.nn.functional.scaled_dot_product_attention, which fuses on CPU and CUDA."""
 
     name = "sdpa"
+    varies_on = {"cuda": "torch's fused backward passes may add dQ in another order each time"}
 
     def why_not(self, spec: AttentionSpec) -> str | None:
         if spec.softcap is not None:

@@ -48,6 +48,11 @@ EQUIVALENT: dict[str, str] = {
     "tl.minimum(n_query_tiles, n_key_tiles + diagonal)": (
         "further tiles lie outside the scores and add 0: the same gradient, later"
     ),
+    "cross_entropy.py linear_cross_entropy casts: hidden_ND.contiguous() -> (hidden_ND)": (
+        "hidden states are factors of torch's products alone, which take any strides"
+    ),
+    "attention/scores.py visible truncations: tl.int64 -> tl.int32 in "
+    "tl.cast(batch, tl.int64)": TOO_LARGE,
     "glu.py glu_backward_kernel truncations: tl.int64 -> tl.int32 in "
     "tl.cast(tl.program_id(0) // n_blocks, tl.int64)": TOO_LARGE,
     "attention/backward.py attention_delta_kernel truncations: tl.int64 -> tl.int32 in "

@@ -198,6 +198,9 @@ def attention() -> Iterator[Question]:
     yield test_of(edge_tests.test_dropout_of_one_drops_everything, "triton")
     yield from far("test_dense_bias", "triton", 4)
     yield from far("test_queries_keys_and_values", "triton", 4)
+    for condition in ("documents", "order"):
+        test = far_tests.test_numbers_of_many_keys
+        yield test_of(test, condition, about=f"int64 {condition}", concerns=of_far)
     yield from many_heads("triton")
     yield from operators("attention", "attention_backward")
 

@@ -107,7 +107,9 @@ def run(arguments: Arguments) -> None:
         findings = findings_of(op, name, kernel, arguments)
         show(op, name, findings)
         counts = {v: sum(f.verdict == v for f in findings) for v in ("pass", "FAIL", "refused")}
-        say(f"  {counts['pass']} passed, {counts['FAIL']} failed, {counts['refused']} refused")
+        noted = sum(f.verdict == "note" for f in findings)
+        words = f"{counts['pass']} passed, {counts['FAIL']} failed, {counts['refused']} refused"
+        say(f"  {words}{f', {noted} noted' if noted else ''}")
         if not counts["pass"]:
             say("  it passed no check: of a kernel that refuses everything nothing is known")
         failed += counts["FAIL"] + (not counts["pass"])

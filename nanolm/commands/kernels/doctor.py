@@ -43,8 +43,10 @@ def verdict(patient: Patient, found: Sequence[Finding]) -> dict[str, Any]:
     mark = "  <- auto" if patient.auto else ""
     counts = f"{passed:>3} passed {len(wrong):>3} failed{mark}"
     say(f"{patient.op:<21} {patient.kernel:<14} {counts}")
-    for finding in wrong:
-        say(f"    {finding.check}: {finding.words}")
+    for finding in found:
+        if finding.verdict in ("FAIL", "note"):
+            note = "note: " if finding.verdict == "note" else ""
+            say(f"    {note}{finding.check}: {finding.words}")
     return dataclasses.asdict(patient) | {"passed": passed, "failed": len(wrong)}
 
 

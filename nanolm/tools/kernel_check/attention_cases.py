@@ -145,6 +145,9 @@ In the last three all sums are float32, so that a bias which is rounded again sh
 ALONE: dict[str, Any] = {"n_rows": 1, "n_heads": 1, "n_kv_heads": 1}
 LARGE = {
     "1100 keys": Case(**ALONE, n_queries=70, n_keys=1100, causal=True),
+    # Two tiles of 128: the second has a diagonal of its own, and an edge of the window.
+    "150 tokens, causal": Case(**ALONE, n_queries=150, n_keys=150, causal=True),
+    "150 tokens, window of 70": Case(**ALONE, n_queries=150, n_keys=150, window=70),
     "1100 queries": Case(**ALONE, n_queries=1100, n_keys=70),
     "1100 keys in bfloat16": Case(**ALONE, n_queries=5, n_keys=1100, dtype=BF16),
     "nine rows": Case(n_rows=9, n_queries=5, n_keys=5, lengths=True),
