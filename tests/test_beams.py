@@ -6,11 +6,14 @@ import json
 import pytest
 import torch
 
+from nanolm.build import build_learner, build_objective, resolve
+from nanolm.config.load import load_config
 from nanolm.errors import UserError
 from nanolm.inference.beam_search import BeamSearch, write_best
-from nanolm.inference.generate import Chosen
+from nanolm.inference.generate import Chosen, Generator
 from nanolm.inference.generate_from_source import GENERATORS
-from nanolm.saved import open_saved
+from nanolm.model.trunk import Inputs
+from nanolm.saved import Saved, open_saved
 from tests.finetuned import command
 from tests.prepared import trained_run
 
@@ -48,6 +51,31 @@ def test_beams_and_draws_exclude_each_other():
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="beams"):
         command("generate", run, "--prompt=def", "--beams=0")
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@torch.no_grad()
+def test_a_text_counts_by_what_one_pass_over_it_says(tokenizer, tmp_path, use_cache):
+    """Of a decoder, whose prompts are unequally long: a beam that continues another one goes on
+    from what stands there, in the cache and without one."""
+    shape = {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_length": 64, "init_std": 0.3}
+    config = load_config([], base={"model": shape, "data": {"row_length": 64}})
+    config = resolve(config, tokenizer)
+    learner = build_learner(config, build_objective(config, tokenizer)).eval()
+    generator = Generator(Saved(tmp_path, config, tokenizer, learner), use_cache=use_cache)
+    count, penalty = 7, 0.7
+    prompts = [[40, 50, 60, 70, 80], [90], [100, 110, 120]]
+    found = BeamSearch(4, count, penalty)(generator, prompts)
+    for prompt, texts in zip(prompts, found, strict=True):
+        assert len({tuple(text) for _, text in texts}) == 4
+        for score, text in texts:
+            written = text if len(text) == count else [*text, tokenizer.eos]
+            ids = torch.tensor([[*prompt, *written]])
+            logits_TV = learner.heads["lm"](learner.trunk(Inputs(tokens_BT=ids)))[0]
+            logits_TV = logits_TV.masked_fill(generator.forbidden_V, -torch.inf).log_softmax(-1)
+            of_each = logits_TV[len(prompt) - 1 : -1].gather(1, torch.tensor(written)[:, None])
+            expected = float(of_each.sum()) / len(written) ** penalty
+            assert score == pytest.approx(expected, rel=1e-5)
 
 
 class Chain:

@@ -88,6 +88,28 @@ def test_an_error_leaves_the_output_as_it_was(runs, tmp_path):
         say(runs["classify"], b"open a file\n", f"--out={tmp_path / 'none' / 'out'}")
 
 
+NO_RECORDS = {
+    "torn": '{"text": "a',
+    "too deep": '{"text": ' + "[" * 100_000,
+    "too long a number": '{"text": "a", "id": ' + "9" * 5000 + "}",
+    "half a character": '{"text": "a", "id": "\\ud83d"}',
+}
+
+
+@pytest.mark.parametrize("kind", NO_RECORDS)
+def test_json_that_is_no_record_is_one_sentence_wherever_it_is_read(runs, kind, tmp_path):
+    """From a pipe, a file and a command line: all three read it with one function."""
+    run, line, file = str(runs["classify"]), NO_RECORDS[kind], tmp_path / "rows.jsonl"
+    file.write_text(f'{{"text": "a"}}\n{line}\n')
+    with pytest.raises(UserError, match=r"^standard input row 2 is not valid JSON: [^\n]*$"):
+        say(runs["classify"], f"open a file\n{line}\n".encode(), f"--out={tmp_path / 'out'}")
+    with pytest.raises(UserError, match=r"^.*rows.jsonl row 2 is not valid JSON: [^\n]*$"):
+        command("predict", run, str(file))
+    with pytest.raises(UserError, match=r"^the text is not valid JSON: [^\n]*$"):
+        command("explain", run, line, f"--out={tmp_path / 'out'}")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("command_name", ["predict", "evaluate"])
 @pytest.mark.parametrize("batch", [0, -1])
 def test_no_rows_at_a_time_are_refused(runs, command_name, batch):

@@ -75,6 +75,38 @@ def test_a_torn_line_is_told_and_stops_no_other_run(runs, tmp_path, capsys, torn
     assert len(read_run(runs / "a").lines) == 3
 
 
+NONE = ["{half", "[]", "3", "\udcff", "[" * 9999]
+ODD = {  # what may stand in the place of a run's own files, whether or not a note tells of it
+    ("summary.json", True): NONE,
+    ("config.yaml", True): NONE,
+    ("config.yaml", False): ["model: 3\nobjective: [a]\n", "objective: {name: 3}\n"],
+    ("metrics.jsonl", True): ['{"step": "1", "kind": "train", "loss": 1}', '{"step": null}'],
+    ("metrics.jsonl", False): [
+        '{"step": 2, "kind": "train", "loss": "1", "lr": [1]}',
+        '{"kind": "train", "loss": 1.0}',
+        '{"step": 1, "kind": {}}',
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "told", "content"), [(*file, text) for file, held in ODD.items() for text in held]
+)
+def test_a_file_of_a_run_that_is_none_stops_neither_table_nor_plot(
+    runs, tmp_path, capsys, name, told, content
+):
+    path, out = runs / "b" / name, tmp_path / "table.json"
+    path.write_bytes(content.encode("utf-8", "surrogateescape"))
+    main_or_raise(["runs", str(runs), f"--json={out}"])
+    first, second = json.loads(out.read_text())
+    assert first["train_loss"] == 2.0 and first["finished"] and not second["finished"]
+    assert second["train_loss"] == (None if name == "metrics.jsonl" else 3.5)
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert len(notes) == told and all(str(path) in note for note in notes)
+    assert all(note.endswith("was left out") for note in notes)
+    main_or_raise(["plot", str(runs / "a"), str(runs / "b"), f"--out={tmp_path / 'c.png'}"])
+
+
 def main_or_raise(argv):
     from nanolm.cli import run
 

@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import nanolm.data.prepare.huggingface  # noqa: F401
+import nanolm.data.prepare.huggingface
+import nanolm.data.prepare.table_text  # noqa: F401  (both register a source)
 from nanolm.data import json_records, readers
 from nanolm.data.documents import blocks, bounded, lines, paragraphs
 from nanolm.data.prepare.sources import SOURCES, StandardLibrary, build_source

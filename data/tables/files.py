@@ -106,7 +106,7 @@ def _json_lines(text: str, path: str) -> tuple[list[Record], list[int]]:
     records, numbers = [], []
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            records.append(_object(_parsed(line, f"{path} row {number}"), f"{path} row {number}"))
+            records.append(object_in(line, f"{path} row {number}"))
             numbers.append(number)
     return records, numbers
 
@@ -114,7 +114,7 @@ def _json_lines(text: str, path: str) -> tuple[list[Record], list[int]]:
 def _json(text: str, path: str) -> tuple[list[Record], list[int]]:
     if _has_lines(text):
         return _json_lines(text, path)
-    value = _parsed(text, path)
+    value = parsed(text, path)
     if isinstance(value, dict) and isinstance(value.get("data"), list):
         value = value["data"]
         if value and isinstance(value[0], dict) and "paragraphs" in value[0]:
@@ -155,7 +155,14 @@ def _questions(articles: list, path: str) -> list[Record]:
         raise UserError(f"{path} is no SQuAD file: {error} is missing or misplaced") from None
 
 
-def _parsed(text: str, where: str) -> Any:
+def object_in(text: str, where: str) -> Record:
+    """The record that a JSON text is, from a file, a pipe or a command line; raises UserError,
+    naming `where`, for a text that is none."""
+    return _object(parsed(text, where), where)
+
+
+def parsed(text: str, where: str) -> Any:
+    """The value of a JSON text; raises UserError, naming `where`, for a text that is none."""
     try:
         value = json.loads(text)
         if "\\u" in text:  # half of a surrogate pair is no character, and no tokenizer takes it

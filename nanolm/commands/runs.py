@@ -31,8 +31,8 @@ def row(run: Run) -> dict:
     steps = [line["step"] for line in run.lines if "step" in line]
     return {
         "run": str(run.folder),
-        "trunk": run.config.get("model", {}).get("trunk"),
-        "objective": run.config.get("objective", {}).get("name"),
+        "trunk": run.setting("model", "trunk"),
+        "objective": run.setting("objective", "name"),
         "steps": max(steps, default=0),
         "train_loss": run.last("train", "loss"),
         "val_loss": run.last("val", "loss"),
@@ -63,7 +63,7 @@ def show(console: Console, rows: list[dict], folder: str) -> None:
     lines = [
         [
             name_below(folder, figures["run"]),
-            figures["objective"] or "-",
+            str(figures["objective"] or "-"),
             f"{figures['steps']}{'' if figures['finished'] else '…'}",
             *(shown(figures[key], ".3f") for key in ("train_loss", "val_loss", "bits_per_byte")),
             shown(figures["tokens_per_second"], ",.0f"),

@@ -6,10 +6,9 @@ line of text or JSON -> record -> table -> items -> learner -> one answer a reco
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterable, Iterator
 
-from nanolm.data.tables.files import Record, Table
+from nanolm.data.tables.files import Record, Table, object_in
 from nanolm.data.tables.splits import pick
 from nanolm.distributed.world import World
 from nanolm.errors import UserError
@@ -94,9 +93,5 @@ def record_of_line(line: str, where: str, task: Task) -> Record:
     if not line.strip():
         return BLANK
     if line.lstrip().startswith("{"):
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{where} is not valid JSON: {error}") from None
-        return value
+        return object_in(line, where)
     return task.record_of(line)
