@@ -16,7 +16,7 @@ from torch import Tensor
 from nanolm.checkpoint.named_tensors import learner_tensors
 from nanolm.data.sentencepiece_json import Frame, end_around
 from nanolm.errors import UserError, require
-from nanolm.finetune.tasks.base import Task
+from nanolm.finetune.tasks.base import FramedOptions, Task
 from nanolm.hub.families import Family
 from nanolm.hub.heads import answers as head_answers
 from nanolm.hub.heads import pooling_facts, task_families, their_answers
@@ -78,7 +78,8 @@ def pooling_in(learner: Learner, task: str) -> str | None:
 def frame_in_files(saved: Saved) -> Frame | None:
     """What the tokenizer's files are to put around a text beside what they put there themselves:
     what a decoder was fine-tuned with, unless that is what they do."""
-    own = saved.config.objective.frame == "trunk"
+    options = saved.config.objective
+    own = isinstance(options, FramedOptions) and options.frame == "trunk"
     return end_around if own and saved.config.model.trunk == "decoder" else None
 
 

@@ -17,11 +17,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
-from nanolm.ops.contract import why_it_varies
+from nanolm.ops.contract import Phase, why_it_varies
 from nanolm.registry import OPS
 from nanolm.tools.kernel_check.attention_cases import HARD, LARGE, MIXED, SINGLE, Case
 from nanolm.tools.kernel_check.attention_trials import spec_of, trial_of
@@ -117,7 +117,7 @@ def serving(kernel: Any, case: Case, device: str) -> tuple[Case | None, str]:
     put to a kernel of 16 bits in these: it would be tried on a handful of cases otherwise."""
     reason = ""
     dtypes = (case.dtype, *(NARROW if case.dtype == torch.float32 else ()))
-    for phase, dtype in itertools.product(("train", "prefill", "decode"), dtypes):
+    for phase, dtype in itertools.product(get_args(Phase), dtypes):
         candidate = dataclasses.replace(case, phase=phase, dtype=dtype)
         if phase == "decode" and case.n_queries != 1:
             candidate = dataclasses.replace(candidate, n_queries=1)
