@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -93,7 +94,10 @@ def test_the_picture_of_the_house_shows_every_room_and_no_arrow_that_runs_up():
         # 16 px at the width that a page gives it, and words for who does not see it.
         assert 'width="720" viewBox="0 0 720 ' in text and "font: 16px" in text
         assert all(part in text for part in ('role="img"', "<title id=", "<desc id="))
-    assert kept == drawn, "docs/house.svg is of another tree: `make house` draws this one's"
+    # How many imports an arrow stands for, and so how dark it is, changes with any import.
+    counts = re.compile(r' stroke-opacity="[\d.]+"|: \d+(?=</title>)')
+    same = counts.sub("", kept) == counts.sub("", drawn)
+    assert same, "docs/house.svg is of another tree: `make house` draws this one's"
     assert 'class="up"' in house.draw({("errors", "commands"): 1})
 
 
