@@ -6,6 +6,8 @@ import sys
 
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# xdist's workers have a COLUMNS of 80; sentences would be wrapped there and not in one process.
+os.environ.pop("COLUMNS", None)
 # torch then counts GPUs without starting CUDA, which would not survive the forks of the tests.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
