@@ -49,6 +49,7 @@ def run(tmp_path):
 def drawn(tmp_path):
     """All pictures that the command draws: those of the code, and one of a run."""
     found = {name: str(draw()) for name, draw in PICTURES.items()}
+    found["curves_demo.svg"] = (ROOT / "docs" / "curves_demo.svg").read_text(encoding="utf-8")
     return found | {"curves": str(curves(read_run(run_folder(tmp_path / "run-b", metrics()))))}
 
 
@@ -158,6 +159,38 @@ def test_curves_show_train_val_and_the_unigram_model_apart(run):
     level = float(re.match(r"M\S+ (\S+)L", lines[COLOURS["grey"]].get("d"))[1])
     assert heights[2.0] - level == pytest.approx(((last + 0.1) * 1.5 - 2) * per_nat, abs=0.2)
     assert f"validation split {last + 0.1:.3f}" in text and f"training loss is {last:.3f}" in text
+
+
+def skeleton(text):
+    """All of a picture of curves that does not hang on its run's numbers: the root and its style;
+    each kind of element with how it is drawn and, of words, where it stands; numbers as 0."""
+    found = {}
+    for element in ElementTree.fromstring(text).iter():
+        words = re.sub(r"-?\d[\d.e+-]*", "0", element.text or "")
+        moving = set() if element.get("stroke-width") == "2.5" else {"d", "cx", "cy"}  # the legend
+        moving |= {"x", "y"} if words == "0" else set()
+        how = tuple(sorted((k, v) for k, v in element.attrib.items() if k not in moving))
+        found[element.tag.removeprefix(SVG), how, words] = None
+    return list(found)
+
+
+CURVES = "nanolm figures runs/demo --out docs"
+
+
+def test_the_committed_curves_are_drawn_as_their_command_draws(tmp_path, capsys):
+    """The demo's numbers are of the machine that trained it; all else is the command's."""
+    kept = (ROOT / "docs" / "curves_demo.svg").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "runs.md").read_text(encoding="utf-8")
+    assert f"{CURVES}\n" in page and "(curves_demo.svg)" in page
+    (tmp_path / "runs").mkdir()
+    run_folder(tmp_path / "runs" / "demo", metrics(200))
+    _, command, _, option, out = CURVES.split()
+    cli.run([command, str(tmp_path / "runs" / "demo"), option, str(tmp_path / out)])
+    drawn = (tmp_path / out / "curves_demo.svg").read_text(encoding="utf-8")
+    told = f"docs/curves_demo.svg is old: `make demo`, then `{CURVES}`"
+    assert sorted(skeleton(kept)) == sorted(skeleton(drawn)), told
+    words = [word for _, _, word in skeleton(kept) if word.strip() and word != "0"]
+    assert {"train", "validation", "unigram model", "learning rate", "gradient norm"} <= set(words)
 
 
 def axis(svg):

@@ -186,14 +186,39 @@ def test_what_cannot_be_sharded_is_refused(tmp_path, changes, word):
     Engine(tiny_learner(), World(), config)  # a world of one has nothing to shard
 
 
-def test_every_rule_but_the_plain_one_is_refused(tmp_path):
-    for name in RULES.names():
-        rule = RULES.get(name).options()
-        config = tiny_config(tmp_path, distributed__strategy="fsdp", train__rule=rule)
-        if name == "plain":
+ALONE = {
+    "optim": (OPTIMIZERS, {"adafactor"}),
+    "peft": (PEFT, {"adalora"}),
+    "train__rule": (RULES, set(RULES.names()) - {"plain"}),
+}
+"""What a run may name -> (its registry, names that divided weights refuse)."""
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "hsdp"])
+@pytest.mark.parametrize("key", ALONE)
+def test_names_that_are_refused_are_these_and_no_others(tmp_path, key, strategy):
+    registry, refused = ALONE[key]
+    assert refused < set(registry.names())
+    told = key.replace("__", ".")
+    for name in registry.names():
+        changes = {key: registry.get(name).options(), "distributed__strategy": strategy}
+        config = tiny_config(tmp_path, **changes)
+        if name not in refused:
             require_shardable(config)
             continue
-        with pytest.raises(UserError, match=f"^train.rule={name} with fsdp.*strategy to ddp"):
+        sentence = rf"^{told}={name} with {strategy}: .*set distributed\.strategy to ddp"
+        with pytest.raises(UserError, match=sentence):
+            require_shardable(config)
+
+
+def test_offloading_is_refused_to_the_optimizer_that_gathers_and_to_no_other(tmp_path):
+    for name in set(OPTIMIZERS.names()) - {"adafactor"}:
+        changes = {"optim": OPTIMIZERS.get(name).options(), "distributed__strategy": "fsdp"}
+        config = tiny_config(tmp_path, **changes, distributed__cpu_offload=True)
+        if name != "muon":
+            require_shardable(config)
+            continue
+        with pytest.raises(UserError, match=r"^optim=muon with distributed\.cpu_offload: Muon"):
             require_shardable(config)
 
 

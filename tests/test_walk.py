@@ -18,8 +18,10 @@ from nanolm.saved import read_config
 from nanolm.tools.replay import replay, trainer_before
 from nanolm.tools.walk import recording
 from nanolm.tools.walk.place import ROOT, place_of
+from nanolm.tools.walk.questions import Question
 from nanolm.tools.walk.run import walk
 from nanolm.tools.walk.stops import LETTERS
+from nanolm.training.batch import MicroBatch
 from tests.doors import entered
 from tests.prepared import prepared_corpus, train
 
@@ -223,6 +225,21 @@ def test_the_model_is_left_as_it_was(run_of, monkeypatch):
     monkeypatch.setattr("nanolm.tools.walk.run.record", watched)
     walked(run_of("clm"))
     assert seen == [True] * 4
+
+
+def test_a_row_of_one_token_is_recorded_too(run_of):
+    """Its only query is attended to by the kernel that also serves a cache."""
+    folder = run_of("clm")
+    trainer, _ = trainer_before(AFTER, read_config(folder), folder, World(), folder / "scratch")
+    (whole, *_) = replay(trainer, AFTER)
+    tensors = {name: tensor[:, :1] for name, tensor in whole.tensors.items()}
+    rows = whole.row_ids
+    batch = MicroBatch(tensors, {name: len(rows) for name in whole.counts}, rows)
+    question = Question(position=0, number=0, target=int(tensors["targets"][0, 0]))
+    found = recording.record(trainer, [batch], question, layer=1, head=3)
+    assert found.attention.shapes["q"] == [len(rows), 1, 4, 8]
+    assert found.attention.weights_S.tolist() == [1.0] and found.attention.difference < 1e-6
+    assert found.prediction.nll_again == pytest.approx(found.prediction.nll, abs=1e-5)
 
 
 def test_the_position_can_be_chosen(run_of):
