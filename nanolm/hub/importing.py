@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pathlib
+import shlex
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -124,7 +125,8 @@ def base_of(init_from: str | None, note: Note = print) -> str | None:
             import_folder(source, own, note=note)
         except NeedsFlagError as error:
             raise UserError(
-                f"{error}: `nanolm import {source} OUT` takes that flag, and init_from takes OUT"
+                f"{error}: run `nanolm import {shlex.quote(str(source))} OUT {error.flag}`, and "
+                f"init_from takes OUT"
             ) from error
         try:
             own.rename(out)
