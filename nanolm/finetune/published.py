@@ -78,8 +78,9 @@ def pooling_in(learner: Learner, task: str) -> str | None:
 def frame_in_files(saved: Saved) -> Frame | None:
     """What the tokenizer's files are to put around a text beside what they put there themselves:
     what a decoder was fine-tuned with, unless that is what they do."""
-    own = saved.config.objective.frame == "trunk"
-    return end_around if own and saved.config.model.trunk == "decoder" else None
+    options: Any = saved.config.objective
+    own = options.frame == "trunk" and saved.config.model.trunk == "decoder"
+    return end_around if own else None
 
 
 def described_folder(

@@ -99,7 +99,7 @@ class ClassifyOptions(PooledOptions):
 
 def sequence_head(options: HeadOptions, trunk: str, n_classes: int) -> HeadRequest:
     """The request for a head on pooled states."""
-    facts = {
+    facts: dict[str, Any] = {
         "n_classes": n_classes,
         "pooling": pooling_of(options.pooling, trunk),
         "dropout": options.head_dropout,
