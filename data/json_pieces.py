@@ -131,7 +131,8 @@ class JsonPieces:
     def around(self, n_texts: int) -> list[list[int]]:
         """The special pieces that the file itself puts before one text or two, between them, and
         behind; raises KeyError where the letters that ask for it are no pieces."""
-        found = self._inner.encode("a", "b" if n_texts == 2 else None, add_special_tokens=True)
+        second = "b" if n_texts == 2 else None
+        found = self._inner.encode("a", second, add_special_tokens=True)
         parts: list[list[int]] = [[]]
         for number, text in zip(found.ids, found.sequence_ids, strict=True):
             if text is None:

@@ -182,8 +182,11 @@ def require_no_gap(named: dict[int, str], special: dict[str, int], path: str) ->
 def merges_of(ranks: dict[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
     """The pairs of pieces whose whole is a piece, by its rank; of one piece the pair first that
     has the lowest ranks itself."""
+    lengths = {len(piece) for piece in ranks}  # or a piece of n bytes would cost n cuts of n bytes
     for piece in sorted(ranks, key=ranks.__getitem__):
-        pairs = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
+        whole = len(piece)
+        cuts = (cut for cut in range(1, whole) if cut in lengths and whole - cut in lengths)
+        pairs = ((piece[:cut], piece[cut:]) for cut in cuts)
         known = [pair for pair in pairs if pair[0] in ranks and pair[1] in ranks]
         yield from sorted(known, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
 

@@ -249,9 +249,8 @@ class Tokenizer:
         itself puts them; raises UserError where there is none that says it."""
         if self._json is None:
             raise UserError(
-                f"the tokenizer {self.path} does not say what stands around a text, which a "
-                f"tokenizer.json does; transformers writes one: "
-                f"AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+                f"the tokenizer {self.path} does not say what stands around a text, as a "
+                f"tokenizer.json does; leave objective.frame out"
             )
         try:
             return self._json.around(n_texts)

@@ -18,7 +18,7 @@ from unittest import mock
 
 from nanolm import cli
 from tests.finetuned import QUIET, checkpoint, finetune, table
-from tests.prepared import prepared_corpus, train
+from tests.prepared import TRUNKS, prepared_corpus, train
 from tests.test_objectives_tasks import EXTRA, RECORDS
 
 SHORT = ("--train.steps=1", "--train.global_batch=4", "--data.row_length=48", "--eval.batch=4")
@@ -73,10 +73,11 @@ def scratch() -> pathlib.Path:
 
 @functools.cache
 def pretrained(objective: str) -> pathlib.Path:
-    """A pretrained run of two steps: a decoder, an encoder or an encoder-decoder."""
-    trunk = {"mlm": "encoder", "span": "encoder_decoder"}.get(objective, "decoder")
+    """A pretrained run of two steps: a decoder, an encoder, an encoder-decoder or two streams."""
+    trunk = TRUNKS.get(objective, "decoder")
     run = scratch() / objective
-    words = ("--train.steps=2", "--schedule.warmup=0", "--model.positions.name=rotary")
+    positions = "relative" if trunk == "two_stream" else "rotary"
+    words = ("--train.steps=2", "--schedule.warmup=0", f"--model.positions.name={positions}")
     with contextlib.redirect_stdout(io.StringIO()):
         train(run, f"--objective.name={objective}", f"--model.trunk={trunk}", *words)
     return run

@@ -11,6 +11,7 @@ from nanolm import cli
 from nanolm.config.load import load_config
 from nanolm.errors import UserError
 from nanolm.finetune.onnx_heads import POOLS, READS, compared, task_onnx
+from nanolm.finetune.published import answers
 from nanolm.finetune.tasks.heads import Layout, pool
 from nanolm.inference import export_onnx
 from nanolm.inference.export_onnx import FILE, input_names, onnx_folder, traceable, vocabulary
@@ -69,20 +70,40 @@ def test_onnxruntime_computes_rows_of_any_shape(shape, tmp_path, capsys):
 
 @slow
 @pytest.mark.parametrize(
-    ("task", "pooling"), [("classify", "mean"), ("regress", "cls"), ("tag", "cls"), ("read", "cls")]
+    ("shape", "task", "pooling"),
+    [
+        ("bert", "classify", "mean"),
+        ("bert", "regress", "cls"),
+        ("bert", "tag", "cls"),
+        ("bert", "read", "cls"),
+        ("modernbert", "read", "cls"),
+        ("llama", "classify", "last"),
+    ],
 )
-def test_a_fine_tuned_head_goes_out(task, pooling, tmp_path):
+def test_a_fine_tuned_head_goes_out(shape, task, pooling, tmp_path):
+    """Rows of any number and length, padding and a second segment included, as our head answers."""
     pytest.importorskip("onnxscript")
-    saved = tuned("bert", task, tmp_path / "run", pooling=pooling)
+    saved = tuned(shape, task, tmp_path / "run", pooling=pooling)
     files, figures = task_onnx(saved, lambda line: None)
     assert 0 < figures["largest_difference"] < 1e-5
     graph = session(files, tmp_path / "out")
-    ids, mask = rows(400, [12, 5, 3], 12)
-    feed = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
-    (logits,) = graph.run(None, {name: tensor.numpy() for name, tensor in feed.items()})
-    assert logits.shape == {"classify": (3, 3), "regress": (3, 2)}.get(
-        task, (3, 12, {"tag": 3, "read": 2}.get(task))
-    )
+    model, width = saved.config.model, {"classify": 3, "regress": 2, "tag": 3, "read": 2}[task]
+    for lengths in ([12, 5, 3], [7], [40, 1], [1]):
+        ids, mask = rows(400, lengths, max(lengths))
+        segments = (torch.arange(max(lengths)) > 2).long().expand_as(ids)
+        feed = {"input_ids": ids, "attention_mask": mask, "token_type_ids": segments}
+        names = input_names(model, masked=True)
+        (logits,) = graph.run(None, {name: feed[name].numpy() for name in names})
+        two_sided = model.trunk == "encoder"
+        own = Mask(key_lengths=mask.sum(1)) if two_sided else Mask()
+        segments = segments if model.n_segments > 1 else None
+        with torch.no_grad():
+            hidden = saved.learner.trunk(Inputs(tokens_BT=ids, segments_BT=segments, mask=own))
+            expected = answers(saved, hidden, mask.bool())
+        found = torch.from_numpy(logits)
+        assert found.shape[-1] == width
+        found = found[mask.bool()] if task in ("tag", "read") else found
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
     assert "labels" in files["config.yaml"].decode() or task in ("regress", "read")
 
 

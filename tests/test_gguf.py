@@ -16,6 +16,7 @@ from nanolm.errors import UserError
 from nanolm.hub import importing
 from nanolm.hub.gguf import reading
 from nanolm.hub.gguf.importing import read_gguf
+from nanolm.hub.gguf.proof import told_vocabulary
 from nanolm.hub.samples import PHRASES, sample_texts
 from nanolm.inference.chat import dialogue_ids
 from nanolm.model.trunk import Inputs
@@ -130,6 +131,37 @@ def test_sentencepiece_ids_are_the_librarys(prefix, tmp_path):
     frame = json.loads(ours.model_bytes)["post_processor"]["single"]
     assert frame[0]["SpecialToken"]["id"] == "<s>"  # for those who read the file without us
     assert all(ours.decode(ids) == text.replace("▁", " ") for text, ids in zip(texts, found))
+
+
+SAID = {
+    "SentencePiece": "tokenizer: SentencePiece, of the file's own pieces, gives none of 500 sample",
+    "bytes": "the proof of the tokenizer was left out: the package tokenizers itself makes the ids",
+}
+
+
+@pytest.mark.parametrize("kind", SAID)
+def test_the_import_says_with_what_ids_were_compared(kind, tmp_path, capsys):
+    vocabulary = sentencepiece_vocabulary(sentencepiece_model()) if kind != "bytes" else None
+    small_gguf(tmp_path / "a.gguf", **({} if vocabulary is None else {"vocabulary": vocabulary}))
+    figures = tmp_path / "figures.json"
+    cli.run(["import", str(tmp_path / "a.gguf"), str(tmp_path / "b"), f"--json={figures}"])
+    assert SAID[kind] in capsys.readouterr().out
+    differing = json.loads(figures.read_text())["texts_with_other_ids"]
+    assert differing == (0 if vocabulary else None)
+
+
+def test_other_ids_than_sentencepieces_are_counted(tmp_path):
+    """Of a tokenizer that puts no space before a text, where the file says that there is one."""
+    model, told = sentencepiece_model(), []
+    small_gguf(tmp_path / "a.gguf", vocabulary=sentencepiece_vocabulary(model, prefix=False))
+    other = read_gguf(tmp_path / "a.gguf").tokenizer
+    small_gguf(tmp_path / "a.gguf", vocabulary=sentencepiece_vocabulary(model, prefix=True))
+    assert told_vocabulary(other, tmp_path / "a.gguf", told.append) > 400
+    vocabulary = sentencepiece_vocabulary(model)
+    vocabulary["tokenizer.ggml.token_type"] = [1] * len(vocabulary["tokenizer.ggml.tokens"])
+    small_gguf(tmp_path / "a.gguf", vocabulary=vocabulary)
+    assert told_vocabulary(other, tmp_path / "a.gguf", told.append) is None  # it has no unknown one
+    assert told[-1].startswith("the proof of the tokenizer was left out: SentencePiece does not")
 
 
 def test_a_dialogue_is_the_templates_and_a_user_cannot_end_a_turn(tmp_path):

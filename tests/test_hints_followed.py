@@ -34,7 +34,7 @@ class Row:
 
     `adds`: options that the sentence names, with their value, or None where the sentence gives it.
     `drops`: options that it says to leave out. `runs`: words of the command that it quotes,
-    whose placeholders are replaced by `given`; the first line is tried again behind it, or not.
+    whose placeholders are replaced by `given`. `behind`: what is run in place of the first line.
     """
 
     words: list[object]
@@ -283,9 +283,8 @@ def mended(row: Row, sentence: str) -> list[str]:
     return words
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_a_remedy_that_is_followed_works(name, tmp_path):
-    row = ROWS[name](tmp_path)
+def follow(row: Row) -> None:
+    """Refuses the row's words, does what the sentence says, and runs what it leads to."""
     refused = call(list(map(str, row.words)))
     assert refused.status == 2 and refused.passes, refused
     sentence = refused.err.removeprefix("nanolm: ").rstrip("\n")
@@ -295,10 +294,14 @@ def test_a_remedy_that_is_followed_works(name, tmp_path):
         if row.given:
             words = [str(row.given.get(word, word)) for word in shlex.split(quoted[0])]
             assert call(words).status == 0
-        done = call(list(map(str, row.behind)))
-    else:
-        done = call(mended(row, sentence))
+    behind = mended(row, sentence) if row.behind is None else list(map(str, row.behind))
+    done = call(behind)
     assert done.status == 0 and done.passes, (sentence, done)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_remedy_that_is_followed_works(name, tmp_path):
+    follow(ROWS[name](tmp_path))
 
 
 def test_there_are_many_rows():

@@ -122,5 +122,11 @@ def test_another_frame_of_transformers_is_refused(tmp_path, monkeypatch):
 
 def test_a_tokenizer_that_says_nothing_of_frames_is_refused(tmp_path):
     saved = tuned("llama", "classify", tmp_path / "run")
-    with pytest.raises(UserError, match="does not say what stands around a text"):
+    with pytest.raises(UserError, match=r"does not say what .*; leave objective\.frame out"):
         saved.tokenizer.around(1)
+    write_published(tmp_path / "a", "llama-classify")
+    (tmp_path / "a" / "tokenizer.json").unlink()
+    (tmp_path / "a" / "tokenizer.model").write_bytes(saved.tokenizer.model_bytes)
+    edit_config(tmp_path / "a", vocab_size=448)
+    with pytest.raises(UserError, match=r"holds no tokenizer.json, .* head .*save_pretrained"):
+        imported(tmp_path / "a", tmp_path / "b")

@@ -20,7 +20,7 @@ import transformers
 from nanolm import cli
 from nanolm.config.model import ModelConfig
 from nanolm.data.json_pieces import byte_alphabet
-from nanolm.data.rank_files import ENCODINGS
+from nanolm.data.rank_files import ENCODINGS, merges_of
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import UserError
 from nanolm.hub.gguf.writing import vocabulary_values
@@ -166,6 +166,26 @@ def test_a_published_file_brings_its_special_pieces(
     assert (tokenizer.encode("<|endoftext|>") < PIECES).all()
 
 
+def test_the_rank_of_a_special_piece_is_free_in_its_file(
+    ranks: dict[bytes, int], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As 50,256 in p50k_base; the same gap in any other file is a lost line."""
+    special = {"<|endoftext|>": 700}
+    published = dataclasses.replace(ENCODINGS["p50k_base"], ranks=PIECES - 1, special=special)
+    monkeypatch.setitem(ENCODINGS, "p50k_base", published)
+    lines = lines_of(ranks)
+    tokenizer = Tokenizer.load(write(tmp_path / "p50k_base.tiktoken", lines[:700] + lines[701:]))
+    assert tokenizer.vocab_size == PIECES and tokenizer.eos == 700
+    with pytest.raises(UserError, match="no line has the rank 800"):
+        Tokenizer.load(write(tmp_path / "p50k_base.tiktoken", lines[:800] + lines[801:]))
+
+
+def test_merges_are_found_in_a_time_that_grows_with_the_bytes() -> None:
+    """A piece of a million bytes: to cut it everywhere would take minutes."""
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b"ab": 256, b"a" * 10**6: 257}
+    assert list(merges_of(ranks)) == [(b"a", b"b")]
+
+
 @pytest.mark.parametrize("encoding", PATTERNS)
 def test_it_is_copied_with_the_data_and_goes_out_as_a_tokenizer_json(
     encoding: str, ranks: dict[bytes, int], tmp_path: pathlib.Path
@@ -214,6 +234,11 @@ DAMAGES = {
     "gap": (lambda lines: [*lines[:700], *lines[701:]], "line 1199 is the last.* the rank 700;"),
     "one byte less": (lambda lines: lines[1:], "no piece for 1 of the 256 single bytes"),
     "empty": (lambda lines: [], "no piece for 256 of the 256"),
+    "an empty piece": (lambda lines: [*lines[:-1], "== 1199"], "line 1200: .*no base64|is empty"),
+    "a special piece": (
+        lambda lines: [*lines[:-1], f"{base64.b64encode(b'<|endoftext|>').decode()} 1199"],
+        "called like a special piece",
+    ),
 }
 
 

@@ -31,7 +31,11 @@ PICKLE, PICKLES = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
 class NeedsFlagError(UserError):
-    """What `nanolm import` reads once the user has given a flag of it."""
+    """What `nanolm import` reads once the user has given a flag of it, `flag`."""
+
+    def __init__(self, sentence: str, flag: str) -> None:
+        super().__init__(sentence)
+        self.flag = flag
 
 
 def read_object(path: pathlib.Path) -> dict[str, Any]:
@@ -63,7 +67,8 @@ def read_weights(folder: pathlib.Path, *, pickled: bool) -> dict[str, Tensor]:
     if not pickled:
         raise NeedsFlagError(
             f"{found} is a pickle, a format that can hide code; if you trust its authors add "
-            f"--allow_pickle true, and only its tensors are read"
+            f"--allow_pickle true, and only its tensors are read",
+            "--allow_pickle true",
         )
     if found.name == PICKLES:
         return read_shards(folder, PICKLES, read_pickle)

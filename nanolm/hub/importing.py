@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pathlib
+import shlex
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from nanolm.data.json_pieces import JSON_FILE
 from nanolm.errors import UserError, require
 from nanolm.hub.folder import NeedsFlagError
 from nanolm.hub.gguf.importing import read_gguf
+from nanolm.hub.gguf.proof import told_vocabulary
 from nanolm.hub.proof import LIMIT, Proof, can_prove, prove
 from nanolm.hub.published import Imported, read_published
 from nanolm.hub.tokenizer_files import opened, require_same_frame, told
@@ -48,7 +50,10 @@ def import_folder(
     for key in imported.left_out:
         note(f"left out: {key} of {folder}, which no head of nanolm reads")
     proof = proved(imported, str(folder), note)
-    differing = told_ids(imported, folder, note) if proof else None
+    if folder.is_file():
+        differing = told_vocabulary(imported.tokenizer, folder, note)
+    else:
+        differing = told_ids(imported, folder, note) if proof else None
     tensors = learner_tensors(imported.learner)
     files = {
         "config.yaml": dump(imported.config).encode(),
@@ -94,7 +99,11 @@ def proved(imported: Imported, what: str, note: Note, theirs: Any = None) -> Pro
 def told_ids(imported: Imported, folder: pathlib.Path, note: Note) -> int | None:
     """Sample texts that get other ids by transformers' tokenizer of the folder, told; None where it
     opens none."""
-    if not (folder / JSON_FILE).is_file():  # it would need another package to make one
+    if not (folder / JSON_FILE).is_file():
+        note(
+            f"the proof of the tokenizer was left out: {folder} holds no {JSON_FILE}, and its ids "
+            f"are those of SentencePiece, which reads {imported.tokenizer.path} itself"
+        )
         return None
     if getattr(imported.config.objective, "frame", "trunk") == "tokenizer":
         require_same_frame(imported.tokenizer, folder)
@@ -124,7 +133,8 @@ def base_of(init_from: str | None, note: Note = print) -> str | None:
             import_folder(source, own, note=note)
         except NeedsFlagError as error:
             raise UserError(
-                f"{error}: `nanolm import {source} OUT` takes that flag, and init_from takes OUT"
+                f"{error}: run `nanolm import {shlex.quote(str(source))} OUT {error.flag}`, and "
+                f"init_from takes OUT"
             ) from error
         try:
             own.rename(out)

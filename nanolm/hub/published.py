@@ -20,6 +20,7 @@ from nanolm import build
 from nanolm.checkpoint.named_tensors import learner_tensors
 from nanolm.config.load import load_config
 from nanolm.config.schema import Config
+from nanolm.data.json_pieces import JSON_FILE
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import UserError, require
 from nanolm.hub.configs import Published
@@ -73,9 +74,19 @@ def read_published(
     )
     stored = read_weights(folder, pickled=pickled)
     chosen = with_task(chosen, published, stored, row_length(keys))
+    require(
+        tokenizer.file_name == JSON_FILE or not framed_by_file(chosen.objective(frozenset())),
+        f"{folder} holds no {JSON_FILE}, which says what its head reads around a text; let "
+        f"transformers write it: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)",
+    )
     imported = assembled(chosen, published, keys, stored, tokenizer, str(folder))
     require_last_token(imported)
     return imported
+
+
+def framed_by_file(objective: Mapping[str, Any]) -> bool:
+    """Whether a task reads its texts in the frame of the tokenizer's own file."""
+    return objective.get("frame") == "tokenizer"
 
 
 def require_last_token(imported: Imported) -> None:
@@ -145,7 +156,9 @@ def family_of(path: pathlib.Path, found: object, named: str | None) -> Family:
     """The family that config.json or the user names; raises UserError for another one."""
     known = ", ".join(FAMILIES)
     if found is None and named is None:
-        raise NeedsFlagError(f"{path} has no model_type; say what it is with --family ({known})")
+        raise NeedsFlagError(
+            f"{path} has no model_type; say what it is with --family ({known})", "--family NAME"
+        )
     require(
         found is None or named is None or found == named,
         f"{path} says model_type {found!r} and --family says {named!r}; leave --family out",

@@ -96,15 +96,12 @@ def compared(tokenizer: Tokenizer, files: Mapping[str, bytes], note: Note) -> in
         return told(tokenizer, opened(folder), note)
 
 
-def told(tokenizer: Tokenizer, encode: Encode, note: Note) -> int:
-    """Sample texts that `encode` gives other ids than the tokenizer, told."""
+def told(tokenizer: Tokenizer, encode: Encode, note: Note, by: str = "transformers") -> int:
+    """Sample texts that `encode`, which is `by` whom, gives other ids than the tokenizer, told."""
     texts = sample_texts()
     pairs = zip(texts, tokenizer.encode_batch(texts), strict=True)
     differing = sum(encode(text) != ids.tolist() for text, ids in pairs)
-    note(
-        f"tokenizer: transformers gives {differing or 'none'} of {len(texts)} sample texts other "
-        f"ids"
-    )
+    note(f"tokenizer: {by} gives {differing or 'none'} of {len(texts)} sample texts other ids")
     return differing
 
 

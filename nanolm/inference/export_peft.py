@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import pathlib
+import shlex
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -45,8 +46,8 @@ def adapter_folder(
     require(
         not adapter.heads,
         f"{saved.folder} trained its head {', '.join(adapter.heads)} whole, and --format peft "
-        f"writes low-rank changes of the base; make one model of both: nanolm merge "
-        f"{saved.folder} --out OUT",
+        f"writes low-rank changes of the base; make one model of both: `nanolm merge "
+        f"{shlex.quote(str(saved.folder))} --out FOLDER`",
     )
     base = base_tensors(saved.learner)
     model = saved.config.model
@@ -75,8 +76,8 @@ def require_low_rank(saved: Saved) -> Any:
     require(
         name in METHODS,
         f"{saved.folder} has an adapter of the method {name}, and --format peft writes "
-        f"{' and '.join(METHODS)}; export it with --format nanolm, or make one model of it and its "
-        f"base with nanolm merge, where its method can",
+        f"{' and '.join(METHODS)}; where its method can, make one model of it and its base: "
+        f"`nanolm merge {shlex.quote(str(saved.folder))} --out FOLDER`",
     )
     return adapter
 

@@ -51,6 +51,17 @@ def gguf_package() -> Any:
 def read_file(path: pathlib.Path) -> GgufFile:
     """Raises UserError for a file that is no GGUF, is damaged, or holds a kind that is not read."""
     package = gguf_package()
+    reader, values = opened(package, path)
+    return GgufFile(str(path), values, read_tensors(package, reader, path), counted(reader))
+
+
+def read_values(path: pathlib.Path) -> dict[str, Any]:
+    """A file's values alone, by their keys; raises UserError as `read_file`."""
+    return opened(gguf_package(), path)[1]
+
+
+def opened(package: Any, path: pathlib.Path) -> tuple[Any, dict[str, Any]]:
+    """(the package's reader of a file, the file's values); raises UserError as `read_file`."""
     try:
         with open(path, "rb") as file:
             begin = file.read(len(MAGIC))
@@ -69,7 +80,7 @@ def read_file(path: pathlib.Path) -> GgufFile:
             raise UserError(
                 f"{path} is damaged or not whole ({said(error)}); fetch it again"
             ) from error
-    return GgufFile(str(path), values, read_tensors(package, reader, path), counted(reader))
+    return reader, values
 
 
 def read_tensors(package: Any, reader: Any, path: pathlib.Path) -> dict[str, Tensor]:
