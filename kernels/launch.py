@@ -80,14 +80,27 @@ HEAVY = {
     ("sm_80", 64, "forward"): Launch(64, 64, 4, 2),
     ("sm_80", 64, "query"): Launch(64, 32, 4, 2),
     ("sm_80", 128, "key_value"): Launch(32, 64, 8, 2),
+    ("sm_80", 256, "bias"): Launch(16, 32, 4, 1),
     ("sm_86", 64, "forward"): Launch(64, 32, 4, 2),
     ("sm_86", 128, "forward"): Launch(64, 32, 8, 2),
     ("sm_86", 128, "query"): Launch(64, 32, 4, 2),
+    ("sm_86", 256, "bias"): Launch(16, 32, 4, 1),
     ("sm_90", 128, "key_value"): Launch(32, 64, 8, 2),
+    ("sm_90", 256, "bias"): Launch(16, 32, 2, 1),
     ("sm_100", 128, "forward"): Launch(64, 64, 8, 2),
 }
-# And where several query heads share a key/value head, over which dK and dV loop.
-GROUPED = {("sm_90", 64, "key_value"): Launch(32, 64, 4, 2)}
+# And where several query heads share a key/value head, over which dK and dV loop: the loop's
+# pointers take registers, and tiles that are not loaded ahead give some back.
+GROUPED = {
+    ("sm_80", 128, "key_value"): Launch(64, 64, 8, 1),
+    ("sm_90", 64, "key_value"): Launch(32, 64, 4, 2),
+    ("sm_90", 128, "key_value"): Launch(32, 128, 8, 1),
+    ("sm_100", 64, "key_value"): Launch(64, 64, 8, 2),
+    ("sm_100", 128, "key_value"): Launch(64, 64, 8, 1),
+}
+# Of an older Triton, which takes more registers for the same: where that would spill.
+BEFORE_3_7 = {("sm_90", 128, "key_value"): Launch(32, 128, 8, 1)}
+TRITON = tuple(int(word) for word in triton.__version__.split(".")[:2])
 KINDS = ("forward", "key_value", "query", "bias")
 
 
@@ -161,8 +174,9 @@ def attention_launch(
     if heavy or kind == "bias":
         return heavy_launch(kind, family, columns)
     launches = dict(zip(KINDS, HALF[family, columns], strict=False))
-    shared = GROUPED if grouped else {}
-    return shared.get((family, columns, kind), launches[kind])
+    usual = BEFORE_3_7.get((family, columns, kind)) if TRITON < (3, 7) else None
+    shared = GROUPED.get((family, columns, kind)) if grouped else None
+    return shared or usual or launches[kind]
 
 
 def heavy_launch(kind: str, family: str, columns: int) -> Launch:
@@ -171,13 +185,14 @@ def heavy_launch(kind: str, family: str, columns: int) -> Launch:
     like = 128 if narrow else columns
     launches = dict(zip(KINDS, HALF[family, like], strict=False))
     query = launches["query"]
+    if (family, columns, kind) in HEAVY:
+        return HEAVY[family, columns, kind]
     if kind == "bias":  # beside its scores it holds their sum
         m, n = min(query.m, 32 if family == "sm_86" else 64), min(query.n, 32)
         return dataclasses.replace(query, m=m, n=n)
     if kind == "key_value" and narrow:
         return Launch(32, 32, 4, query.stages)
-    usual = HEAVY.get((family, like, kind), launches[kind])
-    return HEAVY.get((family, columns, kind), usual)
+    return HEAVY.get((family, like, kind), launches[kind])
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:
