@@ -39,6 +39,7 @@ def test_the_page_shows_stops_in_order_and_every_cell_in_its_column():
     written = page("a <title>", STOPS)
     assert texts("<h1>(.*?)</h1>", written) == texts("<title>(.*?)</title>", written)
     assert texts("<h1>(.*?)</h1>", written) == ["a <title>"]
+    assert all(tag not in written for tag in ("<mask>", "<b>", "<g>", "h1><title"))
     assert texts("<h2>(.*?)</h2>", written) == [stop.name for stop in STOPS]
     for stop, item in zip(STOPS, re.findall("<li>(.*?)</li>", written, re.DOTALL), strict=True):
         assert texts("</h2><p>(.*?)</p>", item) == [stop.says]
