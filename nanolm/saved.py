@@ -37,6 +37,8 @@ class Saved:
     learner: Learner
     part: str | None = None  # the task, where it was taken out of a run of several
     whole: Config | None = None  # and that run's config
+    members: int = 1  # of an ensemble
+    ema: bool = True  # whether the moving average of the weights was taken where there is one
 
 
 def read_config(folder: pathlib.Path, plugins: list[str] | None = None) -> Config:
@@ -88,4 +90,4 @@ def open_saved(
         load_weights(folder, learner, ema=ema)
     else:
         open_adapter(folder, learner, ema=ema, base=base)
-    return Saved(folder, config, tokenizer, learner.eval())
+    return Saved(folder, config, tokenizer, learner.eval(), ema=ema)

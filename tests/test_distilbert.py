@@ -70,9 +70,9 @@ def batches(config, objective, rows):
             yield batch
 
 
-def step(world, rule, scale=1.0, learner=None):
+def step(world, rule, scale=1.0, learner=None, words=()):
     """({name: gradient}, {term: mean}) of one step of the rule."""
-    config = config_of(rule)
+    config = config_of(rule, *words)
     learner = learner or learner_of(config)
     engine = Engine(learner, world, config)
     mine = range(ROWS)[slice(*bounds(ROWS, world))]
@@ -99,14 +99,18 @@ def assert_same(found, expected, rtol=1e-4, atol=1e-6):
         )
 
 
-def test_the_loss_and_its_gradient_are_those_of_the_paper_by_hand():
-    found, means = step(World(), rule_of())
-    config = config_of(rule_of())
+@pytest.mark.parametrize("documents", [False, True])
+def test_the_loss_and_its_gradient_are_those_of_the_paper_by_hand(documents):
+    """The teacher sees of a row what the student does, documents apart if need be."""
+    words = (f"--data.document_mask={str(documents).lower()}",)
+    found, means = step(World(), rule_of(), words=words)
+    config = config_of(rule_of(), *words)
     learner, taught = learner_of(config), open_saved(teacher(), phase="train").learner
     entropies, divergences, angles = [], [], []
     for batch in batches(config, learner.objective, range(ROWS)):
         tensors = batch.tensors
         inputs = learner.objective.inputs(tensors)
+        assert (inputs.mask.documents is not None) == documents
         student, master = (one.trunk(inputs)[0] for one in (learner, taught))
         logits, wisdom = learner.heads["lm"](student), taught.heads["lm"](master).detach()
         entropies.append(

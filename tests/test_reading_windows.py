@@ -126,6 +126,20 @@ def test_no_answer_is_where_the_first_token_scores_least():
         assert found["answer"] and found["score"] == 0.5
 
 
+def test_the_window_that_is_surest_of_its_span_answers():
+    task = build("read", "encoder", stride=4, question_length=8, no_answer=True)[0].objective
+    record = {"question": "the", "context": " ".join(f"{n}{WORDS[n % 9]}" for n in range(40))}
+    items, rows = task.items(record, 0, with_gold=False), Table("t", [record], [1])
+    assert len(items) > 2
+    for at, item in enumerate(items):
+        answers = [[1.0, each.extra.offset, each.extra.offset + 3, -9.0] for each in items]
+        answers[at][0] = 2.0
+        (found,) = task.predictions(rows, items, answers)
+        begin, end = int(item.extra.begins[0]), int(item.extra.ends[3])
+        assert found["answer"] == record["context"].encode()[begin:end].decode().strip()
+        assert found["answer"] and found["score"] == 2.0 + 9.0
+
+
 @pytest.mark.parametrize(("longest", "last"), [(1, 2), (3, 4), (4, 5), (9, 5)])
 def test_no_answer_is_longer_than_it_may_be(longest, last):
     """The best start is token 2 and the best end token 5; an end at 4 or at 2 is the next best."""

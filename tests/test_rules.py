@@ -275,6 +275,19 @@ def test_distillation_is_the_weighed_loss_and_divergence(teacher):
         torch.testing.assert_close(exact(found[name]), parameter.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("outer", ["distill", "rdrop"])
+def test_nested_rules_that_compare_probabilities_learn_from_the_teacher(teacher, outer):
+    """Without dropout both passes of R-Drop are one, and what is left is the distillation."""
+    taught = {"name": "distill", "teacher": teacher, "weight": 0.3}
+    inner = {"distill": taught | {"inner": {"name": "rdrop"}}}
+    rule = inner.get(outer, {"name": "rdrop", "inner": taught})
+    found, loss, _ = gradient(World(), rule, 2, model=WIDE)
+    alone, expected, _ = gradient(World(), taught, 2, model=WIDE)
+    assert loss == pytest.approx(expected) and found.keys() == alone.keys()
+    for name, values in alone.items():
+        torch.testing.assert_close(exact(found[name]), exact(values), rtol=1e-4, atol=1e-6)
+
+
 def test_replay_adds_the_loss_of_the_steps_own_rows(teacher):
     rule = {"name": "replay", "base": teacher, "rows": 3, "weight": 0.7}
     found, loss, logged = gradient(World(), rule, ROWS, model=WIDE)

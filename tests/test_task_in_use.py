@@ -1,5 +1,6 @@
 """What users do to tasks from the shipped configs: dialogues, odd labels, other data."""
 
+import dataclasses
 import json
 import re
 
@@ -12,12 +13,13 @@ from nanolm.data.tables import splits as table_splits
 from nanolm.errors import UserError
 from nanolm.finetune.prepare import describe, prepare
 from nanolm.finetune.splits import open_table, training_tables
+from nanolm.finetune.tasks import metrics
 from nanolm.finetune.tasks.classify import Classify
 from nanolm.finetune.tasks.regress import rounded
 from nanolm.pretrain import run_train
 from tests.finetuned import checkpoint, command, config, finetune, questions, table
 from tests.prepared import prepared_corpus
-from tests.test_objectives_tasks import RECORDS
+from tests.test_objectives_tasks import RECORDS, build
 
 QUICK = ("--train.steps=1", "--data.row_length=48", "--train.global_batch=6", "--eval.batch=4")
 QUICK += ("--schedule.warmup=0",)
@@ -191,7 +193,7 @@ def test_long_sentences_are_evaluated_whole_in_few_batches(tmp_path):
     assert "f1" in finetune(checkpoint("mlm"), tmp_path / "data", tmp_path / "run", *words)["val"]
 
 
-@pytest.mark.parametrize("scale", [1e-12, 1e-7, 1e-3, 1.0, 1e6])
+@pytest.mark.parametrize("scale", [1e-200, 1e-12, 1e-7, 1e-3, 1.0, 1e6, 2e99])
 def test_scores_of_any_scale_are_standardised(scale, tmp_path):
     scores = [scale * (1 + i % 4) for i in range(12)]
     for split in ("train", "val"):
@@ -201,6 +203,38 @@ def test_scores_of_any_scale_are_standardised(scale, tmp_path):
     targets = np.array([item.target[0] for item in found.train.items])
     assert targets.std() == pytest.approx(1, abs=1e-3) and abs(targets.mean()) < 1e-3
     assert rounded(0.123456789, 0.2) == 0.123457  # as ever where the scale is not small
+
+
+@pytest.mark.parametrize("offset", [-2e3, 2e3, 4.5e6, 1e9])
+def test_scores_far_from_zero_keep_what_sets_them_apart(offset):
+    """Predictions stand in the scores' own units, whatever those are counted from."""
+    learner, _ = build("regress", "encoder")
+    task, at = learner.objective, [[0.0], [0.25], [-1.5], [2.0]]
+    task.layout = lambda batch: None
+    task.options = dataclasses.replace(task.options, mean=[offset], std=[0.5])
+    answers = task.answers(None, {"regress": lambda *_: torch.tensor(at)}, {})
+    gold = np.array(at) * 0.5 + offset
+    assert answers == gold.tolist()
+    figures = metrics.regression(gold, np.array(answers)).figures
+    assert figures["pearson"] == pytest.approx(1) and figures["spearman"] == pytest.approx(1)
+    noise = np.random.default_rng(0).normal(size=(4, 1)) * 3e-8
+    assert metrics.regression(gold, offset + 0.5 * noise).figures["pearson"] == 0
+
+
+ODD = {"1e300": 1e300, "-1e101": -1e101, "long": 10**400, "inf": "1e999", "nan": float("nan")}
+ODD |= {"true": True, "list": [1.0]}
+
+
+@pytest.mark.parametrize("value", ODD.values(), ids=ODD)
+@pytest.mark.parametrize("task", ["regress", "similar"])
+def test_what_no_error_can_be_squared_of_is_no_score(task, value, tmp_path):
+    rows = [dict(record) for record in RECORDS[task]]
+    rows[3]["score"] = value
+    for split in ("train", "val"):
+        table(tmp_path / "data", split, rows)
+    words = (f"--objective.name={task}", *QUICK)
+    with pytest.raises(UserError, match=r"row 4: score is .*, not a number \(of at most 1e\+100\)"):
+        prepare(config(checkpoint("mlm"), tmp_path / "data", tmp_path / "run", *words))
 
 
 def test_faults_are_told_before_training(tmp_path):

@@ -68,8 +68,9 @@ def open_together(
     if not others:
         return first
     learner = of_logits(members) if average == "logits" else of_weights(members)
-    # No run's own folder: what is found out about the average is not written into a member.
-    return dataclasses.replace(first, folder=pathlib.Path(run), learner=learner)
+    return dataclasses.replace(
+        first, folder=pathlib.Path(run), learner=learner, members=len(members)
+    )
 
 
 def require_alike(run: str, first: Saved, path: str, member: Saved) -> None:

@@ -21,8 +21,9 @@ def write_card(
     run: pathlib.Path, config: TaskConfig, summary: Mapping[str, Any], again: str = KEPT
 ) -> None:
     """Writes RUN/MODEL.md from the run's config, its summary, and its evaluations so far."""
-    reports = sorted((run / "evaluation").glob("*.json"))
-    evaluations = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in reports}
+    found = {path: figures_in(path) for path in sorted((run / "evaluation").glob("*.json"))}
+    evaluations = {path.stem: figures for path, figures in found.items() if figures is not None}
+    others = [path.name for path, figures in found.items() if figures is None]
     sections = [
         f"# {run.name}: {config.objective.name}",
         f"Fine-tuned with nanolm from `{config.init_from}`"
@@ -31,11 +32,21 @@ def write_card(
         *_data(config, summary),
         *_method(config, summary),
         *_metrics(summary, evaluations),
-        *_limits(config, evaluations),
+        *_limits(config, evaluations, others),
         "## Use",
         f"```\nnanolm predict {run} FILE\nnanolm evaluate {run}\n```",
     ]
     write_text(run / CARD, "\n\n".join(sections) + "\n", again)
+
+
+def figures_in(path: pathlib.Path) -> dict[str, float] | None:
+    """The figures of an evaluation; None for any other file, such as one that --json wrote there
+    or one that was not written to its end."""
+    try:
+        figures = json.loads(path.read_bytes())["figures"]
+        return {str(name): float(value) for name, value in figures.items()}
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        return None
 
 
 def _model(config: TaskConfig, summary: Mapping[str, Any]) -> list[str]:
@@ -76,9 +87,8 @@ def _method(config: TaskConfig, summary: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _metrics(summary: Mapping[str, Any], evaluations: dict[str, Any]) -> list[str]:
-    columns = {"val (last)": summary["val"]}
-    columns |= {name: report["figures"] for name, report in evaluations.items()}
+def _metrics(summary: Mapping[str, Any], evaluations: Mapping[str, dict[str, float]]) -> list[str]:
+    columns = {"val (last)": summary["val"], **evaluations}
     names = list(dict.fromkeys(name for figures in columns.values() for name in figures))
     rows = [f"| figure | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name in names:
@@ -88,7 +98,7 @@ def _metrics(summary: Mapping[str, Any], evaluations: dict[str, Any]) -> list[st
     return ["## Metrics", "\n".join(rows)]
 
 
-def _limits(config: TaskConfig, evaluations: dict[str, Any]) -> list[str]:
+def _limits(config: TaskConfig, evaluations: Mapping[str, Any], others: list[str]) -> list[str]:
     limits = [
         f"Texts beyond {config.data.row_length} tokens are cut.",
         "Figures hold for texts like those of the data above; nothing else was measured.",
@@ -96,4 +106,6 @@ def _limits(config: TaskConfig, evaluations: dict[str, Any]) -> list[str]:
     ]
     if not evaluations:
         limits.append("Not evaluated on a test split: the val figures were used to choose.")
+    if others:
+        limits.append(f"Of `evaluation/`, no evaluation and left out: {', '.join(others)}.")
     return ["## Limits", "\n".join(f"- {line}" for line in limits)]

@@ -5,8 +5,10 @@ RUN/evaluation/test.txt               the full report per label
 RUN/evaluation/test_predictions.jsonl what the model said about every record
 RUN/evaluation/test_confusion.png     gold against predicted
 
-Of another table (--data FILE) the name is FILE and the beginning of its records' hash, so it never
-takes the place of the run's own figures.
+Of another table (--data FILE) the name is FILE and the beginning of its records' hash, and of
+another checkpoint than the run's own, or of one without its moving average, that is added
+(test-step-00000100.json): neither takes the place of the run's own figures. What is found out about
+an average of several runs is printed only.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, cast
 
+from nanolm.checkpoint.checkpoints import locate
 from nanolm.checkpoint.container import read_json
+from nanolm.checkpoint.lazy_tensors import part_files
 from nanolm.data.tables.files import Table
 from nanolm.distributed.world import World
 from nanolm.errors import UserError, require
@@ -122,10 +126,12 @@ def keep(
     report: Report | None,
     predictions: list[dict[str, Any]],
 ) -> None:
-    """Writes the files of the evaluation and renews MODEL.md, when the model lies in a run."""
-    if saved.folder.parent.name != "checkpoints":
+    """Writes the files of the evaluation and renews MODEL.md, when the model lies in a run and is
+    no average of several."""
+    if saved.members > 1 or saved.folder.parent.name != "checkpoints":
         return
     run = saved.folder.parent.parent
+    name += other_weights(saved, run)
     folder = run / "evaluation"
     folder.mkdir(exist_ok=True)
     if saved.part is not None:
@@ -146,6 +152,14 @@ def keep(
         write_card(
             run, cast(TaskConfig, saved.whole or saved.config), read_json(run, "summary.json")
         )
+
+
+def other_weights(saved: Saved, run: pathlib.Path) -> str:
+    """What the name of an evaluation says of weights that are not those which the run's own figures
+    are about; nothing of these."""
+    own = saved.folder.resolve() == locate(run, best=True).resolve()
+    raw = not saved.ema and bool(part_files(saved.folder, "ema"))
+    return f"-{saved.folder.name}" * (not own) + "-without-ema" * raw
 
 
 def draw_confusion(report: Report, path: pathlib.Path, title: str) -> list[str]:

@@ -117,7 +117,8 @@ REGRESSION = (*lower("mse", "mae"), *higher("pearson", "spearman"))
 def regression(gold_NC: np.ndarray, predicted_NC: np.ndarray) -> Report:
     """Mean squared and absolute error, Pearson and Spearman correlation (means over the columns).
 
-    A correlation with a constant is 0, and so is one with what differs by float32's rounding only.
+    A correlation with a constant is 0, and so is one with what differs by float32's rounding only,
+    of the scores themselves or, if that is less, of their distance from the gold's mean.
     """
     stats = library("scipy.stats")
     error = predicted_NC - gold_NC
@@ -129,7 +130,8 @@ def regression(gold_NC: np.ndarray, predicted_NC: np.ndarray) -> Report:
 
 
 def _correlation(function: Callable, x: np.ndarray, y: np.ndarray) -> float:
-    rounding = 4 * np.finfo(np.float32).eps * np.abs(y).max()
+    apart = max(float(np.abs(y - x.mean()).max()), float(np.ptp(x)))
+    rounding = 4 * np.finfo(np.float32).eps * min(float(np.abs(y).max()), apart)
     if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) <= rounding:
         return 0.0
     return float(function(x, y)[0])

@@ -28,6 +28,9 @@ from nanolm.finetune.tasks.metrics import Metric, Report
 from nanolm.objectives.base import Term, length_of
 from nanolm.registry import OBJECTIVES
 
+LARGEST = 1e100
+"""Of a score: errors are squared and summed."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RegressOptions(PooledOptions):
@@ -70,7 +73,7 @@ class Regress(Pooled):
         usable = np.array([row for row in rows if None not in row], dtype=np.float64)
         if not len(usable):
             raise UserError(f"{table.path} has no row with numbers in {', '.join(options.scores)}")
-        mean, std = usable.mean(axis=0), usable.std(axis=0)
+        mean, std = usable.mean(axis=0), spread(usable)
         return dataclasses.replace(
             options,
             mean=options.mean or [rounded(float(m), float(s)) for m, s in zip(mean, std)],
@@ -94,7 +97,7 @@ class Regress(Pooled):
         """Scores must be numbers."""
         for name in self.gold:
             if number(record.get(name)) is None:
-                return f"{name} is {record.get(name)!r}, not a number"
+                return f"{name} is {record.get(name)!r}, not a number (of at most {LARGEST:g})"
         return None
 
     def gold_of(self, record: Record) -> np.ndarray:
@@ -124,8 +127,9 @@ class Regress(Pooled):
     ) -> list[Any]:
         """The scores, in their own units."""
         scores_SC = heads["regress"](hidden_BTD, self.layout(batch))
-        mean, std = (scores_SC.new_tensor(v) for v in (self.options.mean, self.options.std))
-        return (scores_SC * std + mean).tolist()
+        mean, std = self.options.mean, self.options.std
+        # In float64: beside a mean of 1e7, float32 has no place for a deviation below 1.
+        return (np.array(scores_SC.tolist()) * std + mean).tolist()
 
     def predictions(
         self, table: Table, items: list[Item], answers: list[Any]
@@ -140,6 +144,13 @@ class Regress(Pooled):
         return metrics.regression(np.array(gold, dtype=np.float64), np.array(predicted))
 
 
+def spread(values_NC: np.ndarray) -> np.ndarray:
+    """The standard deviations [C], of a scale whose squares float64 does not hold, too: they are
+    taken of numbers near 1, which a power of two makes of them to the bit."""
+    _, powers_C = np.frexp(np.abs(values_NC).max(axis=0))
+    return np.ldexp(np.ldexp(values_NC, -powers_C).std(axis=0), powers_C)
+
+
 def rounded(value: float, scale: float) -> float:
     """Six decimals, and of a small scale as many more as it has zeros behind the point."""
     zeros = max(0, -math.floor(math.log10(scale))) if scale > 0 else 0
@@ -147,11 +158,11 @@ def rounded(value: float, scale: float) -> float:
 
 
 def number(value: Any) -> float | None:
-    """A finite number, also from text (CSV), or None."""
+    """A number of at most LARGEST, also from text (CSV), or None."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:
         found = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):  # an integer may be longer than any float
         return None
-    return found if math.isfinite(found) else None
+    return found if abs(found) <= LARGEST else None

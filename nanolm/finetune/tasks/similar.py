@@ -26,7 +26,7 @@ from nanolm.finetune.tasks.base import Task
 from nanolm.finetune.tasks.embed import VectorOptions, vector_head
 from nanolm.finetune.tasks.items import Item, text_problem
 from nanolm.finetune.tasks.metrics import Metric, Report, higher
-from nanolm.finetune.tasks.regress import number
+from nanolm.finetune.tasks.regress import LARGEST, number
 from nanolm.objectives.base import Term, length_of
 from nanolm.registry import OBJECTIVES
 
@@ -92,7 +92,7 @@ class Similar(Task):
         """Two texts, and a number."""
         problem = text_problem(record, self.fields)
         if problem is None and with_gold and number(record.get("score")) is None:
-            return f"score is {record.get('score')!r}, not a number"
+            return f"score is {record.get('score')!r}, not a number (of at most {LARGEST:g})"
         return problem
 
     def items(self, record: Record, index: int, *, with_gold: bool) -> list[Item]:
