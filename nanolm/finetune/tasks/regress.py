@@ -127,7 +127,7 @@ class Regress(Pooled):
     ) -> list[Any]:
         """The scores, in their own units."""
         scores_SC = heads["regress"](hidden_BTD, self.layout(batch))
-        mean, std = self.options.mean, self.options.std
+        mean, std = np.array(self.options.mean), np.array(self.options.std)
         # In float64: beside a mean of 1e7, float32 has no place for a deviation below 1.
         return (np.array(scores_SC.tolist()) * std + mean).tolist()
 
