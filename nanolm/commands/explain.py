@@ -147,8 +147,7 @@ def run(arguments: Arguments) -> None:
             notes = WRITERS[name](explanation, path)
         except OSError as error:
             raise UserError(f"cannot write --out {path}: {error.strerror}") from None
-        for line in (*notes, path):
-            say(line)
+        say("\n".join([*notes, str(path)]))
     write_json(arguments.json, explanation.figures())
 
 
