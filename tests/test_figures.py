@@ -135,9 +135,8 @@ def test_masks_are_drawn_as_they_are():
     assert len(paths) == len(masks.PANELS) == 10
     names = [t.text for t in svg.iter(f"{SVG}text") if t.get("font-weight") == "bold"]
     assert names == list(masks.PANELS)
-    for path, panel in zip(paths, masks.PANELS.values(), strict=True):
+    for index, (path, panel) in enumerate(zip(paths, masks.PANELS.values(), strict=True)):
         corners = [tuple(map(float, c.split())) for c in re.findall(r"M(\S+ \d+)h", path)]
-        index = list(masks.PANELS.values()).index(panel)
         row, column = divmod(index, masks.COLUMNS)
         x, y = 44 + column * masks.COLUMN, masks.TOP + row * masks.ROW + 26
         cells = {((b - y) / masks.CELL, (a - x) / masks.CELL) for a, b in corners}
