@@ -228,7 +228,9 @@ def test_init_from_takes_a_published_folder_for_pretraining_and_fine_tuning(tmp_
     with pytest.raises(UserError, match="there is no folder"):
         importing.base_of(f"hf:{tmp_path / 'nowhere'}")
     edit_config(source, model_type=None)
-    with pytest.raises(UserError, match=r"nanolm import .* OUT` takes that flag"):
+    with pytest.raises(
+        UserError, match=r"`nanolm import .* OUT --family NAME`, and init_from takes OUT"
+    ):
         importing.base_of(f"hf:{source}")
 
 
