@@ -15,7 +15,16 @@ from nanolm.tools.replay import replay, trainer_before
 from nanolm.tools.walk.page import page
 from nanolm.tools.walk.place import Place
 from nanolm.tools.walk.run import walk
-from nanolm.tools.walk.stops import AROUND, CHOICES, HIDDEN_KEYS, KEYS, Column, Stop, printable
+from nanolm.tools.walk.stops import (
+    AROUND,
+    CHOICES,
+    HIDDEN_KEYS,
+    KEYS,
+    Column,
+    Stop,
+    printable,
+    spaced,
+)
 from nanolm.tools.walk.terminal import show
 from tests.prepared import train
 
@@ -147,3 +156,8 @@ def test_vectors_counts_and_the_move_are_those_of_the_step_itself(runs, kind, tm
     after = torch.cat([p.detach().flatten() for p in learner.parameters()])
     moved = float((after - before).norm() / before.norm())
     assert told["step"].figures["moved"] == pytest.approx(moved, rel=1e-4)
+
+
+def test_the_indentation_of_a_row_is_seen_wherever_the_line_is_broken():
+    assert spaced("a b  c\n    d\t e ") == "a b▁▁c\\n▁▁▁▁d\\t e "
+    assert not re.search(r"\s{2,}", spaced("if x:\n        return  {'a':   1}"))

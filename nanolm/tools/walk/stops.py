@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -93,6 +94,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def spaced(text: str) -> str:
+    """The text on one line; spaces side by side are ▁, since the end of a line swallows them."""
+    return re.sub(" {2,}", lambda run: "▁" * len(run[0]), printable(text))
+
+
 def shortened(text: str, most: int) -> str:
     """The text's beginning."""
     return text if len(text) <= most else text[: most - 1] + "…"
@@ -112,7 +118,7 @@ def of_text(tokenizer: Tokenizer, raw: list[int], batch: MicroBatch) -> list[Sto
     return [
         Stop(
             name="text",
-            says=f"{shortened(printable(text), 200)}   ({len(text)} characters; row {row} of the "
+            says=f"{shortened(spaced(text), 200)}   ({len(text)} characters; row {row} of the "
             f"data, whose rows are cut every so many tokens, also within a word)",
             places=(place_of(Tokenizer.decode),),
             figures={"text": text, "row": row},
