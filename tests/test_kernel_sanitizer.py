@@ -8,6 +8,7 @@ if torch.cuda.is_available():
 
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nanolm.kernels import launch  # noqa: F401  (prepares the interpreter)
 from nanolm.tools.kernel_check.sanitizer import sanitized, shuffled
@@ -103,6 +104,28 @@ def test_a_single_element_that_is_masked_is_what_other_says():
     with sanitized():
         scalar_kernel[(2,)](x, out, 1, False)
     assert out[1].isnan()
+
+
+@triton.jit
+def descriptor_kernel(rows, out, n, BLOCK: tl.constexpr, MADE: tl.constexpr):
+    if MADE:
+        rows = tl.make_tensor_descriptor(rows, [n, 16], [16, 1], [BLOCK, 16])
+    block = rows.load([tl.program_id(0) * BLOCK, 0])
+    tl.store(out + tl.program_id(0), tl.sum(block))
+
+
+@pytest.mark.parametrize("where", ["in the kernel", "on the host", "too long"])
+def test_a_descriptor_pads_and_reads_its_tensor_alone(where):
+    """Its last block goes beyond the tensor, where it gives 0; one that claims more reads there."""
+    x, out = torch.ones(5, 16), torch.zeros(2)
+    rows = TensorDescriptor(x, [5, 16], [16, 1], [4, 16]) if where == "on the host" else x
+    with sanitized() as traffic:
+        if where == "too long":
+            with pytest.raises(KernelFaultError, match="load of 16 elements out of bounds"):
+                descriptor_kernel[(2,)](rows, out, 6, 4, True)
+            return
+        descriptor_kernel[(2,)](rows, out, 5, 4, where == "in the kernel")
+    assert out.tolist() == [64, 16] and traffic.loaded["descriptor_kernel"] == 5 * 16 * 4
 
 
 def test_shuffled_order_shows_dependence():

@@ -86,17 +86,23 @@ def sanitized(*, races: bool = True) -> Iterator[Traffic]:
     builder = InterpreterBuilder
     load, store = builder.create_masked_load, builder.create_masked_store
     rmw, cas = builder.create_atomic_rmw, builder.create_atomic_cas
-    load_legacy = TritonSemantic._load_legacy
+    load_in_kernel = TritonSemantic.load
     initialise, execute = GridExecutor._init_args_hst, GridExecutor.__call__
 
     def watched_load(
-        self: Any, pointers: TensorHandle, mask: TensorHandle, other: Any, *rest: Any
+        self: Any,
+        pointers: TensorHandle,
+        mask: TensorHandle,
+        other: Any,
+        *rest: Any,
+        **options: Any,
     ) -> TensorHandle:
         launch = running[-1]
         addresses = launch.access("load", pointers, mask)
-        result = load(self, pointers, mask, other, *rest)
+        result = load(self, pointers, mask, other, *rest, **options)
         traffic.add(traffic.loaded, launch.name, addresses.size * result.data.itemsize)
-        if not launch.has_other and mask is not None and not mask.data.all():
+        defined = launch.has_other or other is not None  # of a descriptor: what it pads with
+        if not defined and mask is not None and not mask.data.all():
             shown = np.broadcast_to(mask.data, result.data.shape)
             result.data = np.where(shown, result.data, poison(result)).astype(result.data.dtype)
         return result
@@ -116,7 +122,10 @@ def sanitized(*, races: bool = True) -> Iterator[Traffic]:
     ) -> Any:
         # The interpreter takes the `other` of a single element for missing when it is 0.
         running[-1].has_other = other is not None
-        return load_legacy(self, pointers, mask, other, *rest, **options)
+        try:
+            return load_in_kernel(self, pointers, mask, other, *rest, **options)
+        finally:
+            running[-1].has_other = False
 
     def bare(original: Callable) -> Callable:
         """A load or store without a mask, which the interpreter gives one that is true."""
@@ -170,7 +179,7 @@ def sanitized(*, races: bool = True) -> Iterator[Traffic]:
                 "create_atomic_cas": watched_cas,
             },
         ),
-        patched(TritonSemantic, {"_load_legacy": watched_semantic}),
+        patched(TritonSemantic, {"load": watched_semantic}),
         patched(GridExecutor, {"_init_args_hst": watched_arguments, "__call__": watched_launch}),
     ):
         yield traffic

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import triton.runtime.interpreter as stock
 from triton.runtime.interpreter import TensorHandle
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 class KernelFaultError(AssertionError):
@@ -58,10 +59,12 @@ class Region:
 
 
 def regions_of(argument: Any) -> Iterator[Region]:
-    """The regions of all tensors in an argument, which may be a tuple."""
+    """The regions of all tensors in an argument, which may be a tuple or a tensor's descriptor."""
     if isinstance(argument, torch.Tensor):
         if argument.numel():
             yield Region.of(argument)
+    elif isinstance(argument, TensorDescriptor):
+        yield from regions_of(argument.base)
     elif isinstance(argument, tuple | list):
         for part in argument:
             yield from regions_of(part)
