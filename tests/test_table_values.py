@@ -8,7 +8,7 @@ import string
 import pytest
 
 from nanolm.config import strict_yaml
-from nanolm.data.tables.labels import tag_labels
+from nanolm.data.tables.labels import ordered, tag_labels
 from nanolm.data.tables.numbers import LARGEST, number, whole_number
 from nanolm.finetune.tasks.spans import answers_of
 from nanolm.finetune.tasks.tag import tags_of
@@ -68,6 +68,11 @@ def test_other_values_are_no_numbers(value):
 def test_numbers_of_json_and_parquet_are_numbers():
     assert number(decimal.Decimal("2.50")) == 2.5 and whole_number(decimal.Decimal("3.00")) == 3
     assert number(-LARGEST) == -LARGEST and whole_number(1.0) == 1 and whole_number(1.5) is None
+
+
+def test_labels_of_many_digits_are_ordered_as_texts():
+    labels = ["2", "10", "1" * 5000]
+    assert ordered(labels) == sorted(labels) and ordered(labels[:2]) == ["2", "10"]
 
 
 # Each column of numbers and of texts, in each task that has one.
