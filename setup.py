@@ -20,6 +20,7 @@ DEV = [
     "peft",
     "pytest",
     "pytest-xdist",
+    "regex",
     "ruff",
     "setuptools",
     "transformers",

@@ -31,6 +31,7 @@ from nanolm.data.text_files import (
     PROBE_BYTES,
     UTF8,
     encoding_of,
+    holds_nul,
     open_text,
     recoded_head,
     unmarked_encoding,
@@ -152,9 +153,14 @@ class FilePiece:
                     counts[f"dropped/no text in field {self.text_field}"] += 1
 
 
-def no_field(path: str, field: str, fields: list[str]) -> str:
-    """The sentence for records without the text field."""
-    return f"{path} has no field {field!r}; choose --text_field from {', '.join(fields)}"
+def no_field(path: str, field: str, fields: list[str], instead: str = "") -> str:
+    """The sentence for records without the text field, or with something `instead` of texts in it;
+    `fields` are those that there are to choose from."""
+    has = (
+        f"{path} has {instead} in field {field!r}" if instead else f"{path} has no field {field!r}"
+    )
+    other = f"choose --text_field from {', '.join(fields)}" if fields else "none of it is text"
+    return f"{has}; {other}"
 
 
 def work_bytes(total: int) -> int:
@@ -177,7 +183,11 @@ def file_pieces(
             return
         head = _head(path)
     found = encoding_of(head, encoding)
-    if found is None:
+    # Records are judged one by one: a NUL in one of them, or behind the last, spoils no other.
+    records = kind == "json" and bool(
+        json_records.fields_in(recoded_head(head, found), by_line=True)
+    )
+    if holds_nul(head, found) and not records:
         yield FilePiece(path, NO_TEXT, 0, size, size, text_field, dropped=no_text(head))
         return
     head, longer = recoded_head(head, found), len(head) > PROBE_BYTES
@@ -200,12 +210,30 @@ def file_pieces(
 
 def _row_groups(path: str, text_field: str) -> Iterator[FilePiece]:
     metadata = pyarrow.parquet.read_metadata(path)
-    names = metadata.schema.to_arrow_schema().names
-    if text_field not in names:
-        raise NoFieldError(no_field(path, text_field, names))
+    kinds = {field.name: field.type for field in metadata.schema.to_arrow_schema()}
+    texts = [name for name, kind in kinds.items() if is_text(kind)]
+    if text_field not in kinds:
+        raise NoFieldError(no_field(path, text_field, texts))
+    if text_field not in texts:
+        raise NoFieldError(no_field(path, text_field, texts, f"{kinds[text_field]}, no text,"))
     for group in range(metadata.num_row_groups):
         weight = metadata.row_group(group).total_byte_size
         yield FilePiece(path, "parquet", group, group + 1, weight, text_field)
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds texts (or nothing)."""
+    types = pa.types
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    return any(
+        test(kind)
+        for test in (
+            *(types.is_string, types.is_large_string, types.is_string_view),
+            *(types.is_binary, types.is_large_binary, types.is_binary_view),
+            *(types.is_fixed_size_binary, types.is_null),
+        )
+    )
 
 
 def _head(path: str) -> bytes:

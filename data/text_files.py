@@ -55,14 +55,16 @@ def check_encoding(name: str) -> None:
         )
 
 
-def encoding_of(head: bytes, asked: str = AUTO) -> str | None:
-    """The encoding of the file that begins like this; None when it is no text.
-
-    A byte-order mark decides before what was asked for. Text holds no NUL character.
-    """
+def encoding_of(head: bytes, asked: str = AUTO) -> str:
+    """The encoding of the file that begins like this: its byte-order mark decides before what was
+    asked for."""
     marked = (name for mark, name in BYTE_ORDER_MARKS if head.startswith(mark))
-    encoding = next(marked, UTF8 if asked == AUTO else asked)
-    return None if b"\0" in recoded_head(head[:BINARY_PROBE_BYTES], encoding) else encoding
+    return next(marked, UTF8 if asked == AUTO else asked)
+
+
+def holds_nul(head: bytes, encoding: str) -> bool:
+    """Whether there is a NUL character in the beginning of a file, which no text has."""
+    return b"\0" in recoded_head(head[:BINARY_PROBE_BYTES], encoding)
 
 
 def unmarked_encoding(head: bytes) -> str | None:

@@ -120,7 +120,7 @@ def carry_out(plan: Plan) -> dict[str, Any]:
     told = plan.start_weights(learner, start.checkpoint)
     # Before the sinks: a thread of theirs would take half of a CPU's measured peak (docs/LOG.md).
     throughput = plan.throughput(world, told.append)
-    with open_sinks(config, world, start.done) as (sinks, note):
+    with start.lock, open_sinks(config, world, start.done) as (sinks, note):
         for line in [*start.messages, *undivided(config.distributed, world), *told]:
             note(line)
         trainer = assemble(

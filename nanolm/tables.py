@@ -112,7 +112,7 @@ def beside(cells: Sequence[str], widths: Sequence[int], prose: str) -> str:
     column = GAP + sum(widths) + GAP * len(cells)
     if table_width() - column < NARROWEST:
         column = 2 * GAP + widths[0] * (len(cells) > 1)
-    lines = textwrap.wrap(prose, table_width() - column)
+    lines = textwrap.wrap(prose, max(1, table_width() - column))
     if lines and len(words) <= column - GAP:
         words = words.ljust(column) + lines.pop(0)
     return f"\n{' ' * column}".join([words, *lines])

@@ -16,15 +16,18 @@ from rich.cells import cell_len
 
 WIDEST = 80
 """Columns that a table takes at most, however many there are."""
+LEAST = 20
+"""Columns for which lines are laid out in a terminal that has fewer."""
 HANGING = 4
 """By how much the second and later lines of a sentence stand further right."""
 
 
 def columns(stream: TextIO | None = None) -> int | None:
-    """How many characters a line of the stream (the standard output) has room for, or None."""
+    """How many characters a line of the stream (the standard output) has room for, at least LEAST,
+    or None."""
     told = os.environ.get("COLUMNS", "")
-    if (told.isdecimal() and int(told) > 0) or (stream or sys.stdout).isatty():
-        return shutil.get_terminal_size().columns
+    if (told.isdecimal() and int(told[:9]) > 0) or (stream or sys.stdout).isatty():
+        return max(LEAST, shutil.get_terminal_size().columns)
     return None
 
 

@@ -119,7 +119,17 @@ ODD = {
     bool: ["maybe", ""],
     dict: ["{a: 1}", "[1", ""],
     list: ["[]", "[1", "", "x" * 300, "\udcff"],
-    str: ["", "x" * 300, "na\udcefve", "nowhere/at/all", "FILE", "FOLDER", "/sys/nanolm", "~/x"],
+    str: [
+        "",
+        "x" * 300,
+        "na\udcefve",
+        "nowhere/at/all",
+        "FILE",
+        "FOLDER",
+        "/sys/nanolm",
+        "~/x",
+        "a.odd",
+    ],
 }
 DEVICES = ["gpu", "cuda", "cuda:7", "", "CPU"]
 

@@ -81,7 +81,8 @@ def test_what_is_explained_can_be_chosen_or_is_refused():
     learner, split = build("tag", "encoder")
     words = Explainer(learner.eval(), split.items[1], "2")
     assert words.question.name.endswith("at word 2")
-    names = [("tag", "99", "words 1 to"), ("classify", "z", "none of the labels a, b, c")]
+    names = [("tag", odd, "words 1 to") for odd in ("99", "0", "1_0", "\u0661", "1.5", "1" * 5000)]
+    names += [("classify", "z", "none of the labels a, b, c")]
     names += [("regress", "z", "none of the scores score"), ("read", "z", "leave --target out")]
     for task, target, sentence in names:
         learner, split = build(task, "encoder")

@@ -98,6 +98,29 @@ def test_what_is_shown_never_turns_out_to_be_a_stop_string(text, stop):
     assert settled("ab\ufffd", []) == "ab"
 
 
+LETTERS = "aé秦😀"  # of one to four bytes
+
+
+@given(
+    st.text(LETTERS, max_size=7),
+    st.lists(st.text(LETTERS, min_size=1, max_size=3), max_size=3),
+    st.binary(max_size=2),
+)
+def test_no_half_of_a_character_is_shown_between_pieces_of_one_byte(text, stop, torn):
+    """Pieces may be single bytes; what is shown only grows, and never loses what was shown."""
+    written = text.encode() + torn
+    final, _ = cut_at(written.decode(errors="replace"), stop)
+    before = ""
+    for end in range(len(written) + 1):
+        shown, stopped = cut_at(written[:end].decode(errors="replace"), stop)
+        shown = shown if stopped else settled(shown, stop)
+        assert final.startswith(shown) and shown.startswith(before)
+        before = shown
+        if stopped:
+            assert shown == final
+            break
+
+
 @pytest.mark.parametrize("prompt", ["def ", "x =  ", "", " ", "if a:\n    ", "word"])
 def test_spaces_at_the_end_of_a_prompt_are_held_back(saved, prompt):
     tokenizer = saved.tokenizer

@@ -289,7 +289,7 @@ def test_class_weights_smoothing_and_several_labels():
         ("regress", {"text": "x", "text_pair": " ", "score": 1}, "text_pair is empty"),
         ("tag", {"tokens": ["a", "b"], "tags": ["O"]}, "2 tokens have 1 tags"),
         ("tag", {"tokens": ["a"], "tags": ["B-Z"]}, "tag 'B-Z' is not in the tag set"),
-        ("tag", {"tokens": ["a", ""], "tags": ["O", "O"]}, "holds an empty word"),
+        ("tag", {"tokens": ["a", ""], "tags": ["O", "O"]}, "tokens[1] is empty"),
         ("tag", {"tokens": [], "tags": []}, "tokens is empty"),
         ("choose", {"question": "q", "choices": ["a"], "label": 0}, "at least two texts"),
         ("choose", {"question": "q", "choices": ["a", "b"], "label": 2}, "names none of the 2"),

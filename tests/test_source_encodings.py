@@ -87,6 +87,30 @@ def test_text_that_its_encoding_does_not_have_is_undecodable(tmp_path):
         texts = [decode(raw, "drop", counts) for raw in found]
         assert texts[0] == "fine" and None in texts[1:]
         assert decode(found[1], "replace", counts).count("\ufffd") == 1
+    for content in (b"\0x\0", b"\0x\xd8\x3d"):  # the file ends within a character
+        (tmp_path / "cut.txt").write_bytes(b"\xfe\xff" + content)
+        assert [decode(raw, "drop", Counter()) for raw in read(tmp_path / "cut.txt")] == [None]
     for wrong in ("utf-99", "rot13", "base64", "a\0b", ""):
         with pytest.raises(UserError, match="is no text encoding"):
             check_encoding(wrong)
+
+
+@pytest.mark.parametrize("odd", [b'{"text": "a\0b"}', b"\0" * 4096], ids=["inside", "padding"])
+@pytest.mark.parametrize("place", [0, 1, 20, 500, 999, 1000])
+def test_a_nul_in_one_record_spoils_no_other(tmp_path, odd, place):
+    """Wherever it stands, as padding behind the last record that a crash left, too."""
+    rows = [json.dumps({"text": f"text number {n}"}).encode() for n in range(1000)]
+    for name, lines in (("long.jsonl", rows), ("short.ndjson", rows[: max(2, place)])):
+        lines = [*lines[:place], odd, *lines[place:]]
+        (tmp_path / name).write_bytes(b"\n".join(lines) + b"\n")
+        counts = Counter()
+        found = read(tmp_path / name, counts)
+        assert found == [json.loads(line)["text"] for line in lines if line != odd]
+        assert counts == {"dropped/not a JSON object": 1}
+
+
+def test_a_file_of_no_records_is_no_text_whatever_it_is_called(tmp_path):
+    for name in ("a.jsonl", "a.json", "a.txt"):
+        (tmp_path / name).write_bytes(b"\x7fELF\0\0\0{}\n" * 9)
+        counts = Counter()
+        assert read(tmp_path / name, counts) == [] and counts == {"dropped/binary file": 1}

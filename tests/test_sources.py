@@ -68,8 +68,8 @@ def test_formats_and_compressions(tmp_path):
     counts = Counter()
     assert read(tmp_path / "d.parquet", counts) == texts
     assert counts == {"dropped/no text in field text": 1}
-    for name in ("a.jsonl", "d.parquet"):
-        with pytest.raises(UserError, match=rf"{name} has no field 'body'; choose.*text, n"):
+    for name, fields in (("a.jsonl", "text, n"), ("d.parquet", "text$")):
+        with pytest.raises(UserError, match=rf"{name} has no field 'body'; choose.* {fields}"):
             read(tmp_path / name, text_field="body")
 
 

@@ -204,6 +204,13 @@ def test_help_fits_the_terminal(command, width, monkeypatch):
     assert not too_wide(answer.out, width)
 
 
+@pytest.mark.parametrize("width", [1, 3, 19])
+def test_help_answers_in_a_terminal_that_is_hardly_one(width, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    answer = call(["--help"])
+    assert answer.status == 0 and not too_wide(answer.out, 40)
+
+
 WORD = st.text(st.characters(categories=("Lu", "Ll", "Nd", "Lo")), min_size=1, max_size=12)
 
 
@@ -234,6 +241,9 @@ def test_a_pipe_gets_whole_lines_and_a_terminal_what_it_has_room_for(monkeypatch
     terminal.say("word " * 40)
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 50
     assert (terminal.columns(), terminal.table_width()) == (50, 50)
+    for told in ("19", "2", "1"):  # where no table could be laid out
+        monkeypatch.setenv("COLUMNS", told)
+        assert terminal.columns() == terminal.table_width() == terminal.LEAST
     monkeypatch.setenv("COLUMNS", "200")
     assert (terminal.columns(), terminal.table_width()) == (200, terminal.WIDEST)
 

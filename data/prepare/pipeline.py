@@ -326,9 +326,12 @@ def empty_corpus(config: PrepareConfig, counts: Counter) -> str:
         for key, count in sorted(counts.items())
         if key.startswith("dropped/")
     )
+    remedy = "check the sources and the cleaning options"
+    if "no text in field" in reasons:
+        remedy = f"choose another --text_field, or {remedy}"
     return (
         f"no document is left of {', '.join(config.sources)} ({reasons or 'the files are empty'}); "
-        f"check the sources and the cleaning options"
+        f"{remedy}"
     )
 
 

@@ -7,10 +7,14 @@ the file nor on the machine. It is written into the run's config and thereby sto
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from typing import Any
 
 from nanolm.errors import UserError
+
+_WHOLE = re.compile(r"-?\d{1,300}")
+"""Python reads no integer of some thousand digits."""
 
 
 def label_text(value: Any) -> str:
@@ -46,7 +50,7 @@ def infer_labels(values: Iterable[Any], what: str) -> list[str]:
 def ordered(labels: Iterable[str]) -> list[str]:
     """Labels in their order: by value when all are integers, else as text."""
     labels = list(labels)
-    if all(label.removeprefix("-").isdecimal() for label in labels):
+    if all(_WHOLE.fullmatch(label) for label in labels):
         return sorted(labels, key=lambda label: (int(label), label))  # 1 and 01 are two labels
     return sorted(labels)
 

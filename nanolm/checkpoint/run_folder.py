@@ -13,6 +13,7 @@ import pathlib
 import platform
 import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ import nanolm
 from nanolm.checkpoint.checkpoints import Checkpoints, locate, read_trainer
 from nanolm.checkpoint.facts import require_same_facts
 from nanolm.checkpoint.nodes import common_checkpoint
+from nanolm.checkpoint.run_lock import RunLock, require_free
 from nanolm.config import strict_yaml
 from nanolm.distributed.world import World
 from nanolm.errors import UserError
@@ -62,6 +64,8 @@ class Start:
     checkpoint: pathlib.Path | None
     saved: dict[str, Any] | None
     messages: list[str]
+    lock: AbstractContextManager
+    """What keeps others from writing into the folder: for a `with` as long as the run does."""
 
     @property
     def done(self) -> int:
@@ -81,14 +85,18 @@ def open_run_folder(
     """Takes possession of the run's folder, or with shared=False of each node's; collective.
 
     `resume` is never, auto or a checkpoint's folder; `facts` are hashes of data and tokenizer.
-    Raises UserError, on every rank, when the folder holds another run or nothing to resume from.
+    Raises UserError, on every rank, when the folder holds another run or nothing to resume from, or
+    is being written.
     """
     checkpoints = Checkpoints(run, world, shared=shared)
     common = None if shared or resume != "auto" else common_checkpoint(run, world)
+    lock: AbstractContextManager = nullcontext()
 
     def take() -> dict[str, Any] | None:
+        nonlocal lock
         if not checkpoints.leads:
             return None
+        require_free(run)
         checkpoint, messages = common or _find(run, resume)
         saved = None
         if checkpoint is not None:
@@ -99,13 +107,16 @@ def open_run_folder(
         elif resume == "auto" and (run / "config.yaml").is_file() and holds_a_run(run):
             _same_config(run / "config.yaml", config_text)
         _make(run)
+        lock = held = RunLock(run)
+        messages += filter(None, [held.missing])
         checkpoints.clean()
         write_text(run / "config.yaml", config_text, RESUME)
         return {"checkpoint": checkpoint and str(checkpoint), "saved": saved, "messages": messages}
 
     answer = world.call_on_all_ranks(take)[checkpoints.leader]
     found = answer["checkpoint"]
-    return Start(pathlib.Path(found) if found else None, answer["saved"], answer["messages"])
+    checkpoint = pathlib.Path(found) if found else None
+    return Start(checkpoint, answer["saved"], answer["messages"], lock)
 
 
 def _make(run: pathlib.Path) -> None:

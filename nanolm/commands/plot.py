@@ -6,7 +6,7 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from nanolm.errors import UserError
+from nanolm.errors import UserError, require
 from nanolm.finetune.pictures import fonts_for, pyplot
 from nanolm.terminal import say
 from nanolm.training.runs import Run, read_run
@@ -27,13 +27,21 @@ class Arguments:
     runs: list[str]
     """Folders of runs."""
     out: str | None = None
-    """PNG to write; null means plot.png in the first run's folder."""
+    """Picture to write, PNG, SVG or PDF by the end of its name; null means plot.png in the first
+    run's folder."""
+
+
+FORMATS = (".png", ".svg", ".pdf")
 
 
 def draw(runs: list[Run], out: pathlib.Path) -> list[str]:
-    """Write the PNG, and say what its reader should know; raises UserError when matplotlib is not
-    installed, or it cannot be written."""
+    """Write the picture, and say what its reader should know; raises UserError when matplotlib is
+    not installed, or it cannot be written."""
     plt = pyplot()
+    require(
+        out.suffix.lower() in FORMATS,
+        f"--out {out} does not say what kind of picture it is; end it in {', '.join(FORMATS)}",
+    )
     with fonts_for(run.folder.name for run in runs) as notes:
         figure = curves(plt, runs)
         try:

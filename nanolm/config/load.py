@@ -25,6 +25,7 @@ from nanolm.config import strict_yaml
 from nanolm.config.choices import CHOICES, choose, registered_names, widen
 from nanolm.config.schema import Config
 from nanolm.config.typed import dotted, fields_of, from_words, instance, n_words, unknown_key
+from nanolm.config.written import require_other_files
 from nanolm.errors import UserError
 from nanolm.terminal import wrapped
 
@@ -91,6 +92,7 @@ def parse(
     if wants_print:
         print(dump(value), end="")
         raise SystemExit(0)
+    require_other_files(value)
     return value
 
 

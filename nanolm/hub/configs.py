@@ -15,6 +15,11 @@ from nanolm.errors import UserError, require
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu2": "relu2"}
 OURS = {theirs: ours for ours, theirs in ACTIVATIONS.items()} | {"gelu_pytorch_tanh": "gelu_tanh"}
 
+MOST = 1 << 31
+"""Of anything that is counted, as in our own configs."""
+LARGEST = 1e100
+"""JSON knows no end of numbers: 1e999 is read as infinite, and an integer may be longer still."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Published:
@@ -27,7 +32,7 @@ class Published:
     def size(self, key: str) -> int:
         """A size; raises UserError unless it is there."""
         value: Any = self.values.get(key)
-        whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        whole = isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MOST
         require(whole, f"{self.path} gives {key} as {value!r}; it must be a positive whole number")
         return int(value)
 
@@ -39,9 +44,17 @@ class Published:
     def number(self, key: str, default: float) -> float:
         """A number that is not negative, or the family's default."""
         value = self.get(key, default)
-        good = isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+        good = isinstance(value, int | float) and not isinstance(value, bool)
+        good = good and 0 <= value <= LARGEST
         require(good, f"{self.path} gives {key} as {value!r}; it must be a number")
         return float(value)
+
+    def amount(self, key: str, default: int) -> int:
+        """A whole number that is not negative, or the family's default."""
+        value = self.number(key, default)
+        whole = value.is_integer() and value <= MOST
+        require(whole, f"{self.path} gives {key} as {value!r}; it must be a whole number")
+        return int(value)
 
     def only(self, **wanted: Any) -> None:
         """Raises UserError for a key that is there with another value than the one we compute."""

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
+from nanolm.data.tables.numbers import whole_number
 from nanolm.errors import UserError, require
 from nanolm.finetune.tasks.classify import Classify
 from nanolm.finetune.tasks.read import Read
@@ -96,9 +97,10 @@ def _(
     if target is None:  # the first word that is anything at all
         word = next((w for w, tag in enumerate(tags) if task.labels[tag] != "O"), 0)
     else:
-        known = target.isdecimal() and 1 <= int(target) <= n_words
-        require(known, f"--target {target} is no word's number; here are words 1 to {n_words}")
-        word = int(target) - 1
+        number = whole_number(target)
+        if number is None or not 1 <= number <= n_words:
+            raise UserError(f"--target {target} is no word's number; here are words 1 to {n_words}")
+        word = number - 1
     tag = tags[word]
     return Question(
         f"logit of tag {task.labels[tag]} at word {word + 1}",

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from nanolm.config.schema import Config
 from nanolm.data.tables.files import Record, Table
+from nanolm.data.tables.numbers import whole_number
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.finetune.tasks import metrics
 from nanolm.finetune.tasks.base import OwnOptions, Task
 from nanolm.finetune.tasks.classify import HeadOptions, sequence_head
-from nanolm.finetune.tasks.items import Item, text_problem
+from nanolm.finetune.tasks.items import Item, text_problem, texts_problem
 from nanolm.finetune.tasks.metrics import Metric, Report, higher
 from nanolm.finetune.tasks.ragged import columns, ragged, within
 from nanolm.model.heads import HeadRequest
@@ -71,8 +72,8 @@ class Choose(Task):
             return problem
         if not isinstance(choices, (list, tuple)) or len(choices) < 2:
             return f"choices is {choices!r}, not a list of at least two texts"
-        if not all(isinstance(text, str) and text.strip() for text in choices):
-            return "choices holds an empty text"
+        if problem := texts_problem("choices", choices):
+            return problem
         if with_gold and self.right(record) is None:
             return f"label {record.get('label')!r} names none of the {len(choices)} choices"
         return None
@@ -83,11 +84,8 @@ class Choose(Task):
         choices = list(record["choices"])
         if isinstance(label, str) and label in choices:
             return choices.index(label)
-        try:
-            index = int(label)
-        except (TypeError, ValueError):
-            return None
-        return index if 0 <= index < len(choices) else None
+        index = whole_number(label)
+        return index if index is not None and 0 <= index < len(choices) else None
 
     def record_of(self, line: str) -> Record:
         """A question and its candidates, separated by tabs."""

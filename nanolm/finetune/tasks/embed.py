@@ -29,7 +29,7 @@ from nanolm.errors import require
 from nanolm.finetune.tasks import metrics
 from nanolm.finetune.tasks.base import Task, TaskOptions
 from nanolm.finetune.tasks.heads import Pooling, pooling_of
-from nanolm.finetune.tasks.items import Item, text_problem
+from nanolm.finetune.tasks.items import Item, text_problem, texts_problem
 from nanolm.finetune.tasks.metrics import Metric, Report, higher
 from nanolm.model.heads import HeadRequest
 from nanolm.objectives.base import Term, length_of
@@ -95,8 +95,7 @@ class Embed(Task):
             return problem
         if not isinstance(negatives, (list, tuple)):
             return f"negatives is {negatives!r}, not a list of texts"
-        empty = not all(isinstance(text, str) and text.strip() for text in negatives)
-        return "negatives holds an empty text" if empty else None
+        return texts_problem("negatives", negatives)
 
     def items(self, record: Record, index: int, *, with_gold: bool) -> list[Item]:
         """One item: the query, its positive, its own negatives."""

@@ -6,6 +6,7 @@ Shapes: T tokens of a sequence, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -50,10 +51,17 @@ class Item:
 
 def text_problem(record: Record, fields: tuple[str, ...]) -> str | None:
     """Why one of these fields is no usable text, or None."""
-    for field in fields:
-        value = record.get(field)
-        if not isinstance(value, str):
-            return f"{field} is {value!r}, not text"
-        if not value.strip():
-            return f"{field} is empty"
-    return None
+    return next(filter(None, (problem_of(field, record.get(field)) for field in fields)), None)
+
+
+def texts_problem(field: str, values: Iterable[Any]) -> str | None:
+    """Which of a field's values is no usable text and why, or None."""
+    named = (problem_of(f"{field}[{i}]", value) for i, value in enumerate(values))
+    return next(filter(None, named), None)
+
+
+def problem_of(name: str, value: Any) -> str | None:
+    """Why a value is no usable text, or None."""
+    if not isinstance(value, str):
+        return f"{name} is {value!r}, not text"
+    return None if value.strip() else f"{name} is empty"

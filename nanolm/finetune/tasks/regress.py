@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nanolm.config.schema import Config
 from nanolm.data.tables.files import Record, Table
+from nanolm.data.tables.numbers import LARGEST, number
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import UserError, require
 from nanolm.finetune.tasks import metrics
@@ -27,9 +28,6 @@ from nanolm.finetune.tasks.items import Item
 from nanolm.finetune.tasks.metrics import Metric, Report
 from nanolm.objectives.base import Term, length_of
 from nanolm.registry import OBJECTIVES
-
-LARGEST = 1e100
-"""Of a score: errors are squared and summed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,14 +153,3 @@ def rounded(value: float, scale: float) -> float:
     """Six decimals, and of a small scale as many more as it has zeros behind the point."""
     zeros = max(0, -math.floor(math.log10(scale))) if scale > 0 else 0
     return round(value, 6 + (zeros if zeros > 2 else 0))
-
-
-def number(value: Any) -> float | None:
-    """A number of at most LARGEST, also from text (CSV), or None."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
-    try:
-        found = float(value)
-    except (ValueError, OverflowError):  # an integer may be longer than any float
-        return None
-    return found if abs(found) <= LARGEST else None

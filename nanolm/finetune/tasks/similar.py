@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nanolm.config.schema import Config
 from nanolm.data.tables.files import Record, Table
+from nanolm.data.tables.numbers import LARGEST, number
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import UserError, require
 from nanolm.finetune.tasks import metrics
@@ -26,7 +27,6 @@ from nanolm.finetune.tasks.base import Task
 from nanolm.finetune.tasks.embed import VectorOptions, vector_head
 from nanolm.finetune.tasks.items import Item, text_problem
 from nanolm.finetune.tasks.metrics import Metric, Report, higher
-from nanolm.finetune.tasks.regress import LARGEST, number
 from nanolm.objectives.base import Term, length_of
 from nanolm.registry import OBJECTIVES
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nanolm.data.tables.files import Record
+from nanolm.data.tables.numbers import whole_number
 
 
 class Answer(NamedTuple):
@@ -30,11 +31,16 @@ def answers_of(record: Record) -> list[Answer] | None:
         value = [{"text": t, "answer_start": s} for t, s in zip(texts, starts)]
     if not isinstance(value, list):
         return None
-    try:
-        found = [Answer(str(answer["text"]), int(answer["answer_start"])) for answer in value]
-    except (KeyError, TypeError, ValueError):
+    found = [answer_in(answer) for answer in value]
+    return None if None in found else [answer for answer in found if answer is not None]
+
+
+def answer_in(value: Any) -> Answer | None:
+    """The answer that a mapping is, or None: its text must be one, and its place a whole number."""
+    if not isinstance(value, dict):
         return None
-    return found
+    text, start = value.get("text"), whole_number(value.get("answer_start"))
+    return Answer(text, start) if isinstance(text, str) and start is not None else None
 
 
 def find_nearest(context: str, answer: Answer) -> int | None:

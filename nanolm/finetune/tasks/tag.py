@@ -22,14 +22,14 @@ from torch import Tensor, nn
 
 from nanolm.config.schema import Config
 from nanolm.data.tables.files import Record, Table
-from nanolm.data.tables.labels import label_problem, tag_labels
+from nanolm.data.tables.labels import label_problem, label_text, tag_labels
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.data.words import UNSPACED
 from nanolm.errors import require
 from nanolm.finetune.tasks import metrics
 from nanolm.finetune.tasks.base import FramedOptions, Task, chosen
 from nanolm.finetune.tasks.heads import WordHead
-from nanolm.finetune.tasks.items import Item
+from nanolm.finetune.tasks.items import Item, texts_problem
 from nanolm.finetune.tasks.metrics import Metric, Report, higher
 from nanolm.model.heads import HeadRequest
 from nanolm.objectives.base import Term, length_of
@@ -98,7 +98,7 @@ class Tag(Task):
         the tags."""
         spans = metrics.marks_spans(self.labels)
         absent = {f"{'macro_' if spans else ''}{name}" for name in metrics.PRECISION_RECALL_F1}
-        if spans and all(str(tag) == "O" for r in table.records for tag in as_list(r["tags"])):
+        if spans and all(tag == "O" for record in table.records for tag in tags_of(record)):
             absent |= set(metrics.PRECISION_RECALL_F1)
         return [name for name in super().offered(table) if name not in absent]
 
@@ -107,24 +107,23 @@ class Tag(Task):
         words = as_list(record.get("tokens"))
         if not words:
             return "tokens is empty"
-        if not all(isinstance(word, str) and word.strip() for word in words):
-            return "tokens holds an empty word"
-        if not with_gold:
-            return None
+        problem = texts_problem("tokens", words)
+        if problem or not with_gold:
+            return problem
         tags = as_list(record.get("tags"))
         if len(tags) != len(words):
             return f"{len(words)} tokens have {len(tags)} tags"
         problem = next(filter(None, map(label_problem, tags)), None)
         if problem:
             return f"a tag {problem}"
-        unknown = next((tag for tag in tags if str(tag) not in self.number), None)
+        unknown = next((tag for tag in tags if label_text(tag) not in self.number), None)
         if unknown is not None:
             return f"tag {unknown!r} is not in the tag set {', '.join(self.labels)}"
         return None
 
     def label_counts(self, table: Table) -> dict[str, int]:
         """Of every tag."""
-        found = collections.Counter(str(t) for r in table.records for t in as_list(r["tags"]))
+        found = collections.Counter(tag for record in table.records for tag in tags_of(record))
         return {label: found[label] for label in self.labels}
 
     def record_of(self, line: str) -> Record:
@@ -142,7 +141,7 @@ class Tag(Task):
         before = len(self.framing.sides(self.tokenizer, 1)[0])
         cut = sum(max(0, len(ids) - room) for ids in pieces)
         pieces = [ids[:room] for ids in pieces]
-        tags = as_list(record["tags"]) if with_gold else []
+        tags = tags_of(record) if with_gold else []
         items, begin = [], 0
         while begin < len(words):
             stop, total = begin, 0
@@ -153,7 +152,7 @@ class Tag(Task):
             sequence, _ = self.frame(np.concatenate(part))
             ends = before + np.cumsum([len(ids) for ids in part])
             places = ends - [len(ids) for ids in part] if self.framing.two_sided else ends - 1
-            target = [self.number[str(tag)] for tag in tags[begin:stop]] if with_gold else None
+            target = [self.number[tag] for tag in tags[begin:stop]] if with_gold else None
             items.append(Item(index, [sequence], target, cut, places))
             begin, cut = stop, 0
         return items
@@ -216,7 +215,7 @@ class Tag(Task):
 
     def report(self, table: Table, predictions: list[dict[str, Any]]) -> Report:
         """As seqeval counts."""
-        gold = [[str(tag) for tag in as_list(record["tags"])] for record in table.records]
+        gold = [tags_of(record) for record in table.records]
         predicted = [prediction["tags"] for prediction in predictions]
         return metrics.tagging(gold, predicted, spans=metrics.marks_spans(self.labels))
 
@@ -226,6 +225,11 @@ def as_list(value: Any) -> list[Any]:
     if isinstance(value, str):
         return value.split()
     return list(value) if isinstance(value, (list, tuple)) else []
+
+
+def tags_of(record: Record) -> list[str]:
+    """The tags of a record as the tag set has them."""
+    return [label_text(tag) for tag in as_list(record["tags"])]
 
 
 def spaced(words: list[str], spaces: str) -> list[str]:

@@ -138,9 +138,11 @@ class Write(Task):
         messages = record.get("messages")
         if not isinstance(messages, list) or not messages:
             return "messages is no list of {role, content}"
-        for message in messages:
-            if not isinstance(message, dict) or text_problem(message, ("role", "content")):
-                return "messages holds something that is no {role, content} of texts"
+        for i, message in enumerate(messages):
+            if not isinstance(message, dict):
+                return f"messages[{i}] is {message!r}, no {{role, content}}"
+            if problem := text_problem(message, ("role", "content")):
+                return f"messages[{i}].{problem}"
         if with_gold and not any(m["role"] == "assistant" for m in messages):
             return "messages has no turn of the assistant"
         return None

@@ -136,7 +136,7 @@ def to_model(config: Published) -> dict[str, Any]:
         "d_model": config.size("hidden_size"),
         "d_ff": config.size("intermediate_size"),
         "max_length": config.size("max_position_embeddings"),
-        "n_segments": int(config.number("type_vocab_size", 2)),
+        "n_segments": config.amount("type_vocab_size", 2),
         "norm_eps": config.number("layer_norm_eps", 1e-12),
         "feed_forward": config.activation("hidden_act", "gelu"),
         "dropout": config.number("hidden_dropout_prob", 0.1),
@@ -175,7 +175,7 @@ def roberta_model(config: Published) -> dict[str, Any]:
     return model | {
         "max_length": model["max_length"] - UNUSED,
         "norm_eps": config.number("layer_norm_eps", 1e-5),
-        "n_segments": int(config.number("type_vocab_size", 1)),
+        "n_segments": config.amount("type_vocab_size", 1),
     }
 
 

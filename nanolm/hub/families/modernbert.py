@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -105,7 +106,7 @@ def to_model(config: Published) -> dict[str, Any]:
     )
     n_layers = config.size("num_hidden_layers")
     kinds = layer_kinds(config, n_layers)
-    width = int(config.number("local_attention", 128)) // 2 + 1
+    width = config.amount("local_attention", 128) // 2 + 1
     base = {kind: rotary_base(config, kind) for kind in BASES}
     return {
         "trunk": "encoder",
@@ -129,7 +130,7 @@ def to_model(config: Published) -> dict[str, Any]:
 
 def layer_kinds(config: Published, n_layers: int) -> list[str]:
     """Which layers are global, as the shortest pattern that repeats."""
-    every = int(config.number("global_attn_every_n_layers", 3)) or 1
+    every = config.amount("global_attn_every_n_layers", 3) or 1
     regular = [LOCAL if layer % every else GLOBAL for layer in range(n_layers)]
     kinds = config.get("layer_types", regular)
     good = isinstance(kinds, list) and len(kinds) == n_layers and set(kinds) <= {GLOBAL, LOCAL}
@@ -153,7 +154,9 @@ def rotary_base(config: Published, kind: str) -> float:
             f"with an object whose rope_type is 'default' for each kind of layers"
         )
     given = part.get("rope_theta")
-    return config.number(old, default) if given is None else float(given)
+    if given is None:
+        return config.number(old, default)
+    return dataclasses.replace(config, values=part).number("rope_theta", default)
 
 
 MODERNBERT = Family(

@@ -131,11 +131,11 @@ def to_model(config: Published) -> dict[str, Any]:
         "attention_scale": 1.0,
         "logit_scale": tied,
         "weight_init": "t5",
-        "max_length": int(config.number("n_positions", 512)),
+        "max_length": config.amount("n_positions", 512),
         "positions": {
             "name": "t5",
-            "n_buckets": int(config.number("relative_attention_num_buckets", 32)),
-            "max_distance": int(config.number("relative_attention_max_distance", 128)),
+            "n_buckets": config.amount("relative_attention_num_buckets", 32),
+            "max_distance": config.amount("relative_attention_max_distance", 128),
         },
         **dict.fromkeys(places, config.number("dropout_rate", 0.1)),
     }
