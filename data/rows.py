@@ -85,6 +85,23 @@ class RowBlock:
         self.start_rows += [names[b] for b in block.start_rows]
         self.start_offsets += block.start_offsets
 
+    def shortened(self, lengths: np.ndarray) -> RowBlock:
+        """A copy whose row b has at most lengths[b] (int64) tokens."""
+        ends = [min(n, self.short.get(b, n)) for b, n in enumerate(lengths.tolist())]
+        width = self.tokens.shape[1]
+        inside = np.arange(width) < np.array(ends)[:, None]
+        starts = [
+            (b, offset)
+            for b, offset in zip(self.start_rows, self.start_offsets, strict=True)
+            if offset < ends[b]
+        ]
+        return RowBlock(
+            np.where(inside, self.tokens, 0).astype(self.tokens.dtype),
+            {b: end for b, end in enumerate(ends) if end < width},
+            [b for b, _ in starts],
+            [offset for _, offset in starts],
+        )
+
     def add_starts(self, b: int, offsets: np.ndarray) -> None:
         """Note that documents begin in row b at these offsets (all above 0)."""
         self.start_rows += [b] * len(offsets)

@@ -2,7 +2,9 @@
 
 The flat tokens of a corpus are cut in blocks of `stride` tokens; row k reads `span >= stride`
 tokens from the beginning of block k (a causal model of length T needs stride T and span T + 1, so
-that every token is a target exactly once). Global row g of training is found in four steps:
+that every token is a target exactly once). With `cut="sentences"` blocks are whole sentences, of at
+most `stride` tokens, and rows are shorter by as many. Global row g of training is found in four
+steps:
 
     schedule      step, rank  -> g
     mixture       g           -> corpus c, the rank k of this row among the rows of c
@@ -20,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nanolm.config.schema import CacheConfig
+from nanolm.data.cuts import CUTS, Cut
 from nanolm.data.flat import FlatTokens
 from nanolm.data.mixture import Mixture
 from nanolm.data.object_store import is_remote
@@ -54,13 +57,15 @@ class RowStream:
     corpora: (prepared directory or s3://bucket/prefix, weight) pairs; cache: where this node keeps
     blocks of the latter; read_ahead: micro-batches to `expect` before they are read. partial=False
     (training) drops a block whose span would overrun the end; partial=True (evaluation) keeps the
-    last row, shorter than span, so that every token of the split is read.
+    last row, shorter than span, so that every token of the split is read. cut: what rows end at, a
+    name of `CUTS`.
 
     `len(stream)` is the number of rows in one pass over all
     corpora, `blocks` the number in each, `tokens` the total of tokens; `manifests` are the
     corpora's. A stream can be pickled: the copy opens the same files again.
 
-    Raises UserError when the corpora have different tokenizers or one has not a single row.
+    Raises UserError when the corpora have different tokenizers, one has not a single row, or its
+    shards do not say what the cut must know.
     """
 
     def __init__(
@@ -73,6 +78,7 @@ class RowStream:
         seed: int,
         partial: bool = False,
         cache: CacheConfig | None = None,
+        cut: str | None = None,
     ) -> None:
         if not 1 <= stride <= span:
             raise ValueError(f"a row reads span={span} tokens and advances stride={stride}")
@@ -87,6 +93,7 @@ class RowStream:
         self.manifests = [manifest for manifest, _ in opened]
         self._flat = [FlatTokens(shards) for _, shards in opened]
         self._check_tokenizers()
+        self._cuts: list[Cut] = [CUTS[cut](flat, stride, span, partial) for flat in self._flat]
         self.blocks = [self._count_blocks(corpus) for corpus in range(len(corpora))]
         self.tokens = sum(flat.total for flat in self._flat)
         self._first_id = np.cumsum([0, *self.blocks])
@@ -126,6 +133,7 @@ class RowStream:
         stretches: list = [None] * len(places.corpus)
         for corpus, chosen in self._by_corpus(places):
             found = self._flat[corpus].read(places.first[chosen], self.span)
+            found = self._cuts[corpus].shorten(places.block[chosen], found)
             for place, stretch in zip(chosen.tolist(), found):
                 stretches[place] = stretch
         names = [values.tolist() for values in places[:4]]
@@ -140,10 +148,11 @@ class RowStream:
     def read_block(self, places: Places) -> RowBlock:
         """The same rows as one block, [rows, span], much faster than row by row."""
         if len(self._flat) == 1:
-            return self._flat[0].read_block(places.first, self.span)
+            return self._read_block(0, places.block, places.first)
         block = RowBlock.empty(len(places.corpus), self.span, self._flat[0].dtype)
         for corpus, chosen in self._by_corpus(places):
-            block.put_block(chosen, self._flat[corpus].read_block(places.first[chosen], self.span))
+            own = self._read_block(corpus, places.block[chosen], places.first[chosen])
+            block.put_block(chosen, own)
         return block
 
     def eval_rows(self, start: int = 0, stop: int | None = None) -> Iterator[Row]:
@@ -192,7 +201,15 @@ class RowStream:
         return self._places(corpora, blocks, epochs)
 
     def _places(self, corpus: np.ndarray, block: np.ndarray, epoch: np.ndarray) -> Places:
-        return Places(corpus, block, epoch, self._first_id[corpus] + block, block * self.stride)
+        first = np.empty_like(block)
+        for number, cut in enumerate(self._cuts):
+            here = corpus == number
+            first[here] = cut.firsts(block[here])
+        return Places(corpus, block, epoch, self._first_id[corpus] + block, first)
+
+    def _read_block(self, corpus: int, blocks: np.ndarray, firsts: np.ndarray) -> RowBlock:
+        found = self._flat[corpus].read_block(firsts, self.span)
+        return self._cuts[corpus].shorten_block(blocks, found)
 
     def _by_corpus(self, places: Places) -> Iterator[tuple[int, np.ndarray]]:
         """Each corpus with the numbers of those places that are in it."""
@@ -202,12 +219,7 @@ class RowStream:
                 yield corpus, chosen
 
     def _count_blocks(self, corpus: int) -> int:
-        total = self._flat[corpus].total
-        if self.partial:
-            # Rows until the last token is read; what a row only looks ahead at is not its own.
-            blocks = -(-(total - (self.span - self.stride)) // self.stride)
-        else:
-            blocks = (total - self.span) // self.stride + 1
+        blocks, total = self._cuts[corpus].blocks, self._flat[corpus].total
         if blocks < 1:
             raise UserError(
                 f"the {self.split} split of {self.corpora[corpus][0]} has {total} tokens, too few "

@@ -141,9 +141,13 @@ class Tokenizer:
         Raises UserError where the tokenizer changes the text and does not say where (`can_place`).
         """
         ids = self.encode(text)
+        return ids, *self.places(text, ids)
+
+    def places(self, text: str, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(begins, ends) of `encode_places`, for a text whose ids are known already."""
         if self.lossless:
             ends = np.cumsum(self.byte_length[ids].astype(np.int64))
-            return ids, ends - self.byte_length[ids], ends
+            return ends - self.byte_length[ids], ends
         if self._json is None:
             raise UserError(
                 f"the tokenizer {self.path} changes the text and does not say what its pieces "
@@ -151,7 +155,7 @@ class Tokenizer:
             )
         starts = np.cumsum([0, *(len(character.encode()) for character in text)])
         begins, ends = np.array(self._json.offsets(text), np.int64).reshape(-1, 2).T
-        return ids, starts[begins], starts[ends]
+        return starts[begins], starts[ends]
 
     @property
     def can_place(self) -> bool:

@@ -80,6 +80,7 @@ def build_stream(config: Config, objective: Objective, split: str) -> RowStream:
         seed=config.run.seed,
         partial=split != "train",
         cache=config.data.cache,
+        cut=config.data.rows,
     )
 
 

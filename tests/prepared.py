@@ -47,6 +47,7 @@ def prepared_corpus() -> pathlib.Path:
         vocab_size=512,
         val_fraction=0.1,
         test_fraction=0.1,
+        sentences=True,
         workers=1,
     )
     prepare(config, Silent())

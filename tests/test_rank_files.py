@@ -186,6 +186,21 @@ def test_merges_are_found_in_a_time_that_grows_with_the_bytes() -> None:
     assert list(merges_of(ranks)) == [(b"a", b"b")]
 
 
+def test_merges_are_all_pairs_of_pieces_by_their_ranks() -> None:
+    """Every way to cut every piece in two, tried one by one."""
+    rng = random.Random(5)
+    words = {bytes(rng.choices(b"abc", k=rng.randint(2, 5))) for _ in range(150)}
+    pieces = [*map(bytes, itertools.product(b"abc")), *rng.sample(sorted(words), len(words))]
+    ranks = {piece: rank for rank, piece in enumerate(rng.sample(pieces, len(pieces)))}
+    every = [
+        (ranks[left + right], ranks[left], ranks[right], (left, right))
+        for left, right in itertools.product(pieces, pieces)
+        if left + right in ranks
+    ]
+    assert len(every) > 2 * len(words) / 3
+    assert list(merges_of(ranks)) == [pair for *_, pair in sorted(every)]
+
+
 @pytest.mark.parametrize("encoding", PATTERNS)
 def test_it_is_copied_with_the_data_and_goes_out_as_a_tokenizer_json(
     encoding: str, ranks: dict[bytes, int], tmp_path: pathlib.Path

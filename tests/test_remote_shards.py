@@ -18,7 +18,7 @@ from nanolm.data.stream import RowStream
 from nanolm.errors import UserError
 from nanolm.training.loader import Loader
 from tests.object_server import BUCKET, object_server, upload
-from tests.token_shards import random_documents, write_prepared
+from tests.token_shards import random_documents, sentences_of, write_prepared
 
 SPAN = 65
 LEAST = block_cache.LEAST_BLOCKS
@@ -104,6 +104,18 @@ def test_rows_are_those_of_the_folder_in_a_bounded_cache(server, url, prepared, 
     local, remote = (stream_of(w, config, "val", partial=True) for w in (prepared, url))
     for a, b in zip(local.eval_rows(), remote.eval_rows(), strict=True):
         np.testing.assert_array_equal(a.tokens, b.tokens)
+
+
+def test_rows_of_sentences_are_those_of_the_folder(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_file, "BLOCK_BYTES", 4096)
+    rng = np.random.default_rng(1)
+    shards = [random_documents(rng, size, 100) for size in (20_000, 9_000)]
+    folder = write_prepared(tmp_path / "data", {"train": shards}, sentences=sentences_of)
+    url = upload(server, folder, "sentences")
+    local = stream_of(folder, cut="sentences")
+    remote = stream_of(url, cache_of(tmp_path / "cache", 1000), cut="sentences")
+    assert len(remote) == len(local)
+    assert_same_rows(remote, local, 0, len(local))
 
 
 @pytest.mark.parametrize("fault", [500, "slow", "truncated", "short", "flipped"])

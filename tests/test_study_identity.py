@@ -5,7 +5,7 @@ import json
 import pytest
 
 from nanolm.finetune.run import load_task_config
-from nanolm.finetune.study.cells import shape_of
+from nanolm.finetune.study.cells import groups_of
 from nanolm.finetune.study.identity import identity
 from tests.finetuned import checkpoint, questions, table
 
@@ -18,7 +18,7 @@ def key(tmp_path_factory):
 
     def of(*words, defaults=None):
         given = [f"--init_from={checkpoint('mlm')}", f"--data.path={folder / 'kinds'}", *words]
-        return identity(load_task_config(given, shape_of), {} if defaults is None else defaults)
+        return identity(load_task_config(given, groups_of), {} if defaults is None else defaults)
 
     return of
 

@@ -17,7 +17,12 @@ from nanolm.errors import UserError, require, require_whole_path
 SAMPLE_BYTES_PER_PIECE = 300
 TRAINING = ("tokenizer_type", "vocab_size", "character_coverage", "extra_tokens", "sample_bytes")
 """Keys that say how a tokenizer is trained."""
-YOUNGER = {"encoding": "auto", "exclude": [], "extra_tokens": EXTRA_TOKENS}
+YOUNGER = {
+    "encoding": "auto",
+    "exclude": [],
+    "extra_tokens": EXTRA_TOKENS,
+    "sentences": False,
+}
 """Keys that the first manifests do not have: at their default they are left out of later ones."""
 
 
@@ -76,6 +81,8 @@ class PrepareConfig:
     """Share of the sample's characters that get a piece; the others are written as bytes."""
     sample_bytes: Annotated[int, Within(1)] | None = None
     """Text to train the tokenizer on; by default 300 bytes for each entry of the vocabulary."""
+    sentences: bool = False
+    """Also keep where sentences begin, for training with data.rows=sentences."""
     shard_tokens: Count = 1 << 26
     """A shard holds at most so many tokens (unless one document alone is longer)."""
     seed: Seed = 0

@@ -2,7 +2,8 @@
 
 `encode` writes what a unit gives each split as plain arrays into one file. `plan_shards` then cuts
 the long row of all units into shards of the configured size at document ends, wherever units end;
-and `assemble` copies one such range into its Arrow shard.
+and `assemble` copies one such range into its Arrow shard. Where sentences are wanted, their lengths
+take the same way in a file of their own.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 from nanolm.data.prepare.dedup import kept
 from nanolm.data.prepare.split import Split
 from nanolm.data.prepare.spool import Unit, read_spool
+from nanolm.data.sentences import sentence_lengths
 from nanolm.data.shards.directory import SPLITS
 from nanolm.data.shards.shard_file import Shard, ShardWriter, count_ids
 from nanolm.data.tokenizer import Tokenizer
@@ -26,6 +28,8 @@ from nanolm.files import AtomicFile, write_json
 LENGTH = np.dtype([("tokens", "<u4"), ("bytes", "<u4")])
 # For each split the lengths, then the ids; the JSON beside it says where, and that it is finished.
 ENCODED, DONE = ".encoded", ".encoded.json"
+# For each split the tokens in each sentence, int32; only where sentences are wanted.
+SENTENCES = ".sentences"
 
 
 def encode(
@@ -34,6 +38,7 @@ def encode(
     duplicates: list[pathlib.Path],
     split: Split,
     model: str,
+    with_sentences: bool = False,
 ) -> dict:
     """Encode one unit; returns its counts per split. Memory: the unit's ids and one batch."""
     done = unit.path(DONE)
@@ -43,6 +48,7 @@ def encode(
     keep = kept(unit, documents, duplicates)
     tokens: list[list[np.ndarray]] = [[] for _ in SPLITS]
     lengths: list[list[np.ndarray]] = [[] for _ in SPLITS]
+    sentences: list[list[np.ndarray]] = [[] for _ in SPLITS]
     for batch in read_spool(unit):
         stays = keep[batch.first : batch.first + len(batch.texts)]
         where = np.where(stays, split.of(batch.digests), -1)
@@ -50,13 +56,20 @@ def encode(
             chosen = np.flatnonzero(where == number)
             if len(chosen):
                 sizes = np.empty(len(chosen), LENGTH)
-                ids, sizes["tokens"] = tokenizer.encode_documents(
-                    [batch.texts[index] for index in chosen]
-                )
+                texts = [batch.texts[index] for index in chosen]
+                ids, sizes["tokens"] = tokenizer.encode_documents(texts)
                 sizes["bytes"] = batch.sizes[chosen]
                 tokens[number].append(ids)
                 lengths[number].append(sizes)
+                if with_sentences:
+                    documents = np.split(ids, np.cumsum(sizes["tokens"], dtype=np.int64)[:-1])
+                    sentences[number] += [
+                        sentence_lengths(tokenizer, text, document)
+                        for text, document in zip(texts, documents, strict=True)
+                    ]
     info = {}
+    if with_sentences:
+        write_sentences(unit, sentences)
     with AtomicFile(unit.path(ENCODED)) as file:
         for number, name in enumerate(SPLITS):
             sizes = np.concatenate([np.empty(0, LENGTH), *lengths[number]])
@@ -85,6 +98,28 @@ def read_tokens(unit: Unit, split: str, begin: int, end: int, dtype: np.dtype) -
     info = json.loads(unit.path(DONE).read_bytes())[split]
     first = info["end"] - (info["tokens"] - begin) * dtype.itemsize
     return np.fromfile(unit.path(ENCODED), dtype, end - begin, offset=first)
+
+
+def write_sentences(unit: Unit, sentences: list[list[np.ndarray]]) -> None:
+    """Write the sentence lengths of each split's documents, one array after the other."""
+    with AtomicFile(unit.path(SENTENCES)) as file:
+        for lengths in sentences:
+            np.lib.format.write_array(file, np.concatenate([np.empty(0, np.int32), *lengths]))
+
+
+def read_sentences(unit: Unit, split: str, begin: int, end: int) -> np.ndarray | None:
+    """int32: lengths of the sentences in a unit's tokens [begin, end), which are whole documents;
+    None where sentences were not wanted."""
+    if not unit.path(SENTENCES).exists():
+        return None
+    with open(unit.path(SENTENCES), "rb") as file:
+        for name in SPLITS:
+            lengths = np.lib.format.read_array(file)
+            if name == split:
+                break
+    ends = np.cumsum(lengths, dtype=np.int64)
+    first, last = np.searchsorted(ends, [begin, end], side="right")
+    return lengths[first:last]
 
 
 @functools.lru_cache(maxsize=1)
@@ -168,7 +203,12 @@ def assemble(
             first = int(ends[begin - 1]) if begin else 0
             tokens = read_tokens(unit, plan.split, first, int(ends[end - 1]), tokenizer.dtype)
             chosen = lengths[begin:end]
-            writer.write(tokens, chosen["tokens"].astype(np.int64), int(chosen["bytes"].sum()))
+            writer.write(
+                tokens,
+                chosen["tokens"].astype(np.int64),
+                int(chosen["bytes"].sum()),
+                read_sentences(unit, plan.split, first, first + len(tokens)),
+            )
             counts += count_ids(tokens, len(counts))
     write_json(note, writer.info)
     return writer.info, counts

@@ -246,7 +246,7 @@ class Preparation:
     ) -> None:
         """Encode every unit into its token arrays."""
         calls = [
-            (unit, count, duplicates, split, tokenizer.path)
+            (unit, count, duplicates, split, tokenizer.path, self.config.sentences)
             for unit, count in zip(self.units, documents, strict=True)
         ]
         self.encoded_bytes = sum(sizes)

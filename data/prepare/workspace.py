@@ -34,6 +34,7 @@ LATER = (
     "vocab_size",
     "character_coverage",
     "sample_bytes",
+    "sentences",
     "shard_tokens",
 )
 """Keys that matter after the text was read and cleaned."""

@@ -284,6 +284,8 @@ def verify(directory: str | pathlib.Path) -> Manifest:
             if sha256 != entry["sha256"]:
                 raise damaged(shard.path, "its checksum is not the one recorded")
             check_ids(shard, tokens)
+            if shard.sentences is not None:
+                shard.sentence_starts()
             if np.any(tokens[shard.offsets[1:] - 1] != tokenizer.eos):
                 raise damaged(shard.path, "a document does not end with eos")
             if split == "train":

@@ -1,9 +1,10 @@
 """A shard in S3-compatible storage: read like a local one, block by block through the node's cache.
 
-The beginning of the Arrow file (schema, offsets' place), its end (footer) and its document offsets
-are kept in a sparse local file of the shard's full size, which `Shard` opens and checks as if all
-were there; the tokens are a hole in it and come from the cache. So bytes and order are those of the
-local file. Blocks are checked against the CRC-32s in the manifest, which `ShardWriter` records.
+The beginning of the Arrow file (schema, offsets' place), its end (footer), its document offsets
+and, where there are any, the lengths of its sentences are kept in a sparse local file of the
+shard's full size, which `Shard` opens and checks as if all were there; the tokens are a hole in it
+and come from the cache. So bytes and order are those of the local file. Blocks are checked against
+the CRC-32s in the manifest, which `ShardWriter` records.
 """
 
 from __future__ import annotations
@@ -159,7 +160,8 @@ class RemoteBlocks:
 
 
 def write_head(blocks: RemoteBlocks, head: pathlib.Path) -> None:
-    """Writes the sparse file: first and last block, then the offsets, whose place they tell."""
+    """Writes the sparse file: first and last block, then all but the tokens, whose place they
+    tell."""
     held = blocks.store.size(blocks.file)
     name = blocks.store.name(blocks.file)
     if held != blocks.size:
@@ -174,12 +176,14 @@ def write_head(blocks: RemoteBlocks, head: pathlib.Path) -> None:
                     length = min(blocks.length, blocks.size - begin)
                     os.pwrite(file.fileno(), blocks.read(begin, length), begin)
             with pa.memory_map(str(temporary)) as mapped:
-                begin, length = buffer_places(mapped, name)[0]
-            blocks.cache.reserve(length + 2 * blocks.length)
+                offsets, _, *sentences = buffer_places(mapped, name)
+            kept = [offsets, *sentences]
+            blocks.cache.reserve(sum(length for _, length in kept) + 2 * blocks.length)
             with open(temporary, "r+b") as file:
-                for at in range(begin, begin + length, blocks.length):
-                    part = blocks.read(at, min(blocks.length, begin + length - at))
-                    os.pwrite(file.fileno(), part, at)
+                for begin, length in kept:
+                    for at in range(begin, begin + length, blocks.length):
+                        part = blocks.read(at, min(blocks.length, begin + length - at))
+                        os.pwrite(file.fileno(), part, at)
                 os.fsync(file.fileno())
             temporary.replace(head)
         finally:
@@ -188,24 +192,26 @@ def write_head(blocks: RemoteBlocks, head: pathlib.Path) -> None:
 
 def token_buffer(mapped: pa.MemoryMappedFile, name: str) -> tuple[int, int]:
     """Where in the file the tokens stand, and how many there are."""
-    _, (begin, length) = buffer_places(mapped, name)
+    begin, length = buffer_places(mapped, name)[1]
     mapped.seek(0)
     values = pa.ipc.open_file(mapped).get_batch(0).column(0).values
     return begin, length // values.type.byte_width
 
 
 def buffer_places(mapped: pa.MemoryMappedFile, name: str) -> list[tuple[int, int]]:
-    """(begin, length) in bytes, in the file, of the offsets and of the tokens."""
+    """(begin, length) in bytes, in the file, of the offsets, of the tokens, and of the two buffers
+    of the sentences where there are any."""
     try:
         mapped.seek(0)
         base, size = mapped.read_buffer().address, mapped.size()
         mapped.seek(0)
-        column = pa.ipc.open_file(mapped).get_batch(0).column(0)
-        width = column.values.type.byte_width
-        found = [
-            (column.buffers()[1].address - base, 4 * (len(column) + 1)),
-            (column.values.buffers()[1].address - base, width * len(column.values)),
-        ]
+        found = []
+        for column in pa.ipc.open_file(mapped).get_batch(0).columns:
+            width = column.values.type.byte_width
+            found += [
+                (column.buffers()[1].address - base, 4 * (len(column) + 1)),
+                (column.values.buffers()[1].address - base, width * len(column.values)),
+            ]
     except (pa.ArrowException, OSError, ValueError, AttributeError, IndexError) as error:
         raise damaged(name, f"it is no token shard: {error}") from error
     if any(begin < 0 or begin + length > size for begin, length in found):

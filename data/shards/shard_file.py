@@ -2,7 +2,9 @@
 
 A shard holds one record batch with one column `tokens: list<uint16|uint32>`, one entry a document,
 each document ending with eos. The column's values buffer *is* the flat token stream; its offsets
-keep where documents begin. Training reads these two buffers as numpy views and nothing else.
+keep where documents begin. Training reads these two buffers as numpy views and nothing else, unless
+rows are made of sentences: `prepare --sentences true` adds a column `sentences: list<int32>`, the
+tokens in each sentence of a document.
 """
 
 from __future__ import annotations
@@ -40,9 +42,10 @@ class ShardWriter:
     ...     writer.write(tokens, lengths, text_bytes)
 
     `write` may be called several times: tokens [n] of whole documents, lengths [d] in tokens with
-    eos, text_bytes = UTF-8 bytes of those documents. N is the number of tokens in all, so that
-    they stand in memory once. After the block, `info` is the shard's entry for a manifest. Raises
-    UserError when the disk is full, ValueError when more or fewer than N tokens were written.
+    eos, text_bytes = UTF-8 bytes of those documents, sentences [s] in tokens, for all documents or
+    for none. N is the number of tokens in all, so that they stand in memory once. After the block,
+    `info` is the shard's entry for a manifest. Raises UserError when the disk is full, ValueError
+    when more or fewer than N tokens were written.
     """
 
     def __init__(
@@ -64,12 +67,19 @@ class ShardWriter:
         self._values = np.empty(tokens, token_dtype(vocab_size))
         self._filled = 0
         self._lengths: list[np.ndarray] = []
+        self._sentences: list[np.ndarray] = []
         self._bytes = 0
 
     def __enter__(self) -> Self:
         return self
 
-    def write(self, tokens: np.ndarray, lengths: np.ndarray, text_bytes: int) -> None:
+    def write(
+        self,
+        tokens: np.ndarray,
+        lengths: np.ndarray,
+        text_bytes: int,
+        sentences: np.ndarray | None = None,
+    ) -> None:
         """Append whole documents; raises ValueError when ids or lengths cannot be right."""
         if int(np.sum(lengths)) != len(tokens) or np.any(np.asarray(lengths) < 1):
             raise ValueError(f"document lengths do not add up to {len(tokens)} tokens")
@@ -81,6 +91,8 @@ class ShardWriter:
         self._values[self._filled : end] = tokens
         self._filled = end
         self._lengths.append(lengths)
+        if sentences is not None:
+            self._sentences.append(sentences)
         self._bytes += text_bytes
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -102,13 +114,15 @@ class ShardWriter:
             "bytes": self._bytes,
             "source": self.source,
         }
-        column = pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+        columns = {"tokens": pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))}
+        if self._sentences:
+            columns["sentences"] = sentence_column(np.concatenate(self._sentences), offsets)
         schema = pa.schema(
-            [pa.field("tokens", column.type)],
+            [pa.field(name, column.type) for name, column in columns.items()],
             metadata={key: str(value) for key, value in metadata.items()},
         )
         with AtomicFile(self.path) as file, pa.ipc.new_file(file, schema) as sink:
-            sink.write_batch(pa.record_batch([column], schema=schema))
+            sink.write_batch(pa.record_batch([*columns.values()], schema=schema))
         self.info = {
             "file": self.path.name,
             "sha256": file.sha256,
@@ -122,8 +136,9 @@ class ShardWriter:
 
 class Shard:
     """An open shard: `tokens` [n] uint16|uint32 and `offsets` [documents + 1] int32, both views of
-    the memory map; document d is `tokens[offsets[d]:offsets[d + 1]]`. `metadata` is what the writer
-    recorded. Raises UserError when the file is missing or its structure is damaged.
+    the memory map; document d is `tokens[offsets[d]:offsets[d + 1]]`. `sentences` int32, also a
+    view: the tokens in each sentence, or None. `metadata` is what the writer recorded. Raises
+    UserError when the file is missing or its structure is damaged.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
@@ -137,6 +152,7 @@ class Shard:
             column.validate()  # what a stranger's file claims of its buffers
             self.tokens = column.values.to_numpy(zero_copy_only=True)
             self.offsets = column.offsets.to_numpy(zero_copy_only=True)
+            self.sentences = _sentences(batch)
         except FileNotFoundError as error:
             raise UserError(
                 f"shard {self.path} is missing; restore it or prepare the data again"
@@ -164,6 +180,25 @@ class Shard:
         """The file's hash and its tokens."""
         return file_sha256(self.path), self.tokens
 
+    def sentence_starts(self) -> np.ndarray:
+        """int64: where sentences begin among the tokens, documents' first ones included.
+
+        Raises UserError when the shard was written without them, or they cannot be its own.
+        """
+        if self.sentences is None:
+            raise UserError(
+                f"shard {self.path} does not say where sentences begin, which data.rows=sentences "
+                f"asks; prepare the data into another folder with --sentences true"
+            )
+        bounds = np.zeros(1 + len(self.sentences), np.int64)
+        np.cumsum(self.sentences, out=bounds[1:])
+        if np.any(np.diff(bounds) < 1) or bounds[-1] != len(self.tokens):
+            raise damaged(self.path, "its sentences do not add up to its tokens")
+        found = bounds.searchsorted(self.offsets)
+        if np.any(bounds.take(found, mode="clip") != self.offsets):
+            raise damaged(self.path, "a document begins inside a sentence")
+        return bounds[:-1]
+
     def document(self, index: int) -> np.ndarray:
         """The tokens of one document, eos included: a view."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
@@ -182,6 +217,27 @@ class Shard:
             raise damaged(self.path, "its document boundaries do not match its tokens")
         if len(self) != self.metadata["documents"]:
             raise damaged(self.path, "its number of documents is not the one recorded")
+
+
+def sentence_column(lengths: np.ndarray, offsets: np.ndarray) -> pa.ListArray:
+    """Sentence lengths [s] in tokens as one list a document; offsets [documents + 1] in tokens."""
+    ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    places = ends.searchsorted(offsets)
+    if np.any(ends.take(places, mode="clip") != offsets) or ends[-1] != offsets[-1]:
+        raise ValueError("sentences do not add up to their documents")
+    values = pa.array(lengths.astype(np.int32))
+    return pa.ListArray.from_arrays(pa.array(places.astype(np.int32)), values)
+
+
+def _sentences(batch: pa.RecordBatch) -> np.ndarray | None:
+    """The second column's values, as a view; None for a shard of one column."""
+    if batch.num_columns == 1:
+        return None
+    column = batch.column("sentences")
+    column.validate()
+    if column.values.type != pa.int32():
+        raise ValueError(f"its sentences are {column.values.type}")
+    return column.values.to_numpy(zero_copy_only=True)
 
 
 def block_checksums(path: pathlib.Path) -> dict:

@@ -26,6 +26,9 @@ class Arguments:
     configs: list[str] = dataclasses.field(default_factory=list)
     """YAML files of runs whose models are compared, and counted, in their full size; none for small
     models of every family."""
+    all: bool = False
+    """Small models of every family with every head of a task too, not those of pretraining alone;
+    it takes three times as long."""
     json: str | None = None
     """Also write the table to this file."""
 
@@ -35,6 +38,11 @@ def run(arguments: Arguments) -> None:
     require(
         can_prove(), "parity needs transformers, which is not installed: pip install transformers"
     )
+    require(
+        not (arguments.all and arguments.configs),
+        f"--all is for the small models of every family, and {' '.join(arguments.configs)} would "
+        f"be compared in full size; leave out one of them",
+    )
     if arguments.configs:
         configs_table(arguments)
     else:
@@ -42,12 +50,12 @@ def run(arguments: Arguments) -> None:
 
 
 def families_table(arguments: Arguments) -> None:
-    """Small models of every family and head, in and out."""
-    tables_of = ((CASES, difference), (HEAD_CASES, head_difference))
+    """Small models of every family, in and out; with --all those with the heads of tasks too."""
+    measures = dict.fromkeys(CASES, difference)
+    if arguments.all:
+        measures |= dict.fromkeys(HEAD_CASES, head_difference)
     found = {
-        case: {way: measure(case, way) for way in DIRECTIONS}
-        for cases, measure in tables_of
-        for case in cases
+        case: {way: measure(case, way) for way in DIRECTIONS} for case, measure in measures.items()
     }
     say("largest difference from transformers, float32")
     rows = [[case, *(f"{row[way]:.1e}" for way in DIRECTIONS)] for case, row in found.items()]

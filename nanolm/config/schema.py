@@ -57,6 +57,9 @@ class DataConfig:
     """Where blocks of corpora in S3-compatible storage are kept."""
     row_length: Count = 256
     """Tokens per training row, T."""
+    rows: Literal["sentences"] | None = None
+    """sentences: a row ends with the last whole sentence that fits, and is padded behind it (for
+    data of `nanolm prepare --sentences true`); null: every row has all of its row_length tokens."""
     document_mask: bool = False
     """Documents packed in one row do not see each other, and positions restart in each."""
     workers: Amount = 0

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from nanolm.checkpoint.checkpoints import locate
 from nanolm.config import strict_yaml
-from nanolm.config.load import load_config, read_files, split_words
+from nanolm.config.load import Words, load_config, read_files, split_words
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.distributed.world import World
 from nanolm.files import RESUME
@@ -45,7 +45,10 @@ from nanolm.training.loader import RowObjective
 from nanolm.training.throughput import Throughput
 from nanolm.training.trainer import Trainer
 
-ShapeOf = Callable[[str], dict[str, Any]]
+GroupsOf = Callable[[str], dict[str, Any]]
+DEFAULT_TASK = TaskConfig().objective.name
+OF_THE_HEAD = ("head", "activation", "pooling", "frame")
+"""Options that say what a head of a task is made of, and what it reads."""
 
 
 def main(argv: list[str]) -> None:
@@ -57,19 +60,41 @@ def main(argv: list[str]) -> None:
         run_finetune(config)
 
 
-def base_model(path: str) -> dict[str, Any]:
-    """The saved `model` group of a run or checkpoint."""
-    return strict_yaml.read_mapping(locate(path, best=True) / "config.yaml")["model"]
+def base_groups(path: str) -> dict[str, Any]:
+    """The saved groups `model` and `objective` of a run or checkpoint."""
+    saved = strict_yaml.read_mapping(locate(path, best=True) / "config.yaml")
+    return {key: saved[key] for key in ("model", "objective")}
 
 
-def load_task_config(argv: list[str], shape_of: ShapeOf = base_model) -> TaskConfig:
-    """The run's config; the group `model` starts from that of the checkpoint in `init_from`."""
+def load_task_config(argv: list[str], groups_of: GroupsOf = base_groups) -> TaskConfig:
+    """The run's config; what it does not say of the model, and of a head that the checkpoint in
+    `init_from` has for the same task, is taken from there."""
     words = split_words(argv)
-    named: list[Any] = words.get("init_from") or [read_files(dict(words), {}).get("init_from")]
+    files = read_files(dict(words), {})
+    named: list[Any] = words.get("init_from") or [files.get("init_from")]
     start = base_of(None if named[0] == "null" else named[0])
-    base = {} if start is None else {"model": shape_of(start)}
+    base: dict[str, Any] = {}
+    if start is not None:
+        groups = groups_of(start)
+        base = {"model": groups["model"]}
+        argv = [*argv, *same_head(groups["objective"], words, files.get("objective"))]
     config: TaskConfig = load_config(argv, schema=TaskConfig, prog="nanolm finetune", base=base)
     return dataclasses.replace(config, init_from=base_of(config.init_from))
+
+
+def same_head(trained: Mapping[str, Any], words: Words, in_files: Any) -> list[str]:
+    """The options that a checkpoint's head was trained with, as words of a command line, where it
+    was trained for the task at hand and neither command line nor files say them: another head would
+    start fresh, and in another frame its weights mean nothing."""
+    told = in_files if isinstance(in_files, dict) else {}
+    named = told.get("name", DEFAULT_TASK)
+    task = (words.get("objective.name") or [named])[0]
+    if trained["name"] != task:
+        return []
+    said = {key for key in OF_THE_HEAD if f"objective.{key}" in words}
+    said |= told.keys() if named == task else set()
+    kept = {key: trained[key] for key in OF_THE_HEAD if key in trained and key not in said}
+    return [f"--objective.{key}={value}" for key, value in kept.items() if isinstance(value, str)]
 
 
 def run_finetune(config: TaskConfig) -> dict[str, Any]:

@@ -97,10 +97,10 @@ class Permutation:
         self.length = config.data.row_length
         self.stride = self.length - self.n_specials
         self.span = options.memory + self.stride
+        self.memory = options.memory
         self.check(config)
         self.n_places = options.n_predicted(self.stride)
         self.predicted_share = self.n_places / self.length
-        self.memory = options.memory
         self.tells_segments = config.model.n_segments > 0
         self.heads = {"lm": HeadRequest("token_logits", {"bias": True} | options.used())}
         self.masks = frozenset({"order"})
@@ -113,6 +113,12 @@ class Permutation:
             not config.data.document_mask,
             "data.document_mask=true cannot go with objective=permutation, whose rows and memory "
             "run across documents; set data.document_mask to false",
+        )
+        require(
+            config.data.rows is None or self.memory == 0,
+            f"objective.memory={self.memory} are the tokens before a row, and data.rows="
+            f"{config.data.rows} makes rows of unequal length; set objective.memory to 0, or "
+            f"data.rows to null",
         )
         require(
             self.stride >= 1,

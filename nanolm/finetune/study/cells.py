@@ -22,7 +22,7 @@ from typing import Any
 from nanolm.checkpoint.container import read_json
 from nanolm.errors import UserError, require
 from nanolm.finetune.config import TaskConfig
-from nanolm.finetune.run import base_model, load_task_config
+from nanolm.finetune.run import base_groups, load_task_config
 from nanolm.finetune.study.config import Overrides, RowConfig, StudyConfig
 from nanolm.finetune.study.identity import identity
 from nanolm.processes import python_path
@@ -30,8 +30,8 @@ from nanolm.processes import python_path
 ALWAYS: Overrides = {"run.threads": 1, "run.wandb.mode": "disabled"}
 """What every cell has: one thread, no logging service."""
 
-shape_of = functools.cache(base_model)
-"""The model of a checkpoint, which is verified once and not for every cell."""
+groups_of = functools.cache(base_groups)
+"""Model and objective of a checkpoint, which is verified once and not for every cell."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ def build_cell(
         merged["eval.metric"] = row.metric
     files = [f"--config={filled(row.config, study)}"] if row.config is not None else []
     words = [*files, *(f"--{key}={word(filled(value, study))}" for key, value in merged.items())]
-    config = load_task_config(words, shape_of)
+    config = load_task_config(words, groups_of)
     require(config.data.path is not None, f"rows: {row.name} has no data.path")
     key = identity(config, defaults)
     metric, higher_is_better = chosen_by(config)
