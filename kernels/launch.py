@@ -98,6 +98,9 @@ GROUPED = {
     ("sm_100", 64, "key_value"): Launch(64, 64, 8, 2),
     ("sm_100", 128, "key_value"): Launch(64, 64, 8, 1),
 }
+# And where a window meets lengths, documents, a prefix or an order: a loop bounded on both sides,
+# whose tiles are compared to numbers in memory besides.
+CROWDED = {("sm_90", 64, "key_value"): Launch(32, 64, 4, 2)}
 # Of an older Triton, which takes more registers for the same: where that would spill.
 BEFORE_3_7 = {("sm_90", 128, "key_value"): Launch(32, 128, 8, 1)}
 TRITON = tuple(int(word) for word in triton.__version__.split(".")[:2])
@@ -157,11 +160,13 @@ def attention_launch(
     *,
     heavy: bool = False,
     grouped: bool = False,
+    crowded: bool = False,
 ) -> Launch:
     """The launch of one attention kernel: "forward", "key_value", "query" or "bias".
 
     `heavy`: with a bias, dropout or a soft-cap, whose registers do not fit beside the largest
-    tiles. `grouped`: fewer key/value heads than query heads.
+    tiles. `grouped`: fewer key/value heads than query heads. `crowded`: with a window beside
+    another mask.
     """
     arch = arch_of(device)
     if arch == "cpu":
@@ -176,7 +181,8 @@ def attention_launch(
     launches = dict(zip(KINDS, HALF[family, columns], strict=False))
     usual = BEFORE_3_7.get((family, columns, kind)) if TRITON < (3, 7) else None
     shared = GROUPED.get((family, columns, kind)) if grouped else None
-    return shared or usual or launches[kind]
+    masked = CROWDED.get((family, columns, kind)) if crowded else None
+    return shared or masked or usual or launches[kind]
 
 
 def heavy_launch(kind: str, family: str, columns: int) -> Launch:

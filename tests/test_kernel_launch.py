@@ -4,7 +4,10 @@ import pytest
 import torch
 
 from nanolm.kernels import launch
+from nanolm.kernels.attention import call
+from nanolm.kernels.attention.operator import attention
 from nanolm.kernels.launch import Launch, attention_launch, forced_arch
+from nanolm.ops.masks import Mask
 
 CPU = torch.device("cpu")
 
@@ -39,6 +42,42 @@ def test_groups_have_launches_of_their_own(monkeypatch, arch, columns, kind):
     # Beside a bias or dropout the launch for these is the smaller one.
     heavy = of(arch, kind, columns, heavy=True)
     assert of(arch, kind, columns, heavy=True, grouped=True) == heavy
+
+
+@pytest.mark.parametrize(("arch", "columns", "kind"), launch.CROWDED)
+def test_a_window_beside_another_mask_has_launches_of_its_own(arch, columns, kind):
+    own = launch.CROWDED[arch, columns, kind]
+    assert of(arch, kind, columns, crowded=True) == own != of(arch, kind, columns)
+    heavy = of(arch, kind, columns, heavy=True)
+    assert of(arch, kind, columns, heavy=True, crowded=True) == heavy
+
+
+NUMBERS = torch.zeros(1, 4, dtype=torch.int64)
+OTHERS = {
+    "key_lengths": NUMBERS[:, 0],
+    "documents": NUMBERS,
+    "prefix_lengths": NUMBERS[:, 0],
+    "order": NUMBERS,
+}
+
+
+@pytest.mark.parametrize("n_heads", [1, 2])
+@pytest.mark.parametrize("window", [None, 2])
+@pytest.mark.parametrize("other", [None, *OTHERS])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_call_says_what_takes_registers(monkeypatch, n_heads, window, other, dropout):
+    asked = []
+
+    def record(kind, *place, **how):
+        asked.append(how)
+        return Launch(16, 16)
+
+    monkeypatch.setattr(call, "attention_launch", record)
+    q, k = torch.zeros(1, 4, n_heads, 16), torch.zeros(1, 4, 1, 16)
+    mask = Mask(causal=True, window=window, **({other: OTHERS[other]} if other else {}))
+    attention(q, k, k, mask, scale=1.0, dropout=dropout)
+    how = {"heavy": dropout > 0, "grouped": n_heads > 1}
+    assert asked == [how | {"crowded": window is not None and other is not None}]
 
 
 @pytest.mark.parametrize(("arch", "columns", "kind"), launch.HEAVY)

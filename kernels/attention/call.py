@@ -127,10 +127,12 @@ class Call:
         """Tile sizes, warps and stages of one kernel."""
         options, seed = self.options, self.tensors.seed
         heavy = options.bias_kind != "none" or options.softcap is not None or seed is not None
-        grouped = self.n_heads > self.n_groups
+        window, *others = self.masks
+        crowded = window is not None and any(other is not None for other in others)
         return attention_launch(
-            kind, self.q.device, self.columns, self.q.dtype, heavy=heavy, grouped=grouped
-        )
+            kind, self.q.device, self.columns, self.q.dtype,
+            heavy=heavy, grouped=self.n_heads > self.n_groups, crowded=crowded,
+        )  # fmt: skip
 
     def start(self, kernel: Any, n_programs: int, *arguments: Any, **constants: Any) -> None:
         """Launches a kernel, unless there is nothing for it to do."""

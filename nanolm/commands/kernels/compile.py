@@ -11,14 +11,21 @@ import json
 import pathlib
 from typing import Any
 
-import nanolm.kernels
 from nanolm.commands.json_file import write_json
 from nanolm.errors import UserError
 from nanolm.tables import beside, cells_of
 from nanolm.terminal import say
-from nanolm.tools.kernel_check.matrix import ARCHITECTURES, compile_elsewhere, faults, key
-
-RECORD = pathlib.Path(next(iter(nanolm.kernels.__path__))) / "compile_matrix.json"
+from nanolm.tools.kernel_check.builds import BUILDS
+from nanolm.tools.kernel_check.matrix import (
+    ARCHITECTURES,
+    RECORD,
+    builds_for,
+    compile_elsewhere,
+    faults,
+    key,
+    read_record,
+    unrecorded,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +37,8 @@ class Arguments:
     sample: bool = False
     """Only a few kernels."""
     only: str = ""
-    """Only builds whose name contains this, such as bucket or tf32x3."""
+    """Only builds whose name contains this, such as bucket or tf32x3. Without it, builds of models
+    (grouped+documents, …) are compiled where kernels/compile_matrix.json has rows of them."""
     write: bool = False
     """Put these rows into kernels/compile_matrix.json; without --only also drop other rows of
     these architectures."""
@@ -57,7 +65,7 @@ LEGEND = {
     "KiB": "shared memory, of what the GPU has",
     "products": "instructions of the tensor cores; per: products issued for one needed",
     "fit": "programs that a multiprocessor holds at once",
-    "wide, s": "loads of 128 bits, and seconds of compiling",
+    "wide, s": "loads of 128 bits, and CPU seconds of compiling",
 }
 
 
@@ -94,6 +102,18 @@ def regression(row: dict[str, Any], recorded: dict[str, Any] | None) -> str | No
     return None
 
 
+def refuse_empty(arguments: Arguments) -> None:
+    """Raises UserError where nothing would be compiled, which would read as a success."""
+    sample, only = arguments.sample, arguments.only
+    if not any(builds_for(arch, sample=sample, only=only) for arch in arguments.archs):
+        words = sorted({part for b in BUILDS for part in (b.op, str(b.width), *b.features)})
+        raise UserError(
+            f"only: nothing to compile for {', '.join(arguments.archs)} has {only!r} in "
+            f"its name{' and is in the sample' * sample}; names are such as "
+            f"{BUILDS[0].name}, made of {', '.join(words)}"
+        )
+
+
 def run(arguments: Arguments) -> None:
     """Compile, print, compare."""
     unknown = set(arguments.archs) - set(ARCHITECTURES)
@@ -101,9 +121,8 @@ def run(arguments: Arguments) -> None:
         raise UserError(
             f"archs: {', '.join(sorted(unknown))} unknown; choose from {', '.join(ARCHITECTURES)}"
         )
-    recorded = {}
-    if RECORD.exists():
-        recorded = {key(row): row for row in json.loads(RECORD.read_text(encoding="utf-8"))}
+    refuse_empty(arguments)
+    recorded = {key(row): row for row in read_record()}
     rows: list[dict[str, Any]] = []
     complaints: list[str] = []
     for name, words in LEGEND.items():
@@ -126,6 +145,11 @@ def run(arguments: Arguments) -> None:
     say(f"{len(rows)} kernels compiled, {len(complaints)} complaints")
     for words in complaints:
         say(f"  {words}")
+    if not arguments.sample and not arguments.only:
+        for arch in arguments.archs:
+            waiting = unrecorded(arch)
+            if waiting:
+                say(f"{arch}: not compiled, ask with --only NAME: {', '.join(waiting)}")
     if complaints:
         raise SystemExit(1)
 
