@@ -85,9 +85,10 @@ class Choose(Task):
             return choices.index(label)
         try:
             index = int(label)
-        except (TypeError, ValueError):
+            whole = index == float(label)
+        except (TypeError, ValueError, OverflowError):  # infinity is no whole number
             return None
-        return index if 0 <= index < len(choices) else None
+        return index if whole and 0 <= index < len(choices) else None
 
     def record_of(self, line: str) -> Record:
         """A question and its candidates, separated by tabs."""

@@ -32,7 +32,7 @@ def answers_of(record: Record) -> list[Answer] | None:
         return None
     try:
         found = [Answer(str(answer["text"]), int(answer["answer_start"])) for answer in value]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return None
     return found
 
