@@ -107,9 +107,13 @@ def test_what_is_read_is_said(dollars, tmp_path):
 @pytest.mark.parametrize(("batches", "rows"), [(1, 4), (2, 8), (9, 9)])
 def test_batches_limit_the_evaluation_of_a_task(dollars, batches, rows, tmp_path):
     _, run = dollars
-    out = tmp_path / "out.json"
+    out, folder = tmp_path / "out.json", run / "evaluation"
+    command("evaluate", str(run))
+    own = (folder / "test.json").read_bytes()
     command("evaluate", str(run), f"--batches={batches}", f"--json={out}")
     assert json.loads(out.read_text())["rows"] == rows
+    assert (folder / "test.json").read_bytes() == own  # a part never takes the whole's place
+    assert json.loads((folder / f"test-{rows}-records.json").read_text())["rows"] == rows
 
 
 def test_a_single_file_is_not_tested_on_the_source_of_the_shipped_config(tmp_path):

@@ -1,5 +1,6 @@
 """Metrics equal their libraries' and SQuAD's own definition, on random and adversarial input."""
 
+import math
 import re
 import string
 from collections import Counter
@@ -136,6 +137,18 @@ def test_ranking_and_generation():
     assert other["bleu"] < 5 and other["rouge1"] == 0
     chinese = metrics.generation(["今天天气很好"], ["今天天气不好"]).figures
     assert 0 < chinese["bleu"] < 100 and chinese["rouge1"] == pytest.approx(5 / 6)
+
+
+def test_bleu_and_chrf_tell_what_was_written_from_what_was_right():
+    """A text that ends too early, counted by hand: it says nothing wrong, and half of it is
+    missing. The other way round nothing would be missing, and half of it wrong."""
+    gold = [f"{a}{b}" for a in "abcde" for b in "xy"]
+    written = gold[:5]
+    found = metrics.generation([" ".join(gold)], [" ".join(written)]).figures
+    assert found["bleu"] == pytest.approx(100 * math.exp(1 - 10 / 5))  # precisions 1, brevity
+    seen, whole = len("".join(written)), len("".join(gold))
+    recall = np.mean([(seen - n + 1) / (whole - n + 1) for n in range(1, 7)])
+    assert found["chrf"] == pytest.approx(100 * 5 * recall / (4 + recall))  # recall counts twice
 
 
 def test_a_missing_library_is_named():
