@@ -183,11 +183,11 @@ def file_pieces(
             return
         head = _head(path)
     found = encoding_of(head, encoding)
-    # Records are judged one by one: a NUL in one of them, or behind the last, spoils no other.
-    records = kind == "json" and bool(
-        json_records.fields_in(recoded_head(head, found), by_line=True)
-    )
-    if holds_nul(head, found) and not records:
+    no_text_at_all = holds_nul(head, found)
+    if no_text_at_all and kind == "json":
+        # Records are judged one by one: a NUL in one of them, or behind the last, spoils no other.
+        no_text_at_all = not json_records.fields_in(recoded_head(head, found), by_line=True)
+    if no_text_at_all:
         yield FilePiece(path, NO_TEXT, 0, size, size, text_field, dropped=no_text(head))
         return
     head, longer = recoded_head(head, found), len(head) > PROBE_BYTES

@@ -83,6 +83,8 @@ REFUSED = [
     ("--run.threads 0", "run.threads=0"),
     ("--run.seed -1", "run.seed=-1"),
     ("--distributed.timeout 0", "distributed.timeout=0.0"),
+    ("--distributed.timeout 1e-38", "distributed.timeout=1e-38 must be at least 1"),
+    ("--distributed.hang_timeout 1e-38", "distributed.hang_timeout=1e-38 must be at least 1,"),
 ]
 
 

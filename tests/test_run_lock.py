@@ -105,6 +105,15 @@ def test_a_second_start_is_refused_and_works_when_the_first_has_ended(kind, resu
     assert (run / "summary.json").is_file()
 
 
+def test_who_writes_is_told_before_what_it_has_written(holder):
+    """ "--resume auto continues it" would lead to the other refusal."""
+    run, child = holder
+    (run / "metrics.jsonl").write_text('{"step": 1, "kind": "train"}\n')
+    for resume in ("never", "auto"):
+        with pytest.raises(UserError, match=f"written by process {child} on "):
+            train(run, *SHORT, f"--resume={resume}")
+
+
 def test_a_run_holds_its_folder_while_it_trains(tmp_path, monkeypatch):
     run, told = tmp_path / "run", []
 

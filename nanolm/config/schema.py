@@ -216,7 +216,7 @@ class DistributedConfig:
     backend: Literal["auto", "nccl", "gloo"] = "auto"
     """What carries gradients between ranks: auto takes nccl on GPUs and gloo on CPUs. gloo also
     carries GPU tensors, through host memory: for ranks that share a GPU, or where nccl fails."""
-    timeout: Annotated[float, Within(above=0, most=1e9)] = 600.0
+    timeout: Annotated[float, Within(1, 1e9)] = 600.0
     """Seconds after which a collective that a peer never joins is an error."""
     hang_timeout: Annotated[float, Within(0, 1e9)] | None = None
     """Seconds without any progress after which the rank that hangs is named, with step, phase and
@@ -226,8 +226,13 @@ class DistributedConfig:
     none."""
 
     def __post_init__(self) -> None:
-        require(self.timeout > 0, f"distributed.timeout={self.timeout} must be positive")
+        require_at_least("distributed", self, timeout=1)
         require_at_least("distributed", self, hang_timeout=0, compare_weights_every=0)
+        # Less than a second ends every run as one that hangs, before its first step.
+        require(
+            not 0 < (self.hang_timeout or 0) < 1,
+            f"distributed.hang_timeout={self.hang_timeout} must be at least 1, or 0 for never",
+        )
         require_at_least("distributed", self, shard_size=1)
         sharded = self.strategy != "ddp"
         require(
