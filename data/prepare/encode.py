@@ -62,10 +62,10 @@ def encode(
                 tokens[number].append(ids)
                 lengths[number].append(sizes)
                 if with_sentences:
-                    documents = np.split(ids, np.cumsum(sizes["tokens"], dtype=np.int64)[:-1])
+                    cuts = np.cumsum(sizes["tokens"], dtype=np.int64)[:-1]
                     sentences[number] += [
                         sentence_lengths(tokenizer, text, document)
-                        for text, document in zip(texts, documents, strict=True)
+                        for text, document in zip(texts, np.split(ids, cuts), strict=True)
                     ]
     info = {}
     if with_sentences:
