@@ -27,8 +27,7 @@ class Arguments:
     """YAML files of runs whose models are compared, and counted, in their full size; none for small
     models of every family."""
     all: bool = False
-    """Small models of every family with every head of a task too, not those of pretraining alone;
-    it takes three times as long."""
+    """Small models of every family with every head of a task too, not of pretraining alone."""
     json: str | None = None
     """Also write the table to this file."""
 
