@@ -13,13 +13,15 @@ from nanolm import cli
 from nanolm.commands.kernels.compile import regression
 from nanolm.errors import UserError
 from nanolm.registry import KERNELS, OPS
-from nanolm.tools.kernel_check.builds import BUILDS, PLAIN
+from nanolm.tools.kernel_check.builds import BUILDS, PLAIN, SAMPLE
 from nanolm.tools.kernel_check.matrix import (
     ARCHITECTURES,
     KNOWN_SPILLS,
+    builds_for,
     compile_elsewhere,
     faults,
     key,
+    unrecorded,
 )
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -94,6 +96,18 @@ def test_recorded_compile_matrix_keeps_its_budget():
     possible = {(a, b.name) for a in ARCHITECTURES for b in BUILDS if b.exists_on(a)}
     assert wanted <= recorded <= possible
     assert not [(key(row), words) for row in rows for words in faults(row)]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_what_is_compiled_is_what_the_record_has_or_what_is_named(arch):
+    recorded = {row["build"] for row in json.loads(RECORD.read_text()) if row["arch"] == arch}
+    every = {build.name for build in BUILDS if build.exists_on(arch)}
+    assert {build.name for build in builds_for(arch)} == recorded
+    assert set(unrecorded(arch)) == every - recorded
+    named = {build.name for build in builds_for(arch, only="grouped+")}
+    assert named == {name for name in every if "grouped+" in name} and named
+    assert builds_for(arch, sample=True) == SAMPLE
+    assert builds_for(arch, sample=True, only="norm") == SAMPLE[1:]
 
 
 def test_spills_that_are_accepted_by_name_are_those_of_the_record():
