@@ -21,8 +21,8 @@ from nanolm.data.tokenizer import Tokenizer
 FULL_STOPS = ".\u2024\u2026\ufe52"
 SPACED = FULL_STOPS + "!?"
 """Signs that end a sentence only before a space."""
-# Sentence_Terminal of the Unicode character database (its list of properties) but for those above, and
-# Tibetan's shad, which ends phrases and sentences alike.
+# Sentence_Terminal of the Unicode character database but for those above, and Tibetan's shad,
+# which ends phrases and sentences alike.
 UNSPACED = (
     "\u0589\u061d-\u061f\u06d4\u0700-\u0702\u07f9\u0837\u0839\u083d-\u083e\u0964-\u0965"
     "\u0f0d-\u0f0e\u104a-\u104b\u1362\u1367-\u1368\u166e\u1735-\u1736\u17d4-\u17d5\u1803\u1809"
