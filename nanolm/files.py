@@ -53,6 +53,8 @@ class AtomicFile:
 
     def __init__(self, path: str | os.PathLike, again: str = KEPT, name: str | None = None) -> None:
         self.path, self.again, self.name = pathlib.Path(path), again, name or str(path)
+        if not self.path.name:  # of "" and ".", which pathlib has no name beside
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path) or "''")
         self.temporary = temporary_name(self.path)
         self.size = 0
         self._digest = hashlib.sha256()

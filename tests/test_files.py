@@ -207,3 +207,10 @@ def test_figures_may_go_into_a_pipe():
 def test_a_page_that_quotes_a_name_which_is_no_text_can_be_written(tmp_path):
     files.write_text(tmp_path / "page", "# na\udcefve: \u00fc\n")
     assert (tmp_path / "page").read_text(encoding="utf-8") == "# na\\udcefve: \u00fc\n"
+
+
+@pytest.mark.parametrize("name", ["", ".", "./", "/"])
+def test_a_name_that_is_none_is_a_folder(name):
+    with pytest.raises(IsADirectoryError) as error:
+        files.write_text(name, "x")
+    assert files.refused_by_the_disk(error.value).endswith("; " + files.REMEDIES[errno.EISDIR])

@@ -112,15 +112,3 @@ def test_other_positives_of_the_same_query_do_not_count_against_it():
     other = task.predictions(None, items, vectors)
     assert [row["rank"] for row in other] == [1, 2, 1] and other[1]["loss"] > same[1]["loss"]
     assert also_right(["q", "q", None, "r", "q"], [0, 1, 2, 0, 0]) == [[1], [0], [], [], [1]]
-
-
-def test_positives_that_are_cut_to_the_same_tokens_are_counted(monkeypatch):
-    head = "the parser reads a file and returns the list"
-    rows = [{"query": f"a {i}", "positive": f"{head} {i}"} for i in range(3)]
-    rows += [{"query": f"b {i}", "positive": "one text that fits"} for i in range(2)]
-    monkeypatch.setitem(RECORDS, "embed", rows)
-    told = "3 of 5 positives are read like another one that is a different text"
-    _, read = build("embed", "encoder", length=8)
-    assert sum(told in message for message in read.messages) == 1
-    _, read = build("embed", "encoder", length=64)
-    assert not [message for message in read.messages if "like another" in message]
