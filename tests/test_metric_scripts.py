@@ -161,6 +161,21 @@ def test_tags_that_mark_no_spans_have_no_f1(tags):
     assert figures["macro_f1"] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("letters", ["BILOU", "BMEWO"])
+def test_other_letters_count_as_those_of_bioes_also_where_tags_are_out_of_order(letters):
+    meant = {"L": "E", "U": "S", "M": "I", "W": "S"}
+    rng, kinds = np.random.default_rng(7), [letter for letter in letters if letter != "O"]
+    told = [["O" if i < 0 else f"{kinds[i]}-X" for i in rng.integers(-1, 4, 6)] for _ in range(400)]
+    read = [[meant.get(tag[0], tag[0]) + tag[1:] for tag in tags] for tags in told]
+    for one in (0, 200):  # gold and what was predicted
+        side = slice(one, one + 100), slice(one + 100, one + 200)
+        found, expected = (
+            metrics.tagging(tags[side[0]], tags[side[1]], spans=True).figures
+            for tags in (told, read)
+        )
+        assert found == expected and 0 < found["f1"] < 1
+
+
 def test_the_table_in_the_docs_is_what_is_counted():
     page = pathlib.Path(__file__).parent.parent / "docs" / "metrics.md"
     assert metric_table.table() in page.read_text(encoding="utf-8")
