@@ -2,6 +2,7 @@
 
 import pickle
 import random
+import re
 
 import numpy as np
 import pytest
@@ -42,6 +43,29 @@ def test_round_trip_is_exact_and_meets_no_special_piece(tokenizer: Tokenizer, te
     assert unescape(escape(text)) == text
     doubled = text.count("\uf4a1") + text.count("\uf4a2")
     assert tokenizer.byte_length[ids].sum() == len(text.encode()) + 3 * doubled
+
+
+SPARSE = {
+    "no space": [CHINESE + chr(0x4E00 + i) for i in range(80)],
+    "a space in a thousand lines": [CHINESE + chr(0x4E00 + i) for i in range(80)] * 12 + ["天 地"],
+    "no line ends": ["".join(WORDS.split()) + str(i) for i in range(80)],
+    "spaces and one letter": [" " * i + "a" * (i % 7) for i in range(1, 80)],
+    "signs that stand for spaces": ["▁\uf4a1\uf4a2" * i + chr(0x0E01 + i) for i in range(1, 80)],
+}
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+@pytest.mark.parametrize("sample", SPARSE)
+def test_what_the_sample_lacks_comes_back_too(sample: str, kind: str):
+    """Whatever a tokenizer was trained on, any text is what it was."""
+    lines = [s for line in SPARSE[sample] for s in sentences(line)]
+    with pytest.raises(UserError, match="use at most") as refused:
+        train_tokenizer(lines, vocab_size=5000, kind=kind)
+    size = int(re.search(r"at most (\d+)", str(refused.value))[1])
+    trained = Tokenizer(train_tokenizer(lines, vocab_size=size, kind=kind), "test.model")
+    assert trained.lossless and trained.can_place
+    for text in (" a  b ", "天 ▁地\n\t", "\uf4a1 \uf4a2▁", "e\u0301 ▁▁ x\r\n"):
+        assert trained.decode(trained.encode(text)) == text
 
 
 def test_batch_equals_one_by_one(tokenizer: Tokenizer):

@@ -111,6 +111,9 @@ LOSSLESS: dict[str, Any] = {
     "add_dummy_prefix": False,
     "byte_fallback": True,
     "allow_whitespace_only_pieces": True,
+    # A space is ▁ inside pieces. Where the sample has none, as in Chinese, or too few for
+    # `character_coverage`, it would go by the three bytes of ▁, and come back as a ▁.
+    "required_chars": "▁",
     "user_defined_symbols": ["\n", "\t"],
     "minloglevel": 2,
 }
