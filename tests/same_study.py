@@ -1,10 +1,11 @@
-"""Whether today's code fine-tunes as an older commit did: rows of the tasks' study, a few steps.
+"""Whether today's code fine-tunes as an older commit did: rows of a study, a few steps.
 
     git worktree add --detach ../older COMMIT
     python -m tests.same_study --old ../older --data DIR --out /tmp/same [--only question_type]
 
-Both trees train every row of their own configs/study/tasks.yaml from random weights, seed 0, here;
-printed is whether all losses, and all figures of val, are the same bits. DIR is the study's.
+Both trees train every row of their own configs/study/tasks.yaml (`--study methods`: of that) from
+random weights, seed 0, here; printed is whether all losses, and all figures of val, are the same
+bits. DIR is the study's.
 """
 
 from __future__ import annotations
@@ -60,20 +61,23 @@ def prepare(old: pathlib.Path, data: pathlib.Path, out: pathlib.Path) -> None:
             call(old, "train.py", *words, "--eval.batches", 1, "--run.wandb.mode", "disabled")
 
 
-def study(tree: pathlib.Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """(what all rows have, row -> what it changes) of a tree's study."""
-    text = (tree / "configs/study/tasks.yaml").read_text(encoding="utf-8")
-    found = yaml.safe_load(text)
-    return found["overrides"], {row["name"]: row["overrides"] for row in found["rows"]}
+def overrides(tree: pathlib.Path, study: str) -> dict[str, dict[str, Any]]:
+    """Row -> the keys that it sets, of a tree's study."""
+    found = yaml.safe_load((tree / f"configs/study/{study}.yaml").read_text(encoding="utf-8"))
+    rows = found["rows"]
+    return {row["name"]: found["overrides"] | row.get("overrides", {}) for row in rows}
 
 
 def lines_of(
-    tree: pathlib.Path, row: str, folder: pathlib.Path, data: pathlib.Path, out: pathlib.Path
+    tree: pathlib.Path,
+    keys: dict[str, Any],
+    folder: pathlib.Path,
+    data: pathlib.Path,
+    out: pathlib.Path,
 ) -> list[dict[str, Any]]:
     """metrics.jsonl of one row, trained unless it was before."""
     if not (folder / "summary.json").exists():
-        common, rows = study(tree)
-        keys = common | rows[row] | CHANGED
+        keys = keys | CHANGED
         keys.pop("train.epochs", None)
         places = {"data": data} | {name: out / name for name in SHAPES}
         words = [
@@ -106,13 +110,15 @@ def main() -> None:
     for name in ("old", "data", "out"):
         parser.add_argument(f"--{name}", type=pathlib.Path, required=True)
     parser.add_argument("--only", nargs="+")
+    parser.add_argument("--study", default="tasks", choices=("tasks", "methods"))
     arguments = parser.parse_args()
     old, data, out = (getattr(arguments, name).resolve() for name in ("old", "data", "out"))
     out.mkdir(parents=True, exist_ok=True)
     prepare(old, data, out)
-    for row in arguments.only or study(HERE)[1]:
+    rows = {tree: overrides(tree, arguments.study) for tree in (old, HERE)}
+    for row in arguments.only or rows[HERE]:
         runs = [
-            lines_of(tree, row, out / side / row.replace(" ", "-"), data, out)
+            lines_of(tree, rows[tree][row], out / side / row.replace(" ", "-"), data, out)
             for side, tree in (("old", old), ("new", HERE))
         ]
         print(f"{row}: {'; '.join(differences(*runs)[:6]) or 'the same bits'}", flush=True)
