@@ -165,7 +165,8 @@ def test_the_decoder_reads_targets_one_place_later_behind_a_pad():
     assert examples[2]["targets"].tolist() == [3]  # one token alone: nothing is cut out
     tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
     inputs = objective.inputs(tensors)
-    assert inputs.source_mask.kinds() <= objective.masks
+    assert inputs.source_mask.kinds() == objective.masks  # padding is told, and so not seen
+    assert inputs.source_mask.key_lengths is tensors["lengths"]
     assert len(objective.targets(tensors)) == objective.counts(batch)["span"]
 
 

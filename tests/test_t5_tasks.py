@@ -10,8 +10,11 @@ import torch
 
 from nanolm import build
 from nanolm.errors import UserError
+from nanolm.finetune.generation import search_of
 from nanolm.finetune.prepare import prepare, start_weights
+from nanolm.finetune.tasks.write import WriteOptions
 from nanolm.finetune.tasks.write_from_source import WriteFromSource
+from nanolm.inference.beam_search import BeamSearch
 from nanolm.model.trunk import Inputs
 from nanolm.objectives.base import IGNORED
 from nanolm.saved import open_saved
@@ -85,6 +88,7 @@ def test_predictions_do_not_depend_on_what_else_is_in_the_batch(written):
     assert one == five
 
 
+@pytest.mark.slow
 def test_it_learns_to_write_the_name_of_a_class(base, tmp_path):
     """Text-to-text classification: the label's column is the answer."""
     path = tables(tmp_path, questions(24))
@@ -162,6 +166,26 @@ def test_a_token_of_the_answer_does_not_see_those_behind_it(base, tmp_path):
     assert 1 < same < a.shape[1]
     torch.testing.assert_close(a[:, :same], b[:, :same])
     assert not torch.allclose(a[:, same], b[:, same])
+
+
+def test_padding_of_a_source_is_not_read_in_training(base, tmp_path):
+    task = task_of(base, tmp_path)
+    learner = open_saved(base, phase="train").learner
+    items = [item for i, r in enumerate(pairs(4)) for item in task.items(r, i, with_gold=True)]
+
+    def loss(*items):
+        batch = {name: torch.from_numpy(x) for name, x in task.collate(list(items)).items()}
+        with torch.no_grad():
+            hidden = learner.trunk(task.inputs(batch))
+            return float(task.loss(hidden, learner.heads, batch)["write"].sum)
+
+    assert len({len(item.sequences[0].tokens) for item in items}) > 1
+    assert loss(*items) == pytest.approx(sum(map(loss, items)), rel=1e-5)
+
+
+def test_beams_of_a_task_are_searched_as_it_says():
+    options = WriteOptions(beams=3, length_penalty=0.5, max_new_tokens=7)
+    assert search_of(options).keywords == {"search": BeamSearch(3, 7, 0.5)}
 
 
 def test_two_ranks_write_as_one(base, tmp_path):
