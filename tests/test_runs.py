@@ -89,6 +89,13 @@ ODD = {  # what may stand in the place of a run's own files, whether or not a no
 }
 
 
+def test_a_plot_of_no_runs_is_refused(tmp_path):
+    out = tmp_path / "none.png"
+    with pytest.raises(UserError, match="runs is empty"):
+        main_or_raise(["plot", "--runs", "[]", f"--out={out}"])
+    assert not out.exists()
+
+
 @pytest.mark.parametrize(
     ("name", "told", "content"), [(*file, text) for file, held in ODD.items() for text in held]
 )
