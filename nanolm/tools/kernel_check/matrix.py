@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from typing import IO, Any, cast
 
 import nanolm.kernels
-from nanolm.tools.kernel_check.builds import BUILDS, PLAIN, SAMPLE, Build, launch
+from nanolm.tools.kernel_check.builds import BUILDS, SAMPLE, Build, launch
 
 RECORD = pathlib.Path(next(iter(nanolm.kernels.__path__))) / "compile_matrix.json"
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -40,23 +40,9 @@ def read_record() -> list[dict[str, Any]]:
 
 
 def builds_for(arch: str, *, sample: bool = False, only: str = "") -> tuple[Build, ...]:
-    """What is compiled for an architecture: the sample, or all builds whose name contains `only`.
-
-    Without either: every op by itself, and those of models' builds that the record has.
-    """
-    known: tuple[Build, ...] = BUILDS
-    if sample:
-        known = SAMPLE
-    elif not only:
-        recorded = {row["build"] for row in read_record() if row["arch"] == arch}
-        known = tuple(b for b in BUILDS if b in PLAIN or b.name in recorded)
-    return tuple(build for build in known if only in build.name and build.exists_on(arch))
-
-
-def unrecorded(arch: str) -> list[str]:
-    """The builds of models for which the record has no row of an architecture."""
-    recorded = builds_for(arch)
-    return [b.name for b in BUILDS if b.exists_on(arch) and b not in recorded]
+    """What is compiled for an architecture: all builds, or the sample, whose name has `only`."""
+    builds: tuple[Build, ...] = SAMPLE if sample else BUILDS
+    return tuple(build for build in builds if only in build.name and build.exists_on(arch))
 
 
 def rows(arch: str, builds: tuple[Build, ...]) -> Iterator[dict[str, Any]]:
@@ -84,7 +70,7 @@ def faults(row: dict[str, Any]) -> list[str]:
         found.append(f"{row['scratch_bytes']} bytes of scratch memory, though nothing is spilled")
     if row["shared"] > row["shared_limit"]:
         found.append(f"{row['shared']} bytes of shared memory, {row['shared_limit']} exist")
-    if row.get("programs") == 0:  # rows of before this column have none
+    if row["programs"] == 0:
         found.append("a multiprocessor has too few registers or too little memory for one program")
     if row["precision"] and (sixteen or "tf32x3" in row["build"]) and not row["tensor_core"]:
         found.append("a product without tensor cores")
