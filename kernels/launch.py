@@ -123,6 +123,7 @@ HEAVY = {
     ("sm_100", 128, "forward"): {"": Launch(64, 64, 8, 2)},
     ("sm_100", 256, "key_value"): {"": Launch(64, 32, 8, 1)},
     ("sm_100", 256, "bias"): {"bucket": Launch(16, 32, 2, 1)},
+    ("gfx942", 256, "key_value"): {"": Launch(16, 32, 4, 1)},
 }
 WEIGHTS = frozenset({"alibi", "bucket", "dense", "dropout", "softcap"})
 # Of an older Triton, which takes more registers for the same: where that would spill.

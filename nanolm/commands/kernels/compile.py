@@ -94,7 +94,7 @@ def regression(row: dict[str, Any], recorded: dict[str, Any] | None) -> str | No
         return f"{row['spills']} spills, {recorded['spills']} recorded"
     if set(row["tensor_core"]) != set(recorded["tensor_core"]):
         return f"tensor cores {row['tensor_core']}, {recorded['tensor_core']} recorded"
-    before = recorded["products"]
+    before = recorded.get("products")  # rows of before this column have none
     if before is not None and row["products"] > before:
         return f"{row['products']} products for one that is needed, {before} recorded"
     return None
