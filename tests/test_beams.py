@@ -9,7 +9,7 @@ import torch
 from nanolm.build import build_learner, build_objective, resolve
 from nanolm.config.load import load_config
 from nanolm.errors import UserError
-from nanolm.inference.beam_search import BeamSearch, write_best
+from nanolm.inference.beam_search import Beams, BeamSearch, write_best
 from nanolm.inference.generate import Chosen, Generator
 from nanolm.inference.generate_from_source import GENERATORS
 from nanolm.model.trunk import Inputs
@@ -78,6 +78,22 @@ def test_a_text_counts_by_what_one_pass_over_it_says(tokenizer, tmp_path, use_ca
             assert score == pytest.approx(expected, rel=1e-5)
 
 
+def test_of_equal_texts_the_later_goes_and_cannot_keep_a_search_alive():
+    beams = Beams(2, [[], []])
+    beams.finish(-2.0, [2])
+    beams.see(-9.0)
+    assert not beams.done  # one finished text of two is not enough
+    beams.finish(-1.0, [1])
+    beams.finish(-2.0, [3])
+    assert beams.finished == [(-1.0, [1]), (-2.0, [2])]
+    beams.see(-1.9)
+    assert not beams.done
+    beams.see(-2.0)
+    assert beams.done
+    beams.see(-1.9)
+    assert beams.done  # once for all
+
+
 class Chain:
     """A generator over a table: the next token's logits depend on the last two tokens alone."""
 
@@ -128,6 +144,14 @@ def test_beams_that_are_many_enough_find_the_best_of_all_texts(seed, penalty):
         assert texts[0][0] == pytest.approx(score, rel=1e-5)
         scores = [score for score, _ in texts]
         assert scores == sorted(scores, reverse=True)
+
+
+def test_what_a_text_may_not_begin_with_may_come_later():
+    chain = Chain(3, eos=2, seed=0)
+    chain.table[:] = torch.tensor([5.0, 0.0, -9.0])
+    chain.forbidden_at_first = lambda begin: torch.tensor([begin == " ", False, False])
+    found = BeamSearch(1, 3)(chain, [[0, 1], [0, 1]], [" ", ""])
+    assert [texts[0][1] for texts in found] == [[1, 0, 0], [0, 0, 0]]
 
 
 def search_all(search, chain, prompts):

@@ -1,10 +1,12 @@
 """FLOPs by formula against PyTorch's counter and against counting visible keys one by one."""
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanolm.config.model import ModelConfig
+from nanolm.data.rows import Row
 from nanolm.model.trunk import Inputs
 from nanolm.ops.masks import Mask
 from nanolm.training.flops import forward_flops_per_token, keys_seen, train_flops_per_token
@@ -57,6 +59,30 @@ def test_an_encoder_decoders_flops_are_what_pytorch_counts(make_learner, kv_head
     # The counter counts hidden keys too: of a causal row of n it sees n, we (n + 1) / 2.
     hidden = 4 * 2 * n_targets * (n_targets - (n_targets + 1) / 2) * 4 * 12 * model.n_layers
     assert counter.get_total_flops() == pytest.approx(found + hidden)
+
+
+@pytest.mark.parametrize("trunk", ["encoder", "encoder_decoder", "two_stream"])
+def test_only_what_is_predicted_goes_through_the_vocabulary(make_learner, trunk, monkeypatch):
+    name = {"encoder": "mlm", "encoder_decoder": "span", "two_stream": "permutation"}[trunk]
+    positions = "relative" if trunk == "two_stream" else "rotary"
+    model = {"trunk": trunk, "positions": {"name": positions}}
+    learner = make_learner(model, {"name": name}, row_length=T)
+    objective, head, projected = learner.objective, learner.heads["lm"], []
+    tokens = np.arange(objective.span) + 50
+    row = Row(tokens, np.zeros(1, np.int64), corpus=0, block=0, epoch=0, row_id=0)
+    draws = map(np.random.default_rng, range(3))
+    batch = objective.collate([objective.example(row, rng, None) for rng in draws])
+    tensors = {key: torch.from_numpy(values) for key, values in batch.items()}
+
+    def told(hidden_ND, *more):
+        projected.append(len(hidden_ND))
+        return plain(hidden_ND, *more)
+
+    plain = head.features  # what the vocabulary's rows are compared with
+    monkeypatch.setattr(head, "features", told)
+    learner(tensors)
+    assert projected == [objective.counts(batch)[name]]
+    assert 0 < projected[0] < 3 * T
 
 
 def test_training_costs_three_forwards_and_the_head_its_share():

@@ -86,6 +86,17 @@ def test_predictions_do_not_depend_on_what_else_is_in_the_batch(written):
     assert one == five
 
 
+def test_it_learns_to_write_the_name_of_a_class(base, tmp_path):
+    """Text-to-text classification: the label's column is the answer."""
+    path = tables(tmp_path, questions(24))
+    words = ("--objective.template=what is it about? {text}", "--data.columns={response: label}")
+    words += ("--objective.name=write", "--train.steps=50", *SLOWLY, "--objective.beams=2")
+    finetune(base, path.parent, tmp_path / "run", *words)
+    written = command("predict", str(tmp_path / "run"), str(path), "--columns={response: label}")
+    answers = [json.loads(line)["text"].strip() for line in written.splitlines()]
+    assert answers == [record["label"] for record in questions(24)]
+
+
 def task_of(base, tmp_path, *words):
     path = tables(tmp_path, pairs(8))
     return prepare(
