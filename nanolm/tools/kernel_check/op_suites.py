@@ -16,6 +16,7 @@ from nanolm.tools.kernel_check.op_trials import (
     linear_trial,
     norm_trial,
     rotary_trial,
+    strided,
     symmetric_trial,
 )
 from nanolm.tools.kernel_check.trial import Trial
@@ -31,11 +32,12 @@ MIXES = (
 
 
 def op_trials(op: str, device: str = "cpu") -> list[Trial]:
-    """The trials of one op: each of its shapes in each dtype, larger ones, then mixed dtypes."""
+    """The trials of one op: each of its shapes in each dtype, larger ones, mixed dtypes, strides."""
     trials: list[Trial] = []
     for index, dtype in enumerate(DTYPES):
         trials += TRIALS[op](index, {"dtype": dtype, "device": device})
-    return trials + LARGE[op]({"dtype": FP32, "device": device}) + MIXED[op](device)
+    trials += LARGE[op]({"dtype": FP32, "device": device}) + MIXED[op](device)
+    return [*trials, strided(trials[0])]
 
 
 LARGE: dict[str, Callable[[dict[str, Any]], list[Trial]]] = {
