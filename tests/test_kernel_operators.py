@@ -61,7 +61,8 @@ def arguments_of(name):
         flat = attention_arguments(narrow, grad=False)
         out, lse = torch.ops.nanolm.attention(*flat)
         yield torch.ones_like(out), None, out, lse, True, *flat
-        flat = attention_arguments(BucketBias(draw(8, 2, grad=False).bfloat16(), False, 16), grad=False)
+        table = BucketBias(draw(8, 2, grad=False).bfloat16(), False, 16)
+        flat = attention_arguments(table, grad=False)
         out, lse = torch.ops.nanolm.attention(*flat)
         yield torch.ones_like(out), None, out, lse, True, *flat
     elif name == "norm":

@@ -57,14 +57,17 @@ def problem(name):
     return OTHERS[name](), candidates(name)["triton"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ATTENTION)) for n in NAMES]
+)
 def test_indices_times_strides_are_64_bits_wide(name):
     from nanolm.kernels import launch
     from tests.kernel_tools.narrow import short_integers
 
     trial, kernel = problem(name)
     before = dict(launch.INTERPRETER)
-    launch.INTERPRETER.update(dict.fromkeys(launch.KINDS, launch.Launch(*TILES.get(name, (16, 16)))))
+    tile = launch.Launch(*TILES.get(name, (16, 16)))
+    launch.INTERPRETER.update(dict.fromkeys(launch.KINDS, tile))
     try:
         right = execute(trial, kernel, backward=trial.differentiable).tensors
         with short_integers():

@@ -121,7 +121,7 @@ def rotary_trial(
     name = f"{n_heads} heads of {width}, {n_pairs} pairs{' per row' * per_row} {dtype}"
     return Trial(
         name, spec, {"x": x[:, :, ::2]}, run, computes=FP32, dtypes={"out": dtype},
-        autocast=autocast,
+        autocast=autocast, constants={"cos": cos, "sin": sin},
     )  # fmt: skip
 
 
@@ -188,6 +188,7 @@ def cross_entropy_trial(
         autocast=mix.autocast, computes=FP32 if exact else None,
         detached=frozenset({"nll", "lse", "correct"}),
         dtypes=dict.fromkeys(("loss", "nll", "lse", "correct"), FP32),
+        constants={"targets": targets},
     )  # fmt: skip
 
 
