@@ -43,8 +43,9 @@ class Trial:
     `autocast` is the dtype of the autocast region that the kernel runs in, `computes` the dtype
     that bounds its precision (the spec's, unless it sums in a wider one), `dtypes` what its outputs
     must have. `constants` are its inputs without a gradient, which `run` holds. `terms(leaves)` is
-    the size of what is added up to each output and gradient, for those that cancel, and `rounding` how far each term may be off for its own part, beside the
-    rounding of its dtype (attention: an exponent is as exact as the scores are large).
+    the size of what is added up to each output and gradient, for those that cancel, and `rounding`
+    how far each term may be off for its own part, beside the rounding of its dtype (attention: an
+    exponent is as exact as the scores are large).
     """
 
     name: str
