@@ -43,7 +43,7 @@ OTHERS = {
     "linear_cross_entropy": lambda: cross_entropy_trial(
         20, 127, bias=False, softcap=None, label_smoothing=0.1, z_loss=0.0, **COMMON
     ),
-    "symmetric_product": lambda: symmetric_trial(60, 5, **COMMON),
+    "symmetric_product": lambda: symmetric_trial(100, 5, **COMMON),
 }
 NAMES = [*ATTENTION, "decode", *OTHERS]
 
