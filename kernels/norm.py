@@ -233,5 +233,6 @@ def norm(
     added = None
     if residual is not None:
         added = residual.reshape(rows.shape).contiguous()
-    out, total, _, _ = differentiable_norm(rows, weight_D, bias_D, added, kind == "layernorm", eps)
+    weight, bias = weight_D.contiguous(), None if bias_D is None else bias_D.contiguous()
+    out, total, _, _ = differentiable_norm(rows, weight, bias, added, kind == "layernorm", eps)
     return out.view(x.shape), x if residual is None else total.view(x.shape)

@@ -105,6 +105,23 @@ def test_chunks_of_the_loss_are_whole_tiles_of_its_products():
         assert chunk == 128 or 2**26 - 128 * n_columns < chunk * n_columns <= 2**26
 
 
+@pytest.mark.parametrize("name", ["reference", "chunked", "triton"])
+def test_the_best_logit_is_the_first_of_the_largest_in_whatever_block(monkeypatch, name):
+    """Forty columns in blocks of 16: largest ones in the first, the second and the last block, and
+    two that are equal in different ones."""
+    if name == "triton":
+        from nanolm.kernels import cross_entropy
+
+        monkeypatch.setattr(cross_entropy, "BLOCK", 16)
+    logits = torch.zeros(8, 40, device=DEVICE)
+    for row, columns in enumerate([(3,), (20,), (39,), (5, 20), (5, 20), (17, 36), (0, 15), ()]):
+        logits[row, list(columns)] = 2.0
+    targets = torch.tensor([3, 20, 39, 5, 20, 17, 15, 0], device=DEVICE)
+    run = kernel_of("linear_cross_entropy", name).run
+    found = run(torch.eye(8, device=DEVICE), logits.t().contiguous(), None, targets)
+    assert found.correct.tolist() == (logits.argmax(dim=1) == targets).tolist()
+
+
 @pytest.mark.parametrize("name", ATTENTION)
 def test_without_any_key_attention_is_zero(name):
     q, k = draw(2, 3, 2, 16), draw(2, 0, 2, 16)

@@ -42,9 +42,10 @@ class Trial:
     a kernel on such leaves and names its outputs. Outputs in `detached` have no gradient.
     `autocast` is the dtype of the autocast region that the kernel runs in, `computes` the dtype
     that bounds its precision (the spec's, unless it sums in a wider one), `dtypes` what its outputs
-    must have. `terms(leaves)` is the size of what is added up to each output and gradient, for
-    those that cancel, and `rounding` how far each term may be off for its own part, beside the
-    rounding of its dtype (attention: an exponent is as exact as the scores are large).
+    must have. `constants` are its inputs without a gradient, which `run` holds. `terms(leaves)` is
+    the size of what is added up to each output and gradient, for those that cancel, and `rounding`
+    how far each term may be off for its own part, beside the rounding of its dtype (attention: an
+    exponent is as exact as the scores are large).
     """
 
     name: str
@@ -57,6 +58,7 @@ class Trial:
     dtypes: Mapping[str, torch.dtype] = dataclasses.field(default_factory=dict)
     terms: Terms | None = None
     rounding: float = 0.0
+    constants: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
     @property
     def differentiable(self) -> bool:
