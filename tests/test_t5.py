@@ -125,6 +125,11 @@ def test_hidden_states_and_logits_with_padding(pair):
     expected = out.decoder_hidden_states[-1]
     torch.testing.assert_close(hidden, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(logits, out.logits, atol=1e-5, rtol=1e-5)
+    targets = some_tokens(T, seed=5).flatten()
+    expected = torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), targets, reduction="sum")
+    keys = {"label_smoothing": 0.0, "z_loss": 0.0}
+    loss = ours.heads["lm"].cross_entropy(hidden.flatten(0, 1), targets, **keys).loss
+    torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-5)  # what is trained is the same
 
 
 def test_names_map_there_and_back(pair):
