@@ -1,6 +1,6 @@
 # Two commands do everything on a fresh machine that has Python 3.11, 3.12 or 3.13 and make:
 #   make demo    install, prepare the embedded corpus, train, evaluate, sample, fine-tune (minutes)
-#   make test    install the development tools too, run the tests                 (about 20 minutes on two cores)
+#   make test    install the development tools too, run the tests                 (about ten minutes on two cores)
 # make check is the full, long version of the tests (more than an hour).
 # make matrix runs them with other versions of Python and torch, make alone each file by itself.
 
@@ -14,7 +14,7 @@ NANOLM := $(BIN)/nanolm
 DEMO := runs/demo
 DEMO_DATA := runs/demo-data
 
-.PHONY: demo demo-mlm demo-t5 test check alone doors house matrix gpu chaos lint clean constraints
+.PHONY: demo demo-mlm demo-t5 test quick check alone doors house matrix gpu chaos lint clean constraints
 
 $(VENV)/base: setup.py constraints.txt
 	@echo "$(VENV) gets $$($(PYTHON) --version) ($(PYTHON)); another one: make PYTHON=…"
@@ -55,7 +55,11 @@ demo-t5: $(VENV)/base $(DEMO_DATA)/manifest.json
 	$(NANOLM) evaluate --run runs/demo-t5
 	$(NANOLM) generate --run runs/demo-t5 --prompt 'def __init__(<mask>, name):' --temperature 0 --max_tokens 24
 
-test: $(VENV)/dev lint
+# Side by side: mypy takes more than a minute, in which tests wait for processes and sockets.
+test: $(VENV)/dev
+	+$(MAKE) --no-print-directory -j 2 lint quick
+
+quick: $(VENV)/dev
 	$(BIN)/python -m pytest -m 'not slow' -n 2 --dist worksteal
 
 check: $(VENV)/dev lint

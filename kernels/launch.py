@@ -74,33 +74,58 @@ HALF = {
     ("gfx942", 128): (Launch(64, 32, 4, 1), Launch(32, 32, 4, 1), Launch(64, 32, 4, 1)),
     ("gfx942", 256): (Launch(32, 32, 4, 1), Launch(32, 32, 4, 1), Launch(32, 32, 4, 1)),
 }
-# Instead of these where a bias, dropout or a soft-cap takes registers besides. Heads of 64 take
-# what stands for 128, but for dK and dV.
+# Instead of these where a call has words besides: "grouped", several query heads to one of keys,
+# over which dK and dV loop; "window"; "numbers", a mask that is compared to numbers in memory
+# (lengths, documents, prefixes, an order). Each takes registers: tiles are smaller, or not loaded
+# ahead. Of a place's entries the first all of whose words the call has is taken.
+LIGHT = {
+    ("sm_80", 64, "key_value"): {
+        "window numbers": Launch(64, 32, 4, 2),
+        "grouped numbers": Launch(64, 32, 4, 2),
+    },
+    ("sm_80", 64, "query"): {"window numbers": Launch(128, 32, 8, 2)},
+    ("sm_80", 128, "key_value"): {"grouped": Launch(64, 64, 8, 1)},
+    ("sm_86", 64, "key_value"): {"grouped numbers": Launch(32, 64, 4, 1)},
+    ("sm_86", 128, "forward"): {"window": Launch(128, 32, 8, 2)},
+    ("sm_90", 64, "key_value"): {
+        "window numbers": Launch(32, 64, 4, 2),
+        "grouped": Launch(32, 64, 4, 2),
+    },
+    ("sm_90", 128, "key_value"): {
+        "grouped window": Launch(16, 128, 8, 2),
+        "grouped numbers": Launch(16, 128, 8, 2),
+        "grouped": Launch(32, 128, 8, 1),
+    },
+    ("sm_100", 64, "key_value"): {
+        "window numbers": Launch(64, 64, 8, 2),
+        "grouped": Launch(64, 64, 8, 2),
+    },
+    ("sm_100", 128, "key_value"): {"grouped": Launch(64, 64, 8, 1)},
+    ("sm_100", 256, "key_value"): {"grouped": Launch(64, 32, 8, 1)},
+}
+# The same beside a bias, dropout or a soft-cap, which take most. Their words: the bias's kind,
+# "dropout", "softcap". Heads of 64 take what stands for 128, but for dK and dV.
 HEAVY = {
-    ("sm_80", 64, "forward"): Launch(64, 64, 4, 2),
-    ("sm_80", 64, "query"): Launch(64, 32, 4, 2),
-    ("sm_80", 128, "key_value"): Launch(32, 64, 8, 2),
-    ("sm_80", 256, "bias"): Launch(16, 32, 4, 1),
-    ("sm_86", 64, "forward"): Launch(64, 32, 4, 2),
-    ("sm_86", 128, "forward"): Launch(64, 32, 8, 2),
-    ("sm_86", 128, "query"): Launch(64, 32, 4, 2),
-    ("sm_86", 256, "bias"): Launch(16, 32, 4, 1),
-    ("sm_90", 128, "key_value"): Launch(32, 64, 8, 2),
-    ("sm_90", 256, "bias"): Launch(16, 32, 2, 1),
-    ("sm_100", 128, "forward"): Launch(64, 64, 8, 2),
+    ("sm_80", 64, "forward"): {"": Launch(64, 64, 4, 2)},
+    ("sm_80", 64, "key_value"): {"dense dropout": Launch(32, 32, 4, 1)},
+    ("sm_80", 64, "query"): {"": Launch(64, 32, 4, 2)},
+    ("sm_80", 128, "key_value"): {"": Launch(32, 64, 8, 2)},
+    ("sm_80", 256, "bias"): {"": Launch(16, 32, 4, 1)},
+    ("sm_86", 64, "forward"): {"": Launch(64, 32, 4, 2)},
+    ("sm_86", 64, "key_value"): {"dense dropout": Launch(32, 32, 4, 1)},
+    ("sm_86", 64, "query"): {"bucket dropout": Launch(64, 32, 4, 1)},
+    ("sm_86", 128, "forward"): {"": Launch(64, 32, 8, 2)},
+    ("sm_86", 128, "query"): {"": Launch(64, 32, 4, 2)},
+    ("sm_86", 256, "bias"): {"": Launch(16, 32, 4, 1)},
+    ("sm_90", 64, "key_value"): {"dense": Launch(32, 32, 4, 1)},
+    ("sm_90", 128, "key_value"): {"": Launch(32, 64, 8, 2)},
+    ("sm_90", 256, "bias"): {"": Launch(16, 32, 2, 1)},
+    ("sm_100", 128, "forward"): {"": Launch(64, 64, 8, 2)},
+    ("sm_100", 256, "key_value"): {"": Launch(64, 32, 8, 1)},
+    ("sm_100", 256, "bias"): {"bucket": Launch(16, 32, 2, 1)},
+    ("gfx942", 256, "key_value"): {"": Launch(16, 32, 4, 1)},
 }
-# And where several query heads share a key/value head, over which dK and dV loop: the loop's
-# pointers take registers, and tiles that are not loaded ahead give some back.
-GROUPED = {
-    ("sm_80", 128, "key_value"): Launch(64, 64, 8, 1),
-    ("sm_90", 64, "key_value"): Launch(32, 64, 4, 2),
-    ("sm_90", 128, "key_value"): Launch(32, 128, 8, 1),
-    ("sm_100", 64, "key_value"): Launch(64, 64, 8, 2),
-    ("sm_100", 128, "key_value"): Launch(64, 64, 8, 1),
-}
-# And where a window meets lengths, documents, a prefix or an order: a loop bounded on both sides,
-# whose tiles are compared to numbers in memory besides.
-CROWDED = {("sm_90", 64, "key_value"): Launch(32, 64, 4, 2)}
+WEIGHTS = frozenset({"alibi", "bucket", "dense", "dropout", "softcap"})
 # Of an older Triton, which takes more registers for the same: where that would spill.
 BEFORE_3_7 = {("sm_90", 128, "key_value"): Launch(32, 128, 8, 1)}
 TRITON = tuple(int(word) for word in triton.__version__.split(".")[:2])
@@ -153,21 +178,10 @@ INTERPRETER = dict.fromkeys(KINDS, Launch(32, 32))
 
 
 def attention_launch(
-    kind: str,
-    device: torch.device,
-    columns: int,
-    dtype: torch.dtype,
-    *,
-    heavy: bool = False,
-    grouped: bool = False,
-    crowded: bool = False,
+    kind: str, device: torch.device, columns: int, dtype: torch.dtype, words: frozenset[str]
 ) -> Launch:
-    """The launch of one attention kernel: "forward", "key_value", "query" or "bias".
-
-    `heavy`: with a bias, dropout or a soft-cap, whose registers do not fit beside the largest
-    tiles. `grouped`: fewer key/value heads than query heads. `crowded`: with a window beside
-    another mask.
-    """
+    """The launch of one attention kernel ("forward", "key_value", "query" or "bias") for a call
+    that has these words of LIGHT and HEAVY."""
     arch = arch_of(device)
     if arch == "cpu":
         return INTERPRETER[kind]
@@ -176,29 +190,39 @@ def attention_launch(
         # `ieee` has no tensor cores and tf32x3 three operands for one: small tiles, for registers.
         return Launch(32, 32, 4 if columns == 64 else 8, 1)
     family = relative(arch)
-    if heavy or kind == "bias":
-        return heavy_launch(kind, family, columns)
-    launches = dict(zip(KINDS, HALF[family, columns], strict=False))
-    usual = BEFORE_3_7.get((family, columns, kind)) if TRITON < (3, 7) else None
-    shared = GROUPED.get((family, columns, kind)) if grouped else None
-    masked = CROWDED.get((family, columns, kind)) if crowded else None
-    return shared or masked or usual or launches[kind]
+    if words & WEIGHTS or kind == "bias":
+        return heavy_launch(kind, family, columns, words)
+    place = family, columns, kind
+    usual = BEFORE_3_7.get(place) if TRITON < (3, 7) else None
+    return first_fitting(LIGHT.get(place), words) or usual or half_launch(*place)
 
 
-def heavy_launch(kind: str, family: str, columns: int) -> Launch:
+def half_launch(family: str, columns: int, kind: str) -> Launch:
+    """The launch of a 16-bit kernel that has no words."""
+    return HALF[family, columns][KINDS.index(kind)]
+
+
+def first_fitting(entries: dict[str, Launch] | None, words: frozenset[str]) -> Launch | None:
+    """The first of a place's launches whose words are all there."""
+    found = (launch for names, launch in (entries or {}).items() if words.issuperset(names.split()))
+    return next(found, None)
+
+
+def heavy_launch(kind: str, family: str, columns: int, words: frozenset[str]) -> Launch:
     """The launch of a 16-bit kernel that is short of registers."""
     narrow = columns == 64
     like = 128 if narrow else columns
-    launches = dict(zip(KINDS, HALF[family, like], strict=False))
-    query = launches["query"]
-    if (family, columns, kind) in HEAVY:
-        return HEAVY[family, columns, kind]
+    own = first_fitting(HEAVY.get((family, columns, kind)), words)
+    if own:
+        return own
+    query = half_launch(family, like, "query")
     if kind == "bias":  # beside its scores it holds their sum
         m, n = min(query.m, 32 if family == "sm_86" else 64), min(query.n, 32)
         return dataclasses.replace(query, m=m, n=n)
     if kind == "key_value" and narrow:
         return Launch(32, 32, 4, query.stages)
-    return HEAVY.get((family, like, kind), launches[kind])
+    shared = first_fitting(HEAVY.get((family, like, kind)), words)
+    return shared or half_launch(family, like, kind)
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:

@@ -69,7 +69,6 @@ def norm_backward_kernel(
 ):  # fmt: skip
     """One program: every n-th group of ROWS rows, and their share of dw and db."""
     column = tl.arange(0, COLUMNS)[None, :]
-    w = tl.load(weight + column, mask=column < WIDTH, other=0.0).to(ACCUMULATE)
     sum_weight = tl.zeros([1, COLUMNS], ACCUMULATE)
     sum_bias = tl.zeros([1, COLUMNS], ACCUMULATE)
     step = tl.num_programs(0) * ROWS
@@ -87,7 +86,8 @@ def norm_backward_kernel(
         grad = tl.load(grad_out + at, mask=inside, other=0.0).to(ACCUMULATE)
         sum_weight += tl.sum(grad * normed, axis=0)[None, :]
         sum_bias += tl.sum(grad, axis=0)[None, :]
-        grad *= w
+        # Read anew for every row, from a cache: wide rows lack the registers to keep it.
+        grad *= tl.load(weight + column, mask=column < WIDTH, other=0.0).to(ACCUMULATE)
         grad_y = grad - normed * (tl.sum(grad * normed, axis=1)[:, None] / WIDTH)
         if CENTRED:
             grad_y -= tl.sum(grad, axis=1)[:, None] / WIDTH
@@ -233,5 +233,6 @@ def norm(
     added = None
     if residual is not None:
         added = residual.reshape(rows.shape).contiguous()
-    out, total, _, _ = differentiable_norm(rows, weight_D, bias_D, added, kind == "layernorm", eps)
+    weight, bias = weight_D.contiguous(), None if bias_D is None else bias_D.contiguous()
+    out, total, _, _ = differentiable_norm(rows, weight, bias, added, kind == "layernorm", eps)
     return out.view(x.shape), x if residual is None else total.view(x.shape)

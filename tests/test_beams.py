@@ -25,7 +25,7 @@ def generator_of(run, **keys):
     return GENERATORS[saved.config.model.trunk](saved, **keys)
 
 
-@pytest.mark.parametrize("kind", PROMPTS)
+@pytest.mark.parametrize("kind", ["clm", pytest.param("span", marks=pytest.mark.slow)])
 def test_the_command_writes_what_the_search_finds(kind, tmp_path):
     run, prompts = trained_run(kind), PROMPTS[kind]
     keys = ("--beams=3", "--max_tokens=8", "--length_penalty=0.5")

@@ -63,6 +63,7 @@ def test_one_contestant_that_cannot_take_part_is_one_sentence(monkeypatch):
         measure(JOB | {"settings": {"model": "transformers-bert", "objective": "mlm"}})
 
 
+@pytest.mark.slow
 def test_one_contestant_as_a_process_prints_one_line_or_one_sentence():
     def run(job):
         command = [sys.executable, "-m", "nanolm.tools.bench.once", json.dumps(job)]

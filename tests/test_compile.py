@@ -135,7 +135,16 @@ def test_checkpointed_blocks_share_their_graphs_too(graphs, name, recompute):
         assert (graphs.compiled, graphs.run) == (KINDS.get(name, 1), N * passes)
 
 
-@pytest.mark.parametrize("name", ["lora", "dora", "ia3", "adapter", "adalora", "prefix", "bitfit"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("lora", "prefix"),
+        *(
+            pytest.param(n, marks=pytest.mark.slow)
+            for n in ("dora", "ia3", "adapter", "adalora", "bitfit")
+        ),
+    ],
+)
 def test_adapted_blocks_share_their_graphs_too(graphs, name):
     model = MODELS["gpt2"] | ROTARY
     expected = step(engine(model, compiled=False, peft=name))
@@ -144,6 +153,7 @@ def test_adapted_blocks_share_their_graphs_too(graphs, name):
     assert (graphs.compiled, graphs.run) == (2, N)
 
 
+@pytest.mark.slow
 def test_no_block_is_given_up_where_batches_differ(graphs):
     """Training and evaluation, and another number of rows in either: all kinds of block, each with
     all of that, are more graphs than torch allows by itself."""

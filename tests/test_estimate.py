@@ -147,6 +147,7 @@ for strategy, share in (("fsdp", 1024), ("hsdp", 8)):
 """
 
 
+@pytest.mark.slow
 def test_shards_at_world_1024(tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", FAKE]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)

@@ -48,6 +48,22 @@ SHAPES = {
     "llama": LLAMA,
     "qwen3": LLAMA | {"qk_norm": True},
 }
+UNPUBLISHED = {
+    "t5-encoder": {
+        "trunk": "encoder",
+        "norm": "rmsnorm",
+        "bias": False,
+        "positions": {"name": "t5"},
+        "attention_scale": 1.0,
+    },
+    "xlnet": {
+        "trunk": "two_stream",
+        "norm_position": "post",
+        "positions": {"name": "relative"},
+        "n_segments": 3,
+    },
+}
+"""Shapes whose heads of tasks transformers has in another form, or nanolm does not write."""
 DECODERS = ("gpt2", "llama", "qwen3")
 AUTO = {
     "classify": "AutoModelForSequenceClassification",
@@ -61,20 +77,22 @@ AUTO = {
 def tuned(shape: str, task: str, folder, pooling: str = "cls", **options) -> Saved:
     """A model with random weights, as fine-tuning on the task would have saved it with the head
     that its family has in transformers, or with other options."""
-    head = TASK_HEADS[shape][task]
     pooling = "last" if pooling == "cls" and shape in DECODERS else pooling
-    options = {"head": head.head} | options
+    if shape in TASK_HEADS:
+        head = TASK_HEADS[shape][task]
+        options = {"head": head.head} | options
+        if head.head == "layer" and task in POOLED:
+            options = {"activation": head.activation} | options
     if task == "regress":
         options = {"mean": "[0,0]" if shape in DECODERS else "[3.0,-1.0]"} | options
-    if head.head == "layer" and task in POOLED:
-        options = {"activation": head.activation} | options
     words = [f"--objective.name={task}", "--init_from=unused", "--data.path=unused"]
     if task in POOLED:
         words.append(f"--objective.pooling={pooling}")
     words += [*TASKS[task], *(f"--objective.{key}={value}" for key, value in options.items())]
     config = load_config([*words, f"--run.dir={folder}"], schema=TaskConfig)
+    shape_of = (SHAPES | UNPUBLISHED)[shape]
     sizes = {"d_model": 32, "n_layers": 2, "n_heads": 4, "d_ff": 48, "max_length": 48}
-    model = load_config([], base={"model": sizes | {"vocab_size": 448} | SHAPES[shape]}).model
+    model = load_config([], base={"model": sizes | {"vocab_size": 448} | shape_of}).model
     folder.mkdir()
     if shape == "roberta":
         write_tokenizer(folder, shape)

@@ -92,6 +92,7 @@ def torchrun(ranks, words):
     assert job.returncode == 0, job.stdout + job.stderr
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_with_uneven_shares(data, tmp_path):
     base = checkpoint("mlm")
     steps = ("--train.steps=7", "--train.global_batch=7", "--train.micro_batch=2")

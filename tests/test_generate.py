@@ -29,7 +29,7 @@ PROMPTS = ["def parse(", "class Action:\n    def", "x"]
 GREEDY = Sampling(temperature=0)
 
 
-@pytest.fixture(scope="module", params=["clm", "prefix"])
+@pytest.fixture(scope="module", params=["clm", pytest.param("prefix", marks=pytest.mark.slow)])
 def saved(request):
     return open_saved(trained_run(request.param))
 

@@ -105,6 +105,23 @@ def test_chunks_of_the_loss_are_whole_tiles_of_its_products():
         assert chunk == 128 or 2**26 - 128 * n_columns < chunk * n_columns <= 2**26
 
 
+@pytest.mark.parametrize("name", ["reference", "chunked", "triton"])
+def test_the_best_logit_is_the_first_of_the_largest_in_whatever_block(monkeypatch, name):
+    """Forty columns in blocks of 16: largest ones in the first, the second and the last block, and
+    two that are equal in different ones."""
+    if name == "triton":
+        from nanolm.kernels import cross_entropy
+
+        monkeypatch.setattr(cross_entropy, "BLOCK", 16)
+    logits = torch.zeros(8, 40, device=DEVICE)
+    for row, columns in enumerate([(3,), (20,), (39,), (5, 20), (5, 20), (17, 36), (0, 15), ()]):
+        logits[row, list(columns)] = 2.0
+    targets = torch.tensor([3, 20, 39, 5, 20, 17, 15, 0], device=DEVICE)
+    run = kernel_of("linear_cross_entropy", name).run
+    found = run(torch.eye(8, device=DEVICE), logits.t().contiguous(), None, targets)
+    assert found.correct.tolist() == (logits.argmax(dim=1) == targets).tolist()
+
+
 @pytest.mark.parametrize("name", ATTENTION)
 def test_without_any_key_attention_is_zero(name):
     q, k = draw(2, 3, 2, 16), draw(2, 0, 2, 16)
@@ -144,6 +161,38 @@ def test_slopes_that_learn_are_refused_when_the_model_is_built():
     q, slopes = draw(1, 5, 2, 16), draw(2)
     with pytest.raises(ValueError, match="bias_kind = 'learned_alibi'"):
         kernel_of("attention", "triton").run(q, q, q, Mask(), bias=AlibiBias(slopes), scale=0.25)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "options", "words"),
+    [
+        ([(1, 3, 4, 16), (1, 3, 3, 16), (1, 3, 3, 16)], {}, "3 key heads do not divide 4 query"),
+        ([(2, 3, 2, 16), (1, 3, 2, 16), (1, 3, 2, 16)], {}, "do not fit keys"),
+        ([(1, 3, 2, 16), (1, 3, 2, 8), (1, 3, 2, 8)], {}, "do not fit keys"),
+        ([(1, 3, 2, 16), (1, 3, 2, 16), (1, 4, 2, 16)], {}, "and values .* differ"),
+        ([(1, 3, 2, 16)] * 3, {"precision": "tf32"}, "precision='tf32' of float32 products"),
+        ([(1, 3, 2, 16)] * 3, {"dtype": torch.float64}, "values torch.float64: they must have one"),
+    ],
+)
+def test_inputs_that_do_not_fit_together_are_refused(shapes, options, words):
+    from nanolm.kernels.attention.operator import attention
+
+    q, k, v = (draw(*shape) for shape in shapes)
+    v = v.to(options.pop("dtype", torch.float32))
+    with pytest.raises(ValueError, match=words):
+        attention(q, k, v, Mask(), scale=0.25, **options)
+
+
+@pytest.mark.parametrize("sizes", [(0, 3, 5), (2, 0, 5), (2, 3, 0)], ids=str)
+def test_a_batch_without_rows_queries_or_keys_has_gradients_of_zero(sizes):
+    n_rows, n_queries, n_keys = sizes
+    q, k, v = (draw(n_rows, n, 2, 16) for n in (n_queries, n_keys, n_keys))
+    bias = draw(1, 2, n_queries, n_keys)
+    out = kernel_of("attention", "triton").run(q, k, v, Mask(), bias=DenseBias(bias), scale=0.25)
+    assert out.shape == q.shape and (out == 0).all()
+    grads = torch.autograd.grad(out.sum(), [q, k, v, bias])
+    for x, grad in zip([q, k, v, bias], grads, strict=True):
+        assert grad.shape == x.shape and (grad == 0).all()
 
 
 def registered(op, **attributes):

@@ -7,14 +7,15 @@ from nanolm.kernels import launch
 from nanolm.kernels.attention import call
 from nanolm.kernels.attention.operator import attention
 from nanolm.kernels.launch import Launch, attention_launch, forced_arch
+from nanolm.ops.bias import AlibiBias, BucketBias, DenseBias
 from nanolm.ops.masks import Mask
 
 CPU = torch.device("cpu")
 
 
-def of(arch, kind, columns, **how):
+def of(arch, kind, columns, words=""):
     with forced_arch(arch):
-        return attention_launch(kind, CPU, columns, torch.bfloat16, **how)
+        return attention_launch(kind, CPU, columns, torch.bfloat16, frozenset(words.split()))
 
 
 @pytest.mark.parametrize(
@@ -28,28 +29,36 @@ def of(arch, kind, columns, **how):
 def test_an_older_triton_gets_what_fits_its_registers(monkeypatch, triton, expected):
     monkeypatch.setattr(launch, "TRITON", triton)
     assert of("sm_90", "key_value", 128) == expected
-    assert of("sm_90", "key_value", 128, grouped=True) == Launch(32, 128, 8, 1)
+    assert of("sm_90", "key_value", 128, "grouped") == Launch(32, 128, 8, 1)
     assert of("sm_90", "key_value", 64) == Launch(64, 64, 4, 3)
     assert of("sm_80", "key_value", 128) == Launch(64, 64, 8, 2)
 
 
-@pytest.mark.parametrize(("arch", "columns", "kind"), launch.GROUPED)
-def test_groups_have_launches_of_their_own(monkeypatch, arch, columns, kind):
+def entries(table):
+    """(place, words, launch) of a table's entries."""
+    return [(*place, words, own) for place, by in table.items() for words, own in by.items()]
+
+
+@pytest.mark.parametrize(("arch", "columns", "kind", "words", "own"), entries(launch.LIGHT))
+def test_masks_and_groups_have_launches_of_their_own(monkeypatch, arch, columns, kind, words, own):
     monkeypatch.setattr(launch, "TRITON", (3, 7))  # an older one may need the same for all
-    own = launch.GROUPED[arch, columns, kind]
-    assert of(arch, kind, columns, grouped=True) == own
-    assert of(arch, kind, columns) != own
-    # Beside a bias or dropout the launch for these is the smaller one.
-    heavy = of(arch, kind, columns, heavy=True)
-    assert of(arch, kind, columns, heavy=True, grouped=True) == heavy
+    assert of(arch, kind, columns, words) == own != of(arch, kind, columns)
+    # Beside a bias or dropout the launch for these counts.
+    heavy = of(arch, kind, columns, "softcap")
+    assert of(arch, kind, columns, f"{words} softcap") == heavy
 
 
-@pytest.mark.parametrize(("arch", "columns", "kind"), launch.CROWDED)
-def test_a_window_beside_another_mask_has_launches_of_its_own(arch, columns, kind):
-    own = launch.CROWDED[arch, columns, kind]
-    assert of(arch, kind, columns, crowded=True) == own != of(arch, kind, columns)
-    heavy = of(arch, kind, columns, heavy=True)
-    assert of(arch, kind, columns, heavy=True, crowded=True) == heavy
+@pytest.mark.parametrize(("arch", "columns", "kind", "words", "own"), entries(launch.HEAVY))
+def test_launches_beside_a_bias_are_the_table_s(arch, columns, kind, words, own):
+    assert of(arch, kind, columns, words or "dropout") == own
+
+
+@pytest.mark.parametrize("table", [launch.LIGHT, launch.HEAVY])
+def test_every_entry_can_be_reached(table):
+    """An entry counts for calls with all of its words, unless one before it does."""
+    for place, by in table.items():
+        names = [set(words.split()) for words in by]
+        assert not any(a <= b for i, b in enumerate(names) for a in names[:i]), place
 
 
 NUMBERS = torch.zeros(1, 4, dtype=torch.int64)
@@ -61,28 +70,43 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("n_heads", [1, 2])
-@pytest.mark.parametrize("window", [None, 2])
-@pytest.mark.parametrize("other", [None, *OTHERS])
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_a_call_says_what_takes_registers(monkeypatch, n_heads, window, other, dropout):
+BIASES = {
+    "": None,
+    "alibi": AlibiBias(torch.ones(2)),
+    "bucket": BucketBias(torch.zeros(4, 2), bidirectional=True, max_distance=4),
+    "dense": DenseBias(torch.zeros(1, 2, 4, 4)),
+}
+
+
+PLAIN = {"n_groups": 2, "window": None, "other": "", "bias": "", "dropout": 0.0, "softcap": None}
+ONE = [{"n_groups": 1}, {"window": 2}, {"dropout": 0.5}, {"softcap": 2.0}]
+ONE += [{"other": name} for name in OTHERS] + [{"bias": name} for name in BIASES if name]
+ALL = {"n_groups": 1, "window": 2, "other": "order", "bias": "dense", "dropout": 0.5}
+ALL["softcap"] = 2.0
+
+
+@pytest.mark.parametrize("case", [{}, *ONE, ALL, *({**ALL, name: PLAIN[name]} for name in PLAIN)])
+def test_a_call_says_what_takes_registers(monkeypatch, case):
+    n_groups, window, other, bias, dropout, softcap = (PLAIN | case).values()
     asked = []
 
-    def record(kind, *place, **how):
-        asked.append(how)
+    def record(kind, device, columns, dtype, words):
+        asked.append(words)
         return Launch(16, 16)
 
     monkeypatch.setattr(call, "attention_launch", record)
-    q, k = torch.zeros(1, 4, n_heads, 16), torch.zeros(1, 4, 1, 16)
+    q, k = torch.zeros(1, 4, 2, 16), torch.zeros(1, 4, n_groups, 16)
     mask = Mask(causal=True, window=window, **({other: OTHERS[other]} if other else {}))
-    attention(q, k, k, mask, scale=1.0, dropout=dropout)
-    how = {"heavy": dropout > 0, "grouped": n_heads > 1}
-    assert asked == [how | {"crowded": window is not None and other is not None}]
-
-
-@pytest.mark.parametrize(("arch", "columns", "kind"), launch.HEAVY)
-def test_launches_beside_a_bias_are_the_table_s(arch, columns, kind):
-    assert of(arch, kind, columns, heavy=True) == launch.HEAVY[arch, columns, kind]
+    attention(q, k, k, mask, scale=1.0, dropout=dropout, softcap=softcap, bias=BIASES[bias])
+    present = {
+        "grouped": n_groups < 2,
+        "window": window is not None,
+        "numbers": other != "",
+        bias: bias != "",
+        "dropout": dropout > 0,
+        "softcap": softcap is not None,
+    }
+    assert asked == [{word for word, there in present.items() if there}]
 
 
 @pytest.mark.parametrize("arch", ["sm_86", "sm_89", "sm_120"])

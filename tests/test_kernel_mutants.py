@@ -47,6 +47,7 @@ def test_a_mutant_is_its_source_with_one_place_changed():
     assert mutant.interpreted and {"window", "masks", "visible"} <= mutant.about
 
 
+@pytest.mark.slow
 def test_names_stay_when_lines_move(tmp_path, monkeypatch):
     before = [mutant.name for mutant in mutants()]
     shutil.copytree(mutation.ROOT, tmp_path / "kernels")

@@ -61,6 +61,10 @@ def arguments_of(name):
         flat = attention_arguments(narrow, grad=False)
         out, lse = torch.ops.nanolm.attention(*flat)
         yield torch.ones_like(out), None, out, lse, True, *flat
+        table = BucketBias(draw(8, 2, grad=False).bfloat16(), False, 16)
+        flat = attention_arguments(table, grad=False)
+        out, lse = torch.ops.nanolm.attention(*flat)
+        yield torch.ones_like(out), None, out, lse, True, *flat
     elif name == "norm":
         yield x, weight, bias, draw(5, 24, seed=3), True, 1e-5
         yield x, weight, None, None, False, 1e-5

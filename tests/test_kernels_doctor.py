@@ -55,6 +55,7 @@ def test_two_processes_say_what_one_says(tmp_path, monkeypatch, capsys):
         assert row["passed"] == len(checks_of(patient.op)) and row["failed"] == 0 and row["auto"]
 
 
+@pytest.mark.slow
 def test_errands_are_done_elsewhere_and_come_back_in_order():
     elsewhere = list(findings(whoami(7), 2))
     assert [finding.check for finding in elsewhere] == list("0123456")

@@ -256,6 +256,7 @@ def alive(pid):
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_no_worker_outlives_the_loader(corpora):
     here = pathlib.Path(__file__).parent

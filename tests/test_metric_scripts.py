@@ -268,7 +268,10 @@ TURNS = [
 ]
 
 
-@pytest.mark.parametrize(("n_turns", "answer"), [(3, 2), (4, 2), (5, 4)])
+@pytest.mark.parametrize(
+    ("n_turns", "answer"),
+    [(3, 2), *(pytest.param(*turns, marks=pytest.mark.slow) for turns in ((4, 2), (5, 4)))],
+)
 def test_a_dialogue_is_scored_against_its_last_answer(n_turns, answer, tmp_path):
     dialogue = {"messages": TURNS[:n_turns]}
     assert last_answer(dialogue["messages"]) == answer

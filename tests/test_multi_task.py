@@ -219,6 +219,7 @@ def test_a_task_that_compares_the_rows_of_a_step(data, tmp_path):
         finetune(base, data, tmp_path / "cut", *words, "--train.micro_batch=2")
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_bit_for_bit(data, tmp_path):
     base = checkpoint("mlm")
     words = (*COMMON, tasks(data), "--data.path=null", "--train.steps=8", "--eval.every=3")

@@ -73,6 +73,7 @@ def test_a_bare_checkout_prepares_trains_and_evaluates_without_jsonargparse_and_
     assert "bits_per_byte" in python(*nanolm, "evaluate", "--run=run", "--device=cpu", **bare)
 
 
+@pytest.mark.slow
 def test_help_without_jsonargparse_is_one_sentence_and_its_remedy_works(bare):
     for command in (["train"], ["finetune"], ["prepare"], ["kernels", "list"]):
         words = [sys.executable, "-m", "nanolm", *command, "--help"]

@@ -241,6 +241,7 @@ def test_a_name_that_is_taken_is_an_error(folder):
         load_config(["--plugins", "twice"])
 
 
+@pytest.mark.slow
 def test_data_is_prepared_and_a_model_trained_with_plugins_alone(folder, tmp_path):
     """The commands in processes of their own, as a user runs them."""
 

@@ -201,7 +201,10 @@ def test_merges_are_all_pairs_of_pieces_by_their_ranks() -> None:
     assert list(merges_of(ranks)) == [pair for *_, pair in sorted(every)]
 
 
-@pytest.mark.parametrize("encoding", PATTERNS)
+@pytest.mark.parametrize(
+    "encoding",
+    ["gpt2", *(pytest.param(e, marks=pytest.mark.slow) for e in ("cl100k_base", "o200k_base"))],
+)
 def test_it_is_copied_with_the_data_and_goes_out_as_a_tokenizer_json(
     encoding: str, ranks: dict[bytes, int], tmp_path: pathlib.Path
 ) -> None:

@@ -82,6 +82,7 @@ def step(engine, batch):
     return [p.grad for p in engine.learner.parameters()], ran
 
 
+@pytest.mark.slow
 def test_selective_keeps_what_triton_attention_computed():
     batch = rows()
     found = {
@@ -155,6 +156,7 @@ def test_evaluation_computes_nothing_twice():
     assert ran[0] == ran[1]
 
 
+@pytest.mark.slow
 def test_a_compiled_block_keeps_the_same(monkeypatch):
     """The compiler sees the checkpoint from inside the block: products are kept as well, and where
     there is dropout, the numbers drawn again are the same."""

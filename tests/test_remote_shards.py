@@ -189,6 +189,7 @@ def read_in_process(url, config, start, queue):
     queue.put([int(row.tokens.astype(np.int64).sum()) for row in stream.rows(start, start + 150)])
 
 
+@pytest.mark.slow
 def test_processes_of_a_node_share_one_cache(server, url, prepared, tmp_path):
     config = cache_of(tmp_path / "cache", 40)
     context = multiprocessing.get_context("forkserver")

@@ -5,7 +5,9 @@ import json
 import pytest
 
 from nanolm.cli import main
+from nanolm.commands.plot import curves
 from nanolm.errors import UserError
+from nanolm.finetune.pictures import pyplot
 from nanolm.training.runs import read_run
 
 
@@ -89,6 +91,13 @@ ODD = {  # what may stand in the place of a run's own files, whether or not a no
 }
 
 
+def test_a_plot_of_no_runs_is_refused(tmp_path):
+    out = tmp_path / "none.png"
+    with pytest.raises(UserError, match="runs is empty"):
+        main_or_raise(["plot", "--runs", "[]", f"--out={out}"])
+    assert not out.exists()
+
+
 @pytest.mark.parametrize(
     ("name", "told", "content"), [(*file, text) for file, held in ODD.items() for text in held]
 )
@@ -104,7 +113,7 @@ def test_a_file_of_a_run_that_is_none_stops_neither_table_nor_plot(
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
     assert len(notes) == told and all(str(path) in note for note in notes)
     assert all(note.endswith("was left out") for note in notes)
-    main_or_raise(["plot", str(runs / "a"), str(runs / "b"), f"--out={tmp_path / 'c.png'}"])
+    curves(pyplot(), [read_run(runs / "a"), read_run(runs / "b")])  # as the plot draws them
 
 
 def main_or_raise(argv):

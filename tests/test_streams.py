@@ -56,6 +56,7 @@ def classifier(tmp_path_factory):
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_each_line_of_a_slow_pipe_is_answered_before_the_next_one_comes(classifier):
     process = begin("predict", classifier, "--batch=1", stdin=subprocess.PIPE)
     found = []
@@ -68,6 +69,7 @@ def test_each_line_of_a_slow_pipe_is_answered_before_the_next_one_comes(classifi
     assert ["label" in answer for answer in found] == [True, False, True]
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_predicting_leaves_the_output_as_it_was(classifier, tmp_path):
     out = tmp_path / "out.jsonl"
     out.write_text("before\n")
@@ -113,7 +115,7 @@ def undisturbed(tmp_path_factory):
     ("phase", "workers"),
     [
         ("reading", 1),
-        ("sampling", 2),
+        pytest.param("sampling", 2, marks=pytest.mark.slow),
         pytest.param("reading", 2, marks=pytest.mark.slow),
         pytest.param("sampling", 1, marks=pytest.mark.slow),
     ],

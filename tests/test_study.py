@@ -138,6 +138,7 @@ def test_a_row_may_have_a_grid_of_its_own_and_a_word_table_counts_by_its_content
     assert keys[one] == keys[same] and not set(keys[one]) & set(keys[other])
 
 
+@pytest.mark.slow
 def test_a_cell_in_a_process_of_its_own(place, tmp_path):
     text = (place / "study.yaml").read_text().split("variants:")[0]
     text = text.replace("metric: accuracy", "metric: accuracy, reported: mcc")

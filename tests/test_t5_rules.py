@@ -149,7 +149,12 @@ def parts(folder, **objectives):
     [
         ("span", {"a": "classify", "b": "write"}, "tasks.b: objective=write trains"),
         ("mlm", {"a": "classify", "b": "write"}, "tasks.b: objective=write trains"),
-        ("permutation", {"a": "tag", "b": "prompt"}, "tasks.b: objective=prompt trains"),
+        pytest.param(
+            "permutation",
+            {"a": "tag", "b": "prompt"},
+            "tasks.b: objective=prompt trains",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_part_that_the_trunk_cannot_train_is_named(kind, objectives, said, tmp_path):

@@ -73,6 +73,7 @@ def written(base, tmp_path_factory):
     return folder / "run", path, summary
 
 
+@pytest.mark.slow
 def test_it_learns_to_write_what_was_asked(written):
     run, path, summary = written
     assert summary["best_val"] < 1.5  # the perplexity of answers

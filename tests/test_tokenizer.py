@@ -10,8 +10,8 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanolm.data.prepare.tokenizer_training import sentences, train_tokenizer
-from nanolm.data.tokenizer import EXTRA_TOKENS, ROLES, Tokenizer, escape, unescape
+from nanolm.data.prepare.tokenizer_training import LOSSLESS, sentences, train_tokenizer
+from nanolm.data.tokenizer import EXTRA_TOKENS, ROLES, Tokenizer, escape, open_tokenizer, unescape
 from nanolm.errors import UserError
 
 CODE = "def add(a, b):\n\treturn a + b  # 加法\n\n\nclass Größe:\n    pass\n"
@@ -45,6 +45,14 @@ def test_round_trip_is_exact_and_meets_no_special_piece(tokenizer: Tokenizer, te
     assert tokenizer.byte_length[ids].sum() == len(text.encode()) + 3 * doubled
 
 
+def largest(lines: list[str], kind: str) -> bytes:
+    """A tokenizer of as many pieces as the lines support."""
+    with pytest.raises(UserError, match="use at most") as refused:
+        train_tokenizer(lines, vocab_size=5000, kind=kind)
+    size = int(re.search(r"at most (\d+)", str(refused.value))[1])
+    return train_tokenizer(lines, vocab_size=size, kind=kind)
+
+
 SPARSE = {
     "no space": [CHINESE + chr(0x4E00 + i) for i in range(80)],
     "a space in a thousand lines": [CHINESE + chr(0x4E00 + i) for i in range(80)] * 12 + ["天 地"],
@@ -59,13 +67,49 @@ SPARSE = {
 def test_what_the_sample_lacks_comes_back_too(sample: str, kind: str):
     """Whatever a tokenizer was trained on, any text is what it was."""
     lines = [s for line in SPARSE[sample] for s in sentences(line)]
-    with pytest.raises(UserError, match="use at most") as refused:
-        train_tokenizer(lines, vocab_size=5000, kind=kind)
-    size = int(re.search(r"at most (\d+)", str(refused.value))[1])
-    trained = Tokenizer(train_tokenizer(lines, vocab_size=size, kind=kind), "test.model")
+    trained = Tokenizer(largest(lines, kind), "test.model")
     assert trained.lossless and trained.can_place
     for text in (" a  b ", "天 ▁地\n\t", "\uf4a1 \uf4a2▁", "e\u0301 ▁▁ x\r\n"):
         assert trained.decode(trained.encode(text)) == text
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+@pytest.mark.parametrize("extra_tokens", [0, 32])
+def test_the_least_size_that_a_refusal_names_works(kind: str, extra_tokens: int):
+    """Whatever size was too small, also one without room for the special pieces."""
+    lines = [s for i in range(80) for s in sentences(f"{CHINESE} {WORDS} {chr(0x4E00 + i)}")]
+    named = set()
+    for size in (1, 10, 200, 297, 300):
+        with pytest.raises(UserError, match=f"vocab_size {size} is too small: ") as refused:
+            train_tokenizer(lines, vocab_size=size, kind=kind, extra_tokens=extra_tokens)
+        named.add(int(re.search(r"use at least (\d+)", str(refused.value))[1]))
+    (least,) = named
+    trained = train_tokenizer(lines, vocab_size=least, kind=kind, extra_tokens=extra_tokens)
+    assert Tokenizer(trained).vocab_size == least
+    with pytest.raises(UserError, match="too small"):
+        train_tokenizer(lines, vocab_size=least - 1, kind=kind, extra_tokens=extra_tokens)
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_a_tokenizer_that_loses_spaces_is_told_once(kind: str, tmp_path, monkeypatch, capsys):
+    """As versions before `required_chars` trained it on text without spaces."""
+    lines = [CHINESE.replace(" ", "") + chr(0x4E00 + i) for i in range(80)]
+    good = largest(lines, kind)
+    monkeypatch.delitem(LOSSLESS, "required_chars")
+    bad = largest(lines, kind)
+    for name, model in (("good", good), ("bad", bad)):
+        (tmp_path / f"{name}.model").write_bytes(model)
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokenizer.model").write_bytes(model)
+    assert open_tokenizer(tmp_path / "good").decode(Tokenizer(good).encode("a b")) == "a b"
+    assert capsys.readouterr().err == ""
+    for _ in range(2):
+        found = open_tokenizer(tmp_path / "bad.model")
+    open_tokenizer(tmp_path / "bad")  # the same one elsewhere, as `prepare` copies it
+    assert found.decode(found.encode("a b")) == "a▁b"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"nanolm: the tokenizer {tmp_path / 'bad.model'} gives spaces back as ▁")
+    assert "nanolm prepare TEXTS --out FOLDER" in line
 
 
 def test_batch_equals_one_by_one(tokenizer: Tokenizer):
@@ -138,7 +182,7 @@ def test_vocabularies_that_do_not_fit_are_refused_in_words(kind: str):
         train_tokenizer(corpus(), vocab_size=9000, kind=kind)
     with pytest.raises(UserError, match="vocab_size 100 is too small"):
         train_tokenizer(corpus(), vocab_size=100, kind=kind)
-    with pytest.raises(UserError, match="vocab_size 300 is smaller than"):
+    with pytest.raises(UserError, match=r"vocab_size 300 is too small.*use at least \d+"):
         train_tokenizer(
             ["".join(map(chr, range(0x4E00, 0x4E60)))] * 9,
             vocab_size=300,

@@ -103,6 +103,7 @@ def test_torchrun_and_one_process_print_the_same_losses(prepared, tmp_path, obje
     assert json.loads(report.read_text())["loss"] == pytest.approx(summary["val_loss"], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_torchrun_told_to_go_leaves_a_checkpoint_and_its_marker(prepared, tmp_path):
     run = tmp_path / "run"
     more = ("--train.steps=100000", "--schedule.warmup=0", "--data.workers=1")

@@ -15,16 +15,8 @@ from nanolm.tools.replay import replay, trainer_before
 from nanolm.tools.walk.page import page
 from nanolm.tools.walk.place import Place
 from nanolm.tools.walk.run import walk
-from nanolm.tools.walk.stops import (
-    AROUND,
-    CHOICES,
-    HIDDEN_KEYS,
-    KEYS,
-    Column,
-    Stop,
-    printable,
-    spaced,
-)
+from nanolm.tools.walk.stop import Column, Stop, printable, spaced
+from nanolm.tools.walk.stops import AROUND, CHOICES, HIDDEN_KEYS, KEYS
 from nanolm.tools.walk.terminal import show
 from tests.prepared import train
 

@@ -64,11 +64,6 @@ def train_tokenizer(
     whatever a task needs. Raises UserError when the vocabulary does not fit the sample.
     """
     reserved = len(ROLE_PIECES) + extra_tokens + BYTE_PIECES
-    if vocab_size < reserved + 2:
-        raise UserError(
-            f"vocab_size {vocab_size} is too small: special pieces and bytes alone take "
-            f"{reserved}; use at least {reserved + 2}, better {max(1000, 2 * reserved)}"
-        )
     roles = [ROLE_PIECES[role] for role in ("cls", "sep", "mask")]
     extras = [EXTRA_PIECES[0].format(index) for index in range(extra_tokens)]
     model = io.BytesIO()
@@ -79,7 +74,9 @@ def train_tokenizer(
             sentence_iterator=kept(cleaned, raised),
             model_writer=model,
             model_type=kind,
-            vocab_size=vocab_size,
+            # SentencePiece counts what this sample needs, and names it where the size is smaller,
+            # but for sizes without room for the special pieces themselves.
+            vocab_size=max(vocab_size, reserved),
             character_coverage=character_coverage,
             num_threads=TRAINING_THREADS,
             seed_sentencepiece_size=max(50_000, min(1_000_000, SEEDS_PER_PIECE * vocab_size)),
@@ -132,7 +129,7 @@ def explain(message: str, vocab_size: int) -> str:
         )
     if needed := re.search(r"smaller than required_chars. \d+ vs (\d+)", message):
         return (
-            f"vocab_size {vocab_size} is smaller than the {needed[1]} characters and special "
-            f"pieces of this corpus; raise it, or lower character_coverage"
+            f"vocab_size {vocab_size} is too small: bytes, special pieces and the characters of "
+            f"this corpus take {needed[1]}; use at least {needed[1]}, or lower character_coverage"
         )
     return f"SentencePiece cannot train a tokenizer on this corpus: {message.strip()}"

@@ -123,16 +123,23 @@ class Call:
         """What every kernel takes after its tensors."""
         return self.shape, self.masks, self.bias, self.scores, self.dropout
 
+    @property
+    def words(self) -> frozenset[str]:
+        """What of the call takes registers, in the words of the launch tables."""
+        options, (window, *others) = self.options, self.masks
+        present = {
+            "grouped": self.n_heads > self.n_groups,
+            "window": window is not None,
+            "numbers": any(other is not None for other in others),
+            options.bias_kind: options.bias_kind != "none",
+            "softcap": options.softcap is not None,
+            "dropout": self.tensors.seed is not None,
+        }
+        return frozenset(word for word, there in present.items() if there)
+
     def tile(self, kind: str) -> Launch:
         """Tile sizes, warps and stages of one kernel."""
-        options, seed = self.options, self.tensors.seed
-        heavy = options.bias_kind != "none" or options.softcap is not None or seed is not None
-        window, *others = self.masks
-        crowded = window is not None and any(other is not None for other in others)
-        return attention_launch(
-            kind, self.q.device, self.columns, self.q.dtype,
-            heavy=heavy, grouped=self.n_heads > self.n_groups, crowded=crowded,
-        )  # fmt: skip
+        return attention_launch(kind, self.q.device, self.columns, self.q.dtype, self.words)
 
     def start(self, kernel: Any, n_programs: int, *arguments: Any, **constants: Any) -> None:
         """Launches a kernel, unless there is nothing for it to do."""

@@ -73,6 +73,7 @@ def curves(plt: Any, runs: list[Run]) -> Any:
 
 def run(arguments: Arguments) -> None:
     """Read the runs and draw."""
+    require(bool(arguments.runs), "runs is empty; name the folder of at least one run")
     runs = [read_run(folder) for folder in arguments.runs]
     for problem in [problem for each in runs for problem in each.problems]:
         say(f"note: {problem}")

@@ -21,11 +21,18 @@ from nanolm.checkpoint.container import read_tensors
 from nanolm.config import strict_yaml
 from nanolm.data.tables.files import Table
 from nanolm.data.tables.stream import TaskStream
-from nanolm.data.tokenizer import Tokenizer
+from nanolm.data.tokenizer import Tokenizer, open_tokenizer
 from nanolm.distributed.world import World
 from nanolm.errors import UserError, require
 from nanolm.finetune.config import TaskConfig
 from nanolm.finetune.evaluation import TaskEvaluator, drawn
+from nanolm.finetune.label_order import (
+    Labels,
+    check_labels,
+    labels_by_head,
+    objective_of,
+    with_known_order,
+)
 from nanolm.finetune.several import MixedSplit, MultiEvaluator, joined, mixed, resolve_parts
 from nanolm.finetune.splits import (
     Split,
@@ -63,7 +70,7 @@ def prepare(config: TaskConfig) -> Prepared:
     """Reads and checks everything that a run needs; raises UserError for what the user can mend."""
     base = base_folder(config)
     config = reading(config)
-    tokenizer = Tokenizer.load(base)
+    tokenizer = open_tokenizer(base)
     makers = {"train": training_split, "val": make_split}
     task: Task
     train: Split
@@ -83,7 +90,8 @@ def prepare(config: TaskConfig) -> Prepared:
             for place, (name, make) in enumerate(makers.items())
         )
     else:
-        config, tables = read_tables(config, tokenizer)
+        known = labels_by_head(objective_of(base))
+        config, tables = read_tables(config, tokenizer, known.get(config.objective.name))
         task = single = cast(Task, build.build_objective(config, tokenizer))
         train, val = (
             make(name, table, single, config.data)
@@ -106,11 +114,14 @@ def reading(config: TaskConfig) -> TaskConfig:
     return dataclasses.replace(config, model=dataclasses.replace(model, trunk="encoder"))
 
 
-def read_tables(config: TaskConfig, tokenizer: Tokenizer) -> tuple[TaskConfig, list[Table]]:
-    """(config with all that one task's data decide filled in, its train and val tables)."""
+def read_tables(
+    config: TaskConfig, tokenizer: Tokenizer, known: Labels | None = None
+) -> tuple[TaskConfig, list[Table]]:
+    """(config with all that one task's data decide filled in, its train and val tables); `known`
+    are the labels that the checkpoint's head was trained for."""
     task_class = task_of(config)
     *tables, whole = training_tables(config, task_class)
-    return resolve(config, task_class, tokenizer, whole), tables
+    return resolve(config, task_class, tokenizer, whole, known), tables
 
 
 def base_folder(config: TaskConfig) -> pathlib.Path:
@@ -147,11 +158,17 @@ def is_task(build_objective: Any) -> bool:
     return isinstance(build_objective, type) and issubclass(build_objective, Task)
 
 
-def resolve(config: TaskConfig, task: type[Task], tokenizer: Tokenizer, train: Table) -> TaskConfig:
+def resolve(
+    config: TaskConfig,
+    task: type[Task],
+    tokenizer: Tokenizer,
+    train: Table,
+    known: Labels | None = None,
+) -> TaskConfig:
     """The config with all that data and tokenizer decide filled in: labels, metric, sizes."""
     config = build.resolve(config, tokenizer)
     require_fields(train, task.gold_fields(config.objective))
-    options = task.resolve(config.objective, train)
+    options = with_known_order(task, config.objective, train, known)
     metric = config.eval.metric or task.metric_of(options)
     return dataclasses.replace(
         config, objective=options, eval=dataclasses.replace(config.eval, metric=metric)
@@ -255,13 +272,14 @@ def start_weights(
     saved = {key.split(".")[1] for key in read_tensors(base, "model") if key.startswith("heads.")}
     unused = sorted(saved - set(learner.heads))
     task_in(learner).require_heads(fresh, str(base))
+    strange = check_labels(config, base, [name for name in learner.heads if name not in fresh])
     part = "" if base_trunk(base) == config.model.trunk else f" (its {config.model.trunk})"
     told = [f"weights from {base}{part}"]
     if fresh:
         told.append(f"fresh heads: {', '.join(f'heads.{name}' for name in fresh)}")
     if unused:
         told.append(f"unused of the checkpoint: {', '.join(f'heads.{name}' for name in unused)}")
-    notes = ["; ".join(told)]
+    notes = ["; ".join(told), *strange]
     if adapted:
         notes.append(begin_adapter(config, learner, fresh, base, checkpoint))
     return notes

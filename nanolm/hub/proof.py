@@ -27,6 +27,8 @@ from nanolm.ops.masks import Mask
 LIMIT = 1e-4
 ROWS, TOKENS = 2, 32
 PROMPT, GREEDY = 8, 32
+TWO_SIDED = ("encoder", "two_stream")
+"""Trunks of one stack whose tokens see what is behind them, padding unless a mask hides it."""
 
 
 def can_prove() -> bool:
@@ -98,21 +100,11 @@ def differences_of_a_task(imported: Imported, theirs: Any) -> list[Tensor]:
 def differences_of_two_stacks(imported: Imported, theirs: Any) -> list[Tensor]:
     """Where an encoder-decoder's hidden states, of both stacks, and its logits differ."""
     trunk = cast(EncoderDecoder, imported.learner.trunk)
-    vocab_size = imported.config.model.n_tokens
-    length = min(TOKENS, imported.config.model.max_length)
-    generator = torch.Generator().manual_seed(0)
-    source_BS, tokens_BT = (
-        torch.randint(1, vocab_size, (ROWS, n), generator=generator) for n in (length, length // 2)
-    )
-    lengths_B = torch.tensor([length, length // 2])
-    keep_BS = torch.arange(length) < lengths_B[:, None]
-    inputs = Inputs(
-        tokens_BT=tokens_BT, source_tokens_BS=source_BS, source_mask=Mask(key_lengths=lengths_B)
-    )
+    source_BS, inputs, keep_BS = same_pairs(imported.config.model)
     answer = theirs(
         source_BS,
         attention_mask=keep_BS.long(),
-        decoder_input_ids=tokens_BT,
+        decoder_input_ids=inputs.tokens_BT,
         output_hidden_states=True,
     )
     hidden_BTD = trunk(inputs)
@@ -138,14 +130,14 @@ def can_pad(pad: int | None) -> bool:
 def same_rows(
     model: ModelConfig, pad: int | None, *, padded: bool = False
 ) -> tuple[Tensor, Inputs, dict[str, Tensor]]:
-    """(tokens, what our trunk reads, what theirs reads besides) of random rows: for an encoder, or
-    if `padded`, the second is half padding, and both have two segments where the model has."""
+    """(tokens, what our trunk reads, what theirs reads besides) of random rows, both of two
+    segments where the model has them; the second is half padding if `padded` or two-sided."""
     widest = max(width or 0 for width in model.window)
     length = min(max(TOKENS, 2 * widest), model.max_length)
     generator = torch.Generator().manual_seed(0)
     tokens_BT = torch.randint(0, model.n_tokens, (ROWS, length), generator=generator)
-    encoder = model.trunk == "encoder"
-    lengths_B = torch.tensor([length, length // 2 if encoder or padded else length])
+    two_sided = model.trunk in TWO_SIDED
+    lengths_B = torch.tensor([length, length // 2 if two_sided or padded else length])
     keep_BT = torch.arange(length) < lengths_B[:, None]
     if pad is not None:  # RoBERTa counts positions by what is not padding
         tokens_BT[tokens_BT == pad] = (pad + 1) % model.n_tokens
@@ -154,9 +146,26 @@ def same_rows(
     if model.n_segments > 1:
         segments_BT = (torch.arange(length) >= length // 3).long().expand(ROWS, length)
         words["token_type_ids"] = segments_BT
-    mask = Mask(key_lengths=lengths_B) if encoder else Mask()
+    mask = Mask(key_lengths=lengths_B) if two_sided else Mask()
     inputs = Inputs(tokens_BT=tokens_BT, segments_BT=words.get("token_type_ids"), mask=mask)
     return tokens_BT, inputs, words
+
+
+def same_pairs(model: ModelConfig) -> tuple[Tensor, Inputs, Tensor]:
+    """(source tokens, what our trunk reads, which of the source count) of random sources, the
+    second half padding, and shorter targets."""
+    length = min(TOKENS, model.max_length)
+    generator = torch.Generator().manual_seed(0)
+    source_BS, tokens_BT = (
+        torch.randint(1, model.n_tokens, (ROWS, n), generator=generator)
+        for n in (length, length // 2)
+    )
+    lengths_B = torch.tensor([length, length // 2])
+    keep_BS = torch.arange(length) < lengths_B[:, None]
+    inputs = Inputs(
+        tokens_BT=tokens_BT, source_tokens_BS=source_BS, source_mask=Mask(key_lengths=lengths_B)
+    )
+    return source_BS, inputs, keep_BS
 
 
 def alike(imported: Imported, theirs: Any, prompt_1T: Tensor) -> int:

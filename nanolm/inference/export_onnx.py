@@ -3,6 +3,8 @@
     model.onnx      input_ids [B, T], for encoders and tasks attention_mask [B, T] (1 for a token,
                     0 for what fills a row up on its right), token_type_ids [B, T] where the model
                     has segments -> logits
+                    of an encoder-decoder: input_ids [B, S] and attention_mask [B, S] of the source,
+                    decoder_input_ids [B, T] -> logits [B, T, V]
     config.yaml     the run's config, with the labels of a task
     tokenizer.json  as `--format transformers` writes it
 
@@ -31,7 +33,7 @@ from nanolm.config.load import dump
 from nanolm.config.model import ModelConfig
 from nanolm.config.schema import KernelsConfig
 from nanolm.errors import UserError, require
-from nanolm.hub.proof import LIMIT, same_rows
+from nanolm.hub.proof import LIMIT, TWO_SIDED, same_pairs, same_rows
 from nanolm.hub.tokenizer_files import tokenizer_files
 from nanolm.model.trunk import Inputs
 from nanolm.ops.masks import Mask
@@ -44,15 +46,15 @@ Compare = Callable[[Saved, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(ours, theirs) of (model, hidden [B, T, D], keep [B, T], the graph's logits), alike in shape."""
 FILE = "model.onnx"
 NEEDED = ("onnx", "onnxscript")
-TRUNKS = ("decoder", "encoder")
+TRUNKS = ("decoder", "encoder", "encoder_decoder", "two_stream")
 
 
 class Graph(nn.Module):
-    """A trunk and what is read of it, as a function of tensors alone."""
+    """A trunk of one stack and what is read of it, as a function of tensors alone."""
 
-    def __init__(self, trunk: nn.Module, heads: nn.ModuleDict, read: Read, encoder: bool) -> None:
+    def __init__(self, trunk: nn.Module, heads: nn.ModuleDict, read: Read, two_sided: bool) -> None:
         super().__init__()
-        self.trunk, self.heads, self.read, self.encoder = trunk, heads, read, encoder
+        self.trunk, self.heads, self.read, self.two_sided = trunk, heads, read, two_sided
 
     def forward(
         self,
@@ -62,9 +64,28 @@ class Graph(nn.Module):
     ) -> Tensor:
         """What `read` makes of the hidden states."""
         keep_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        mask = Mask(key_lengths=keep_BT.sum(1)) if self.encoder else Mask()
+        mask = Mask(key_lengths=keep_BT.sum(1)) if self.two_sided else Mask()
         inputs = Inputs(tokens_BT=input_ids, segments_BT=token_type_ids, mask=mask)
         return self.read(self.heads, self.trunk(inputs), keep_BT)
+
+
+class TwoStackGraph(nn.Module):
+    """An encoder-decoder and what is read of its decoder; every token of a target counts."""
+
+    def __init__(self, trunk: nn.Module, heads: nn.ModuleDict, read: Read) -> None:
+        super().__init__()
+        self.trunk, self.heads, self.read = trunk, heads, read
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor
+    ) -> Tensor:
+        """What `read` makes of the decoder's hidden states."""
+        inputs = Inputs(
+            tokens_BT=decoder_input_ids,
+            source_tokens_BS=input_ids,
+            source_mask=Mask(key_lengths=attention_mask.sum(1)),
+        )
+        return self.read(self.heads, self.trunk(inputs), torch.ones_like(decoder_input_ids))
 
 
 def onnx_folder(
@@ -82,6 +103,12 @@ def onnx_folder(
         model.trunk in TRUNKS,
         f"{saved.folder} has model.trunk={model.trunk}, and --format onnx writes "
         f"{' and '.join(TRUNKS)}; export it with --format nanolm",
+    )
+    require(
+        read is not None or model.trunk != "two_stream",
+        f"{saved.folder} has model.trunk=two_stream, whose logits of the vocabulary are of places "
+        f"in an order that a graph of rows does not tell; fine-tune it on a task first (nanolm "
+        f"finetune), or export it with --format nanolm",
     )
     require(
         read is not None or "lm" in saved.learner.heads,
@@ -110,11 +137,13 @@ def of_every_token(
 def input_names(model: ModelConfig, *, masked: bool) -> list[str]:
     """What the graph reads, in order. A decoder's token sees nothing behind it, so only what is
     read of a whole row asks where that ends."""
-    mask = ["attention_mask"] if masked or model.trunk == "encoder" else []
+    if model.trunk == "encoder_decoder":
+        return ["input_ids", "attention_mask", "decoder_input_ids"]
+    mask = ["attention_mask"] if masked or model.trunk in TWO_SIDED else []
     return ["input_ids", *mask, *(["token_type_ids"] if model.n_segments > 1 else [])]
 
 
-def traceable(saved: Saved, read: Read) -> Graph:
+def traceable(saved: Saved, read: Read) -> nn.Module:
     """The model with kernels that can be traced, in float32."""
     config = dataclasses.replace(
         saved.config,
@@ -123,14 +152,20 @@ def traceable(saved: Saved, read: Read) -> Graph:
     )
     learner = build.build_learner(config, saved.learner.objective, phase="prefill")
     learner.load_state_dict(saved.learner.state_dict())
-    return Graph(learner.trunk, learner.heads, read, saved.config.model.trunk == "encoder").eval()
+    trunk = saved.config.model.trunk
+    if trunk == "encoder_decoder":
+        return TwoStackGraph(learner.trunk, learner.heads, read).eval()
+    return Graph(learner.trunk, learner.heads, read, trunk in TWO_SIDED).eval()
 
 
-def traced(graph: Graph, model: ModelConfig, names: list[str], what: str) -> dict[str, bytes]:
+def traced(graph: nn.Module, model: ModelConfig, names: list[str], what: str) -> dict[str, bytes]:
     """model.onnx, and beside it the file of its weights where they are too large for one."""
     length = min(12, model.max_length)
     example = [torch.ones(2, length, dtype=torch.int64) for _ in names]
-    axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length", max=model.max_length)}
+    batch = torch.export.Dim("batch")
+    row = {0: batch, 1: torch.export.Dim("length", max=model.max_length)}
+    target = {0: batch, 1: torch.export.Dim("decoder_length", max=model.max_length)}
+    axes = {name: target if name == "decoder_input_ids" else row for name in names}
     try:
         with torch.no_grad(), quiet():
             program = torch.onnx.export(
@@ -138,7 +173,7 @@ def traced(graph: Graph, model: ModelConfig, names: list[str], what: str) -> dic
                 (),
                 kwargs=dict(zip(names, example, strict=True)),
                 dynamo=True,
-                dynamic_shapes=dict.fromkeys(names, axes),
+                dynamic_shapes=axes,
                 input_names=names,
                 output_names=["logits"],
                 verbose=False,
@@ -184,14 +219,15 @@ def proved(
             (pathlib.Path(scratch) / name).write_bytes(content)
         session = onnxruntime.InferenceSession(pathlib.Path(scratch) / FILE)
         largest = 0.0
-        for tokens_BT, inputs, keep_BT in two_shapes(saved.config.model):
-            given = {
-                "input_ids": tokens_BT,
-                "attention_mask": keep_BT.long(),
-                "token_type_ids": inputs.segments_BT,
-            }
-            feed = {name: tensor.numpy() for name in names if (tensor := given[name]) is not None}
-            (logits,) = session.run(None, feed)
+        for given, inputs, keep_BT in shapes_of(saved.config.model):
+            try:
+                (logits,) = session.run(None, {name: given[name].numpy() for name in names})
+            except Exception as error:
+                said = str(error).strip().splitlines()[0]
+                raise UserError(
+                    f"onnxruntime cannot run the graph of {saved.folder} on rows of every shape "
+                    f"({said}); nothing is written; export it with --format nanolm"
+                ) from error
             hidden_BTD = saved.learner.trunk(inputs)
             ours, theirs = compare(saved, hidden_BTD, keep_BT, torch.from_numpy(logits))
             largest = max(largest, float((ours - theirs).abs().max()))
@@ -204,18 +240,40 @@ def proved(
     return largest
 
 
-def two_shapes(model: ModelConfig) -> Iterator[tuple[Tensor, Inputs, Tensor]]:
-    """(tokens, what the trunk reads, which tokens count) of several rows, one of them half padding
-    if the model is an encoder; and of one shorter row."""
+def shapes_of(model: ModelConfig) -> Iterator[tuple[dict[str, Tensor], Inputs, Tensor]]:
+    """(what a graph may read, what the trunk reads, which tokens count) of rows of two shapes."""
+    return two_pairs(model) if model.trunk == "encoder_decoder" else two_shapes(model)
+
+
+def two_shapes(model: ModelConfig) -> Iterator[tuple[dict[str, Tensor], Inputs, Tensor]]:
+    """Several rows, one of them half padding if the model is two-sided; and one shorter row."""
     tokens_BT, inputs, words = same_rows(model, None)
-    yield tokens_BT, inputs, words["attention_mask"].bool()
+    yield {"input_ids": tokens_BT, **words}, inputs, words["attention_mask"].bool()
     length = max(1, tokens_BT.shape[1] * 2 // 3)
-    tokens_1T = tokens_BT[:1, :length]
-    segments = inputs.segments_BT
-    mask = Mask(key_lengths=torch.tensor([length])) if model.trunk == "encoder" else Mask()
-    shorter = Inputs(
-        tokens_BT=tokens_1T,
-        segments_BT=None if segments is None else segments[:1, :length],
-        mask=mask,
-    )
-    yield tokens_1T, shorter, torch.ones_like(tokens_1T, dtype=torch.bool)
+    given = {name: rows[:1, :length] for name, rows in {"input_ids": tokens_BT, **words}.items()}
+    mask = Mask(key_lengths=torch.tensor([length])) if model.trunk in TWO_SIDED else Mask()
+    segments = given.get("token_type_ids")
+    shorter = Inputs(tokens_BT=given["input_ids"], segments_BT=segments, mask=mask)
+    yield given, shorter, given["attention_mask"].bool()
+
+
+def two_pairs(model: ModelConfig) -> Iterator[tuple[dict[str, Tensor], Inputs, Tensor]]:
+    """Sources and targets of other lengths: two, the second source half padding, and one whose
+    target is the longer one."""
+    tokens_BS, inputs, keep_BS = same_pairs(model)
+    assert inputs.tokens_BT is not None
+    for rows, length in ((2, tokens_BS.shape[1]), (1, max(1, inputs.tokens_BT.shape[1] // 2))):
+        source_BS, tokens_BT = tokens_BS[:rows, :length], inputs.tokens_BT[:rows]
+        mask_BS = keep_BS[:rows, :length].long()
+        given = {
+            "input_ids": source_BS,
+            "attention_mask": mask_BS,
+            "decoder_input_ids": tokens_BT,
+        }
+        pair = dataclasses.replace(
+            inputs,
+            tokens_BT=tokens_BT,
+            source_tokens_BS=source_BS,
+            source_mask=Mask(key_lengths=mask_BS.sum(1)),
+        )
+        yield given, pair, torch.ones_like(tokens_BT, dtype=torch.bool)

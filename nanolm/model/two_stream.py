@@ -192,7 +192,7 @@ def with_places(content: Tokens, places_BP: Tensor) -> Tokens:
     """Content, and behind it the queries, which stand where the tokens do that they predict."""
 
     def longer(values: Tensor) -> Tensor:
-        values = values.expand(len(places_BP), -1)
+        values = values.expand(places_BP.shape[0], -1)
         return torch.cat([values, values.gather(1, places_BP)], dim=1)
 
     return Tokens(positions=longer(content.positions), segments=longer(content.segments))
@@ -200,7 +200,8 @@ def with_places(content: Tokens, places_BP: Tensor) -> Tokens:
 
 def beside(first: Tensor, second: Tensor) -> Tensor:
     """[1, M] and [B, T] -> [B, M + T]."""
-    return torch.cat([first.expand(len(second), -1), second], dim=1)
+    # The shape and not len(), which is a plain number while a graph is traced.
+    return torch.cat([first.expand(second.shape[0], -1), second], dim=1)
 
 
 @TRUNKS.register("two_stream")

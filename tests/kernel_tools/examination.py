@@ -13,12 +13,13 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 
 from nanolm.ops.contract import candidates
 from nanolm.tools.kernel_check.attention_cases import HARD, MIXED, SINGLE, Case
 from nanolm.tools.kernel_check.attention_trials import trial_of
-from nanolm.tools.kernel_check.op_suites import op_trials
+from nanolm.tools.kernel_check.op_suites import TRIALS, op_trials
 from nanolm.tools.kernel_check.sanitizer import sanitized
 from nanolm.tools.kernel_check.trial import Trial, excess, execute
 from nanolm.tools.kernel_check.watch import KernelFaultError
@@ -27,6 +28,8 @@ from tests import test_kernel_dropout as dropout_tests
 from tests import test_kernel_edges as edge_tests
 from tests import test_kernel_far as far_tests
 from tests import test_kernel_operators as operator_tests
+from tests import test_kernel_overflow as overflow_tests
+from tests import test_kernel_ranges as range_tests
 from tests.kernel_tools.covering import covering_cases
 from tests.kernel_tools.mutation import Mutant, words_of
 
@@ -41,11 +44,24 @@ def of_far(mutant: Mutant) -> bool:
     return bool(mutant.about & {"int64", "stride", "contiguous"})
 
 
+def of_ranges(mutant: Mutant) -> bool:
+    """A question about which tiles are visited."""
+    return mutant.file == "attention/ranges.py"
+
+
+def of_integers(mutant: Mutant) -> bool:
+    """A question about the width of integers."""
+    return "int64" in mutant.about
+
+
 def of_wrapper(mutant: Mutant) -> bool:
     """A question about what stands around the kernels."""
     return not mutant.interpreted
 
 
+EDGES = "range full begin end low high"
+WIDTHS = "int64 tl cast row"
+"""Words of the places that such questions are put for, which they are asked about first."""
 TRAINED = ("attention", "norm", "rotary", "glu", "symmetric_product")
 
 
@@ -175,6 +191,16 @@ def attention() -> Iterator[Question]:
         "window of 32", "window of 33",
     ):  # fmt: skip
         yield tiled(case_question(name, HARD[name]), 16, 16)
+    alone = {"n_rows": 1, "n_heads": 1, "n_kv_heads": 1, "n_queries": 70, "n_keys": 75}
+    for name, options in (("causal", {"causal": True}), ("window", {"window": 50})):
+        for m, n in ((16, 32), (32, 16)):
+            yield tiled(case_question(f"70 queries, {name}", Case(**alone, **options)), m, n)
+    table = Case(n_rows=1, n_heads=1, n_kv_heads=1, n_queries=31, n_keys=13, bias="bucket")
+    yield tiled(case_question("table, more queries than keys", table), 16, 16)
+    for name in range_tests.MASKS:
+        for of_keys in (True, False):
+            test = range_tests.test_ranges_are_those_of_the_mask
+            yield test_of(test, name, of_keys, about=f"{name} {EDGES}", concerns=of_ranges)
     yield tiled(case_question("no lse", small(SINGLE["causal"]), lse=False), 16, 16)
     tests = attention_tests
     for test, about in (
@@ -202,6 +228,7 @@ def attention() -> Iterator[Question]:
         test = far_tests.test_numbers_of_many_keys
         yield test_of(test, condition, about=f"int64 {condition}", concerns=of_far)
     yield from many_heads("triton")
+    yield from overflow(*overflow_tests.ATTENTION)
     yield from operators("attention", "attention_backward")
 
 
@@ -217,6 +244,7 @@ def decode() -> Iterator[Question]:
     yield from far("test_dense_bias", "triton_decode", 4)
     yield from far("test_queries_keys_and_values", "triton_decode", 4)
     yield from many_heads("triton_decode")
+    yield from overflow("decode")
     yield from operators("attention_decode")
 
 
@@ -244,6 +272,13 @@ def many_heads(name: str) -> Iterator[Question]:
     yield test_of(run, name, concerns=of_far)
 
 
+def overflow(*names: str) -> Iterator[Question]:
+    """Integers that are too short for an index times a stride."""
+    for name in names:
+        test = overflow_tests.test_indices_times_strides_are_64_bits_wide
+        yield test_of(test, name, about=WIDTHS, concerns=of_integers)
+
+
 def operators(*names: str) -> Iterator[Question]:
     """How PyTorch sees them."""
     for name in names:
@@ -260,9 +295,16 @@ def operators(*names: str) -> Iterator[Question]:
 
 def trials(op: str) -> Iterator[Question]:
     """The trials of an op."""
-    for trial in sorted(op_trials(op), key=numel):
+    for trial in [*sorted(op_trials(op), key=numel), *wide_trials(op)]:
         make = functools.partial(lambda trial: trial, trial)
         yield Question(trial.name, functools.partial(judged, op, "triton", make))
+    yield from overflow(op)
+
+
+def wide_trials(op: str) -> Iterator[Trial]:
+    """In float64, in which sums are taken then: as exact as that."""
+    for trial in TRIALS[op](0, {"dtype": torch.float64, "device": "cpu"}):
+        yield dataclasses.replace(trial, computes=torch.float64, dtypes={})
 
 
 def numel(trial: Trial) -> int:
@@ -289,12 +331,20 @@ def glu() -> Iterator[Question]:
     yield from operators("glu", "glu_backward")
 
 
+def best_logits() -> None:
+    """Of equal logits the first, in blocks of 16."""
+    with pytest.MonkeyPatch.context() as patch:
+        test = edge_tests.test_the_best_logit_is_the_first_of_the_largest_in_whatever_block
+        test(patch, "triton")
+
+
 def cross_entropy() -> Iterator[Question]:
     """Options alone and together, targets inside and outside the vocabulary."""
     yield from trials("linear_cross_entropy")
     for wrong in (7, -1):
         test = edge_tests.test_a_target_outside_the_vocabulary_is_nan_in_every_kernel
         yield test_of(test, "triton", wrong)
+    yield test_of(best_logits)
     yield test_of(
         edge_tests.test_sums_of_16_bit_logits_are_taken_in_float32, "triton", torch.float16
     )

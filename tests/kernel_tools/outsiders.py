@@ -1,6 +1,7 @@
 """Kernels as outsiders get them wrong, each with the words that must name its fault.
 
 `Outsider` is a right kernel of an op; every entry changes one thing in it, as a person would.
+`python -m tests.kernel_tools.outsiders` prints what `kernels check` says of each.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from nanolm.ops.contract import KERNELS, candidates
+from nanolm.tools.kernel_check.conformance import check_kernel
 
 
 def right(op: str) -> Any:
@@ -344,3 +346,162 @@ def has_no_bias(run):
 @wrong("symmetric_product", "it writes the lower half of the product only")
 def writes_the_lower_half_only(run):
     return lambda x: run(x).tril()
+
+
+@wrong("glu", "it reads its inputs as if they were contiguous")
+def takes_no_notice_of_strides(run):
+    def glu(gate_up, *, kind):
+        return run(gate_up.as_strided(gate_up.shape, (gate_up.shape[-1], 1)), kind=kind)
+
+    return glu
+
+
+@wrong("norm", "under torch.no_grad its out is wrong")
+def forgets_the_bias_where_nothing_trains(run):
+    def norm(x, weight, bias, **options):
+        trains = torch.is_grad_enabled() and x.requires_grad
+        return run(x, weight if trains else weight * 0 + 1, bias, **options)
+
+    return norm
+
+
+@wrong("linear", "after its inputs were given other numbers in place: its out is off by")
+def remembers_weights_by_their_place_in_memory(run):
+    memory = {}
+
+    def linear(x, weight, bias):
+        key = weight.data_ptr(), weight.shape, weight.dtype
+        copy = memory.setdefault(key, (weight, weight.detach().clone()))[1]
+        return run(x, weight + (copy - weight).detach(), bias)
+
+    return linear
+
+
+@wrong("linear_cross_entropy", "it changes its input in place: targets")
+def clears_ignored_targets_in_place(run):
+    def loss(hidden, weight, bias, targets, **options):
+        found = run(hidden, weight, bias, targets.clone(), **options)
+        targets.clamp_(min=0)
+        return found
+
+    return loss
+
+
+@wrong("attention", "it changes its input in place: key_lengths")
+def gives_empty_rows_a_key(run):
+    def attend(q, k, v, mask, **options):
+        out = run(q, k, v, mask, **options)
+        if mask.key_lengths is not None:
+            mask.key_lengths.clamp_(min=1)
+        return out
+
+    return attend
+
+
+@wrong("glu", "it keeps gate_up, out after the call: memory grows with every step")
+def keeps_every_call(run):
+    log = []
+
+    def glu(gate_up, *, kind):
+        log.append((gate_up, run(gate_up, kind=kind)))
+        return log[-1][1]
+
+    return glu
+
+
+@wrong("attention", "the gradient of bias is off by")
+def averages_the_gradient_of_a_shared_bias(run):
+    def attend(q, *given, bias=None, **options):
+        if getattr(bias, "values", None) is not None and bias.values.shape[0] == 1:
+            half = bias.values / q.shape[0]
+            bias = dataclasses.replace(bias, values=half + (bias.values - half).detach())
+        return run(q, *given, bias=bias, **options)
+
+    return attend
+
+
+@wrong("attention", "it ignores the window")
+def takes_a_window_of_one_for_none(run):
+    def attend(q, k, v, mask, **options):
+        if mask.window == 1:
+            mask = dataclasses.replace(mask, window=None)
+        return run(q, k, v, mask, **options)
+
+    return attend
+
+
+class OfTrainedWeights(torch.autograd.Function):
+    """A norm whose backward pass does nothing unless the weight is trained."""
+
+    @staticmethod
+    def forward(ctx, run, *inputs):
+        ctx.save_for_backward(*inputs)
+        ctx.run = run
+        return run(*inputs)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        if not ctx.needs_input_grad[2]:
+            return (None,) * 4
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+            outputs = ctx.run(*leaves)
+        return None, *torch.autograd.grad(outputs, leaves, grads)
+
+
+@wrong("norm", "no gradient reaches x when the other inputs are frozen")
+def has_no_gradient_beside_a_frozen_weight(run):
+    def norm(x, weight, bias, *, residual=None, **options):
+        if bias is not None or residual is None:
+            return run(x, weight, bias, residual=residual, **options)
+        return OfTrainedWeights.apply(
+            lambda x, w, r: run(x, w, None, residual=r, **options), x, weight, residual
+        )
+
+    return norm
+
+
+class Packed(torch.autograd.Function):
+    """The gradient's numbers as they lie in memory, whatever its strides."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.as_strided(grad.shape, torch.empty(grad.shape).stride())
+
+
+@wrong("rotary", "it reads an incoming gradient as if that were contiguous")
+def takes_the_incoming_gradient_for_contiguous(run):
+    return lambda *given: Packed.apply(run(*given))
+
+
+@wrong("linear_cross_entropy", "it raises")
+def cannot_bear_a_batch_without_tokens(run):
+    def loss(hidden, *given, **options):
+        if not len(hidden):
+            raise IndexError("a grid of no programs")
+        return run(hidden, *given, **options)
+
+    return loss
+
+
+def told(wrong):
+    """What `kernels check` says of a wrong kernel: the sentence that names its fault, else all."""
+    found = check_kernel(wrong.op, wrong.kernel(), quick=True)
+    words = [finding.words for finding in found if finding.verdict == "FAIL"]
+    return next((sentence for sentence in words if wrong.words in sentence), "; ".join(words))
+
+
+def main():
+    """Prints each wrong kernel and its sentence, as a table."""
+    print("| op | a kernel that | is told |\n|---|---|---|")
+    for wrong in WRONG:
+        name = wrong.name.replace("_", " ")
+        print(f"| `{wrong.op}` | {name} | {told(wrong).splitlines()[0]} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -73,6 +73,7 @@ SINGLE = {
     "plain": Case(),
     "causal": Case(causal=True),
     "window": Case(window=5),
+    "window of one": Case(window=1),
     "lengths": Case(lengths=True),
     "documents": Case(documents=True),
     "prefix": Case(causal=True, prefix=True),

@@ -196,4 +196,5 @@ def trial_of(
         dtypes={"out": case.autocast or case.dtype},
         terms=None if lse else functools.partial(sums_of_terms, case, used),
         rounding=2.0**-24 * largest_score(case, leaves),
+        constants={name: x for name, x in vars(used).items() if isinstance(x, Tensor)},
     )

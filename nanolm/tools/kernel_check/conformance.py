@@ -7,7 +7,8 @@ that refuse training but serve prefill or decoding are checked forward only.
                   larger sizes, with larger numbers and in the dtypes that autocast mixes
     leaks         hidden keys change nothing, for each kind of mask
     dropout       what it drops, how it scales, and that the gradient is of what was kept
-    other numbers nothing is remembered from one call to the next
+    other numbers nothing is remembered from one call to the next, not by place in memory either
+    habits        evaluation, frozen inputs, gradients of any strides, nothing kept (habits.py)
     determinism   twice the same bits; gradients of a kernel that says that they vary are noted
     memory        what is saved for the backward pass does not grow with T x S
 """
@@ -27,6 +28,7 @@ from nanolm.tools.kernel_check.attention_cases import HARD, LARGE, MIXED, SINGLE
 from nanolm.tools.kernel_check.attention_trials import spec_of, trial_of
 from nanolm.tools.kernel_check.diagnosis import fault
 from nanolm.tools.kernel_check.dropout import RATE, dropout_fault
+from nanolm.tools.kernel_check.habits import HABITS, in_place
 from nanolm.tools.kernel_check.leaks import KINDS, leak
 from nanolm.tools.kernel_check.op_suites import op_trials
 from nanolm.tools.kernel_check.trial import Trial, execute, forget_graphs
@@ -67,6 +69,7 @@ def checks_of(op: str, *, quick: bool = False) -> list[Check]:
             *(trial_check(op, number) for number in range(len(op_trials(op)))),
             lambda kernel, device: check_other_numbers(kernel, lambda: op_trials(op, device)[0]),
             lambda kernel, device: check_determinism(kernel, lambda: op_trials(op, device)[0]),
+            *(habit_check(name, lambda _, device: op_trials(op, device)[0]) for name in HABITS),
         ]
     cases = SINGLE | MIXED | LARGE | ({} if quick else HARD)
     return [
@@ -79,7 +82,16 @@ def checks_of(op: str, *, quick: bool = False) -> list[Check]:
         # With one tile of keys there is one order to add dQ in: the second has many.
         *(determinism_check(name) for name in ("causal", "1100 keys")),
         check_memory,
+        *(habit_check(name, lambda *on: served_trial(on[0], "causal", on[1])) for name in HABITS),
     ]
+
+
+def habit_check(name: str, make: Callable[[Any, str], Trial]) -> Check:
+    """One habit on the trial that is made for a kernel and a device."""
+    find = HABITS[name]
+    return lambda kernel, device: asked(
+        name, kernel, lambda: make(kernel, device), lambda trial: find(kernel, trial)
+    )
 
 
 def trial_check(op: str, number: int) -> Check:
@@ -196,7 +208,9 @@ def check_other_numbers(kernel: Any, make: Callable[[], Trial]) -> Finding:
         execute(trial, kernel, backward=trial.differentiable)
         other = {key: x.flip(0).mul(-0.5) for key, x in trial.leaves.items()}
         words = fault(kernel, dataclasses.replace(trial, leaves=other))
-        return words and f"after a call with other numbers of these shapes: {words}"
+        if words is not None:
+            return f"after a call with other numbers of these shapes: {words}"
+        return in_place(kernel, trial, fault)
 
     return asked("other numbers", kernel, make, words_of)
 

@@ -6,6 +6,7 @@ were changed, noise, then numbers, and gradients last.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,13 +19,14 @@ from nanolm.tools.kernel_check.trial import Result, Trial, excess, execute, refe
 
 def fault(kernel: Any, trial: Trial) -> str | None:
     """A sentence about the kernel on this trial, or None when it is right."""
-    before = {name: x.clone() for name, x in trial.leaves.items()}
+    inputs = {**trial.leaves, **trial.constants}
+    before = {name: x.clone() for name, x in inputs.items()}
     state = torch.get_rng_state()
     try:
         found = execute(trial, kernel, backward=trial.differentiable)
-        changed = [name for name, x in trial.leaves.items() if not same(x, before[name])]
+        changed = [name for name, x in inputs.items() if not same(x, before[name])]
     finally:
-        for name, x in trial.leaves.items():
+        for name, x in inputs.items():
             x.copy_(before[name])
     if changed:
         return f"it changes its input in place: {', '.join(changed)}"
@@ -71,6 +73,11 @@ def numbers(kernel: Any, trial: Trial, found: Result, right: Mapping[str, Tensor
     moved = [name for name, x in found.tensors.items() if not same(x, again.tensors[name])]
     if moved:
         return f"it gives other numbers each time on the same input: {', '.join(moved)}"
+    dense = {name: x.contiguous() for name, x in trial.leaves.items()}
+    if any(x is not trial.leaves[name] for name, x in dense.items()):
+        other = dataclasses.replace(trial, leaves=dense)
+        if max(excess(other, execute(other, kernel, backward=trial.differentiable)).values()) < 1:
+            return "it reads its inputs as if they were contiguous: it is right when they are"
     outputs = [name for name in wrong if name in found.outputs]
     worst = max(outputs or wrong, key=off.__getitem__)
     limit = trial.tolerance(found.tensors[worst].dtype)

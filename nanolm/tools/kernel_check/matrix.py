@@ -20,17 +20,69 @@ from collections.abc import Iterator
 from typing import IO, Any, cast
 
 import nanolm.kernels
-from nanolm.tools.kernel_check.builds import BUILDS, PLAIN, SAMPLE, Build, launch
+from nanolm.tools.kernel_check.builds import BUILDS, SAMPLE, Build, launch
 
 RECORD = pathlib.Path(next(iter(nanolm.kernels.__path__))) / "compile_matrix.json"
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 # Spills that are accepted: none, but for the widest heads and for sm_100, whose compiler is young …
 SPILLS = {"sm_100": 16}
 SPILLS_AT_256 = 16
-# … and for these, by a row's key (docs/kernels_attention.md says what was tried).
-KNOWN_SPILLS = {
-    "sm_90/attention/128/bfloat16/causal/grouped+documents/attention_key_value_kernel": 24,
-    "sm_90/attention/64/bfloat16/order+dense/attention_key_value_kernel": 2,
+# … and for these kernels of builds (docs/kernels_attention.md says what was tried).
+KNOWN_SPILLS: dict[str, dict[str, int]] = {
+    "attention/128/bfloat16/causal/grouped+window+bucket+dropout/attention_forward_kernel": {
+        "sm_90": 2
+    },
+    "attention/128/bfloat16/causal/grouped+window+bucket+dropout/attention_key_value_kernel": {
+        "gfx942": 2,
+        "sm_100": 545,
+        "sm_120": 34,
+        "sm_80": 140,
+        "sm_86": 28,
+        "sm_89": 28,
+        "sm_90": 99,
+    },
+    "attention/128/bfloat16/causal/grouped+window+bucket+dropout/attention_query_kernel": {
+        "sm_100": 28,
+        "sm_90": 56,
+    },
+    "attention/256/bfloat16/causal/grouped+window+bucket+dropout/attention_forward_kernel": {
+        "sm_90": 59
+    },
+    "attention/256/bfloat16/causal/grouped+window+bucket+dropout/attention_key_value_kernel": {
+        "sm_100": 30,
+        "sm_80": 100,
+        "sm_90": 40,
+    },
+    "attention/256/bfloat16/causal/grouped+window+bucket+dropout/attention_query_kernel": {
+        "sm_100": 113
+    },
+    "attention/64/bfloat16/causal/grouped+window+bucket+dropout/attention_key_value_kernel": {
+        "sm_120": 2,
+        "sm_86": 4,
+        "sm_89": 4,
+        "sm_90": 4,
+    },
+    "attention/64/bfloat16/causal/grouped+window+bucket+dropout/attention_query_kernel": {
+        "sm_90": 2
+    },
+    "norm/12288/bfloat16/layernorm+wide_stream/norm_backward_kernel": {
+        "sm_100": 80,
+        "sm_120": 87,
+        "sm_80": 70,
+        "sm_86": 60,
+        "sm_89": 60,
+        "sm_90": 71,
+    },
+    "norm/12288/bfloat16/norm_backward_kernel": {"sm_120": 2},
+    "norm/16384/bfloat16/layernorm+wide_stream/norm_backward_kernel": {
+        "sm_100": 278,
+        "sm_120": 236,
+        "sm_80": 1085,
+        "sm_86": 302,
+        "sm_89": 302,
+        "sm_90": 312,
+    },
+    "norm/16384/bfloat16/norm_backward_kernel": {"sm_120": 6},
 }
 
 
@@ -40,23 +92,9 @@ def read_record() -> list[dict[str, Any]]:
 
 
 def builds_for(arch: str, *, sample: bool = False, only: str = "") -> tuple[Build, ...]:
-    """What is compiled for an architecture: the sample, or all builds whose name contains `only`.
-
-    Without either: every op by itself, and those of models' builds that the record has.
-    """
-    known: tuple[Build, ...] = BUILDS
-    if sample:
-        known = SAMPLE
-    elif not only:
-        recorded = {row["build"] for row in read_record() if row["arch"] == arch}
-        known = tuple(b for b in BUILDS if b in PLAIN or b.name in recorded)
-    return tuple(build for build in known if only in build.name and build.exists_on(arch))
-
-
-def unrecorded(arch: str) -> list[str]:
-    """The builds of models for which the record has no row of an architecture."""
-    recorded = builds_for(arch)
-    return [b.name for b in BUILDS if b.exists_on(arch) and b not in recorded]
+    """What is compiled for an architecture: all builds, or the sample, whose name has `only`."""
+    builds: tuple[Build, ...] = SAMPLE if sample else BUILDS
+    return tuple(build for build in builds if only in build.name and build.exists_on(arch))
 
 
 def rows(arch: str, builds: tuple[Build, ...]) -> Iterator[dict[str, Any]]:
@@ -77,7 +115,8 @@ def faults(row: dict[str, Any]) -> list[str]:
     found = []
     sixteen = "float32" not in row["build"]
     allowed = SPILLS_AT_256 if "/256/" in row["build"] else SPILLS.get(row["arch"], 0)
-    allowed = KNOWN_SPILLS.get(key(row), allowed)
+    known = KNOWN_SPILLS.get(f"{row['build']}/{row['kernel']}", {})
+    allowed = known.get(row["arch"], allowed)
     if sixteen and row["spills"] > allowed:
         found.append(f"{row['spills']} spills, {allowed} allowed")
     if sixteen and row.get("scratch_bytes", 0) and not row["spills"]:

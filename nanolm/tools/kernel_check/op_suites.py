@@ -16,6 +16,7 @@ from nanolm.tools.kernel_check.op_trials import (
     linear_trial,
     norm_trial,
     rotary_trial,
+    strided,
     symmetric_trial,
 )
 from nanolm.tools.kernel_check.trial import Trial
@@ -31,27 +32,28 @@ MIXES = (
 
 
 def op_trials(op: str, device: str = "cpu") -> list[Trial]:
-    """The trials of one op: each of its shapes in each dtype, larger ones, then mixed dtypes."""
+    """The trials of one op: its shapes in each dtype, larger ones, mixed dtypes, and strides."""
     trials: list[Trial] = []
     for index, dtype in enumerate(DTYPES):
         trials += TRIALS[op](index, {"dtype": dtype, "device": device})
-    return trials + LARGE[op]({"dtype": FP32, "device": device}) + MIXED[op](device)
+    trials += LARGE[op]({"dtype": FP32, "device": device}) + MIXED[op](device)
+    return [*trials, strided(max(trials, key=lambda trial: len(trial.leaves)))]
 
 
 LARGE: dict[str, Callable[[dict[str, Any]], list[Trial]]] = {
     "norm": lambda common: [
         norm_trial("layernorm", *shape, bias=True, residual=True, **common)
-        for shape in ((1, 5000), (300, 8))
+        for shape in ((1, 5000), (300, 8), (0, 8))
     ],
     "rotary": lambda common: [rotary_trial(17, 68, 34, per_row=False, n_tokens=70, **common)],
     "glu": lambda common: [
-        glu_trial("swiglu", *shape, **common) for shape in ((1, 4500), (200, 3))
+        glu_trial("swiglu", *shape, **common) for shape in ((1, 4500), (200, 3), (0, 3))
     ],
     "linear_cross_entropy": lambda common: [
         cross_entropy_trial(
             *sizes, bias=True, softcap=None, label_smoothing=0.0, z_loss=0.0, **common
         )
-        for sizes in ((600, 11), (3, 9001))
+        for sizes in ((600, 11), (3, 9001), (0, 11))
     ],
     "symmetric_product": lambda common: [
         symmetric_trial(*shape, **common) for shape in ((130, 5), (5, 300))
@@ -60,7 +62,7 @@ LARGE: dict[str, Callable[[dict[str, Any]], list[Trial]]] = {
         linear_trial(*sizes, bias=True, **common) for sizes in ((300, 5, 7), (3, 700, 300))
     ],
 }
-"""More rows, and wider ones, than the other trials have."""
+"""More rows than the other trials have, wider ones, and none: a batch without a target."""
 
 
 def norm_trials(index: int, common: dict[str, Any]) -> Iterator[Trial]:

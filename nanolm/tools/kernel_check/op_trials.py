@@ -36,6 +36,17 @@ def eighths(*shape: int, dtype: torch.dtype, seed: int, device: str) -> Tensor:
     return (torch.randint(-2, 3, shape, generator=generator) / 8).to(device, dtype)
 
 
+def spread(x: Tensor) -> Tensor:
+    """The same numbers with a gap behind each, as columns of a wider tensor have them."""
+    return torch.stack([x, torch.zeros_like(x)], dim=-1)[..., 0]
+
+
+def strided(trial: Trial) -> Trial:
+    """The trial with gaps between the numbers of all its leaves."""
+    leaves = {name: spread(x) for name, x in trial.leaves.items()}
+    return dataclasses.replace(trial, name=f"{trial.name} strides", leaves=leaves)
+
+
 @dataclasses.dataclass(frozen=True)
 class Mix:
     """Dtypes that differ within one call, as autocast and FSDP make them.
@@ -95,21 +106,22 @@ def rotary_trial(
     n_heads: int, width: int, n_pairs: int, *, per_row: bool, n_tokens: int = 7,
     dtype: torch.dtype, device: str, autocast: torch.dtype | None = None,
 ) -> Trial:  # fmt: skip
-    """Rotation of a strided view, with one set of angles or one for each row."""
+    """Rotation of a strided view, with one set of angles or one for each row, these strided too."""
     n_rows = 2
     x = normal(n_rows, n_tokens, 2 * n_heads, width, dtype=dtype, seed=0, device=device)
     angle = normal(
         n_rows if per_row else 1, n_tokens, n_pairs, dtype=torch.float32, seed=1, device=device
     )
+    cos, sin = (spread(x) if per_row else x for x in (angle.cos(), angle.sin()))
 
     def run(kernel: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"out": kernel.run(given["x"], angle.cos(), angle.sin())}
+        return {"out": kernel.run(given["x"], cos, sin)}
 
     spec = RotarySpec(head_dim=width, dtype=dtype, device=device)
     name = f"{n_heads} heads of {width}, {n_pairs} pairs{' per row' * per_row} {dtype}"
     return Trial(
         name, spec, {"x": x[:, :, ::2]}, run, computes=FP32, dtypes={"out": dtype},
-        autocast=autocast,
+        autocast=autocast, constants={"cos": cos, "sin": sin},
     )  # fmt: skip
 
 
@@ -135,7 +147,8 @@ def cross_entropy_trial(
     z_loss: float, width: int = 16, dtype: torch.dtype, device: str, mix: Mix | None = None,
     exact: bool = False,
 ) -> Trial:  # fmt: skip
-    """The projected loss of logits with a deviation of 1.2, some targets ignored.
+    """The projected loss of logits with a deviation of 1.2, some targets ignored; beside a bias
+    the targets are strided.
 
     `exact`: 16 bits hold all logits as they are, eighths below 16, so that the loss has to be as
     exact as float32 and shows whatever is rounded behind the product.
@@ -154,7 +167,7 @@ def cross_entropy_trial(
     generator = torch.Generator().manual_seed(3)
     targets = torch.randint(vocab_size, (n_tokens,), generator=generator)
     targets[torch.arange(n_tokens) % 4 == 1] = -100
-    targets = targets.to(device)
+    targets = spread(targets.to(device)) if bias else targets.to(device)
 
     def run(kernel: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
         result = kernel.run(
@@ -175,6 +188,7 @@ def cross_entropy_trial(
         autocast=mix.autocast, computes=FP32 if exact else None,
         detached=frozenset({"nll", "lse", "correct"}),
         dtypes=dict.fromkeys(("loss", "nll", "lse", "correct"), FP32),
+        constants={"targets": targets},
     )  # fmt: skip
 
 

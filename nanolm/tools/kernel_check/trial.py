@@ -42,9 +42,10 @@ class Trial:
     a kernel on such leaves and names its outputs. Outputs in `detached` have no gradient.
     `autocast` is the dtype of the autocast region that the kernel runs in, `computes` the dtype
     that bounds its precision (the spec's, unless it sums in a wider one), `dtypes` what its outputs
-    must have. `terms(leaves)` is the size of what is added up to each output and gradient, for
-    those that cancel, and `rounding` how far each term may be off for its own part, beside the
-    rounding of its dtype (attention: an exponent is as exact as the scores are large).
+    must have. `constants` are its inputs without a gradient, which `run` holds. `terms(leaves)` is
+    the size of what is added up to each output and gradient, for those that cancel, and `rounding`
+    how far each term may be off for its own part, beside the rounding of its dtype (attention: an
+    exponent is as exact as the scores are large).
     """
 
     name: str
@@ -57,6 +58,7 @@ class Trial:
     dtypes: Mapping[str, torch.dtype] = dataclasses.field(default_factory=dict)
     terms: Terms | None = None
     rounding: float = 0.0
+    constants: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
     @property
     def differentiable(self) -> bool:
@@ -74,7 +76,7 @@ class Trial:
         if largest < SMALL:
             return max(terms, SMALL)
         computed = self.computes or self.spec.dtype
-        # Why not less. Of all trials of attention this widens two with one key and two with large
+        # Why not less. Of all trials of attention this widens three with one key and two with large
         # scores. On these, in the interpreter or on a CPU, errors take up to 0.58 of what is
         # allowed (sdpa's dv; the definition in float32 0.32, Triton 0.55), so a smaller allowance
         # would fail right kernels on a device that sums in another order; without it the same

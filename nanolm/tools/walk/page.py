@@ -7,7 +7,8 @@ import pathlib
 from collections.abc import Sequence
 
 from nanolm.files import write_text
-from nanolm.tools.walk.stops import LETTERS, Stop
+from nanolm.tools.walk.stop import Stop
+from nanolm.tools.walk.stops import LETTERS
 
 STYLE = """
 :root { color-scheme: light dark }

@@ -13,7 +13,8 @@ from nanolm.distributed.world import World
 from nanolm.tools.replay import replay, trainer_before
 from nanolm.tools.walk.questions import asked, reader_of
 from nanolm.tools.walk.recording import Recording, record
-from nanolm.tools.walk.stops import Stop, stops
+from nanolm.tools.walk.stop import Stop
+from nanolm.tools.walk.stops import stops
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,11 +7,8 @@ it.
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import math
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +16,10 @@ from torch import Tensor
 
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.ops.reference import ReferenceAttention
-from nanolm.tools.walk.place import Place, place_of
+from nanolm.tools.walk.place import place_of
 from nanolm.tools.walk.questions import Question, Reader
 from nanolm.tools.walk.recording import Attention, Prediction, Recording
+from nanolm.tools.walk.stop import Column, Stop, beginning, printable, shortened, shown, spaced
 from nanolm.training.batch import MicroBatch
 from nanolm.training.gradient import total_loss
 from nanolm.training.loader import micro_batch_of
@@ -29,8 +27,6 @@ from nanolm.training.trainer import Trainer
 
 AROUND = 5
 """Tokens of a row that are shown on each side of the position that is looked at."""
-SHOWN = 24
-"""Pieces and ids of the row that are shown."""
 KEYS, HIDDEN_KEYS, CHOICES = 6, 2, 5
 """Rows of the tables: keys that weigh most, hidden keys, most likely tokens."""
 LETTERS = (
@@ -39,26 +35,6 @@ LETTERS = (
     "head, V vocabulary; ▁ is a space."
 )
 """What a reader must know before the first stop."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Column:
-    """A column of a table."""
-
-    title: str
-    number: bool = True
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Stop:
-    """One stop: what is seen there, in words, rows and figures, and who did it."""
-
-    name: str
-    says: str
-    places: tuple[Place, ...]
-    columns: tuple[Column, ...] = ()
-    rows: tuple[tuple[str, ...], ...] = ()
-    figures: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def stops(
@@ -87,27 +63,6 @@ def stops(
         of_loss(trainer, tokenizer, micro_batches, found),
         *of_update(trainer, found),
     ]
-
-
-def printable(text: str) -> str:
-    """The text on one line: what cannot be seen is written as Python would."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-
-
-def spaced(text: str) -> str:
-    """The text on one line; spaces side by side are ▁, since the end of a line swallows them."""
-    return re.sub(" {2,}", lambda run: "▁" * len(run[0]), printable(text))
-
-
-def shortened(text: str, most: int) -> str:
-    """The text's beginning."""
-    return text if len(text) <= most else text[: most - 1] + "…"
-
-
-def beginning(words: Iterable[str]) -> str:
-    """The first words, side by side."""
-    first = list(itertools.islice(words, SHOWN + 1))
-    return " ".join(first[:SHOWN] + ["…"] * (len(first) > SHOWN))
 
 
 def of_text(tokenizer: Tokenizer, raw: list[int], batch: MicroBatch) -> list[Stop]:
@@ -165,11 +120,6 @@ def of_change(
         rows=rows,
         figures={"position": at, "target": question.target, "reads": ids},
     )
-
-
-def shown(tokenizer: Tokenizer, index: int) -> str:
-    """A token in a sentence."""
-    return f"{printable(tokenizer.piece(index))!r} ({index})"
 
 
 def of_embedding(learner: Any, found: Recording) -> Stop:

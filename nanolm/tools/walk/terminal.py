@@ -10,7 +10,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from nanolm.tools.walk.stops import LETTERS, Stop
+from nanolm.tools.walk.stop import Stop
+from nanolm.tools.walk.stops import LETTERS
 
 INDENT = 4
 

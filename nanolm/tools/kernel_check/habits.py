@@ -1,0 +1,125 @@
+"""What a kernel must bear beside numbers: calls that are put otherwise than a plain training step.
+
+evaluation   under torch.no_grad it gives what it gives in training
+frozen       the gradient of one input alone, as adapters and frozen layers ask for it
+layout       an incoming gradient of any strides: what stands behind the op decides
+released     nothing of a call is alive when its results are gone
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanolm.tools.kernel_check.op_trials import spread
+from nanolm.tools.kernel_check.trial import Result, Trial, excess, execute, like, upstream
+
+Habit = Callable[[Any, Trial], str | None]
+"""A sentence about a kernel on a trial, or None."""
+
+
+def run(kernel: Any, trial: Trial, *wanted: str) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
+    """(outputs, leaves) of one call in which the wanted leaves alone have gradients."""
+    leaves = {
+        name: like(x, x.dtype).requires_grad_(name in wanted) for name, x in trial.leaves.items()
+    }
+    region: Any = contextlib.nullcontext()
+    if trial.autocast is not None:
+        region = torch.autocast(torch.device(trial.spec.device).type, trial.autocast)
+    with region:
+        return trial.run(kernel, leaves), leaves
+
+
+def differentiated(
+    kernel: Any, trial: Trial, wanted: tuple[str, ...], layout: Callable[[Tensor], Tensor]
+) -> tuple[Result, list[str]]:
+    """(gradients of some leaves for incoming ones of a layout, those that no gradient reaches)."""
+    outputs, leaves = run(kernel, trial, *wanted)
+    given = {
+        name: layout(weight.to(outputs[name].dtype))
+        for name, weight in upstream(outputs, trial.detached).items()
+        if outputs[name].requires_grad
+    }
+    plain = {name: x.detach() for name, x in outputs.items()}
+    if not given:
+        return Result(plain, {}), list(wanted)
+    roots, inputs = [outputs[name] for name in given], [leaves[name] for name in wanted]
+    grads = torch.autograd.grad(roots, inputs, list(given.values()), allow_unused=True)
+    found = {name: grad for name, grad in zip(wanted, grads, strict=True) if grad is not None}
+    return Result(plain, found), [name for name in wanted if name not in found]
+
+
+def wrong(trial: Trial, result: Result) -> str:
+    """The names of what is further off than it may be."""
+    return ", ".join(name for name, share in excess(trial, result).items() if not share < 1)
+
+
+def evaluation(kernel: Any, trial: Trial) -> str | None:
+    """Outputs under torch.no_grad."""
+    with torch.no_grad():
+        names = wrong(trial, execute(trial, kernel, backward=False))
+    return f"under torch.no_grad its {names} is wrong" if names else None
+
+
+def frozen(kernel: Any, trial: Trial) -> str | None:
+    """The gradient of each input when the others have none."""
+    for name in trial.leaves if trial.differentiable else ():
+        result, missed = differentiated(kernel, trial, (name,), lambda x: x)
+        if missed:
+            return f"no gradient reaches {name} when the other inputs are frozen"
+        if f"d{name}" in wrong(trial, result).split(", "):
+            return f"the gradient of {name} is wrong when the other inputs are frozen"
+    return None
+
+
+def layout(kernel: Any, trial: Trial) -> str | None:
+    """Gradients when the incoming one has gaps between its numbers."""
+    if not trial.differentiable:
+        return None
+    wanted = tuple(trial.leaves)
+    names = wrong(trial, differentiated(kernel, trial, wanted, spread)[0])
+    if not names or wrong(trial, differentiated(kernel, trial, wanted, lambda x: x)[0]):
+        return None  # right, or wrong in any layout, which parity tells
+    return (
+        f"it reads an incoming gradient as if that were contiguous: with gaps between its numbers "
+        f"{names} is wrong"
+    )
+
+
+def released(kernel: Any, trial: Trial) -> str | None:
+    """What is alive of a call when nobody holds its results any more."""
+    outputs, leaves = run(kernel, trial, *(trial.leaves if trial.differentiable else ()))
+    named = [*outputs.items(), *leaves.items()]
+    watched = [(name, weakref.ref(x)) for name, x in named]
+    del outputs, leaves, named
+    gc.collect()
+    alive = sorted({name for name, reference in watched if reference() is not None})
+    if not alive:
+        return None
+    return f"it keeps {', '.join(alive)} after the call: memory grows with every step"
+
+
+HABITS: dict[str, Habit] = {
+    habit.__name__: habit for habit in (evaluation, frozen, layout, released)
+}
+
+
+def in_place(kernel: Any, trial: Trial, fault: Habit) -> str | None:
+    """A second call after the same tensors were given other numbers, as an optimiser gives them."""
+    execute(trial, kernel, backward=trial.differentiable)
+    before = {name: x.clone() for name, x in trial.leaves.items()}
+    try:
+        for x in trial.leaves.values():
+            x.copy_(x.flip(0).mul(-0.5))
+        words = fault(kernel, dataclasses.replace(trial))
+    finally:
+        for name, x in trial.leaves.items():
+            x.copy_(before[name])
+    return words and f"after its inputs were given other numbers in place: {words}"
