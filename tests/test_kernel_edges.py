@@ -163,6 +163,38 @@ def test_slopes_that_learn_are_refused_when_the_model_is_built():
         kernel_of("attention", "triton").run(q, q, q, Mask(), bias=AlibiBias(slopes), scale=0.25)
 
 
+@pytest.mark.parametrize(
+    ("shapes", "options", "words"),
+    [
+        ([(1, 3, 4, 16), (1, 3, 3, 16), (1, 3, 3, 16)], {}, "3 key heads do not divide 4 query"),
+        ([(2, 3, 2, 16), (1, 3, 2, 16), (1, 3, 2, 16)], {}, "do not fit keys"),
+        ([(1, 3, 2, 16), (1, 3, 2, 8), (1, 3, 2, 8)], {}, "do not fit keys"),
+        ([(1, 3, 2, 16), (1, 3, 2, 16), (1, 4, 2, 16)], {}, "and values .* differ"),
+        ([(1, 3, 2, 16)] * 3, {"precision": "tf32"}, "precision='tf32' of float32 products"),
+        ([(1, 3, 2, 16)] * 3, {"dtype": torch.float64}, "values torch.float64: they must have one"),
+    ],
+)
+def test_inputs_that_do_not_fit_together_are_refused(shapes, options, words):
+    from nanolm.kernels.attention.operator import attention
+
+    q, k, v = (draw(*shape) for shape in shapes)
+    v = v.to(options.pop("dtype", torch.float32))
+    with pytest.raises(ValueError, match=words):
+        attention(q, k, v, Mask(), scale=0.25, **options)
+
+
+@pytest.mark.parametrize("sizes", [(0, 3, 5), (2, 0, 5), (2, 3, 0)], ids=str)
+def test_a_batch_without_rows_queries_or_keys_has_gradients_of_zero(sizes):
+    n_rows, n_queries, n_keys = sizes
+    q, k, v = (draw(n_rows, n, 2, 16) for n in (n_queries, n_keys, n_keys))
+    bias = draw(1, 2, n_queries, n_keys)
+    out = kernel_of("attention", "triton").run(q, k, v, Mask(), bias=DenseBias(bias), scale=0.25)
+    assert out.shape == q.shape and (out == 0).all()
+    grads = torch.autograd.grad(out.sum(), [q, k, v, bias])
+    for x, grad in zip([q, k, v, bias], grads, strict=True):
+        assert grad.shape == x.shape and (grad == 0).all()
+
+
 def registered(op, **attributes):
     kernel(op)(type("Plugin", (), attributes))
 

@@ -80,7 +80,8 @@ def test_only_what_cancels_is_measured_by_its_terms():
             if trial.size(largest, terms.get(key, 0.0), dtype) > largest:
                 wider.add(name)
     assert wider == {
-        "large scores", "large scores in bfloat16", "one query, one key", "many queries, one key"
+        "large scores", "large scores in bfloat16", "one query, one key", "many queries, one key",
+        "window of one",
     }  # fmt: skip
 
 

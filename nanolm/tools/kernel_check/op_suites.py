@@ -37,7 +37,7 @@ def op_trials(op: str, device: str = "cpu") -> list[Trial]:
     for index, dtype in enumerate(DTYPES):
         trials += TRIALS[op](index, {"dtype": dtype, "device": device})
     trials += LARGE[op]({"dtype": FP32, "device": device}) + MIXED[op](device)
-    return [*trials, strided(trials[0])]
+    return [*trials, strided(max(trials, key=lambda trial: len(trial.leaves)))]
 
 
 LARGE: dict[str, Callable[[dict[str, Any]], list[Trial]]] = {

@@ -76,7 +76,7 @@ class Trial:
         if largest < SMALL:
             return max(terms, SMALL)
         computed = self.computes or self.spec.dtype
-        # Why not less. Of all trials of attention this widens two with one key and two with large
+        # Why not less. Of all trials of attention this widens three with one key and two with large
         # scores. On these, in the interpreter or on a CPU, errors take up to 0.58 of what is
         # allowed (sdpa's dv; the definition in float32 0.32, Triton 0.55), so a smaller allowance
         # would fail right kernels on a device that sums in another order; without it the same
