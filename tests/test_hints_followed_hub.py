@@ -219,7 +219,6 @@ ROWS: dict[str, Callable[[pathlib.Path], Row]] = {
     "a rank file as GGUF": lambda f: Row(
         exporting(like_llama(f"--data.path={of_ranks()}"), "gguf", f), AS_IT_SAYS
     ),
-    "two stacks as ONNX": lambda f: Row(exporting(pretrained("span"), "onnx", f), AS_NANOLM),
     "two streams as ONNX": lambda f: Row(
         exporting(pretrained("permutation"), "onnx", f), AS_NANOLM
     ),

@@ -92,9 +92,9 @@ def test_a_vocabulary_that_does_not_fit_is_mended_in_place(tmp_path):
     options = {"sources": [str(tmp_path / "x.txt")], "workers": 1, "val_fraction": 0.0}
     for out, vocab_size in (("large", 5000), ("small", 298)):
         settings = PrepareConfig(out=str(tmp_path / out), vocab_size=vocab_size, **options)
-        with pytest.raises(UserError, match=r"at most (\d+)|the (\d+) characters") as caught:
+        with pytest.raises(UserError, match=r"at most (\d+)|at least (\d+)") as caught:
             prepare(settings, Silent())
-        (size,) = re.findall(r"at most (\d+)|the (\d+) characters", str(caught.value))
+        (size,) = re.findall(r"at most (\d+)|at least (\d+)", str(caught.value))
         mended = dataclasses.replace(settings, vocab_size=int("".join(size)))
         prepare(mended, Silent())
         assert verify(tmp_path / out).vocab_size == int("".join(size))
