@@ -13,6 +13,7 @@ from nanolm.ops.contract import candidates
 from nanolm.tools.kernel_check import survey
 from nanolm.tools.kernel_check.attention_cases import LARGE, MIXED, SINGLE
 from nanolm.tools.kernel_check.conformance import Finding, check_kernel, checks_of
+from nanolm.tools.kernel_check.habits import HABITS
 from nanolm.tools.kernel_check.leaks import KINDS
 from nanolm.tools.kernel_check.survey import MOST_JOBS, Patient, default_jobs, describe
 from nanolm.tools.kernel_check.workers import Errand, errands, findings
@@ -78,6 +79,7 @@ def test_errands_of_a_kernel_are_its_whole_suite():
     leaks = [f"leak: {kind}" for kind in KINDS]
     rest = ["dropout", "other numbers"]
     rest += ["determinism: causal", "determinism: 1100 keys", "memory"]
+    rest += HABITS
     assert names == [*SINGLE, *MIXED, *LARGE, *leaks, *rest]
     with pytest.raises(ValueError, match="there is no op"):
         checks_of("convolution")

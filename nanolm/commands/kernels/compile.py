@@ -51,7 +51,7 @@ COLUMNS = {
     "lane": 4,
     "KiB": 7,
     "products": 11,
-    "per": 4,
+    "per": 5,
     "fit": 3,
     "wide": 4,
     "s": 5,
