@@ -17,7 +17,6 @@ import hashlib
 import itertools
 import pathlib
 import re
-import sys
 from typing import cast
 
 import numpy as np
@@ -49,8 +48,6 @@ FOREIGN_PIECES = {
     "sep": ("<sep>", "[SEP]"),
     "mask": ("<mask>", "[MASK]"),
 }
-TOLD_OF_SPACES: set[str] = set()
-"""Hashes of the tokenizers of which this process has said that they lose spaces."""
 PROBE = "  \uff21\ufb01\tx \n\u4e00"
 
 
@@ -132,12 +129,6 @@ class Tokenizer:
 
     def __reduce__(self) -> tuple:
         return (Tokenizer, (self.model_bytes, self.path))
-
-    @property
-    def loses_spaces(self) -> bool:
-        """Whether a space comes back as ▁: a model that was trained on text without spaces has no
-        piece for one, and writes the three bytes of ▁."""
-        return self._json is None and self.decode(self.encode(" ")) == SPACE
 
     def encode(self, text: str) -> np.ndarray:
         """The ids of a text: [n] uint16 (uint32 when V > 65536), without special pieces."""
@@ -326,21 +317,6 @@ class Tokenizer:
         return model_pieces(
             cast(sentencepiece.SentencePieceProcessor, self._processor), reserved, SPACE
         )
-
-
-def open_tokenizer(path: str | pathlib.Path) -> Tokenizer:
-    """`Tokenizer.load` for a command, which says once of a tokenizer that it loses spaces."""
-    tokenizer = Tokenizer.load(path)
-    if tokenizer.loses_spaces and tokenizer.hash not in TOLD_OF_SPACES:
-        TOLD_OF_SPACES.add(tokenizer.hash)
-        print(
-            f"nanolm: the tokenizer {tokenizer.path} gives spaces back as {SPACE}, since it was "
-            f"trained on text without any; prepare the texts anew without --tokenizer, with this "
-            f"version (nanolm prepare TEXTS --out FOLDER), and train on that",
-            file=sys.stderr,
-            flush=True,
-        )
-    return tokenizer
 
 
 def opened_model(model_bytes: bytes, path: str) -> sentencepiece.SentencePieceProcessor:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from nanolm.config.model import ModelConfig
 from nanolm.config.schema import Config
 from nanolm.data.stream import RowStream
-from nanolm.data.tokenizer import Tokenizer, open_tokenizer
+from nanolm.data.tokenizer import Tokenizer
+from nanolm.data.tokenizer_warning import load_with_warning
 from nanolm.errors import require
 from nanolm.learner import Learner
 from nanolm.model.initial_weights import init_parameter, init_weights
@@ -35,7 +36,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def build_tokenizer(config: Config) -> Tokenizer:
     """The tokenizer of the first corpus (the stream checks that all corpora share it)."""
-    return open_tokenizer(config.data.mixture[0][0])
+    return load_with_warning(config.data.mixture[0][0])
 
 
 def resolve(config: C, tokenizer: Tokenizer) -> C:

@@ -18,7 +18,8 @@ from nanolm.checkpoint.places import with_places
 from nanolm.config import strict_yaml
 from nanolm.config.load import import_plugins, load_config
 from nanolm.config.schema import Config
-from nanolm.data.tokenizer import Tokenizer, open_tokenizer
+from nanolm.data.tokenizer import Tokenizer
+from nanolm.data.tokenizer_warning import load_with_warning
 from nanolm.distributed.devices import device_type
 from nanolm.errors import UserError
 from nanolm.learner import Learner
@@ -83,7 +84,7 @@ def open_saved(
     config = read_config(folder, plugins)
     if config.opens_best:
         folder = locate(path, best=True)
-    tokenizer = open_tokenizer(folder)
+    tokenizer = load_with_warning(folder)
     objective = build.build_objective(config, tokenizer)
     learner = build.build_learner(config, objective, torch.device(kind), phase)
     if config.peft.name == "none":

@@ -13,7 +13,8 @@ from nanolm.tools.kernel_check.attention_cases import HARD, LARGE, MIXED, SINGLE
 from nanolm.tools.kernel_check.attention_trials import trial_of
 from nanolm.tools.kernel_check.conformance import check_case, check_kernel, checks_of
 from nanolm.tools.kernel_check.trial import execute, reference
-from tests.kernel_tools.outsiders import WRONG, Outsider, right
+from tests.kernel_tools.outsider import Outsider, right
+from tests.kernel_tools.outsiders import WRONG
 
 
 def failures(op, kernel):

@@ -12,7 +12,7 @@ from nanolm.errors import UserError
 from nanolm.ops.contract import AttentionSpec, GluSpec, Kernels, instance, why_it_varies
 from nanolm.registry import KERNELS
 from nanolm.tools.kernel_check.conformance import check_kernel, determinism_check
-from tests.kernel_tools.outsiders import Outsider, right
+from tests.kernel_tools.outsider import Outsider, right
 
 REASON = "three programs add to one gradient"
 

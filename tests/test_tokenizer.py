@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanolm.data.prepare.tokenizer_training import LOSSLESS, sentences, train_tokenizer
-from nanolm.data.tokenizer import EXTRA_TOKENS, ROLES, Tokenizer, escape, open_tokenizer, unescape
+from nanolm.data.tokenizer import EXTRA_TOKENS, ROLES, Tokenizer, escape, unescape
+from nanolm.data.tokenizer_warning import load_with_warning
 from nanolm.errors import UserError
 
 CODE = "def add(a, b):\n\treturn a + b  # 加法\n\n\nclass Größe:\n    pass\n"
@@ -101,11 +102,11 @@ def test_a_tokenizer_that_loses_spaces_is_told_once(kind: str, tmp_path, monkeyp
         (tmp_path / f"{name}.model").write_bytes(model)
         (tmp_path / name).mkdir()
         (tmp_path / name / "tokenizer.model").write_bytes(model)
-    assert open_tokenizer(tmp_path / "good").decode(Tokenizer(good).encode("a b")) == "a b"
+    assert load_with_warning(tmp_path / "good").decode(Tokenizer(good).encode("a b")) == "a b"
     assert capsys.readouterr().err == ""
     for _ in range(2):
-        found = open_tokenizer(tmp_path / "bad.model")
-    open_tokenizer(tmp_path / "bad")  # the same one elsewhere, as `prepare` copies it
+        found = load_with_warning(tmp_path / "bad.model")
+    load_with_warning(tmp_path / "bad")  # the same one elsewhere, as `prepare` copies it
     assert found.decode(found.encode("a b")) == "a▁b"
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"nanolm: the tokenizer {tmp_path / 'bad.model'} gives spaces back as ▁")

@@ -40,7 +40,8 @@ from nanolm.data.shards.directory import (
     data_hash,
     split_totals,
 )
-from nanolm.data.tokenizer import MODEL_FILE, Tokenizer, open_tokenizer
+from nanolm.data.tokenizer import MODEL_FILE, Tokenizer
+from nanolm.data.tokenizer_warning import load_with_warning
 from nanolm.errors import UserError
 from nanolm.files import AtomicFile
 
@@ -205,12 +206,12 @@ class Preparation:
         path = self.out / MODEL_FILE
         if not path.exists():
             if self.config.tokenizer is not None:
-                model = open_tokenizer(self.config.tokenizer).model_bytes
+                model = load_with_warning(self.config.tokenizer).model_bytes
             else:
                 model = self.train(documents, duplicates, split, text_bytes)
             with AtomicFile(path) as file:
                 file.write(model)
-        tokenizer = open_tokenizer(path)
+        tokenizer = load_with_warning(path)
         tokenizer.role("eos")  # a foreign model without one cannot end documents
         return tokenizer
 

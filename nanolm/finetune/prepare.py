@@ -21,7 +21,8 @@ from nanolm.checkpoint.container import read_tensors
 from nanolm.config import strict_yaml
 from nanolm.data.tables.files import Table
 from nanolm.data.tables.stream import TaskStream
-from nanolm.data.tokenizer import Tokenizer, open_tokenizer
+from nanolm.data.tokenizer import Tokenizer
+from nanolm.data.tokenizer_warning import load_with_warning
 from nanolm.distributed.world import World
 from nanolm.errors import UserError, require
 from nanolm.finetune.config import TaskConfig
@@ -70,7 +71,7 @@ def prepare(config: TaskConfig) -> Prepared:
     """Reads and checks everything that a run needs; raises UserError for what the user can mend."""
     base = base_folder(config)
     config = reading(config)
-    tokenizer = open_tokenizer(base)
+    tokenizer = load_with_warning(base)
     makers = {"train": training_split, "val": make_split}
     task: Task
     train: Split
