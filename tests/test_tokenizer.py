@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from nanolm.data.prepare.tokenizer_training import LOSSLESS, sentences, train_tokenizer
 from nanolm.data.tokenizer import EXTRA_TOKENS, ROLES, Tokenizer, escape, unescape
-from nanolm.data.tokenizer_warning import load_with_warning
+from nanolm.data.tokenizer_warning import WARNED_OF, load_with_warning
 from nanolm.errors import UserError
 
 CODE = "def add(a, b):\n\treturn a + b  # 加法\n\n\nclass Größe:\n    pass\n"
@@ -104,6 +104,11 @@ def test_a_tokenizer_that_loses_spaces_is_told_once(kind: str, tmp_path, monkeyp
         (tmp_path / name / "tokenizer.model").write_bytes(model)
     assert load_with_warning(tmp_path / "good").decode(Tokenizer(good).encode("a b")) == "a b"
     assert capsys.readouterr().err == ""
+    monkeypatch.setenv("RANK", "1")
+    load_with_warning(tmp_path / "bad.model")
+    assert capsys.readouterr().err == "", "the first rank alone says it"
+    monkeypatch.delenv("RANK")
+    WARNED_OF.clear()  # of another process
     for _ in range(2):
         found = load_with_warning(tmp_path / "bad.model")
     load_with_warning(tmp_path / "bad")  # the same one elsewhere, as `prepare` copies it
