@@ -232,6 +232,7 @@ def test_the_rows_of_the_proof_pad_sources_and_have_longer_targets():
     lengths = [{name: given[name].shape for name in given} for given in (first, second)]
     assert lengths[0]["input_ids"][1] > lengths[0]["decoder_input_ids"][1]
     assert lengths[1]["input_ids"][1] < lengths[1]["decoder_input_ids"][1]
+    assert lengths[0]["input_ids"][0] != lengths[1]["input_ids"][0]  # a number of rows that froze
 
 
 @pytest.mark.parametrize(
