@@ -57,9 +57,11 @@ def finetune(base, data, run, *words: str) -> dict:
         return run_finetune(config(base, data, run, *words))
 
 
-def command(*words: str, stdin: str | None = None) -> str:
-    """What a command prints."""
-    with contextlib.redirect_stdout(io.StringIO()) as out:
+def command(*words: str, stdin: str = "") -> str:
+    """What a command prints that reads this text."""
+    given = io.TextIOWrapper(io.BytesIO(stdin.encode()))
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
+        patch.setattr("sys.stdin", given)
         cli.run(list(words))
     return out.getvalue()
 

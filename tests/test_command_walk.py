@@ -27,7 +27,7 @@ from tests.command_walk import ROOT, Cell, cells, line_of, schema_of, walk
 from tests.kinds_of_run import KINDS
 from tests.prepared import prepared_corpus, trained_run
 
-SAMPLED = 20
+SAMPLED = 12
 
 
 def failures(some: list[Cell], folder) -> list[str]:

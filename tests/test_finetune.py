@@ -65,16 +65,8 @@ def test_finetune_evaluate_predict(objective, data, tmp_path, monkeypatch):
     for mine, theirs in zip(from_file, map(json.loads, stored), strict=True):
         assert mine["label"] == theirs["label"]
         assert mine["probability"] == pytest.approx(theirs["probability"], abs=1e-5)
-    job = subprocess.run(
-        [sys.executable, "-m", "nanolm", "predict", str(run)],
-        input="open a file\n\nraise an error\n" + '{"text": "append to the list"}\n',
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=600,
-    )
-    assert job.returncode == 0, job.stderr
-    answers = [json.loads(line) for line in job.stdout.splitlines()]
+    asked = "open a file\n\nraise an error\n" + '{"text": "append to the list"}\n'
+    answers = list(map(json.loads, command("predict", str(run), stdin=asked).splitlines()))
     assert [a.get("label") for a in answers] == ["file", None, "error", "list"]
     assert answers[1] == {"error": "the line is empty"}
 

@@ -40,6 +40,7 @@ def whoami(count):
     return [WhoAmI("norm", "torch", "cpu", True, number) for number in range(count)]
 
 
+@pytest.mark.slow
 def test_two_processes_say_what_one_says(tmp_path, monkeypatch, capsys):
     few = [Patient("norm", "torch", True), Patient("linear_cross_entropy", "chunked", True)]
     monkeypatch.setattr(survey, "patients", lambda device: few)

@@ -164,27 +164,14 @@ def test_train_evaluate_predict_explain(data, tmp_path):
     assert (run / "evaluation" / "kind_test.json").is_file()
     card = (run / "MODEL.md").read_text()
     assert "- kind: classify" in card and "kind_test" in card
-    (label,) = map(json.loads, command_lines(run, "open a file", "--task=kind"))
+    label = json.loads(command("predict", str(run), "--task=kind", stdin="open a file\n"))
     assert label["label"] in ("error", "file", "list")
-    (tags,) = map(json.loads, command_lines(run, "the parser reads", "--task=words"))
+    tags = json.loads(command("predict", str(run), "--task=words", stdin="the parser reads\n"))
     assert len(tags["tags"]) == 3
     with pytest.raises(UserError, match="say which one with --task kind or --task words"):
         command("predict", str(run), str(data / "kind" / "test.jsonl"))
     printed = command("explain", str(run), "open a file", "--task=kind", f"--out={tmp_path / 'x'}")
     assert "logit of label" in printed
-
-
-def command_lines(run, line, *words):
-    job = subprocess.run(
-        [sys.executable, "-m", "nanolm", "predict", str(run), *words],
-        input=f"{line}\n",
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=600,
-    )
-    assert job.returncode == 0, job.stderr
-    return job.stdout.splitlines()
 
 
 def test_two_ranks_equal_one(data, tmp_path):

@@ -57,6 +57,7 @@ def bare(tmp_path):
     return {"cwd": tmp_path, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
 
 
+@pytest.mark.slow
 def test_a_bare_checkout_prepares_trains_and_evaluates_without_jsonargparse_and_wandb(bare):
     library = pathlib.Path(sysconfig.get_paths()["stdlib"])
     texts = [str(library / name) for name in ("argparse.py", "textwrap.py", "statistics.py")]

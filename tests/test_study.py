@@ -211,6 +211,7 @@ def test_a_figure_that_the_test_split_does_not_give_is_told_and_nothing_is_kept(
     assert study_cells.test(cell, record)["test"] == {"rows": 3, "accuracy": 1.0, "roc_auc": 0.5}
 
 
+@pytest.mark.slow
 def test_a_study_that_is_told_to_end_takes_its_cells_along(place, tmp_path):
     argv = words(place, f"--out={tmp_path}", f"--results={tmp_path / 'r.json'}")
     more = ["--table=null", "--overrides={train.steps: 100000}"]

@@ -206,8 +206,15 @@ def test_greedy_decoding_writes_what_transformers_writes(pair, tokenizer, tmp_pa
     assert len(found.unique()) > B  # some row says more than one thing
 
 
-@pytest.mark.parametrize("penalty", [1.0, 0.0, 2.0])
-@pytest.mark.parametrize("size", [2, 5])
+@pytest.mark.parametrize(
+    ("size", "penalty"),
+    [
+        (5, 1.0),
+        (2, 0.0),
+        (5, 2.0),
+        *(pytest.param(*more, marks=pytest.mark.slow) for more in [(2, 1.0), (5, 0.0), (2, 2.0)]),
+    ],
+)
 def test_beams_find_what_those_of_transformers_find(pair, tokenizer, tmp_path, size, penalty):
     version, ours, theirs = pair
     config = load_config([], base={"model": SHAPE | VERSIONS[version][0]})
