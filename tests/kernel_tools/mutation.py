@@ -140,8 +140,20 @@ def plain(words: str) -> str:
     return re.sub(r"\s+", " ", re.sub(r"#.*", "", words)).strip()
 
 
+def is_python(text: Text, function: ast.FunctionDef, start: int, stop: int, new: str) -> bool:
+    """Whether a function can be read with its bytes [start, stop) written otherwise."""
+    first, last = text.span(function)
+    above = "class Above:\n" + " " * function.col_offset if function.col_offset else ""
+    try:
+        ast.parse(above + text.between(first, start) + new + text.between(stop, last))
+    except SyntaxError:
+        return False
+    return True
+
+
 def of_file(file: str) -> Iterator[Mutant]:
-    """All mutants of one file, in its order."""
+    """All mutants of one file that can be read as Python, in its order."""
+    unparsed = functools.cache(ast.unparse)
     text = Text((ROOT / file).read_bytes())
     seen: dict[str, int] = {}
     for function, node in functions(ast.parse(text.text)):
@@ -150,10 +162,12 @@ def of_file(file: str) -> Iterator[Mutant]:
         interpreted = any(ast.unparse(mark) == "triton.jit" for mark in node.decorator_list)
         for place in inside(node):
             site = Site(place.node, text.of, place.in_loop, frozenset(names))
-            about = words_of(" ".join([function, *map(ast.unparse, place.around)]))
+            about = words_of(" ".join([function, *map(unparsed, place.around)]))
             for operator, changes in OPERATORS.items():
                 for changed, new in changes(site):
                     start, stop = text.span(changed)
+                    if not is_python(text, node, start, stop, new):
+                        continue
                     old = plain(text.between(start, stop))
                     name = f"{file} {function} {operator}: {old} -> {plain(new)}"
                     if len(old) < 16:
@@ -175,15 +189,7 @@ def words_of(text: str) -> set[str]:
 @functools.cache
 def mutants() -> tuple[Mutant, ...]:
     """All mutants of all files that can be read as Python."""
-    found = []
-    for file in FILES:
-        for mutant in of_file(file):
-            try:
-                ast.parse(mutant.source())
-            except SyntaxError:
-                continue
-            found.append(mutant)
-    return tuple(found)
+    return tuple(mutant for file in FILES for mutant in of_file(file))
 
 
 def draw(count: int, seed: str, among: Iterable[Mutant]) -> list[Mutant]:
