@@ -207,7 +207,8 @@ def import_plugins(names: Any) -> None:
     for name in names:
         try:
             importlib.import_module(name)
-        except (ImportError, ValueError) as error:  # ValueError: '' and '.x' name no module
+        # ValueError: '' and '.x' name no module.
+        except (ImportError, ValueError, SyntaxError) as error:
             raise UserError(f"plugins: cannot import {name}: {error}") from error
 
 
