@@ -207,8 +207,7 @@ def import_plugins(names: Any) -> None:
     for name in names:
         try:
             importlib.import_module(name)
-        # ValueError: '' and '.x' name no module.
-        except (ImportError, ValueError, SyntaxError) as error:
+        except (ImportError, ValueError) as error:  # ValueError: '' and '.x' name no module
             raise UserError(f"plugins: cannot import {name}: {error}") from error
 
 
