@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 from nanolm.tools.kernel_check.conformance import check_kernel
-from tests.kernel_tools import wrong_attention, wrong_ops
+from tests.kernel_tools import wrong_attention, wrong_habits, wrong_ops
 from tests.kernel_tools.outsider import WRONG
 
-__all__ = ["WRONG", "wrong_attention", "wrong_ops"]
+__all__ = ["WRONG", "wrong_attention", "wrong_habits", "wrong_ops"]
 
 
 def told(wrong):

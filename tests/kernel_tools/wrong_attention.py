@@ -231,3 +231,16 @@ def takes_a_window_of_one_for_none(run):
         return run(q, k, v, mask, **options)
 
     return attend
+
+
+@wrong("attention", "it takes the integers of masks for int64; these are int32")
+def reads_masks_as_64_bits(run):
+    def misread(x):
+        return x.long() + (x.flatten().roll(-1).long() << 32).view(x.shape)
+
+    def attend(q, k, v, mask, **options):
+        numbers = {name: x for name, x in vars(mask).items() if torch.is_tensor(x)}
+        wrong = {name: misread(x) for name, x in numbers.items() if x.dtype == torch.int32}
+        return run(q, k, v, dataclasses.replace(mask, **wrong), **options)
+
+    return attend

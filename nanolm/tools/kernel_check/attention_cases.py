@@ -49,6 +49,8 @@ class Case:
     bias_dtype: torch.dtype | None = None
     """The bias parameters' dtype, where it is not that of queries, keys and values."""
     autocast: torch.dtype | None = None
+    integers: torch.dtype = torch.int64
+    """The dtype of the mask's numbers."""
     size: float = 1.0
     """What queries and keys are multiplied by, in place."""
     phase: Phase = "train"
@@ -91,6 +93,9 @@ SINGLE = {
     "float16": Case(dtype=torch.float16),
     "bfloat16": Case(dtype=torch.bfloat16),
     "strides": Case(layout="sliced"),
+    "int32 masks": Case(
+        causal=True, lengths=True, documents=True, prefix=True, order="loose", integers=torch.int32
+    ),
 }
 
 HARD = {

@@ -54,7 +54,8 @@ def make_mask(case: Case) -> Mask:
         fields["order"] = torch.tensor(orders[:, :n_queries])
         fields["key_order"] = torch.tensor(orders[:, :n_keys])
         fields["strict"] = case.order == "strict"
-    return Mask(**fields)
+    numbers = {name: x.to(case.integers) for name, x in fields.items() if isinstance(x, Tensor)}
+    return Mask(**fields | numbers)
 
 
 def bias_leaf(case: Case) -> Tensor | None:

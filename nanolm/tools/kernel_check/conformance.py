@@ -8,7 +8,8 @@ that refuse training but serve prefill or decoding are checked forward only.
     leaks         hidden keys change nothing, for each kind of mask
     dropout       what it drops, how it scales, and that the gradient is of what was kept
     other numbers nothing is remembered from one call to the next, not by place in memory either
-    habits        evaluation, frozen inputs, gradients of any strides, nothing kept (habits.py)
+    habits        evaluation, frozen inputs, gradients of any strides, calls that overlap, nothing
+                  kept (habits.py, op_habits.py), torch's own settings (settings.py)
     determinism   twice the same bits; gradients of a kernel that says that they vary are noted
     memory        what is saved for the backward pass does not grow with T x S
 """
@@ -28,9 +29,12 @@ from nanolm.tools.kernel_check.attention_cases import HARD, LARGE, MIXED, SINGLE
 from nanolm.tools.kernel_check.attention_trials import spec_of, trial_of
 from nanolm.tools.kernel_check.diagnosis import fault
 from nanolm.tools.kernel_check.dropout import RATE, dropout_fault
-from nanolm.tools.kernel_check.habits import HABITS, in_place
+from nanolm.tools.kernel_check.habits import HABITS, Habit, in_place
 from nanolm.tools.kernel_check.leaks import KINDS, leak
+from nanolm.tools.kernel_check.op_habits import OP_HABITS
 from nanolm.tools.kernel_check.op_suites import op_trials
+from nanolm.tools.kernel_check.saved import what_is_saved
+from nanolm.tools.kernel_check.settings import watched_settings
 from nanolm.tools.kernel_check.trial import Trial, execute, forget_graphs
 
 
@@ -69,7 +73,10 @@ def checks_of(op: str, *, quick: bool = False) -> list[Check]:
             *(trial_check(op, number) for number in range(len(op_trials(op)))),
             lambda kernel, device: check_other_numbers(kernel, lambda: op_trials(op, device)[0]),
             lambda kernel, device: check_determinism(kernel, lambda: op_trials(op, device)[0]),
-            *(habit_check(name, lambda _, device: op_trials(op, device)[0]) for name in HABITS),
+            *(
+                habit_check(name, find, lambda _, device: op_trials(op, device)[0])
+                for name, find in (HABITS | OP_HABITS.get(op, {})).items()
+            ),
         ]
     cases = SINGLE | MIXED | LARGE | ({} if quick else HARD)
     return [
@@ -82,13 +89,15 @@ def checks_of(op: str, *, quick: bool = False) -> list[Check]:
         # With one tile of keys there is one order to add dQ in: the second has many.
         *(determinism_check(name) for name in ("causal", "1100 keys")),
         check_memory,
-        *(habit_check(name, lambda *on: served_trial(on[0], "causal", on[1])) for name in HABITS),
+        *(
+            habit_check(name, find, lambda *on: served_trial(on[0], "causal", on[1]))
+            for name, find in HABITS.items()
+        ),
     ]
 
 
-def habit_check(name: str, make: Callable[[Any, str], Trial]) -> Check:
+def habit_check(name: str, find: Habit, make: Callable[[Any, str], Trial]) -> Check:
     """One habit on the trial that is made for a kernel and a device."""
-    find = HABITS[name]
     return lambda kernel, device: asked(
         name, kernel, lambda: make(kernel, device), lambda trial: find(kernel, trial)
     )
@@ -149,9 +158,12 @@ def check_case(kernel: Any, name: str, case: Case, device: str) -> Finding:
             return Finding(name, "refused", reason)
         trial = trial_of(served, device)
         words = fault(kernel, trial)
-        if words is not None:
-            return Finding(name, "FAIL", words)
-        return Finding(name, "pass", what_was_tried(case, served))
+        if words is None:
+            return Finding(name, "pass", what_was_tried(case, served))
+        plain = dataclasses.replace(served, integers=torch.int64)
+        if plain != served and fault(kernel, trial_of(plain, device)) is None:
+            words = "it takes the integers of masks for int64; these are int32"
+        return Finding(name, "FAIL", words)
 
     return told(name, work)
 
@@ -186,12 +198,18 @@ def asked(
 
 
 def told(name: str, work: Callable[[], Finding]) -> Finding:
-    """The finding, or that the kernel raises: a foreign one may raise anything."""
+    """The finding, or that the kernel raises, as a foreign one may raise anything, or ends the
+    process, or leaves torch otherwise than it was."""
     forget_graphs()
-    try:
-        return work()
-    except Exception as error:  # noqa: BLE001  (it is reported)
-        return Finding(name, "FAIL", f"it raises {type(error).__name__}: {error}")
+    with watched_settings() as written:
+        try:
+            finding = work()
+        except (Exception, SystemExit) as error:  # noqa: BLE001  (it is reported)
+            finding = Finding(name, "FAIL", f"it raises {type(error).__name__}: {error}")
+    if not written:
+        return finding
+    words = f"it calls {', '.join(written)}, which changes what all others compute after it"
+    return Finding(name, "FAIL", words)
 
 
 def served_trial(kernel: Any, name: str, device: str) -> Trial:
@@ -272,28 +290,6 @@ def check_memory(kernel: Any, device: str) -> Finding:
         served, reason = serving(kernel, Case(n_rows=1, n_queries=128, n_keys=128), device)
         if served is None or served.phase != "train":
             return Finding("memory", "refused", reason)
-        return kept(kernel, served, device)
+        return Finding("memory", "pass", what_is_saved(kernel, served, device))
 
     return told("memory", work)
-
-
-def kept(kernel: Any, case: Case, device: str) -> Finding:
-    """What a forward pass keeps for the backward one."""
-    trial = trial_of(case, device)
-    leaves = {name: x.detach().requires_grad_() for name, x in trial.leaves.items()}
-    saved: dict[int, int] = {}
-
-    def pack(x: torch.Tensor) -> torch.Tensor:
-        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        trial.run(kernel, leaves)
-    n_bytes = sum(saved.values())
-    needed = sum(x.untyped_storage().nbytes() for x in leaves.values()) * 4 // 3
-    needed += case.n_heads * case.n_queries * 4
-    words = f"{n_bytes} bytes saved, {needed} for q, k, v, out and lse"
-    quadratic = case.n_heads * case.n_queries * case.n_keys * 4
-    if n_bytes >= needed + quadratic:
-        return Finding("memory", "pass", f"{words}: it keeps [T, S] weights")
-    return Finding("memory", "pass", words)

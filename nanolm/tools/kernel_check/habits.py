@@ -3,6 +3,9 @@
 evaluation   under torch.no_grad it gives what it gives in training
 frozen       the gradient of one input alone, as adapters and frozen layers ask for it
 layout       an incoming gradient of any strides: what stands behind the op decides
+unchanged    an incoming gradient is read and not written: others read it too
+overlapping  a call's results stay right when another call is made before its backward pass, as
+             the layers of a model are called
 released     nothing of a call is alive when its results are gone
 """
 
@@ -38,10 +41,16 @@ def run(kernel: Any, trial: Trial, *wanted: str) -> tuple[Mapping[str, Tensor], 
 
 
 def differentiated(
-    kernel: Any, trial: Trial, wanted: tuple[str, ...], layout: Callable[[Tensor], Tensor]
+    kernel: Any,
+    trial: Trial,
+    wanted: tuple[str, ...],
+    layout: Callable[[Tensor], Tensor],
+    between: Callable[[], Any] = lambda: None,
 ) -> tuple[Result, list[str]]:
-    """(gradients of some leaves for incoming ones of a layout, those that no gradient reaches)."""
+    """(gradients of some leaves for incoming ones of a layout, those that no gradient reaches);
+    `between` is called behind the forward pass."""
     outputs, leaves = run(kernel, trial, *wanted)
+    between()
     given = {
         name: layout(weight.to(outputs[name].dtype))
         for name, weight in upstream(outputs, trial.detached).items()
@@ -93,6 +102,39 @@ def layout(kernel: Any, trial: Trial) -> str | None:
     )
 
 
+def unchanged(kernel: Any, trial: Trial) -> str | None:
+    """The incoming gradients behind the backward pass."""
+    handed: list[tuple[Tensor, Tensor]] = []
+
+    def noted(x: Tensor) -> Tensor:
+        handed.append((x, x.clone()))
+        return x
+
+    if trial.differentiable:
+        differentiated(kernel, trial, tuple(trial.leaves), noted)
+    if all(torch.equal(x, before) for x, before in handed):
+        return None
+    return "its backward pass changes the incoming gradient in place: others read that too"
+
+
+def overlapping(kernel: Any, trial: Trial) -> str | None:
+    """A call with another one, on the same shapes, between its forward and its backward pass."""
+    wanted = tuple(trial.leaves) if trial.differentiable else ()
+    other = {name: x.flip(0).mul(-0.5) for name, x in trial.leaves.items()}
+    second = dataclasses.replace(trial, leaves=other)
+
+    def found(between: Callable[[], Any]) -> str:
+        return wrong(trial, differentiated(kernel, trial, wanted, lambda x: x, between)[0])
+
+    names = found(lambda: run(kernel, second, *wanted))
+    if not names or found(lambda: None):
+        return None  # right, or wrong without another call, which parity tells
+    return (
+        f"its calls share memory: when another one is made before its backward pass, {names} is "
+        f"wrong"
+    )
+
+
 def released(kernel: Any, trial: Trial) -> str | None:
     """What is alive of a call when nobody holds its results any more."""
     outputs, leaves = run(kernel, trial, *(trial.leaves if trial.differentiable else ()))
@@ -107,7 +149,8 @@ def released(kernel: Any, trial: Trial) -> str | None:
 
 
 HABITS: dict[str, Habit] = {
-    habit.__name__: habit for habit in (evaluation, frozen, layout, released)
+    habit.__name__: habit
+    for habit in (evaluation, frozen, layout, unchanged, overlapping, released)
 }
 
 

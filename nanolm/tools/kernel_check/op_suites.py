@@ -6,6 +6,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from nanolm.tools.kernel_check.op_trials import (
     BF16,
     FP16,
@@ -18,6 +21,7 @@ from nanolm.tools.kernel_check.op_trials import (
     rotary_trial,
     strided,
     symmetric_trial,
+    with_axes,
 )
 from nanolm.tools.kernel_check.trial import Trial
 
@@ -37,7 +41,25 @@ def op_trials(op: str, device: str = "cpu") -> list[Trial]:
     for index, dtype in enumerate(DTYPES):
         trials += TRIALS[op](index, {"dtype": dtype, "device": device})
     trials += LARGE[op]({"dtype": FP32, "device": device}) + MIXED[op](device)
-    return [*trials, strided(max(trials, key=lambda trial: len(trial.leaves)))]
+    fullest = max(trials, key=lambda trial: len(trial.leaves))
+    return [*trials, strided(fullest), *(with_axes(fullest, *axes) for axes in AXES.get(op, ()))]
+
+
+def one_more(x: Tensor) -> Tensor:
+    """An axis more, as rows of a batch are."""
+    return torch.stack([x, x.flip(0)])
+
+
+Axes = tuple[str, Callable[[Tensor], Tensor]]
+ONE_MORE: Axes = ("an axis more", one_more)
+ONE_LESS: Axes = ("an axis less", lambda x: x[0])
+AXES: dict[str, tuple[Axes, ...]] = {
+    "norm": (ONE_MORE,),
+    "glu": (ONE_MORE,),
+    "linear": (ONE_MORE, ONE_LESS),
+    "symmetric_product": (ONE_MORE, ONE_LESS),
+}
+"""Where an op takes any number of axes: others than its trials have."""
 
 
 LARGE: dict[str, Callable[[dict[str, Any]], list[Trial]]] = {
@@ -49,12 +71,26 @@ LARGE: dict[str, Callable[[dict[str, Any]], list[Trial]]] = {
     "glu": lambda common: [
         glu_trial("swiglu", *shape, **common) for shape in ((1, 4500), (200, 3), (0, 3))
     ],
-    "linear_cross_entropy": lambda common: [
-        cross_entropy_trial(
-            *sizes, bias=True, softcap=None, label_smoothing=0.0, z_loss=0.0, **common
-        )
-        for sizes in ((600, 11), (3, 9001), (0, 11))
-    ],
+    "linear_cross_entropy": lambda common: (
+        [
+            cross_entropy_trial(
+                *sizes, bias=True, softcap=None, label_smoothing=0.0, z_loss=0.0, **common
+            )
+            for sizes in ((600, 11), (3, 9001), (0, 11))
+        ]
+        + [
+            cross_entropy_trial(
+                4,
+                11,
+                bias=True,
+                softcap=None,
+                label_smoothing=0.1,
+                z_loss=1e-2,
+                ignored=True,
+                **common,
+            )
+        ]
+    ),
     "symmetric_product": lambda common: [
         symmetric_trial(*shape, **common) for shape in ((130, 5), (5, 300))
     ],
@@ -62,7 +98,8 @@ LARGE: dict[str, Callable[[dict[str, Any]], list[Trial]]] = {
         linear_trial(*sizes, bias=True, **common) for sizes in ((300, 5, 7), (3, 700, 300))
     ],
 }
-"""More rows than the other trials have, wider ones, and none: a batch without a target."""
+"""More rows than the other trials have, wider ones, and none: a batch without a token, and one
+whose targets are all ignored."""
 
 
 def norm_trials(index: int, common: dict[str, Any]) -> Iterator[Trial]:

@@ -7,6 +7,7 @@ F feed-forward width.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,6 +46,16 @@ def strided(trial: Trial) -> Trial:
     """The trial with gaps between the numbers of all its leaves."""
     leaves = {name: spread(x) for name, x in trial.leaves.items()}
     return dataclasses.replace(trial, name=f"{trial.name} strides", leaves=leaves)
+
+
+def with_axes(trial: Trial, words: str, change: Callable[[Tensor], Tensor]) -> Trial:
+    """The trial with more or fewer axes before the last ones of its activations."""
+    moved = {name: change(x) for name, x in trial.leaves.items() if name in ACTIVATIONS}
+    name = f"{trial.name} with {words}"
+    return dataclasses.replace(trial, name=name, leaves=trial.leaves | moved)
+
+
+ACTIVATIONS = ("x", "residual", "gate_up")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,13 +156,13 @@ def glu_trial(
 def cross_entropy_trial(
     n_tokens: int, vocab_size: int, *, bias: bool, softcap: float | None, label_smoothing: float,
     z_loss: float, width: int = 16, dtype: torch.dtype, device: str, mix: Mix | None = None,
-    exact: bool = False,
+    exact: bool = False, ignored: bool = False,
 ) -> Trial:  # fmt: skip
     """The projected loss of logits with a deviation of 1.2, some targets ignored; beside a bias
     the targets are strided.
 
     `exact`: 16 bits hold all logits as they are, eighths below 16, so that the loss has to be as
-    exact as float32 and shows whatever is rounded behind the product.
+    exact as float32 and shows whatever is rounded behind the product. `ignored`: all targets are.
     """
     mix = mix or Mix(dtype, dtype, dtype)
     draw = eighths if exact else normal
@@ -167,6 +178,7 @@ def cross_entropy_trial(
     generator = torch.Generator().manual_seed(3)
     targets = torch.randint(vocab_size, (n_tokens,), generator=generator)
     targets[torch.arange(n_tokens) % 4 == 1] = -100
+    targets[:] = -100 if ignored else targets
     targets = spread(targets.to(device)) if bias else targets.to(device)
 
     def run(kernel: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -184,8 +196,8 @@ def cross_entropy_trial(
     words = f"{' bias' * bias} softcap={softcap} smoothing={label_smoothing} z={z_loss} {dtype}"
     kinds = "" if mix == Mix(dtype, dtype, dtype) else f" {mix}"
     return Trial(
-        f"{n_tokens}x{vocab_size}{words}{kinds}{' exact' * exact}", spec, leaves, run,
-        autocast=mix.autocast, computes=FP32 if exact else None,
+        f"{n_tokens}x{vocab_size}{words}{kinds}{' exact' * exact}{' ignored' * ignored}", spec,
+        leaves, run, autocast=mix.autocast, computes=FP32 if exact else None,
         detached=frozenset({"nll", "lse", "correct"}),
         dtypes=dict.fromkeys(("loss", "nll", "lse", "correct"), FP32),
         constants={"targets": targets},

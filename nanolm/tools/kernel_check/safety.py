@@ -77,7 +77,7 @@ def memory_finding(op: str, kernel: Any) -> Finding | None:
             continue
         try:
             words = memory_fault(kernel, trial, launches)
-        except Exception as error:  # noqa: BLE001  (parity tells it; here it could not be watched)
+        except (Exception, SystemExit) as error:  # noqa: BLE001  (parity tells it; here it could not be watched)
             words = f"not watched: in the interpreter it raises {type(error).__name__}: {error}"
             return Finding(NAME, "refused", f"{trial.name}: {words}")
         if words is not None:

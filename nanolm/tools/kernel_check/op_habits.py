@@ -1,0 +1,36 @@
+"""What kernels of one op alone must bear beside numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from nanolm.tools.kernel_check.habits import Habit, run
+from nanolm.tools.kernel_check.trial import Trial
+
+
+def outside(kernel: Any, trial: Trial) -> str | None:
+    """Targets that the vocabulary does not have: NaN, so that the guards of a run see them."""
+    targets, vocab_size = trial.constants["targets"], len(trial.leaves["weight"])
+    kept = targets.clone()
+    try:
+        for target in (vocab_size, -1):
+            targets[0] = target
+            outputs, leaves = run(kernel, trial, "hidden")
+            (grad,) = torch.autograd.grad(outputs["loss"], [leaves["hidden"]])
+            values = {"loss": outputs["loss"], "nll": outputs["nll"][0], "gradient": grad[0]}
+            finite = [name for name, x in values.items() if not x.isnan().any()]
+            if finite:
+                return (
+                    f"a target of {target}, outside the vocabulary of {vocab_size}, leaves its "
+                    f"{', '.join(finite)} finite; NaN is due"
+                )
+            if not outputs["nll"][1:].isfinite().all():
+                return "a target outside the vocabulary makes the nll of other tokens NaN too"
+    finally:
+        targets.copy_(kept)
+    return None
+
+
+OP_HABITS: dict[str, dict[str, Habit]] = {"linear_cross_entropy": {"outside": outside}}
