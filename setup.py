@@ -11,6 +11,7 @@ DEV = [
     *FINETUNE,
     *ONNX,
     "datasets",
+    "filelock",
     "flask",
     "flask-cors",
     "gguf",

@@ -5,7 +5,6 @@ import functools
 import io
 import json
 import pathlib
-import tempfile
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from safetensors.torch import load_file
 
 from nanolm import cli
 from nanolm.finetune.run import load_task_config, run_finetune
-from tests.prepared import train
+from tests.prepared import once, train
 
 QUIET = ["--run.wandb.mode=disabled", "--run.threads=1", "--run.device=cpu", "--run.log_every=1"]
 
@@ -21,19 +20,17 @@ QUIET = ["--run.wandb.mode=disabled", "--run.threads=1", "--run.device=cpu", "--
 @functools.cache
 def checkpoint(objective: str = "mlm", segments: int = 0) -> pathlib.Path:
     """A run of a few steps: an encoder for mlm, a decoder for clm."""
-    folder = pathlib.Path(tempfile.mkdtemp(prefix="nanolm-base-")) / objective
+    words = (
+        f"--objective.name={objective}",
+        f"--model.trunk={'encoder' if objective.startswith('mlm') else 'decoder'}",
+        f"--model.n_segments={segments}",
+        "--model.positions.name=rotary",
+        "--data.row_length=64",
+        "--train.steps=6",
+        "--schedule.warmup=0",
+    )
     with contextlib.redirect_stdout(io.StringIO()):
-        train(
-            folder,
-            f"--objective.name={objective}",
-            f"--model.trunk={'encoder' if objective.startswith('mlm') else 'decoder'}",
-            f"--model.n_segments={segments}",
-            "--model.positions.name=rotary",
-            "--data.row_length=64",
-            "--train.steps=6",
-            "--schedule.warmup=0",
-        )
-    return folder
+        return once(f"base-{objective}-{segments}", lambda folder: train(folder, *words))
 
 
 def table(folder: pathlib.Path, name: str, records: list[dict]) -> pathlib.Path:
@@ -57,11 +54,11 @@ def finetune(base, data, run, *words: str) -> dict:
         return run_finetune(config(base, data, run, *words))
 
 
-def command(*words: str, stdin: str = "") -> str:
-    """What a command prints that reads this text."""
-    given = io.TextIOWrapper(io.BytesIO(stdin.encode()))
+def command(*words: str, stdin: str | None = None) -> str:
+    """What a command prints; `stdin` is what it finds on the standard input."""
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as out:
-        patch.setattr("sys.stdin", given)
+        if stdin is not None:
+            patch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
         cli.run(list(words))
     return out.getvalue()
 

@@ -1,9 +1,14 @@
-"""A small prepared corpus and a small trained run, made once per test process."""
+"""A small prepared corpus and small trained runs, made once for all workers of a test session."""
 
 import functools
+import os
 import pathlib
+import shutil
 import sysconfig
 import tempfile
+from collections.abc import Callable
+
+from filelock import FileLock
 
 from nanolm.config.load import load_config
 from nanolm.data.prepare.pipeline import PrepareConfig, prepare
@@ -32,10 +37,35 @@ TRUNKS = {
 }
 
 
+def once(name: str, make: Callable[[pathlib.Path], object]) -> pathlib.Path:
+    """A folder as `make` fills it: the worker that comes first makes it and the others copy it, so
+    the tests of each may write to theirs."""
+    own = pathlib.Path(tempfile.mkdtemp(prefix="nanolm-made-")) / name
+    session = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    if session is None:  # one process runs all tests
+        make(own)
+        return own
+    shared = pathlib.Path(tempfile.gettempdir()) / f"nanolm-shared-{session}"
+    shared.mkdir(exist_ok=True)
+    with FileLock(shared / f"{name}.lock"):
+        if (shared / name).exists():
+            shutil.copytree(shared / name, own)
+        else:
+            make(own)
+            shutil.copytree(own, shared / f"{name}.part")
+            (shared / f"{name}.part").rename(shared / name)
+    return own
+
+
 @functools.cache
 def prepared_corpus() -> pathlib.Path:
     """Six modules of the standard library, a vocabulary of 512, train, val and test splits."""
-    root = pathlib.Path(tempfile.mkdtemp(prefix="nanolm-prepared-"))
+    return once("corpus", prepare_modules) / "prepared"
+
+
+def prepare_modules(root: pathlib.Path) -> None:
+    """The texts in pieces, and in `prepared` their shards."""
+    root.mkdir()
     library = pathlib.Path(sysconfig.get_paths()["stdlib"])
     for name in MODULES:  # in pieces, so that every split gets some
         lines = (library / name).read_text(encoding="utf-8").splitlines(keepends=True)
@@ -51,7 +81,6 @@ def prepared_corpus() -> pathlib.Path:
         workers=1,
     )
     prepare(config, Silent())
-    return root / "prepared"
 
 
 def train(folder: pathlib.Path, *words: str) -> dict:
@@ -63,14 +92,11 @@ def train(folder: pathlib.Path, *words: str) -> dict:
 @functools.cache
 def trained_run(objective: str = "clm") -> pathlib.Path:
     """A small trained model: a decoder, or the trunk of TRUNKS."""
-    folder = pathlib.Path(tempfile.mkdtemp(prefix="nanolm-run-")) / objective
     trunk = TRUNKS.get(objective, "decoder")
-    segments = 2 if objective == "mlm_pair" else 0
-    train(
-        folder,
+    words = (
         f"--objective.name={objective}",
         f"--model.trunk={trunk}",
-        f"--model.n_segments={segments}",
+        f"--model.n_segments={2 if objective == 'mlm_pair' else 0}",
         f"--model.positions.name={'relative' if trunk == 'two_stream' else 'rotary'}",
         "--data.row_length=64",
         "--train.global_batch=16",
@@ -80,4 +106,4 @@ def trained_run(objective: str = "clm") -> pathlib.Path:
         "--schedule.warmup=10",
         *(["--objective.mask_rate=0.3"] if trunk == "encoder" else []),
     )
-    return folder
+    return once(objective, lambda folder: train(folder, *words))

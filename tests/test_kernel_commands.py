@@ -60,7 +60,7 @@ def test_check_names_the_mask_that_a_careless_kernel_ignores():
     assert result.returncode == 1
     assert "it ignores key lengths (padding)" in result.stdout
     failed = [line.split()[1] for line in result.stdout.splitlines() if "  FAIL" in line]
-    assert failed == ["lengths", "nine", "leak:"]
+    assert failed == ["lengths", "int32", "nine", "leak:"]
 
 
 def test_check_refuses_what_it_cannot_find():

@@ -137,11 +137,15 @@ def overlapping(kernel: Any, trial: Trial) -> str | None:
 
 def released(kernel: Any, trial: Trial) -> str | None:
     """What is alive of a call when nobody holds its results any more."""
-    outputs, leaves = run(kernel, trial, *(trial.leaves if trial.differentiable else ()))
-    named = [*outputs.items(), *leaves.items()]
-    watched = [(name, weakref.ref(x)) for name, x in named]
-    del outputs, leaves, named
-    gc.collect()
+    gc.freeze()  # what is older than the call is not looked through
+    try:
+        outputs, leaves = run(kernel, trial, *(trial.leaves if trial.differentiable else ()))
+        named = [*outputs.items(), *leaves.items()]
+        watched = [(name, weakref.ref(x)) for name, x in named]
+        del outputs, leaves, named
+        gc.collect()
+    finally:
+        gc.unfreeze()
     alive = sorted({name for name, reference in watched if reference() is not None})
     if not alive:
         return None
