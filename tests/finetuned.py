@@ -12,17 +12,17 @@ from safetensors.torch import load_file
 
 from nanolm import cli
 from nanolm.finetune.run import load_task_config, run_finetune
-from tests.prepared import once, train
+from tests.prepared import TRUNKS, once, train
 
 QUIET = ["--run.wandb.mode=disabled", "--run.threads=1", "--run.device=cpu", "--run.log_every=1"]
 
 
 @functools.cache
 def checkpoint(objective: str = "mlm", segments: int = 0) -> pathlib.Path:
-    """A run of a few steps: an encoder for mlm, a decoder for clm."""
+    """A run of a few steps on the trunk that the objective trains."""
     words = (
         f"--objective.name={objective}",
-        f"--model.trunk={'encoder' if objective.startswith('mlm') else 'decoder'}",
+        f"--model.trunk={TRUNKS.get(objective, 'decoder')}",
         f"--model.n_segments={segments}",
         "--model.positions.name=rotary",
         "--data.row_length=64",

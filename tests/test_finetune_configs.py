@@ -1,6 +1,7 @@
 """Every YAML in configs/finetune is read, built, and takes two shrunken steps; the tasks that are
 made from the standard library are sound."""
 
+import json
 import pathlib
 
 import pytest
@@ -11,11 +12,13 @@ from nanolm.data.tables.stdlib import SPLITS, TASKS, stdlib_table
 from nanolm.errors import UserError
 from nanolm.finetune.prepare import prepare
 from nanolm.finetune.run import load_task_config
-from tests.finetuned import checkpoint, finetune, table
-from tests.test_objectives_tasks import RECORDS
+from nanolm.finetune.tasks.template import FIELD
+from tests.finetuned import checkpoint, command, config, finetune, table
+from tests.test_objectives_tasks import CONTEXT, RECORDS
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs" / "finetune").glob("*.yaml"))
+BASES = dict.fromkeys(("write", "translate", "demo_clm"), "clm") | {"summarise": "span"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -65,23 +68,48 @@ def test_two_shrunken_steps(path, tmp_path):
 
 
 def base_of(path):
-    return checkpoint("clm" if path.stem in ("write", "translate", "demo_clm") else "mlm")
+    return checkpoint(BASES.get(path.stem, "mlm"))
 
 
 def own_records(full):
     """Records of the config's task, with the columns that it names."""
     names = {field: column for field, column in full.data.columns.items() if column}
-    if full.objective.name == "write" and "{source}" in full.objective.template:
-        names["prompt"] = "source"
+    if full.objective.name == "write":
+        (names["prompt"],) = FIELD.findall(full.objective.template)
     records = RECORDS[full.objective.name]
     return [{names.get(key, key): value for key, value in record.items()} for record in records]
+
+
+def test_a_summary_is_written_of_what_a_document_says_first(tmp_path):
+    """A T5 reads a document behind the paper's prefix, cut at its end; beams write its summary, and
+    ROUGE judges it on test."""
+    records = [{"document": text, "summary": text[:20]} for text in CONTEXT]
+    for split in ("train", "val", "test"):
+        path = table(tmp_path / "data", split, records)
+    base, run = checkpoint("span"), tmp_path / "run"
+    words = [f"--config={ROOT / 'configs' / 'finetune' / 'summarise.yaml'}", "--train.steps=1"]
+    words += ["--data.row_length=32", "--objective.max_new_tokens=5", "--schedule.warmup=0"]
+    ready = prepare(config(base, path.parent, run, *words))
+    encode, eos = ready.tokenizer.encode, ready.tokenizer.eos
+    for record, item in zip(records, ready.train.items, strict=True):
+        source = encode(f"summarize: {record['document']}").tolist()
+        assert item.sequences[0].tokens.tolist() == [*source[:31], eos]
+        assert item.cut == max(0, len(source) - 31)
+        assert item.target.tolist() == [*encode(record["summary"]), eos]
+    assert any(item.cut for item in ready.train.items)
+    finetune(base, path.parent, run, *words)
+    command("evaluate", str(run), f"--json={tmp_path / 'figures.json'}")
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert 0 <= figures["rougeL"] <= 1 and figures["perplexity"] > 1
+    answers = command("predict", str(run), str(path)).splitlines()
+    assert len(answers) == len(records)
 
 
 def distinct(record, number):
     """The record with a text of its own: equal ones are carved together."""
     if "tokens" in record:
         return {"tokens": [*record["tokens"], str(number)], "tags": [*record["tags"], "O"]}
-    read = {"text", "question", "context", "query", "prompt", "source"}
+    read = {"text", "question", "context", "query", "prompt", "source", "document"}
     return {k: f"{v} {number}" if k in read else v for k, v in record.items()}
 
 
@@ -96,6 +124,8 @@ def test_a_shipped_config_reads_a_file_of_ones_own(path, tmp_path):
     words = [f"--config={path}", f"--init_from={base_of(path)}", f"--data.train={file}"]
     if full.objective.name == "read":
         words += ["--data.row_length=128", "--objective.stride=16"]
+    if path.stem == "summarise":
+        words.append("--data.row_length=96")
     ready = prepare(load_task_config(words))
     assert ready.train.table.path == ready.val.table.path == str(file)
     expected = min(full.data.limit or len(records), len(records))

@@ -141,4 +141,7 @@ def test_trunks_of_roberta_and_distilbert_are_the_published_ones(tokenizer):
 
 
 def test_every_preset_has_a_peer():
-    assert {path.stem for path in PRESETS.glob("*.yaml")} >= set(PEERS)
+    """All but those of our own shapes; of two the trunk is compared, by a test of its own."""
+    ours = ("demo_", "small_", "en_", "zh_")
+    found = {path.stem for path in PRESETS.glob("*.yaml") if not path.stem.startswith(ours)}
+    assert found == {*PEERS, "roberta_base", "distilbert_base"}
