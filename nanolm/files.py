@@ -32,6 +32,7 @@ REMEDIES = {
     **dict.fromkeys(NO_SPACE, "free some space and run the same command again"),
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ENOTDIR: "a file stands where a folder is needed, so name another place",
+    errno.EEXIST: "something else has that name, so name another place",
     errno.EISDIR: "a folder stands where a file is needed, so name another place",
     errno.ELOOP: "its links lead in a circle, so name another place",
 }

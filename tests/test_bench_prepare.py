@@ -4,7 +4,11 @@ import json
 import pathlib
 
 from nanolm import cli
+from nanolm.data.tokenizer import Tokenizer
 from nanolm.tools.bench import corpus
+from nanolm.tools.bench.prepare import ENCODERS
+from tests.conftest import tiny_tokenizer
+from tests.published import write_tokenizer
 
 
 def test_rates_and_memory_of_a_small_corpus(tmp_path, capsys):
@@ -21,6 +25,28 @@ def test_rates_and_memory_of_a_small_corpus(tmp_path, capsys):
         assert row[key] > 0
     assert row["peak_bytes"] > 10_000_000
     assert "prepare with 1 workers" in capsys.readouterr().out
+
+
+def test_a_tokenizer_of_others_is_measured_beside_its_own_library(tmp_path):
+    text = pathlib.Path(json.__file__).read_text(encoding="utf-8")
+    (tmp_path / "0.txt").write_text(text, encoding="utf-8")
+    write_tokenizer(tmp_path, "gpt2")
+    given, out = tmp_path / "tokenizer.json", tmp_path / "figures.json"
+    command = ["bench", "prepare", f"{tmp_path}/0.txt", f"--tokenizer={given}", "--workers=1"]
+    cli.run([*command, "--repeats=1", f"--json={out}"])
+    (row,) = json.loads(out.read_text())
+    assert row["kind"] == str(given) and row["bytes"] == len(text.encode())
+    assert row["alone_one"] > 0 and row["encoding_over_alone"] > 0
+
+
+def test_encoders_alone_give_the_ids_of_a_prepared_folder(tmp_path):
+    write_tokenizer(tmp_path, "gpt2")
+    (tmp_path / "tokenizer.model").write_bytes(tiny_tokenizer().model_bytes)
+    for name, encoder in ENCODERS.items():
+        ours = Tokenizer.load(tmp_path / name)
+        found = encoder(str(tmp_path / name))(["the quick brown fox"])
+        ids = getattr(found[0], "ids", found[0])
+        assert ids == ours.encode("the quick brown fox").tolist()
 
 
 def test_a_corpus_is_grown_from_the_sources_sentences(tmp_path, monkeypatch):

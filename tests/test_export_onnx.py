@@ -180,6 +180,14 @@ def test_a_graph_that_differs_is_caught(tmp_path):
     right = READS["tag"](saved, "tag")
     with pytest.raises(UserError, match="onnxruntime computes something else of"):
         onnx_folder(saved, lambda line: None, lambda *words: right(*words) * 1.01, compared)
+    wrong = iter([float("nan"), 1.0])  # the first rows alone
+
+    def compared_with_nan(*words):
+        ours, theirs = compared(*words)
+        return ours, theirs * next(wrong)
+
+    with pytest.raises(UserError, match="the largest difference is nan"):
+        onnx_folder(saved, lambda line: None, right, compared_with_nan)
 
 
 @pytest.mark.parametrize("pooling", POOLS)

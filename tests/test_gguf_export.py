@@ -28,7 +28,7 @@ from tests.gguf_files import (
     sentencepiece_vocabulary,
     small_gguf,
 )
-from tests.published import LINES, write_published
+from tests.published import LINES, edit_config, write_published
 
 SENTENCES = [*LINES, *[text for text in PHRASES if text.strip()] * 20]
 
@@ -134,7 +134,7 @@ def test_what_llama_cpp_would_do_otherwise_is_refused(saved, tmp_path):
     assert list(tmp_path.glob("*.gguf")) == []
 
 
-def test_other_models_and_options_are_refused_and_nothing_is_written(saved, tmp_path):
+def test_other_models_and_options_are_refused_and_nothing_is_written(saved, tmp_path, capsys):
     write_published(tmp_path / "a", "gpt2")
     cli.run(["import", str(tmp_path / "a"), str(tmp_path / "b")])
     words = ["export", str(tmp_path / "b"), f"--out={tmp_path / 'c'}"]
@@ -147,6 +147,17 @@ def test_other_models_and_options_are_refused_and_nothing_is_written(saved, tmp_
     words = ["export", str(tmp_path / "d"), f"--out={tmp_path / 'c'}", "--format=gguf"]
     with pytest.raises(UserError, match="rows of 48 numbers"):
         cli.run([*words, "--weights=Q8_0"])
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        cli.main(
+            ["export", str(tmp_path / "d"), f"--out={tmp_path / 'file' / 'c'}", "--format=gguf"]
+        )
+    assert "something else has that name, so name another place" in capsys.readouterr().err
+    scaled = {"rope_type": "linear", "factor": 2.0}
+    edit_config(tmp_path / "narrow", rope_parameters=scaled)
+    cli.run(["import", str(tmp_path / "narrow"), str(tmp_path / "e")])
+    with pytest.raises(UserError, match=r"positions\.scaling is linear"):
+        cli.run(["export", str(tmp_path / "e"), f"--out={tmp_path / 'c'}", "--format=gguf"])
     assert not list(tmp_path.glob("*c*"))
 
 

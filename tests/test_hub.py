@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from nanolm import cli
 from nanolm.build import build_learner, build_objective
@@ -16,13 +16,15 @@ from nanolm.finetune.run import load_task_config, run_finetune
 from nanolm.hub import importing, proof
 from nanolm.hub.configs import Published
 from nanolm.hub.families import FAMILIES
+from nanolm.hub.folder import read_tokenizer
 from nanolm.hub.published import as_config, model_keys
+from nanolm.hub.samples import sample_texts
 from nanolm.inference.export_transformers import published_folder, transformers_folder
 from nanolm.inference.parity import CASES, VOCABULARY, NoTokenizer, difference
 from nanolm.saved import open_saved
 from tests.finetuned import questions, table
 from tests.prepared import train
-from tests.published import SHAPES, edit_config, write_published
+from tests.published import LINES, SHAPES, edit_config, write_published
 
 SINGLE = "model.safetensors"
 
@@ -147,6 +149,27 @@ def test_ids_of_a_tokenizer_json_are_the_librarys_own(kind, tmp_path):
     assert ours.lossless == (kind == "byte_bpe")
 
 
+def test_a_unigram_tokenizer_json_has_the_librarys_ids_and_places(tmp_path):
+    library = Tokenizer(models.Unigram())
+    library.pre_tokenizer, library.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=120, special_tokens=["<unk>", "</s>"], unk_token="<unk>", show_progress=False
+    )
+    library.train_from_iterator(LINES, trainer)
+    library.save(str(tmp_path / "tokenizer.json"))
+    names = {"eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+    ours = read_tokenizer(tmp_path)
+    assert ours.roles() == {"eos": 1, "unk": 0}
+    for text in [*sample_texts(300), "the quick brown fox"]:
+        ids, begins, ends = ours.encode_places(text)
+        assert ids.tolist() == library.encode(text, add_special_tokens=False).ids
+        assert (begins <= ends).all() and ends[-1:] <= len(text.encode())
+    assert ours.decode(ids) == "the quick brown fox"
+    told = b"the quick brown fox"
+    assert [told[a:b] for a, b in zip(begins, ends, strict=True)][-1] in b"fox"
+
+
 @pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
 def test_rotary_base_is_read_under_its_old_and_new_names(key):
     config = {
@@ -161,6 +184,9 @@ def test_rotary_base_is_read_under_its_old_and_new_names(key):
     assert read(Published("x", config, "llama"))["positions"]["base"] == [500.0]
     config[key] = {"rope_type": "default", "rope_theta": 700.0}
     assert read(Published("x", config, "llama"))["positions"]["base"] == [700.0]
+    config[key] = {"type": "linear", "factor": 2.0}
+    read_options = read(Published("x", config, "llama"))["positions"]
+    assert read_options == {"name": "rotary", "base": [500.0], "scaling": "linear", "factor": 2.0}
 
 
 @pytest.mark.parametrize(
@@ -168,6 +194,10 @@ def test_rotary_base_is_read_under_its_old_and_new_names(key):
     [
         ("gpt2, untied", "in"),
         ("llama, 2 of 4 heads", "out"),
+        ("llama, scaled as Llama 3.1", "in"),
+        ("llama, scaled as Llama 3.1", "out"),
+        ("llama, scaled linearly", "in"),
+        ("llama, scaled linearly", "out"),
         ("bert, masked LM and next sentence", "in"),
         ("bert, masked LM, untied", "out"),
         ("t5, v1.0", "out"),

@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 from nanolm import cli
 from nanolm.checkpoint.container import read_tensors
 from nanolm.errors import UserError
-from nanolm.hub import importing
+from nanolm.hub import importing, proof
 from nanolm.hub.families import FAMILIES
+from nanolm.hub.folder import read_weights
 from nanolm.hub.published import read_published
 from tests.published import edit_config, write_published
 
@@ -178,6 +179,11 @@ def truncate(name):
     return spoil
 
 
+def edit_tokenizer(folder, **keys):
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+
+
 def pickled(folder):
     torch.save(stored(folder), folder / "pytorch_model.bin")
     (folder / SINGLE).unlink()
@@ -200,6 +206,44 @@ def pickled_shards(folder):
 
 BAD = {
     "unknown family": ("gpt2", config(model_type="mamba"), "of the family 'mamba'"),
+    "a family that is no text": ("gpt2", config(model_type=["gpt2"]), r"of the family \['gpt2'\]"),
+    "heads that do not divide": (
+        "gpt2",
+        config(n_head=5),
+        r"config.json make no model: .*n_heads=5",
+    ),
+    "dropout of two": (
+        "bert",
+        config(hidden_dropout_prob=2.0),
+        r"config.json make no model: .*=2.0",
+    ),
+    "kinds of layers that are no list": ("qwen3", config(layer_types=5), "layer_types to 5"),
+    "padding that is no row": ("llama", config(pad_token_id=10**6), r"transformers refuses .*json"),
+    "a NaN": (
+        "gpt2",
+        put("transformer.h.0.ln_1.bias", torch.tensor([float("nan")] * 32)),
+        "h.0.ln_1.bias with numbers that are NaN",
+    ),
+    "a number without end": (
+        "bert",
+        put("cls.predictions.bias", torch.tensor([float("inf")] * 320)),
+        "cls.predictions.bias with numbers that are NaN or infinite",
+    ),
+    "a template that is no text": (
+        "gpt2",
+        lambda f: (f / "chat_template.jinja").write_bytes(b"\xff{{"),
+        "chat_template.jinja is no text in UTF-8",
+    ),
+    "half a frame": (
+        "bert",
+        lambda f: edit_tokenizer(f, post_processor={"type": "BertProcessing", "cls": ["[CLS]", 2]}),
+        "tokenizer.json is no tokenizer.json that",
+    ),
+    "a frame of numbers": (
+        "bert",
+        lambda f: edit_tokenizer(f, post_processor={"type": "BertProcessing", "cls": 5, "sep": 6}),
+        "tokenizer.json is no tokenizer.json that",
+    ),
     "no family": ("gpt2", config(model_type=None), "--family"),
     "unknown key": ("gpt2", put("transformer.h.0.attn.c_rot.weight", torch.ones(2)), "c_rot"),
     "a layer too many": ("llama", config(num_hidden_layers=1), "model.layers.1."),
@@ -221,8 +265,36 @@ BAD = {
     ),
     "scaled rope": (
         "llama",
-        config(rope_scaling={"rope_type": "linear", "factor": 2.0}, rope_parameters=None),
-        "'linear'",
+        config(rope_scaling={"rope_type": "dynamic", "factor": 2.0}, rope_parameters=None),
+        "'dynamic'",
+    ),
+    "scaled rope without its factor": (
+        "llama",
+        config(rope_parameters={"rope_type": "linear", "rope_theta": 500.0}),
+        "without factor",
+    ),
+    "rope scaled by less than nothing": (
+        "llama",
+        config(rope_parameters={"rope_type": "linear", "factor": 0.5}),
+        "factor as 0.5",
+    ),
+    "frequencies in the wrong order": (
+        "llama",
+        config(
+            rope_parameters={
+                "rope_type": "llama3",
+                "factor": 2.0,
+                "original_max_position_embeddings": 16,
+                "low_freq_factor": 4.0,
+                "high_freq_factor": 1.0,
+            }
+        ),
+        "low_freq_factor as 4.0",
+    ),
+    "a type of rope that is no text": (
+        "llama",
+        config(rope_parameters={"rope_type": ["default"]}),
+        r"\['default'\]",
     ),
     "biases": ("llama", config(attention_bias=True), "attention_bias"),
     "activation": ("bert", config(hidden_act="silu"), "hidden_act to 'silu'"),
@@ -268,6 +340,38 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(kind, tmp_path):
         imported(tmp_path / "a", tmp_path / "b")
     assert "\n" not in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+
+
+def test_a_pickle_of_other_things_is_refused_without_advice_to_trust_it(tmp_path):
+    write_published(tmp_path, "gpt2")
+    path, tensors = tmp_path / "pytorch_model.bin", stored(tmp_path)
+    (tmp_path / SINGLE).unlink()
+    torch.save(dict(enumerate(tensors.values())), path)
+    with pytest.raises(UserError, match="something else than named tensors"):
+        read_weights(tmp_path, pickled=True)
+    path.write_bytes(b"x")
+    with pytest.raises(UserError, match=r"damaged \(Weights only load failed\); choose"):
+        read_weights(tmp_path, pickled=True)
+
+
+def test_a_place_for_figures_that_is_none_is_told_before_anything_is_written(tmp_path):
+    write_published(tmp_path / "a", "gpt2")
+    for path in (tmp_path / "none" / "x.json", tmp_path):
+        with pytest.raises(UserError, match=r"--json .*: name a file in a folder that exists"):
+            imported(tmp_path / "a", tmp_path / "b", f"--json={path}")
+        with pytest.raises(UserError, match=r"--json .*: name a file in a folder that exists"):
+            cli.run(["export", str(tmp_path / "a"), f"--out={tmp_path / 'b'}", f"--json={path}"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+
+
+def test_a_nan_is_no_agreement_wherever_it_stands(tmp_path, monkeypatch):
+    write_published(tmp_path / "a", "bert")
+    small, nan = torch.zeros(2), torch.tensor([0.0, float("nan")])
+    for found in ([small, nan], [nan, small], [small, nan, small]):
+        monkeypatch.setattr(proof, "differences_of_a_stack", lambda *_, found=found: found)
+        with pytest.raises(UserError, match="computes numbers that are NaN or infinite"):
+            imported(tmp_path / "a", tmp_path / "b")
+    assert not (tmp_path / "b").exists()
 
 
 def test_what_no_head_reads_is_left_out_and_told(tmp_path, capsys):

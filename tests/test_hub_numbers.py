@@ -58,6 +58,20 @@ def test_an_odd_number_is_refused_by_its_key(name):
                 FAMILIES[name].to_model(Published("config.json", given, name))
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_value_of_another_type_is_refused_or_harmless(name):
+    """No key of any family ends in another exception than the user's."""
+    values = published(name)
+    layers, refused = values.get("num_hidden_layers", 2), 0
+    for key in values:
+        for odd in (["x"], [{}], [{}] * layers, {"x": 1}, {"x": []}, 5, "x"):
+            try:
+                FAMILIES[name].to_model(Published("config.json", values | {key: odd}, name))
+            except UserError as error:
+                refused += "config.json" in str(error)
+    assert refused > 20
+
+
 def test_whole_numbers_may_be_written_as_others():
     config = Published("config.json", {"a": 2.0, "b": 0, "c": None}, "t5")
     assert [config.amount(key, 7) for key in "abcd"] == [2, 0, 7, 7]

@@ -16,13 +16,13 @@ WAYS = {"in", "out"}
 
 @pytest.fixture
 def measured(monkeypatch):
-    """(kind, case, way) of all that was asked for; a case called `bad` differs."""
+    """(kind, case, way) of all that was asked for; cases called `bad` and `nan` differ."""
     found = []
 
     def measure(kind):
         def difference(case, way):
             found.append((kind, case, way))
-            return 1.0 if case == "bad" else 1e-7
+            return {"bad": 1.0, "nan": float("nan")}.get(case, 1e-7)
 
         return difference
 
@@ -45,10 +45,11 @@ def test_all_adds_every_head_of_a_task_to_every_family(measured, tmp_path):
     assert len(table) == len(FAMILIES) + len(HEADS)
 
 
+@pytest.mark.parametrize("case", ["bad", "nan"])
 @pytest.mark.parametrize("cases", ["CASES", "HEAD_CASES"])
-def test_a_row_that_differs_is_told_with_its_way(measured, monkeypatch, cases):
-    monkeypatch.setattr(parity, cases, {"bad": None})
-    with pytest.raises(UserError, match=r"bad \(in\) differs by more than 1e-04"):
+def test_a_row_that_differs_is_told_with_its_way(measured, monkeypatch, cases, case):
+    monkeypatch.setattr(parity, cases, {case: None})
+    with pytest.raises(UserError, match=rf"{case} \(in\) differs by more than 1e-04"):
         cli.run(["parity", "--all"])
 
 

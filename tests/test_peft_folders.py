@@ -277,13 +277,17 @@ REFUSED = [
     ({"a_new_option": True}, None, r"sets a_new_option to True"),
     ({"r": 5}, None, r"the rank 5, and its A has 4 rows"),
     ({"lora_alpha": "8"}, None, r"lora_alpha as '8'"),
+    ({"lora_alpha": 0}, None, r"lora_alpha as 0; it must be a number above 0"),
+    ({"lora_alpha": float("nan")}, None, r"lora_alpha as nan"),
+    ({"lora_dropout": "x"}, None, r"adapter_config.json gives lora_dropout as 'x'"),
+    ({"lora_dropout": 1.5}, None, r"adapter_config.json gives lora_dropout as 1.5"),
     ({"alpha_pattern": {"layers.0.self_attn.q_proj": 3}}, None, r"several ranks or scales"),
     ({"alpha_pattern": {"(": 3}}, None, r"the alpha_pattern '\(', no pattern"),
     ({"use_dora": True}, None, r"lacks .*q_proj.lora_magnitude_vector"),
     ({}, without_b, r"lacks .*q_proj.lora_B"),
     ({}, without_a_layer, r"changes q in 1 of 2 layers"),
     ({}, another_shape, r"has 4 x 31 for .*on this base it is 4 x 32"),
-    ({}, another_module, r"changes .*z_proj, which nanolm does not change in a llama"),
+    ({}, another_module, r"z_proj, which nanolm does not change in a llama; merge it"),
     ({}, a_whole_head, r"holds base_model.model.lm_head.weight, which is no low-rank change"),
 ]
 

@@ -71,6 +71,34 @@ def test_rotary_bases_alternate_with_the_layers():
     assert torch.equal(turned[0], turned[2]) and not torch.equal(turned[0], turned[1])
 
 
+def test_scaled_rotations_are_the_formulas():
+    """Llama 3.1's by the pairs' wavelengths, as its paper's code has it."""
+    factor, length, low, high = 8.0, 32, 1.0, 4.0
+    plain = [100.0 ** (-2 * i / 16) for i in range(8)]
+    words = {"base": [100.0], "factor": factor}
+
+    def speeds(scaling, **more):
+        rotary = build("rotary", {"head_dim": 16}, scaling=scaling, **words, **more)
+        cos, sin = rotary.of_layer(rotary.prepare(torch.tensor([[1]])), 0)
+        return torch.atan2(sin, cos)[0, 0].tolist()
+
+    assert speeds("linear") == pytest.approx([speed / factor for speed in plain])
+    expected = []
+    for speed in plain:
+        wavelength = 2 * math.pi / speed
+        if wavelength < length / high:
+            expected.append(speed)
+        elif wavelength > length / low:
+            expected.append(speed / factor)
+        else:
+            kept = (length / wavelength - low) / (high - low)
+            expected.append((1 - kept) * speed / factor + kept * speed)
+    assert expected[0] == plain[0] and expected[-1] == plain[-1] / factor
+    assert sum(plain[i] / factor < expected[i] < plain[i] for i in range(8)) == 2
+    options = {"original_length": length, "low_frequency": low, "high_frequency": high}
+    assert speeds("llama3", **options) == pytest.approx(expected)
+
+
 class Noted(Positions):
     """An encoding from before `of_layer`: it finds out by itself what each block needs."""
 
@@ -118,6 +146,10 @@ def test_none_is_the_identity():
         ("rotary", {"head_dim": 5}, {}, "model.head_dim"),
         ("rotary", {}, {"base": []}, "model.positions.base"),
         ("rotary", {}, {"fraction": 0.0}, "model.positions.fraction"),
+        ("rotary", {}, {"scaling": "linear", "factor": 0.5}, "model.positions.factor"),
+        ("rotary", {}, {"scaling": "linear", "factor": math.nan}, "model.positions.factor"),
+        ("rotary", {}, {"factor": 2.0}, "model.positions.scaling"),
+        ("rotary", {}, {"low_frequency": 4.0}, "model.positions.low_frequency"),
         ("t5", {}, {"n_buckets": 6}, "model.positions.n_buckets"),
         ("t5", {}, {"max_distance": 10}, "model.positions.max_distance"),
     ],

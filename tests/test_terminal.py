@@ -80,11 +80,11 @@ def survey(device, **options):
     yield Patient("linear_cross_entropy", "triton", False), [wrong]
 
 
-def prepared(sources, *, kind, workers, **options):
+def prepared(given, *, workers, repeats):
     """What `bench prepare` finds of one kind of tokenizer."""
     keys = ("alone_one", "alone_all", "encoding", "everything", "peak_bytes", "worker_peak_bytes")
     row = dict.fromkeys(keys, 123_456_789) | {"bytes": 12e6, "load_average": 1.5}
-    return row | {"encoding_over_alone": 0.95, "kind": kind, "workers": workers}
+    return row | {"encoding_over_alone": 0.95, "kind": given.tokenizer_type, "workers": workers}
 
 
 @functools.cache

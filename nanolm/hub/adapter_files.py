@@ -17,6 +17,7 @@ from typing import Any
 
 from nanolm.errors import UserError, require
 from nanolm.hub.adapters import Change, suffixes
+from nanolm.hub.configs import LARGEST
 from nanolm.hub.folder import read_object, read_safetensors
 from nanolm.hub.keys import Tensors
 
@@ -183,8 +184,17 @@ def scale_of(path: pathlib.Path, facts: Mapping[str, Any], module: str, rank: in
     )
     alpha = by_pattern(path, facts, "alpha_pattern", module, facts.get("lora_alpha", 8))
     good = isinstance(alpha, int | float) and not isinstance(alpha, bool)
-    require(good, f"{path} gives lora_alpha as {alpha!r}; it must be a number")
+    good = good and 0 < alpha <= LARGEST
+    require(good, f"{path} gives lora_alpha as {alpha!r}; it must be a number above 0")
     return float(alpha) / (math.sqrt(rank) if facts.get("use_rslora") else rank)
+
+
+def dropout_of(path: pathlib.Path, facts: Mapping[str, Any]) -> float:
+    """The dropout that the adapter was trained with."""
+    rate = facts.get("lora_dropout") or 0.0
+    good = isinstance(rate, int | float) and not isinstance(rate, bool) and 0 <= rate < 1
+    require(good, f"{path} gives lora_dropout as {rate!r}; it must be a number from 0 to below 1")
+    return float(rate)
 
 
 def by_pattern(

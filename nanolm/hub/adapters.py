@@ -212,8 +212,8 @@ def by_name(module: str, known: Mapping[str, Place], family: Family, what: str) 
         if name in known:
             return name
     raise UserError(
-        f"{what} changes {module}, which nanolm does not change in a {family.name}; choose an "
-        f"adapter of its blocks' weights"
+        f"{what} changes {module}, which nanolm does not change in a {family.name}; merge it into "
+        f"its base with peft (merge_and_unload) and import that model"
     )
 
 

@@ -116,12 +116,15 @@ def read_pickle(path: pathlib.Path) -> dict[str, Tensor]:
     try:
         value = torch.load(path, map_location="cpu", weights_only=True)
     except (*broken, ValueError, LookupError, AttributeError, TypeError) as error:
-        said = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        # Of torch's advice only the finding: the rest says how to run what the pickle hides.
+        said = str(error).partition(". ")[0].strip().splitlines() or [type(error).__name__]
         raise UserError(
             f"{path} holds something else than tensors, or is damaged ({said[0]}); "
             f"choose a checkpoint in safetensors"
         ) from error
-    good = isinstance(value, dict) and all(isinstance(part, Tensor) for part in value.values())
+    good = isinstance(value, dict) and all(
+        isinstance(key, str) and isinstance(part, Tensor) for key, part in value.items()
+    )
     require(good, f"{path} holds something else than named tensors; choose one in safetensors")
     return dict(value)
 
@@ -153,7 +156,9 @@ def roles_inside(parsed: dict[str, Any]) -> dict[str, str]:
         "RobertaProcessing",
     ):
         return {}
-    return {role: step[role][0] for role in ("cls", "sep")}
+    framed = {role: step.get(role) for role in ("cls", "sep")}
+    # Of another form is what the package `tokenizers` refuses, in its own words.
+    return {role: pair[0] for role, pair in framed.items() if isinstance(pair, list) and pair}
 
 
 def roles_beside(folder: pathlib.Path) -> dict[str, str]:
@@ -174,7 +179,12 @@ def roles_beside(folder: pathlib.Path) -> dict[str, str]:
 def chat_template(folder: pathlib.Path) -> str | None:
     """The chat template, from its own file or tokenizer_config.json; of several the default."""
     if (folder / TEMPLATE).is_file():
-        return (folder / TEMPLATE).read_text(encoding="utf-8")
+        try:
+            return (folder / TEMPLATE).read_text(encoding="utf-8")
+        except ValueError as error:
+            raise UserError(
+                f"{folder / TEMPLATE} is no text in UTF-8 ({error}); fetch the file again"
+            ) from error
     if not (folder / "tokenizer_config.json").is_file():
         return None
     found = read_object(folder / "tokenizer_config.json").get("chat_template")

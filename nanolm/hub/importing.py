@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import pathlib
 import shlex
@@ -86,6 +87,11 @@ def proved(imported: Imported, what: str, note: Note, theirs: Any = None) -> Pro
         note("the proof was left out: transformers is not installed")
         return None
     proof = prove(imported, theirs)
+    require(
+        not math.isnan(proof.largest),
+        f"{what} computes numbers that are NaN or infinite, of which nothing can be proved; choose "
+        f"a checkpoint from before they appeared; nothing is written",
+    )
     require(
         proof.largest <= LIMIT,
         f"transformers computes something else of {what}: the largest difference is "

@@ -55,8 +55,9 @@ def prove(imported: Imported, theirs: Any = None) -> Proof:
     theirs, model = theirs or their_model(imported), imported.config.model
     compare = PROOFS.get(model.trunk, differences_of_a_stack)
     compare = differences_of_a_task if head_of(imported.config) else compare
-    largest = max(float(each.abs().max()) for each in compare(imported, theirs))
-    if model.trunk != "decoder" or head_of(imported.config) or largest > LIMIT:
+    # Python's max forgets a NaN that is not the first.
+    largest = float(torch.stack([each.abs().max() for each in compare(imported, theirs)]).max())
+    if model.trunk != "decoder" or head_of(imported.config) or not largest <= LIMIT:
         return Proof(largest, None)
     tokens_BT, _, _ = same_rows(model, theirs.config.pad_token_id)
     return Proof(largest, alike(imported, theirs, tokens_BT[:1, :PROMPT]))
@@ -200,16 +201,15 @@ def their_model(imported: Imported) -> Any:
     pooled = "pair" in imported.learner.heads
     try:
         config = getattr(transformers, names.config)(**dict(imported.published.values))
+        config._attn_implementation = "eager"
+        named = str(names.pooled) if pooled else names.plain
+        model = getattr(transformers, named)(config).float().eval()
     except Exception as error:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"transformers refuses {imported.published.path} ({said}); mend that file, since "
             f"without transformers' model nothing can be proved"
         ) from error
-    config._attn_implementation = "eager"
-    model = (
-        getattr(transformers, str(names.pooled if pooled else names.plain))(config).float().eval()
-    )
     if not imported.config.model.tied:
         untie(model)
     answer = model.load_state_dict(imported.theirs, strict=False)

@@ -116,13 +116,20 @@ def assembled(
     Raises UserError for keys and shapes that do not fit.
     """
     names = frozenset(short for key in stored for short in spellings(key, chosen.prefix))
-    config = as_config(chosen, keys, names, tokenizer)
+    try:
+        config = as_config(chosen, keys, names, tokenizer)
+        objective = build.build_objective(config, tokenizer)
+        learner = build.build_learner(config, objective, phase="prefill")
+    except UserError as error:  # names our own keys, which stand in no file of the user's
+        raise UserError(
+            f"the values of {published.path} make no model: {error}; fetch the file of these "
+            f"weights"
+        ) from error
     require(
         config.objective.name != "mlm_pair" or config.model.n_segments > 1,
         f"{what} has a pooler and type_vocab_size {config.model.n_segments}; nanolm "
         f"reads pairs only with 2 or more",
     )
-    learner = build.build_learner(config, build.build_objective(config, tokenizer), phase="prefill")
     live = learner_tensors(learner)
     wanted = chosen.table.to_theirs(live, config.model)
     left_out = tuple(key for key in stored if matches(key, chosen.unread, chosen.prefix))
@@ -164,9 +171,9 @@ def family_of(path: pathlib.Path, found: object, named: str | None) -> Family:
         f"{path} says model_type {found!r} and --family says {named!r}; leave --family out",
     )
     name = named if found is None else found
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(f"{path} is of the family {name!r}; nanolm imports {known}")
-    return FAMILIES[str(name)]
+    return FAMILIES[name]
 
 
 def as_config(family: Family, keys: dict, names: frozenset[str], tokenizer: Tokenizer) -> Config:
@@ -233,6 +240,10 @@ def known_keys(
             f"{what} holds {key} as {tensor.dtype}; nanolm reads weights that are not quantised",
         )
         tensor = tensor.float()
+        require(
+            bool(tensor.isfinite().all()),
+            f"{what} holds {key} with numbers that are NaN or infinite; fetch the whole checkpoint",
+        )
         if name in found:
             remedy = "set tie_word_embeddings to false there if both count"
             remedy = remedy if name == family.embedding else "leave one of them out of the file"

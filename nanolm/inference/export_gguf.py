@@ -20,6 +20,7 @@ from nanolm.checkpoint.named_tensors import learner_tensors
 from nanolm.errors import require
 from nanolm.files import AGAIN, full_disk_is_told, sync, temporary_name
 from nanolm.hub.families import FAMILIES
+from nanolm.hub.families.base import unscaled_rotation
 from nanolm.hub.gguf.importing import imported_file
 from nanolm.hub.gguf.keys import ARCHITECTURES, to_gguf
 from nanolm.hub.gguf.reading import gguf_package, read_file
@@ -43,6 +44,12 @@ def gguf_file(saved: Saved, out: pathlib.Path, kind: str, note: Note) -> dict[st
     """
     model, ours = saved.config.model, learner_tensors(saved.learner)
     family = family_of(model, ours, saved.tokenizer.roles(), KNOWN)
+    scaled = unscaled_rotation(model)
+    require(
+        not scaled,
+        f"{', '.join(scaled)}, and nanolm writes GGUF only with none; export it with --format "
+        f"transformers",
+    )
     architecture = ARCHITECTURES[family.name]
     tensors = to_gguf(architecture, published_tensors(family, model, ours), model)
     values = model_values(architecture, model, kind)

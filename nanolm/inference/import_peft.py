@@ -16,7 +16,7 @@ from nanolm.checkpoint.container import write_folder
 from nanolm.checkpoint.named_tensors import learner_tensors
 from nanolm.config.load import dump
 from nanolm.errors import UserError, require
-from nanolm.hub.adapter_files import CONFIG, read_adapter
+from nanolm.hub.adapter_files import CONFIG, dropout_of, read_adapter
 from nanolm.hub.adapters import Ours, require_shapes, to_ours
 from nanolm.hub.importing import Note, proved
 from nanolm.hub.proof import their_model
@@ -56,7 +56,7 @@ def import_adapter(
     changes, facts = read_adapter(folder)
     frozen = base_tensors(saved.learner)
     ours = to_ours(family, model, changes, frozen, str(folder))
-    options = options_of(ours, facts.get("lora_dropout", 0.0))
+    options = options_of(ours, dropout_of(folder / CONFIG, facts))
     adapter = attach(saved.learner, options, base=str(saved.folder))
     live = adapter.tensors(saved.learner)
     require_shapes(live, ours.tensors, str(folder))
@@ -85,7 +85,7 @@ def import_adapter(
 
 
 def options_of(ours: Ours, dropout: float) -> Options:
-    """The options of our method; raises UserError for a value out of its range."""
+    """The options of our method."""
     name = "dora" if ours.dora else "lora"
     options: Any = PEFT.get(name).options
     return options(

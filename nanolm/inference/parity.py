@@ -31,6 +31,14 @@ LLAMA = {
     "intermediate_size": 48,
     "max_position_embeddings": 48,
 }
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 BERT = LLAMA
 ALBERT = BERT | {"embedding_size": 12}
 ROBERTA = BERT | {"max_position_embeddings": 50, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
@@ -51,6 +59,16 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         LLAMA | {"num_key_value_heads": 1, "tie_word_embeddings": True},
     ),
     "llama, wide heads": ("llama", "LlamaForCausalLM", LLAMA | {"head_dim": 16}),
+    "llama, scaled as Llama 3.1": (
+        "llama",
+        "LlamaForCausalLM",
+        LLAMA | {"head_dim": 16, "rope_parameters": LLAMA3},
+    ),
+    "llama, scaled linearly": (
+        "llama",
+        "LlamaForCausalLM",
+        LLAMA | {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e3}},
+    ),
     "bert, masked LM and next sentence": ("bert", "BertForPreTraining", BERT),
     "bert, masked LM": ("bert", "BertForMaskedLM", BERT),
     "bert, masked LM, untied": (

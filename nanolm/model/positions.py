@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from nanolm.config.model import ModelConfig
+from nanolm.config.ranges import Count
 from nanolm.errors import require
 from nanolm.ops.bias import AlibiBias, Bias, BucketBias
 from nanolm.ops.contract import Kernels, RotarySpec
@@ -129,6 +131,34 @@ class RotaryOptions(Options):
     """Base of the wavelengths by layer, repeated as a pattern like model.window."""
     fraction: float = 1.0
     """Share of each head's features that is rotated."""
+    scaling: Literal["none", "linear", "llama3"] = "none"
+    """How rotations are slowed for texts longer than the first ones trained on: linear, all by the
+    factor (Chen et al. 2023); llama3, only slow ones (Grattafiori et al. 2024)."""
+    factor: float = 1.0
+    """What scaled rotations are divided by."""
+    original_length: Count = 8192
+    """With llama3, the longest text before scaling, in tokens."""
+    low_frequency: float = 1.0
+    """With llama3, pairs that go round fewer times than this in original_length are slowed by the
+    whole factor."""
+    high_frequency: float = 4.0
+    """With llama3, pairs that go round more often than this in original_length stay as they are."""
+
+    def __post_init__(self) -> None:
+        require(
+            1.0 <= self.factor < math.inf,
+            f"model.positions.factor={self.factor} must be at least 1",
+        )
+        require(
+            self.scaling != "none" or self.factor == 1.0,
+            f"model.positions.factor={self.factor} slows nothing while model.positions.scaling is "
+            f"none; set that to linear or llama3, or leave the factor out",
+        )
+        require(
+            0 < self.low_frequency < self.high_frequency < math.inf,
+            f"model.positions.low_frequency={self.low_frequency} must lie between 0 and "
+            f"model.positions.high_frequency={self.high_frequency}",
+        )
 
 
 @POSITIONS.register("rotary", options=RotaryOptions)
@@ -144,7 +174,8 @@ class Rotary(Positions):
             f"paired; change model.head_dim or model.positions.fraction",
         )
         require(len(options.base) > 0, "model.positions.base is empty; use [10000.0]")
-        self.bases = options.base
+        self.bases, self.options = options.base, options
+        self.scaled = SCALINGS[options.scaling]
         self.kernel = kernels.choose("rotary", RotarySpec, head_dim=model.head_width)
 
     def prepare(self, positions_BT: Tensor) -> dict[float, tuple[Tensor, Tensor]]:
@@ -154,7 +185,8 @@ class Rotary(Positions):
             # One speed for each pair: fast pairs tell neighbours apart, slow ones have not gone
             # round once by the end of a long text. In float32, since bfloat16 has no odd numbers
             # above 256.
-            frequency_R = inverse_frequencies(self.n_rotated, base, positions_BT.device)
+            plain_R = inverse_frequencies(self.n_rotated, base, positions_BT.device)
+            frequency_R = self.scaled(plain_R, self.options)
             angle_BTR = positions_BT[..., None].float() * frequency_R
             tables[base] = (angle_BTR.cos(), angle_BTR.sin())
         return tables
@@ -173,6 +205,35 @@ class Rotary(Positions):
         # Queries and keys, not values: where a token stands says how well it matches, not what is
         # read of it.
         return self.kernel.run(q_BTHK, cos_BTR, sin_BTR), self.kernel.run(k_BTGK, cos_BTR, sin_BTR)
+
+
+def unscaled(frequency_R: Tensor, options: RotaryOptions) -> Tensor:
+    """As they are."""
+    return frequency_R
+
+
+def scaled_linearly(frequency_R: Tensor, options: RotaryOptions) -> Tensor:
+    """All divided by the factor: position p stands where p / factor stood (Chen et al. 2023)."""
+    return frequency_R / options.factor
+
+
+def scaled_by_turns(frequency_R: Tensor, options: RotaryOptions) -> Tensor:
+    """Llama 3.1's: a pair is slowed by the less, the more often it goes round in a text of the
+    original length (Grattafiori et al. 2024)."""
+    # What went round often has been seen at every angle, and tells neighbours apart; only the
+    # angles of slow pairs would be new in a longer text.
+    turns_R = options.original_length * frequency_R / (2 * math.pi)
+    kept_R = (turns_R - options.low_frequency) / (options.high_frequency - options.low_frequency)
+    kept_R = kept_R.clamp(0, 1)
+    return kept_R * frequency_R + (1 - kept_R) * frequency_R / options.factor
+
+
+SCALINGS: dict[str, Callable[[Tensor, RotaryOptions], Tensor]] = {
+    "none": unscaled,
+    "linear": scaled_linearly,
+    "llama3": scaled_by_turns,
+}
+"""What positions.scaling names."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

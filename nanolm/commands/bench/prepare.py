@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import tempfile
-from typing import Annotated
+from typing import Annotated, Any
 
 from nanolm.commands.json_file import write_json
 from nanolm.config.ranges import Count, Within
@@ -18,12 +18,14 @@ POSITIONAL = ("sources",)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """Measure `nanolm prepare` beside SentencePiece alone."""
+    """Measure `nanolm prepare` beside its encoder alone: SentencePiece, or `tokenizers`."""
 
     sources: list[str]
     """Text to prepare, as for `nanolm prepare`."""
     tokenizer_types: list[str] = dataclasses.field(default_factory=lambda: ["unigram", "bpe"])
     """Kinds of tokenizer."""
+    tokenizer: str | None = None
+    """A tokenizer that exists, as for `nanolm prepare`, in place of kinds that are trained."""
     vocab_size: Count = 8192
     """Pieces of the vocabulary."""
     text_field: str = "text"
@@ -49,18 +51,23 @@ def run(arguments: Arguments) -> None:
 
 
 def measure(arguments: Arguments, sources: list[str]) -> None:
-    """A row for each kind of tokenizer."""
-    workers = PrepareConfig(out="", sources=[], workers=arguments.workers).processes()
+    """A row for each kind of tokenizer, or one for the tokenizer that is given."""
+    given = PrepareConfig(
+        out="", sources=sources, workers=arguments.workers, text_field=arguments.text_field
+    )
+    kinds: list[dict[str, Any]] = [
+        {"tokenizer_type": kind, "vocab_size": arguments.vocab_size}
+        for kind in arguments.tokenizer_types
+    ]
+    if arguments.tokenizer is not None:
+        kinds = [{"tokenizer": arguments.tokenizer}]
     rows = [
         bench_prepare(
-            sources,
-            kind=kind,
-            vocab_size=arguments.vocab_size,
-            text_field=arguments.text_field,
-            workers=workers,
+            dataclasses.replace(given, **kind),
+            workers=given.processes(),
             repeats=arguments.repeats,
         )
-        for kind in arguments.tokenizer_types
+        for kind in kinds
     ]
     print_bench(rows)
     write_json(arguments.json, rows)

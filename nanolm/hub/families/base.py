@@ -60,6 +60,12 @@ def whole_rotation(model: ModelConfig) -> list[str]:
     return [] if fraction == 1.0 else [f"model.positions.fraction is {fraction}"]
 
 
+def unscaled_rotation(model: ModelConfig) -> list[str]:
+    """What keeps a format out that knows no scaled rotary positions."""
+    scaling = getattr(model.positions, "scaling", "none")
+    return [] if scaling == "none" else [f"model.positions.scaling is {scaling}"]
+
+
 def rotary_bases(model: ModelConfig) -> list[float]:
     """The bases of rotary positions; [0.0] of others, whose own base may mean something else."""
     positions: Any = model.positions

@@ -59,6 +59,19 @@ QWEN3_TABLE = dataclasses.replace(
     ),
 )
 
+LLAMA3 = {
+    "factor": "factor",
+    "original_max_position_embeddings": "original_length",
+    "low_freq_factor": "low_frequency",
+    "high_freq_factor": "high_frequency",
+}
+SCALED: dict[str, dict[str, str]] = {
+    "default": {},
+    "linear": {"factor": "factor"},
+    "llama3": LLAMA3,
+}
+"""rope_type -> what it needs, by our options of rotary positions."""
+
 
 def to_config(model: ModelConfig, named: Mapping[str, Tensor]) -> dict[str, Any]:
     """LlamaForCausalLM."""
@@ -75,12 +88,22 @@ def to_config(model: ModelConfig, named: Mapping[str, Tensor]) -> dict[str, Any]
         "rms_norm_eps": model.norm_eps,
         "hidden_act": "silu",
         "attention_dropout": model.attention_dropout,
-        "rope_parameters": {"rope_type": "default", "rope_theta": positions.base[0]},
+        "rope_parameters": {"rope_theta": positions.base[0], **scaling_keys(positions)},
+    }
+
+
+def scaling_keys(positions: Any) -> dict[str, Any]:
+    """How the published config says that rotary positions are scaled."""
+    kind = positions.scaling
+    if kind == "none":
+        return {"rope_type": "default"}
+    return {"rope_type": kind} | {
+        theirs: getattr(positions, ours) for theirs, ours in SCALED[kind].items()
     }
 
 
 def to_model(config: Published) -> dict[str, Any]:
-    """Llama (Touvron et al. 2023), grouped queries included; scaled rotary positions refused."""
+    """Llama (Touvron et al. 2023), grouped queries and scaled rotary positions included."""
     config.only(attention_bias=False, mlp_bias=False, hidden_act="silu")
     heads = config.size("num_attention_heads")
     given = config.values.get("head_dim")
@@ -99,12 +122,12 @@ def to_model(config: Published) -> dict[str, Any]:
         "feed_forward": "swiglu",
         "bias": False,
         "attention_dropout": config.number("attention_dropout", 0.0),
-        "positions": {"name": "rotary", "base": [rotary_base(config)]},
+        "positions": {"name": "rotary", **rotary_options(config)},
     }
 
 
-def rotary_base(config: Published) -> float:
-    """The base of unscaled rotary positions, under its new name or its old one."""
+def rotary_options(config: Published) -> dict[str, Any]:
+    """Base and scaling of rotary positions, under their new names or their old ones."""
     rope: dict[str, Any] = {}
     for key in ("rope_scaling", "rope_parameters"):
         part = config.get(key, {})
@@ -115,15 +138,41 @@ def rotary_base(config: Published) -> float:
     kind = rope.get("rope_type", rope.get("type", "default"))
     partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     require(
-        kind == "default" and partial == 1.0,
+        isinstance(kind, str) and kind in SCALED and partial == 1.0,
         f"{config.path} has rotary positions of type {kind!r} (partial_rotary_factor {partial}), "
-        f"and nanolm computes {config.family} only with 'default' and 1.0; choose another "
-        f"checkpoint",
+        f"and nanolm computes {config.family} only with {', '.join(SCALED)} and 1.0; choose "
+        f"another checkpoint",
     )
-    given = rope.get("rope_theta")
-    if given is None:
-        return config.number("rope_theta", 10000.0)
-    return dataclasses.replace(config, values=rope).number("rope_theta", given)
+    inside = dataclasses.replace(config, values=rope)
+    given = config.number("rope_theta", 10000.0)
+    base = {"base": [inside.number("rope_theta", given)]}
+    return base if kind == "default" else base | scaling_options(inside, kind)
+
+
+def scaling_options(rope: Published, kind: str) -> dict[str, Any]:
+    """Our options of scaled rotary positions; raises UserError for a key that is missing, or out of
+    the range in which such positions are computed."""
+    found = {}
+    for theirs, ours in SCALED[kind].items():
+        require(
+            rope.get(theirs, None) is not None,
+            f"{rope.path} has rotary positions of type {kind!r} without {theirs}; fetch the "
+            f"config.json of these weights",
+        )
+        found[ours] = rope.number(theirs, 0.0)
+    require(
+        found["factor"] >= 1.0,
+        f"{rope.path} gives factor as {found['factor']}; rotary positions are scaled by 1 or more",
+    )
+    if kind == "llama3":
+        found["original_length"] = rope.size("original_max_position_embeddings")
+        low, high = found["low_frequency"], found["high_frequency"]
+        require(
+            0 < low < high,
+            f"{rope.path} gives low_freq_factor as {low} and high_freq_factor as {high}; the first "
+            f"must be more than 0 and less than the second",
+        )
+    return {"scaling": kind, **found}
 
 
 def qwen3_config(model: ModelConfig, named: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -137,7 +186,7 @@ def qwen3_model(config: Published) -> dict[str, Any]:
     config.only(use_sliding_window=False)
     kinds = config.get("layer_types", [])
     require(
-        set(kinds) <= {"full_attention"},
+        isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds),
         f"{config.path} sets layer_types to {kinds!r}, and nanolm computes {config.family} only "
         f"with 'full_attention'; choose another checkpoint",
     )

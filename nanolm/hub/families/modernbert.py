@@ -17,6 +17,7 @@ from nanolm.hub.families.base import (
     Family,
     rotary_bases,
     shared_width,
+    unscaled_rotation,
     whole_rotation,
 )
 from nanolm.hub.families.bert import TRANSFORM, masked_words
@@ -62,7 +63,8 @@ def misfits(model: ModelConfig) -> list[str]:
     several = [f"model.window is {model.window}"] if len(widths) > 1 else []
     if len(found) > len({width for width, _ in found}):
         several.append(f"model.positions.base is {rotary_bases(model)}")
-    return several + shared_width(model) + whole_rotation(model)
+    rotation = whole_rotation(model) + unscaled_rotation(model)
+    return several + shared_width(model) + rotation
 
 
 def to_config(model: ModelConfig, named: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -133,7 +135,8 @@ def layer_kinds(config: Published, n_layers: int) -> list[str]:
     every = config.amount("global_attn_every_n_layers", 3) or 1
     regular = [LOCAL if layer % every else GLOBAL for layer in range(n_layers)]
     kinds = config.get("layer_types", regular)
-    good = isinstance(kinds, list) and len(kinds) == n_layers and set(kinds) <= {GLOBAL, LOCAL}
+    good = isinstance(kinds, list) and len(kinds) == n_layers
+    good = good and all(kind in (GLOBAL, LOCAL) for kind in kinds)
     require(
         good,
         f"{config.path} gives layer_types as {kinds!r}; it must name {GLOBAL} or {LOCAL} for each "

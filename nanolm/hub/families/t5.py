@@ -112,7 +112,7 @@ def to_model(config: Published) -> dict[str, Any]:
     tied = bool(config.get("tie_word_embeddings", True))
     config.only(num_decoder_layers=layers, decoder_start_token_id=START, scale_decoder_outputs=tied)
     require(
-        proj in FEED_FORWARDS,
+        isinstance(proj, str) and proj in FEED_FORWARDS,
         f"{config.path} sets feed_forward_proj to {proj!r}, and nanolm computes t5 only with "
         f"{', '.join(FEED_FORWARDS)}; choose another checkpoint",
     )

@@ -1,13 +1,14 @@
 """How near `nanolm prepare` comes to the encoder that it is built on, and what memory it takes.
 
-Encoding is what a preparation cannot do without: SentencePiece turns text into ids, one process a
-core. So the yardstick is SentencePiece alone: as many processes as `prepare` has workers encode the
-same documents at the same time, and their rates are added up. Beside that stand the rates of
+Encoding is what a preparation cannot do without: SentencePiece, or the package `tokenizers` where
+the tokenizer is a tokenizer.json, turns text into ids, one process a core. So the yardstick is that
+package alone: as many processes as `prepare` has workers encode the same documents at the same
+time, and their rates are added up. Beside that stand the rates of
 `prepare`: of its encoding phase (which also reads its spool, drops duplicates, splits and writes
 arrays) and of the whole run. Repetitions are interleaved; the figures are medians, MB = 10^6 bytes
 of text.
 
-    alone, one process      rate of one SentencePiece encoder while nothing else runs
+    alone, one process      rate of one encoder while nothing else runs
     alone, w processes      the sum over w of them at once
     prepare: encoding       text bytes over seconds of its encoding phase
     prepare: everything     the same over all phases, training of the tokenizer included
@@ -16,6 +17,8 @@ of text.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -25,11 +28,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 import sentencepiece
 from rich.console import Console
 
+from nanolm.data.json_pieces import JSON_FILE
 from nanolm.data.prepare.config import PrepareConfig
 from nanolm.data.shards.directory import open_split
 from nanolm.data.tokenizer import MODEL_FILE, Tokenizer
@@ -55,14 +60,8 @@ print(json.dumps({"seconds": summary.seconds, "whole": whole, "bytes": summary.e
 
 def prepare_once(config: PrepareConfig) -> dict[str, Any]:
     """One preparation in a process of its own: seconds by phase, text bytes, peaks of memory."""
-    keys = {
-        "out": config.out,
-        "sources": list(config.sources),
-        "vocab_size": config.vocab_size,
-        "tokenizer_type": config.tokenizer_type,
-        "text_field": config.text_field,
-        "workers": config.workers,
-    }
+    names = ("out", "sources", "tokenizer", "vocab_size", "tokenizer_type", "text_field", "workers")
+    keys = {name: getattr(config, name) for name in names}
     command = [sys.executable, "-c", CHILD, json.dumps(keys)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     require(done.returncode == 0, f"prepare failed: {done.stderr.strip().splitlines()[-1:]}")
@@ -84,15 +83,34 @@ def documents_of(folder: str, limit: int) -> list[str]:
     return texts
 
 
-def encode_alone(model: str, texts: list[str], barrier: Any, rates: Any) -> None:
-    """A process that encodes all texts with plain SentencePiece; puts its bytes per second."""
+def sentencepiece_encoder(model: str) -> Callable[[list[str]], Any]:
+    """What encodes a batch of texts with plain SentencePiece."""
     processor = sentencepiece.SentencePieceProcessor(model_file=model)
+    return functools.partial(processor.encode, num_threads=1)
+
+
+def json_encoder(model: str) -> Callable[[list[str]], Any]:
+    """What encodes a batch of texts with the package `tokenizers`, in one thread."""
+    import tokenizers  # noqa: PLC0415  (only who has such a file needs it)
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    plain = tokenizers.Tokenizer.from_file(model)
+    return functools.partial(plain.encode_batch, add_special_tokens=False)
+
+
+ENCODERS = {MODEL_FILE: sentencepiece_encoder, JSON_FILE: json_encoder}
+"""What encodes alone, by the name of the tokenizer's file in a prepared folder."""
+
+
+def encode_alone(model: str, texts: list[str], barrier: Any, rates: Any) -> None:
+    """A process that encodes all texts with the encoder alone; puts its bytes per second."""
+    encode = ENCODERS[pathlib.Path(model).name](model)
     size = sum(len(text.encode()) for text in texts)
-    processor.encode(texts[:10], num_threads=1)
+    encode(texts[:10])
     barrier.wait()
     begin = time.perf_counter()
     for first in range(0, len(texts), 64):
-        processor.encode(texts[first : first + 64], num_threads=1)
+        encode(texts[first : first + 64])
     rates.put(size / (time.perf_counter() - begin))
 
 
@@ -110,27 +128,17 @@ def sum_of_encoders(model: str, texts: list[str], processes: int) -> float:
     return total
 
 
-def bench_prepare(
-    sources: list[str], *, kind: str, vocab_size: int, text_field: str, workers: int, repeats: int
-) -> dict[str, Any]:
+def bench_prepare(given: PrepareConfig, *, workers: int, repeats: int) -> dict[str, Any]:
     """Medians of the rates, in bytes a second, the highest peaks of memory in bytes, and the
-    seconds of the last run's phases."""
+    seconds of the last run's phases; `given` says all of a preparation but where it goes."""
     rows: list[dict[str, float]] = []
     peaks = [0, 0]
     with tempfile.TemporaryDirectory() as folder:
         for number in range(repeats):
             out = str(pathlib.Path(folder) / f"out-{number}")
-            config = PrepareConfig(
-                out=out,
-                sources=sources,
-                vocab_size=vocab_size,
-                tokenizer_type=cast(Any, kind),
-                text_field=text_field,
-                workers=workers,
-            )
-            found = prepare_once(config)
+            found = prepare_once(dataclasses.replace(given, out=out, workers=workers))
             texts = documents_of(out, 20_000_000)
-            model = str(pathlib.Path(out) / MODEL_FILE)
+            model = str(pathlib.Path(out) / Tokenizer.load(out).file_name)
             rows.append(
                 {
                     "alone_one": sum_of_encoders(model, texts, 1),
@@ -143,7 +151,7 @@ def bench_prepare(
     medians = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
     ratio = statistics.median(row["encoding"] / row["alone_all"] for row in rows)
     return {
-        "kind": kind,
+        "kind": given.tokenizer or given.tokenizer_type,
         "bytes": found["bytes"],
         "workers": workers,
         **medians,
@@ -161,7 +169,7 @@ def print_bench(rows: list[dict[str, Any]], console: Console | None = None) -> N
     head = ("tokenizer", "alone, 1", f"alone, {workers}", "encoding", "/ alone", "whole", "MiB")
     lines = [
         [
-            row["kind"],
+            pathlib.Path(row["kind"]).name,
             f"{row['alone_one'] / MB:.1f}",
             f"{row['alone_all'] / MB:.1f}",
             f"{row['encoding'] / MB:.1f}",
