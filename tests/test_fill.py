@@ -1,5 +1,6 @@
 """Filling masks with an encoder."""
 
+import dataclasses
 import json
 
 import pytest
@@ -37,8 +38,12 @@ def test_candidates_are_ordinary_pieces_in_order_of_probability(saved):
 def test_refusals(saved):
     with pytest.raises(UserError, match="<mask>"):
         fill(saved, "nothing to fill", top=1)
-    with pytest.raises(UserError, match="nanolm generate"):
-        fill(open_saved(trained_run("clm")), "a <mask>", top=1)
+    for trunk, remedy in (("decoder", True), ("encoder_decoder", True), ("two_stream", False)):
+        model = dataclasses.replace(saved.config.model, trunk=trunk)
+        other = dataclasses.replace(saved, config=dataclasses.replace(saved.config, model=model))
+        with pytest.raises(UserError, match=f"model.trunk={trunk}; only an encoder") as refused:
+            fill(other, "a <mask>", top=1)
+        assert ("nanolm generate" in str(refused.value)) == remedy
     with pytest.raises(UserError, match="tokens"):
         fill(saved, "x = 1\n" * 200 + "<mask>", top=1)
 

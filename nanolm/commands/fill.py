@@ -39,13 +39,21 @@ class Arguments:
     """Also write the candidates to this file."""
 
 
+OTHERWISE = {
+    "decoder": "; a decoder writes on: `nanolm generate`",
+    "encoder_decoder": "; what stands in gaps is written by `nanolm generate`",
+}
+"""What to do with another trunk."""
+
+
 @torch.no_grad()
 def fill(saved: Saved, text: str, top: int) -> list[list[dict]]:
     """For each mask the `top` candidates: token, text, probability; each mask by itself."""
+    trunk = saved.config.model.trunk
     require(
-        saved.config.model.trunk == "encoder",
-        f"{saved.folder} holds a {saved.config.model.trunk}; only an encoder fills masks "
-        f"(a decoder writes: `nanolm generate`)",
+        trunk == "encoder",
+        f"{saved.folder} has model.trunk={trunk}; only an encoder fills masks"
+        f"{OTHERWISE.get(trunk, '')}",
     )
     tokenizer, learner = saved.tokenizer, saved.learner
     ids = torch.tensor([mask_ids(text, saved)], device=learner.trunk.embedding.weight.device)
