@@ -3,10 +3,13 @@
 import json
 import pathlib
 
+import pytest
+
 from nanolm import cli
 from nanolm.data.tokenizer import Tokenizer
+from nanolm.errors import UserError
 from nanolm.tools.bench import corpus
-from nanolm.tools.bench.prepare import ENCODERS
+from nanolm.tools.bench.prepare import encoder_alone, sum_of_encoders
 from tests.conftest import tiny_tokenizer
 from tests.published import write_tokenizer
 
@@ -27,24 +30,36 @@ def test_rates_and_memory_of_a_small_corpus(tmp_path, capsys):
     assert "prepare with 1 workers" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_tokenizer_of_others_is_measured_beside_its_own_library(tmp_path):
     text = pathlib.Path(json.__file__).read_text(encoding="utf-8")
-    (tmp_path / "0.txt").write_text(text, encoding="utf-8")
+    for number in range(2):
+        (tmp_path / f"{number}.txt").write_text(f"{number}\n{text}", encoding="utf-8")
     write_tokenizer(tmp_path, "gpt2")
     given, out = tmp_path / "tokenizer.json", tmp_path / "figures.json"
-    command = ["bench", "prepare", f"{tmp_path}/0.txt", f"--tokenizer={given}", "--workers=1"]
+    command = ["bench", "prepare", f"{tmp_path}/*.txt", f"--tokenizer={given}", "--workers=1"]
     cli.run([*command, "--repeats=1", f"--json={out}"])
     (row,) = json.loads(out.read_text())
-    assert row["kind"] == str(given) and row["bytes"] == len(text.encode())
+    assert row["kind"] == str(given) and row["bytes"] == 2 * (len(text.encode()) + 2)
     assert row["alone_one"] > 0 and row["encoding_over_alone"] > 0
+    given.unlink()
+    with pytest.raises(UserError, match=r"^prepare failed: [^\['].*tokenizer.json"):
+        cli.run([*command, "--repeats=1"])
+
+
+@pytest.mark.slow
+def test_an_encoder_that_fails_ends_the_measurement(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"tokenizer\.json cannot be encoded with alone"):
+        sum_of_encoders(str(tmp_path / "tokenizer.json"), ["a"], 2)
 
 
 def test_encoders_alone_give_the_ids_of_a_prepared_folder(tmp_path):
     write_tokenizer(tmp_path, "gpt2")
     (tmp_path / "tokenizer.model").write_bytes(tiny_tokenizer().model_bytes)
-    for name, encoder in ENCODERS.items():
+    for name in ("tokenizer.json", "tokenizer.model"):
         ours = Tokenizer.load(tmp_path / name)
-        found = encoder(str(tmp_path / name))(["the quick brown fox"])
+        found = encoder_alone(str(tmp_path / name))(["the quick brown fox"])
         ids = getattr(found[0], "ids", found[0])
         assert ids == ours.encode("the quick brown fox").tolist()
 

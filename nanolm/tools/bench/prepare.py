@@ -34,11 +34,11 @@ from typing import Any
 import sentencepiece
 from rich.console import Console
 
-from nanolm.data.json_pieces import JSON_FILE
+from nanolm.data.json_pieces import is_json, published
 from nanolm.data.prepare.config import PrepareConfig
 from nanolm.data.shards.directory import open_split
 from nanolm.data.tokenizer import MODEL_FILE, Tokenizer
-from nanolm.errors import require
+from nanolm.errors import UserError, require
 from nanolm.tables import open_console, tables
 from nanolm.terminal import say
 
@@ -64,7 +64,9 @@ def prepare_once(config: PrepareConfig) -> dict[str, Any]:
     keys = {name: getattr(config, name) for name in names}
     command = [sys.executable, "-c", CHILD, json.dumps(keys)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    require(done.returncode == 0, f"prepare failed: {done.stderr.strip().splitlines()[-1:]}")
+    said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+    told = said.removeprefix(f"{UserError.__module__}.{UserError.__name__}: ")
+    require(done.returncode == 0, f"prepare failed: {told}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -94,19 +96,26 @@ def json_encoder(model: str) -> Callable[[list[str]], Any]:
     import tokenizers  # noqa: PLC0415  (only who has such a file needs it)
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    plain = tokenizers.Tokenizer.from_file(model)
+    content = pathlib.Path(model).read_bytes()
+    plain = tokenizers.Tokenizer.from_str(published(content).decode())
     return functools.partial(plain.encode_batch, add_special_tokens=False)
 
 
-ENCODERS = {MODEL_FILE: sentencepiece_encoder, JSON_FILE: json_encoder}
-"""What encodes alone, by the name of the tokenizer's file in a prepared folder."""
+def encoder_alone(model: str) -> Callable[[list[str]], Any]:
+    """What encodes a batch of texts by a prepared folder's file, which has one name for both."""
+    described = is_json(pathlib.Path(model).read_bytes())
+    return json_encoder(model) if described else sentencepiece_encoder(model)
 
 
 def encode_alone(model: str, texts: list[str], barrier: Any, rates: Any) -> None:
     """A process that encodes all texts with the encoder alone; puts its bytes per second."""
-    encode = ENCODERS[pathlib.Path(model).name](model)
-    size = sum(len(text.encode()) for text in texts)
-    encode(texts[:10])
+    try:
+        encode = encoder_alone(model)
+        size = sum(len(text.encode()) for text in texts)
+        encode(texts[:10])
+    except BaseException:
+        barrier.abort()  # or the other processes would wait for this one
+        raise
     barrier.wait()
     begin = time.perf_counter()
     for first in range(0, len(texts), 64):
@@ -122,10 +131,11 @@ def sum_of_encoders(model: str, texts: list[str], processes: int) -> float:
     workers = [context.Process(target=encode_alone, args=arguments) for _ in range(processes)]
     for worker in workers:
         worker.start()
-    total = sum(rates.get() for _ in workers)
     for worker in workers:
         worker.join()
-    return total
+    failed = [worker.exitcode for worker in workers if worker.exitcode != 0]
+    require(not failed, f"{model} cannot be encoded with alone; what its library said stands above")
+    return sum(rates.get() for _ in workers)
 
 
 def bench_prepare(given: PrepareConfig, *, workers: int, repeats: int) -> dict[str, Any]:
@@ -138,7 +148,7 @@ def bench_prepare(given: PrepareConfig, *, workers: int, repeats: int) -> dict[s
             out = str(pathlib.Path(folder) / f"out-{number}")
             found = prepare_once(dataclasses.replace(given, out=out, workers=workers))
             texts = documents_of(out, 20_000_000)
-            model = str(pathlib.Path(out) / Tokenizer.load(out).file_name)
+            model = str(pathlib.Path(out) / MODEL_FILE)
             rows.append(
                 {
                     "alone_one": sum_of_encoders(model, texts, 1),
