@@ -218,8 +218,8 @@ def scaled_linearly(frequency_R: Tensor, options: RotaryOptions) -> Tensor:
 
 
 def scaled_by_turns(frequency_R: Tensor, options: RotaryOptions) -> Tensor:
-    """Llama 3.1's: a pair is slowed by the less, the more often it goes round in a text of the
-    original length (Grattafiori et al. 2024)."""
+    """As the code of Llama 3.1 does (the models: Grattafiori et al. 2024): a pair is slowed by the
+    less, the more often it goes round in a text of the original length."""
     # What went round often has been seen at every angle, and tells neighbours apart; only the
     # angles of slow pairs would be new in a longer text.
     turns_R = options.original_length * frequency_R / (2 * math.pi)
