@@ -133,8 +133,8 @@ class Chooser:
         return self.source or "a file (kernels.timings=null)"
 
     def _note(self, words: str) -> None:
-        if words not in self.notes:
-            self.notes.append(words)
+        if words not in self._notes:
+            self._notes.append(words)
 
 
 def cannot_go_on(op: str, spec: Spec, record: Record) -> str | None:
