@@ -108,10 +108,8 @@ def test_processes_that_share_the_checks_import_the_plug_ins(tmp_path, monkeypat
     monkeypatch.setattr(
         survey, "patients", lambda device: [survey.Patient("attention", "outsider", False)]
     )
-    monkeypatch.setattr(
-        survey, "errands", lambda *names, quick: errands_of(*names, quick=quick)[:3]
-    )
-    monkeypatch.syspath_prepend("docs/plugins")
+    monkeypatch.setattr(survey, "errands", lambda *who, quick: errands_of(*who, quick=quick)[:3])
+    monkeypatch.syspath_prepend(pathlib.Path(__file__).parents[1] / "docs" / "plugins")
     words = ["--device", "cpu", "--jobs", "2", "--plugins", "outsider.attention"]
     try:
         cli.run(["kernels", "doctor", *words])
