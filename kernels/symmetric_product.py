@@ -1,7 +1,8 @@
 """x x^T, of which only the lower triangle of tiles is computed and written twice.
 
-What Muon's Newton-Schulz iteration spends its time on (Jordan et al. 2024): the product is
-symmetric, so nearly half of its FLOPs need no computing.
+A third to a half of the arithmetic of Muon's Newton-Schulz iteration (Jordan et al. 2024). The
+product is symmetric: of n x n tiles n (n + 1) / 2 are computed, which is all of one tile, three
+quarters of two tiles a side, and towards half of many.
 
 Shapes: B matrices, M rows, N columns.
 """

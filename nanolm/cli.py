@@ -42,7 +42,7 @@ COMMANDS = {
     "figures": ("nanolm.commands.figures", "the pictures of the docs, or a run's curves, as SVG"),
     "kernels list": ("nanolm.commands.kernels.list", "kernels: what they serve, or why not"),
     "kernels check": ("nanolm.commands.kernels.check", "is a kernel right? the conformance suite"),
-    "kernels bench": ("nanolm.commands.kernels.bench", "attention kernels beside each other"),
+    "kernels bench": ("nanolm.commands.kernels.bench", "kernels of an op beside each other"),
     "kernels roofline": ("nanolm.commands.kernels.roofline", "least time of each kernel, on paper"),
     "kernels doctor": ("nanolm.commands.kernels.doctor", "first run on a new GPU"),
     "kernels memory": ("nanolm.commands.kernels.memory", "peak memory of the projected loss"),

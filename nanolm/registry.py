@@ -134,6 +134,8 @@ OPS = (
 """What can be fused (see ops/contract.py)."""
 TIMED = ("attention",)
 """Ops whose kernel `fastest` chooses by what was timed (see ops/chooser.py)."""
+SIZED = ("symmetric_product",)
+"""Ops of which `auto` takes, size by size, what was timed to be fastest (see ops/by_time.py)."""
 
 # Apart from what is built in besides: they bring Triton, which only a model's kernels need.
 KERNEL_MODULES = (

@@ -12,6 +12,7 @@ from nanolm.ops import contract as ops
 from nanolm.ops.bias import AlibiBias, BucketBias, DenseBias
 from nanolm.ops.contract import AUTO, AttentionSpec, CrossEntropySpec, Kernels, candidates, choose
 from nanolm.ops.masks import Mask
+from nanolm.registry import SIZED
 from nanolm.tools.kernel_check.survey import typical
 
 B, T, H, K = 2, 7, 4, 8
@@ -297,7 +298,8 @@ def test_a_gpu_that_is_too_old_for_triton_is_refused_in_words(monkeypatch, op):
     assert re.search(r"Tesla T4 .*8\.0 .*7\.5", kernel.why_not(spec))
     assert choose(op, spec).kernel.name != "triton"
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (8, 0))
-    assert kernel.why_not(spec) is None and choose(op, spec).kernel.name == "triton"
+    assert kernel.why_not(spec) is None
+    assert (choose(op, spec).kernel.name == "triton") == (op not in SIZED)
 
 
 def test_an_older_torch_without_the_loss_is_told_so_when_the_model_is_built(monkeypatch):

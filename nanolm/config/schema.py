@@ -193,10 +193,11 @@ class KernelsConfig:
     glu: str = "auto"
     """The gate of SwiGLU and GEGLU."""
     symmetric_product: str = "auto"
-    """Muon's x x^T, in bfloat16 (float32 on a CPU without bfloat16 products)."""
+    """Muon's x x^T, in bfloat16 (float32 on a CPU without bfloat16 products). auto multiplies as
+    reference does, on CUDA with triton those sizes at which `timings` shows it to be faster."""
     timings: str | None = None
     """File that `nanolm kernels bench --save FILE` wrote on this machine: what attention=fastest
-    takes from, and what auto compares itself with."""
+    and symmetric_product=auto take from, and what attention=auto compares itself with."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,11 +2,12 @@
 
     on resume    what the checkpoint was trained with, unless the config names another kernel
     a name       that kernel, or the reason why it cannot serve
-    auto         the first of contract.AUTO that can serve
+    auto         the first of contract.AUTO that can serve; of Muon's products what was timed to be
+                 faster than the plain one at that size, if anything was (see by_time.py)
     fastest      attention only: what `nanolm kernels bench --save` found fastest on this device;
                  in inference, which was not timed, as auto
 
-What a user should know of it is kept in `notes`, one sentence each.
+What a user should know of it is told by `notes`, one sentence each.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nanolm.errors import UserError
+from nanolm.ops.by_time import Ruling, rule, told
 from nanolm.ops.contract import Choice, Spec, candidates, choose
 from nanolm.ops.kept import Record, kept_record
 from nanolm.ops.timings import Timing, device_name, how_to_time, timings_of, untimed
-from nanolm.registry import TIMED
+from nanolm.registry import SIZED, TIMED
 
 FASTEST = "fastest"
 OPEN = ("auto", FASTEST)
@@ -34,40 +36,58 @@ class Chooser:
         self, kept: Sequence[Record] = (), timings: Sequence[Timing] = (), source: str | None = None
     ) -> None:
         self.kept, self.timings, self.source = kept, timings, source
-        self.notes: list[str] = []
+        self._notes: list[str] = []
+        self._rulings: dict[str, list[Ruling]] = {}
+
+    @property
+    def notes(self) -> list[str]:
+        """What to tell the user, of all choices so far."""
+        rulings = self._rulings.values()
+        return [*self._notes, *(line for found in rulings for line in told(found, self.source))]
 
     def choose(self, op: str, spec: Spec, requested: str) -> Choice:
         """The kernel for one layer kind; raises UserError as `contract.choose`, and for `fastest`
         without a timing."""
         record = kept_record(self.kept, op, spec)
-        if record is None:
+        if record is None or (requested == FASTEST and op not in TIMED):
             return self._as_requested(op, spec, requested)
-        before = record["kernel"]
+        before, layer = record["kernel"], f"{op} of {spec.size}" if spec.size else op
         reason = cannot_go_on(op, spec, record)
         if requested in OPEN and reason is None:
             choice = Choice(op, spec, candidates(op)[before], {})
-            if requested == "auto" and (new := choose(op, spec).kernel.name) != before:
+            if requested == "auto" and (new := self._auto(op, spec).kernel.name) != before:
+                everywhere = " for every size" if spec.size else ""
                 self._note(
-                    f"{op}: {before}, with which the checkpoint was trained; auto would take {new} "
-                    f"now, which --kernels.{op} {new} says"
+                    f"{layer}: {before}, with which the checkpoint was trained; auto would take "
+                    f"{new} now, which --kernels.{op} {new} says{everywhere}"
                 )
             return choice
         choice = self._as_requested(op, spec, requested)
         if choice.kernel.name != before:
             why = reason if requested in OPEN else f"kernels.{op}={requested} asks for it"
             self._note(
-                f"{op}: {choice.kernel.name} instead of {before}, with which the checkpoint was "
+                f"{layer}: {choice.kernel.name} instead of {before}, with which the checkpoint was "
                 f"trained ({why}): agrees to rounding, not bit for bit"
             )
         return choice
 
     def _as_requested(self, op: str, spec: Spec, requested: str) -> Choice:
-        if requested == FASTEST:
+        if requested == FASTEST and op in TIMED:
             return self._fastest(op, spec) if spec.phase == "train" else choose(op, spec)
-        choice = choose(op, spec, requested)
-        if requested == "auto" and spec.phase == "train" and op in TIMED:
+        if requested != "auto":
+            return choose(op, spec, requested)
+        if op in SIZED:
+            ruling = rule(op, spec, self.timings)
+            self._rulings.setdefault(op, []).append(ruling)
+            return ruling.choice
+        choice = choose(op, spec)
+        if spec.phase == "train" and op in TIMED:
             self._compare(choice)
         return choice
+
+    def _auto(self, op: str, spec: Spec) -> Choice:
+        """What `auto` takes, untold."""
+        return rule(op, spec, self.timings).choice if op in SIZED else choose(op, spec)
 
     def _fastest(self, op: str, spec: Spec) -> Choice:
         refused, serving = self._by_time(op, spec)
@@ -113,8 +133,8 @@ class Chooser:
         return self.source or "a file (kernels.timings=null)"
 
     def _note(self, words: str) -> None:
-        if words not in self.notes:
-            self.notes.append(words)
+        if words not in self._notes:
+            self._notes.append(words)
 
 
 def cannot_go_on(op: str, spec: Spec, record: Record) -> str | None:

@@ -43,6 +43,11 @@ class Spec:
     device: str = "cpu"  # a device type
     phase: Phase = "train"
 
+    @property
+    def size(self) -> str:
+        """In words, of ops whose kernel is chosen size by size; else empty."""
+        return ""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionSpec(Spec):
@@ -106,7 +111,15 @@ class GluSpec(Spec):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SymmetricProductSpec(Spec):
-    """x @ x.T, half of whose entries need no computing."""
+    """x @ x.T, half of whose entries need no computing; Muon's x has no more rows than columns."""
+
+    rows: int
+    columns: int
+
+    @property
+    def size(self) -> str:
+        """The matrix's size."""
+        return f"{self.rows} x {self.columns}"
 
 
 class Kernel(Protocol):
@@ -121,7 +134,8 @@ class Kernel(Protocol):
         """Compute the op."""
 
 
-# `auto` tries these first, in this order; plug-ins are taken only by name.
+# `auto` tries these first, in this order; plug-ins are taken only by name. Of the ops in
+# registry.SIZED a run takes a later one where it was timed to be faster (see ops/by_time.py).
 AUTO: dict[str, list[str]] = {
     "attention": ["triton_decode", "triton", "by_length", "wide", "sdpa", "reference"],
     "linear": ["wide", "reference"],
@@ -129,7 +143,7 @@ AUTO: dict[str, list[str]] = {
     "norm": ["triton", "torch", "reference"],
     "rotary": ["triton", "reference"],
     "glu": ["triton", "reference"],
-    "symmetric_product": ["triton", "reference"],
+    "symmetric_product": ["reference", "triton"],
 }
 
 
@@ -209,6 +223,14 @@ class Choice:
     refused: dict[str, str]
 
 
+def passed_over(kernel: Kernel, spec: Spec) -> str | None:
+    """Why `auto` does not take a kernel for the spec, or None."""
+    reason = kernel.why_not(spec)
+    if reason is None and spec.device in getattr(kernel, "only_by_name_on", ()):
+        return f"on {spec.device} it serves only when it is named"
+    return reason
+
+
 def choose(op: str, spec: Spec, requested: str = "auto") -> Choice:
     """The kernel for one layer kind and phase.
 
@@ -226,9 +248,7 @@ def choose(op: str, spec: Spec, requested: str = "auto") -> Choice:
     for name in AUTO[op]:
         if name not in known:
             continue
-        reason = known[name].why_not(spec)
-        if reason is None and spec.device in getattr(known[name], "only_by_name_on", ()):
-            reason = f"on {spec.device} it serves only when it is named"
+        reason = passed_over(known[name], spec)
         if reason is None:
             return Choice(op, spec, known[name], refused)
         refused[name] = reason

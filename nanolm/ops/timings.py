@@ -1,11 +1,12 @@
 """Timings of kernels on one machine: what `nanolm kernels bench --save FILE` writes.
 
-A config names the file in `kernels.timings`; `kernels.attention: fastest` takes from it, and `auto`
-compares itself with it.
+A config names the file in `kernels.timings`; `kernels.attention: fastest` takes from it, as `auto`
+does for Muon's products (`by_time.py`), and otherwise `auto` compares itself with it.
 
 A timing is {"op", "kernel", "device_name", "problem": its sizes in words, "ms", "spec"}, with the
 spec as JSON (`kept.spec_record`). It speaks for a layer when device, dtype, head width and whether
-it is causal are the same and the backward pass was timed too. What a batch may bring besides
+it is causal are the same and the backward pass was timed too; for a symmetric product, which has no
+backward pass in Muon, when device, dtype and the matrix's size are. What a batch may bring besides
 (documents, a bias, dropout) is not in it, and the log says so.
 """
 
@@ -23,8 +24,10 @@ from nanolm.errors import UserError
 from nanolm.files import write_json
 from nanolm.ops.kept import spec_record
 
-DECISIVE = ("dtype", "device", "phase", "head_dim", "causal")
-"""Fields of a spec in which a timing must agree."""
+DECISIVE = ("dtype", "device", "phase")
+"""Fields of a spec in which a timing must agree, whatever the op …"""
+SIZES = {"attention": ("head_dim", "causal"), "symmetric_product": ("rows", "columns")}
+"""… and those of the ops whose kernel is chosen by timings."""
 FIELDS: dict[str, type | tuple[type, ...]] = {
     "op": str,
     "kernel": str,
@@ -106,7 +109,7 @@ def timings_of(timings: Sequence[Timing], op: str, spec: Any) -> list[Timing]:
         row
         for row in timings
         if (row["op"], row["device_name"]) == (op, name)
-        and all(row["spec"].get(key) == now[key] for key in DECISIVE)
+        and all(row["spec"].get(key) == now[key] for key in (*DECISIVE, *SIZES[op]))
     ]
     alike = [row for row in found if all(row["spec"].get(k) == now[k] for k in heads(now))]
     problem = (alike or found)[-1]["problem"] if found else None
@@ -126,9 +129,19 @@ def untimed(spec: Any) -> str:
 
 
 def how_to_time(spec: Any) -> str:
-    """The command that times this layer."""
+    """The command that times this layer of attention."""
     now = spec_record(spec)
     sizes = {"heads": now["n_heads"], "kv_heads": now["n_kv_heads"], "head_dim": now["head_dim"]}
     sizes |= {"causal": str(now["causal"]).lower(), "dtype": now["dtype"], "device": now["device"]}
     words = " ".join(f"--{name} {size}" for name, size in sizes.items())
     return f"nanolm kernels bench --op attention {words} --save FILE"
+
+
+def how_to_time_sizes(op: str, specs: Sequence[Any]) -> str:
+    """The command that times an op of registry.SIZED at the sizes of these specs."""
+    sizes = " ".join(spec.size.replace(" ", "") for spec in specs)
+    now = spec_record(specs[0])
+    return (
+        f"nanolm kernels bench --op {op} --matrices {sizes} --dtype {now['dtype']} --device "
+        f"{now['device']} --save FILE"
+    )

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -167,9 +167,14 @@ def muon(learner: nn.Module, options: MuonOptions) -> list[torch.optim.Optimizer
         device = matrices[0][1].device.type
         kernels = getattr(learner.trunk, "kernels", None) or Kernels(device=device)
         dtype = iteration_dtype(device)
-        product = kernels.choose("symmetric_product", SymmetricProductSpec, dtype=dtype)
+        products = {
+            (rows, columns): kernels.choose(
+                "symmetric_product", SymmetricProductSpec, dtype=dtype, rows=rows, columns=columns
+            ).run
+            for rows, columns in dict.fromkeys(size_of(parameter) for _, parameter in matrices)
+        }
         steps = options.newton_schulz_steps
-        optimizers.append(Muon([group], options.momentum, steps, product=product.run, dtype=dtype))
+        optimizers.append(Muon([group], options.momentum, steps, products=products, dtype=dtype))
     groups = decay_groups(rest, options.adamw_lr, options.weight_decay)
     if groups:
         first, second = options.betas
@@ -207,6 +212,12 @@ def iteration_dtype(device: str) -> torch.dtype:
     return torch.float32 if device == "cpu" and not multiplies_bf16() else torch.bfloat16
 
 
+def size_of(matrix_MN: Tensor) -> tuple[int, int]:
+    """(rows, columns) as Muon multiplies it, the shorter side first; of a sharded one the whole."""
+    n_rows, n_columns = matrix_MN.shape
+    return min(n_rows, n_columns), max(n_rows, n_columns)
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is orthogonalised (Jordan et al. 2024, kellerjordan.github.io/posts).
 
@@ -214,8 +225,8 @@ class Muon(torch.optim.Optimizer):
     u  = orthogonalise((1 - mu) g + mu m)         Nesterov look-ahead, then U V^T of its SVD
     w <- (1 - lr * weight_decay) w - lr sqrt(max(1, rows / columns)) u
 
-    `product` computes X X^T, most of the iteration's work: a kernel of the op symmetric_product.
-    The iteration runs in `dtype`.
+    `products` has for every size of matrix (`size_of`) what computes its X X^T, a third to a half
+    of the iteration's work: a kernel of the op symmetric_product. The iteration runs in `dtype`.
     """
 
     def __init__(
@@ -224,11 +235,11 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         steps: int = 5,
         *,
-        product: Product,
+        products: Mapping[tuple[int, int], Product],
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         super().__init__(groups, {"momentum": momentum, "steps": steps, "weight_decay": 0.0})
-        self.product, self.dtype = product, dtype
+        self.products, self.dtype = products, dtype
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -261,7 +272,8 @@ class Muon(torch.optim.Optimizer):
         of some rows needs all rows.
         """
         whole_MN = matrix_MN.full_tensor() if isinstance(matrix_MN, DTensor) else matrix_MN
-        found_MN = orthogonalise(whole_MN, steps, self.product, self.dtype).to(matrix_MN.dtype)
+        product = self.products[size_of(whole_MN)]
+        found_MN = orthogonalise(whole_MN, steps, product, self.dtype).to(matrix_MN.dtype)
         return divided(found_MN, matrix_MN) if isinstance(matrix_MN, DTensor) else found_MN
 
 

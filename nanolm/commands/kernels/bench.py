@@ -13,6 +13,7 @@ On a CPU without the interpreter Triton is left out, with its reason.
 from __future__ import annotations
 
 import dataclasses
+import re
 
 from nanolm.commands.json_file import write_json
 from nanolm.config.load import import_plugins
@@ -35,10 +36,27 @@ class Arguments(Sizes):
     """Measurements of each kernel."""
     plugins: list[str] = dataclasses.field(default_factory=list)
     """Modules with kernels of your own."""
+    matrices: list[str] = dataclasses.field(default_factory=list)
+    """Matrices of symmetric_product, such as 768x768 768x3072; none means width x ff_width."""
     save: str | None = None
     """Add the timings to this file, which kernels.timings of a config names; needs backward."""
     json: str | None = None
     """Also write the table here."""
+
+    def of(self, op: str) -> list[Arguments]:
+        """The sizes of each problem of an op: one, or one a matrix."""
+        if op != "symmetric_product" or not self.matrices:
+            return [self]
+        sizes = map(matrix_size, self.matrices)
+        return [dataclasses.replace(self, width=rows, ff_width=columns) for rows, columns in sizes]
+
+
+def matrix_size(word: str) -> tuple[int, int]:
+    """768x3072 or 3072x768 as Muon multiplies either: the shorter side first."""
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", word):
+        raise UserError(f"--matrices {word}: write rows x columns without spaces, as 768x3072")
+    rows, columns = sorted(map(int, word.split("x")))
+    return rows, columns
 
 
 def run(arguments: Arguments) -> None:
@@ -50,13 +68,14 @@ def run(arguments: Arguments) -> None:
         raise UserError(f"--dtype {arguments.dtype}: choose from float32, bfloat16, float16")
     if arguments.save and not arguments.backward:
         raise UserError("--save keeps forward and backward together; leave --backward false away")
-    passes = "forward and backward" if arguments.backward else "forward"
+    ops = list(PROBLEMS) if arguments.op == "all" else [arguments.op]
+    problems = [(op, sizes) for op in ops for sizes in arguments.of(op)]
     table = []
-    for op in PROBLEMS if arguments.op == "all" else [arguments.op]:
-        rows = measure(op, arguments, arguments.repetitions)
-        say(f"{op}: {rows[-1].get('problem', '')}, {arguments.dtype}, {passes}")
+    for op, sizes in problems:
+        rows = measure(op, sizes, arguments.repetitions)
+        say(f"{op}: {rows[-1].get('problem', '')}, {arguments.dtype}, {rows[-1].get('passes', '')}")
         show(rows, open_console())
         table += rows
-        if arguments.save:  # op by op: who interrupts it keeps what was timed
+        if arguments.save:  # problem by problem: who interrupts it keeps what was timed
             save_timings(arguments.save, timings(rows))
     write_json(arguments.json, table)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nanolm.commands.json_file import write_json
+from nanolm.config.load import import_plugins
 from nanolm.config.ranges import Count
 from nanolm.distributed.devices import DeviceWord, device_type
 from nanolm.terminal import say
@@ -32,6 +33,8 @@ class Arguments:
     jobs: Count | None = None
     """Processes that share the checks; null means as many as cores on CUDA, up to 8, and 1 on a
     CPU."""
+    plugins: list[str] = dataclasses.field(default_factory=list)
+    """Modules with kernels of your own."""
     json: str | None = None
     """Also write the verdicts here."""
 
@@ -55,7 +58,8 @@ def run(arguments: Arguments) -> None:
     device = device_type(arguments.device)
     say(describe(device))
     jobs = arguments.jobs or default_jobs(device)
-    found = survey(device, quick=arguments.quick, jobs=jobs)
+    import_plugins(arguments.plugins)
+    found = survey(device, quick=arguments.quick, jobs=jobs, plugins=arguments.plugins)
     verdicts = [verdict(patient, told) for patient, told in found]
     write_json(arguments.json, verdicts)
     if any(row["failed"] for row in verdicts):

@@ -10,8 +10,8 @@ import torch
 from nanolm.commands.json_file import write_json
 from nanolm.config.load import import_plugins
 from nanolm.config.ranges import Count
-from nanolm.ops.contract import candidates, choose
-from nanolm.registry import OPS
+from nanolm.ops.contract import AUTO, candidates, choose
+from nanolm.registry import OPS, SIZED
 from nanolm.tables import beside
 from nanolm.tools.kernel_check.survey import typical
 
@@ -37,20 +37,24 @@ def rows(arguments: Arguments) -> list[dict[str, str]]:
     table = []
     for op in OPS:
         spec = typical(op, arguments.device, head_dim=arguments.head_dim, causal=arguments.causal)
-        if spec is None:
-            continue
         chosen = choose(op, spec).kernel.name
         for name, kernel in candidates(op).items():
             reason = kernel.why_not(spec)
             if name == chosen:
                 status = "auto takes it"
             else:
-                status = f"no: {reason}" if reason else "can serve, when named"
+                status = f"no: {reason}" if reason else f"can serve, {when(op, name)}"
             words = (type(kernel).__doc__ or "").strip().splitlines()
             table.append(
                 {"op": op, "kernel": name, "status": status, "what": words[0] if words else ""}
             )
     return table
+
+
+def when(op: str, name: str) -> str:
+    """When a kernel that can serve does, though `auto` takes another one without timings."""
+    by_time = op in SIZED and name in AUTO[op]
+    return "when named or timed to be faster" if by_time else "when named"
 
 
 def run(arguments: Arguments) -> None:

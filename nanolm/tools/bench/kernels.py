@@ -21,7 +21,7 @@ from nanolm.ops.kept import spec_record
 from nanolm.ops.timings import device_name
 from nanolm.tables import beside, tables
 from nanolm.tools.first_contact.device_time import milliseconds
-from nanolm.tools.kernel_check.problems import PROBLEMS, Problem, Sizes, n_bytes
+from nanolm.tools.kernel_check.problems import PROBLEMS, Problem, Sizes
 
 
 def call(problem: Problem, kernel: Any, sizes: Sizes) -> list[Tensor]:
@@ -30,7 +30,7 @@ def call(problem: Problem, kernel: Any, sizes: Sizes) -> list[Tensor]:
     narrow = dtype != torch.float32
     with torch.autocast(sizes.device, dtype) if narrow else contextlib.nullcontext():
         outputs = problem.run(kernel)
-    if not sizes.backward:
+    if not problem.backward:
         return outputs
     ones = [torch.ones_like(x) for x in outputs]
     return [*outputs, *torch.autograd.grad(outputs, problem.leaves, ones)]
@@ -90,16 +90,14 @@ def measure(op: str, sizes: Sizes, repetitions: int) -> list[dict[str, Any]]:
     for name, kernel in serving.items():
         host, seconds = (statistics.median(column) for column in zip(*times[name][1:], strict=True))
         results = call(problem, kernel, a)
-        # The backward pass reads inputs and incoming gradients and writes the inputs' gradients.
-        moved = n_bytes([*problem.leaves, *results])
-        if a.backward:
-            moved += n_bytes([*problem.leaves, *results[: -len(problem.leaves)]])
+        moved = problem.n_bytes(results)
         del results
         table.append(
             {
                 "op": op,
                 "kernel": name,
                 "problem": problem.words,
+                "passes": "forward and backward" if problem.backward else "forward",
                 "spec": spec_record(problem.spec),
                 "device_name": device_name(a.device),
                 "ms": 1e3 * seconds,

@@ -1,4 +1,4 @@
-"""The other ops by device time, forward and backward, all kernels that serve: GPT-2's sizes, bf16.
+"""The other ops by device time, in all their passes, all kernels that serve: GPT-2's sizes, bf16.
 
 python -m nanolm.tools.first_contact.op_speed [--device cpu] [--json FILE]
 """
@@ -17,7 +17,7 @@ from nanolm.tools.bench.kernels import call as call_kernel
 from nanolm.tools.bench.kernels import peak_bytes
 from nanolm.tools.first_contact.device_time import milliseconds
 from nanolm.tools.first_contact.measurement import Figures, enter
-from nanolm.tools.kernel_check.problems import PROBLEMS, Sizes, n_bytes
+from nanolm.tools.kernel_check.problems import PROBLEMS, Sizes
 
 GPT2 = {"batch": 16, "length": 1024, "heads": 12, "kv_heads": 12, "head_dim": 64}
 GPT2 |= {"width": 768, "ff_width": 3072, "vocab_size": 50_304}
@@ -56,8 +56,7 @@ def measure(op: str, arguments: Arguments) -> Iterator[dict[str, Any]]:
         try:
             peak = peak_bytes(call, arguments.device)
             results = call()
-            moved = n_bytes([*problem.leaves, *results])
-            moved += n_bytes([*problem.leaves, *results[: -len(problem.leaves)]])
+            moved = problem.n_bytes(results)
             del results
             ms = milliseconds(call, arguments.device, arguments.repetitions)
             row |= {"ms": ms, "gb_per_s": moved / ms / 1e6, "peak_mb": peak / 1e6}

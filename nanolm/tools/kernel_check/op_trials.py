@@ -214,7 +214,9 @@ def symmetric_trial(
     def run(kernel: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"out": kernel.run(given["x"])}
 
-    spec: Spec = SymmetricProductSpec(dtype=autocast or dtype, device=device)
+    spec: Spec = SymmetricProductSpec(
+        rows=n_rows, columns=n_columns, dtype=autocast or dtype, device=device
+    )
     return Trial(
         f"{n_rows}x{n_columns} {dtype}", spec, {"x": x}, run, autocast=autocast,
         dtypes={"out": autocast or dtype},

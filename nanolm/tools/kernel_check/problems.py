@@ -55,7 +55,7 @@ class Sizes:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Device type."""
     backward: bool = True
-    """Forward and backward, or forward only."""
+    """Forward and backward, or forward only; Muon's products have no backward pass either way."""
 
     def common(self) -> dict[str, Any]:
         """What every spec says."""
@@ -72,8 +72,9 @@ class Sizes:
 class Problem:
     """One op on one set of inputs.
 
-    `run(kernel)` gives the differentiable outputs; `flops` are those of the matrix products that
-    the op means, forward and backward, whatever a kernel saves or repeats; None without products.
+    `run(kernel)` gives the outputs, differentiable where `leaves`, the inputs, want gradients;
+    `flops` are those of the matrix products that the op means, of all passes, whatever a kernel
+    saves or repeats; None without products.
     """
 
     words: str
@@ -81,6 +82,19 @@ class Problem:
     leaves: list[Tensor]
     run: Callable[[Any], list[Tensor]]
     flops: float | None
+
+    @property
+    def backward(self) -> bool:
+        """Whether there is a backward pass."""
+        return any(x.requires_grad for x in self.leaves)
+
+    def n_bytes(self, results: list[Tensor]) -> int:
+        """Bytes that must move, each once: inputs, outputs, and gradients of both."""
+        moved = n_bytes([*self.leaves, *results])
+        if not self.backward:
+            return moved
+        # The backward pass reads inputs and incoming gradients and writes the inputs' gradients.
+        return moved + n_bytes([*self.leaves, *results[: -len(self.leaves)]])
 
 
 def attention(s: Sizes) -> Problem:
@@ -160,12 +174,13 @@ def glu(s: Sizes) -> Problem:
 
 
 def symmetric_product(s: Sizes) -> Problem:
-    """D x F, as Muon meets it; counted as a plain product."""
-    x = s.leaf(s.width, s.ff_width)
-    flops = 2 * s.width**2 * s.ff_width * (2 if s.backward else 1)
-    spec = SymmetricProductSpec(**s.common())
-    words = f"{s.width} x {s.ff_width}"
-    return Problem(words, spec, [x], lambda kernel: [kernel.run(x)], flops)
+    """A D x F matrix as Muon meets it, in training and without a gradient; counted as a plain
+    product."""
+    x = s.leaf(s.width, s.ff_width).requires_grad_(False)
+    flops = 2 * s.width**2 * s.ff_width
+    common = s.common() | {"phase": "train"}
+    spec = SymmetricProductSpec(rows=s.width, columns=s.ff_width, **common)
+    return Problem(spec.size, spec, [x], lambda kernel: [kernel.run(x)], flops)
 
 
 PROBLEMS: dict[str, Callable[[Sizes], Problem]] = {

@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -19,6 +19,7 @@ from nanolm.ops.contract import (
     AttentionSpec,
     CrossEntropySpec,
     GluSpec,
+    LinearSpec,
     NormSpec,
     RotarySpec,
     Spec,
@@ -34,21 +35,22 @@ MOST_JOBS = 8
 """Processes that share a GPU unless `jobs` says otherwise: each holds a context there."""
 
 
-def typical(op: str, device: str, *, head_dim: int = 64, causal: bool = True) -> Spec | None:
-    """The spec that kernels of an op are asked about; None for an op that is not listed."""
-    specs = {
+def typical(op: str, device: str, *, head_dim: int = 64, causal: bool = True) -> Spec:
+    """The spec that kernels of an op are asked about."""
+    specs: dict[str, Callable[[], Spec]] = {
         "attention": lambda: AttentionSpec(
             n_heads=8, n_kv_heads=8, head_dim=head_dim, causal=causal, device=device
         ),
+        "linear": lambda: LinearSpec(device=device),
         "linear_cross_entropy": lambda: CrossEntropySpec(
             width=512, vocab_size=32000, device=device
         ),
         "norm": lambda: NormSpec(kind="rmsnorm", width=512, device=device),
         "rotary": lambda: RotarySpec(head_dim=head_dim, device=device),
         "glu": lambda: GluSpec(kind="swiglu", width=1408, device=device),
-        "symmetric_product": lambda: SymmetricProductSpec(device=device),
+        "symmetric_product": lambda: SymmetricProductSpec(rows=512, columns=1408, device=device),
     }
-    return specs[op]() if op in specs else None
+    return specs[op]()
 
 
 def describe(device: str) -> str:
@@ -78,8 +80,6 @@ def patients(device: str) -> list[Patient]:
     found = []
     for op in OPS:
         spec = typical(op, device)
-        if spec is None:
-            continue
         chosen = choose(op, spec).kernel.name
         for name, kernel in candidates(op).items():
             if name != "reference" and kernel.why_not(spec) is None:
@@ -92,12 +92,15 @@ def default_jobs(device: str) -> int:
     return 1 if device == "cpu" else min(os.cpu_count() or 1, MOST_JOBS)
 
 
-def survey(device: str, *, quick: bool, jobs: int) -> Iterator[tuple[Patient, list[Finding]]]:
-    """Each kernel with its findings, in order, as they come; `jobs` processes share the checks."""
+def survey(
+    device: str, *, quick: bool, jobs: int, plugins: Sequence[str] = ()
+) -> Iterator[tuple[Patient, list[Finding]]]:
+    """Each kernel with its findings, in order, as they come; `jobs` processes share the checks, and
+    import the plug-ins."""
     waiting = {
         patient: errands(patient.op, patient.kernel, device, quick=quick)
         for patient in patients(device)
     }
-    stream = findings([errand for todo in waiting.values() for errand in todo], jobs)
+    stream = findings([errand for todo in waiting.values() for errand in todo], jobs, plugins)
     for patient, todo in waiting.items():
         yield patient, list(itertools.islice(stream, len(todo)))

@@ -15,6 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 
 import torch
 
+from nanolm.config.load import import_plugins
 from nanolm.errors import UserError
 from nanolm.ops.contract import candidates
 from nanolm.tools.kernel_check.conformance import Finding, checks_of
@@ -43,8 +44,9 @@ def errands(op: str, kernel: str, device: str, *, quick: bool) -> list[Errand]:
     return [Errand(op, kernel, device, quick, number) for number in range(count)]
 
 
-def findings(todo: Sequence[Errand], jobs: int) -> Iterator[Finding]:
-    """The errands' findings, in their order: by this process with one job, else by as many.
+def findings(todo: Sequence[Errand], jobs: int, plugins: Sequence[str] = ()) -> Iterator[Finding]:
+    """The errands' findings, in their order: by this process with one job, else by as many, which
+    import the plug-ins.
 
     Raises UserError when a process ends before its check does.
     """
@@ -55,7 +57,7 @@ def findings(todo: Sequence[Errand], jobs: int) -> Iterator[Finding]:
         min(jobs, len(todo)),
         multiprocessing.get_context("spawn"),  # CUDA does not outlive a fork
         initializer=start,
-        initargs=(todo[0].device,),
+        initargs=(todo[0].device, plugins),
     )
     with pool:
         try:
@@ -72,8 +74,9 @@ def run(errand: Errand) -> Finding:
     return errand.run()
 
 
-def start(device: str) -> None:
-    """What a process does first: it takes one thread, since its siblings take the other cores, and
-    reaches for the device, which may admit one process only."""
+def start(device: str, plugins: Sequence[str]) -> None:
+    """What a process does first: it takes one thread, since its siblings take the other cores,
+    reaches for the device, which may admit one process only, and imports the plug-ins."""
     torch.set_num_threads(1)
     torch.zeros(1, device=device)
+    import_plugins(list(plugins))
