@@ -111,7 +111,7 @@ def carry_out(plan: Plan) -> dict[str, Any]:
     world = launch(config.distributed, config.run.device, "--run.device")
     plan.check(world)
     run, shared = pathlib.Path(config.run.dir), config.run.shared
-    start = open_run_folder(run, config.resume, dump(config), plan.facts, world, shared=shared)
+    start = open_run_folder(run, config.resume, config, plan.facts, world, shared=shared)
     # A model that no rank could hold whole is drawn by its shards; one that starts from another
     # run's weights has to be built first.
     meta = config.distributed.strategy != "ddp" and world.size > 1 and config.init_from is None

@@ -1,6 +1,8 @@
 """What a run is: the state in its checkpoints, the best of them, and who builds a Trainer."""
 
 import ast
+import copy
+import dataclasses
 import json
 import math
 import os
@@ -10,6 +12,10 @@ import pytest
 
 from nanolm import cli
 from nanolm.checkpoint import run_folder
+from nanolm.config import strict_yaml
+from nanolm.config.load import as_mapping, load_config
+from nanolm.config.schema import Config
+from nanolm.errors import UserError
 from nanolm.training import snapshot
 from tests.prepared import train
 from tests.test_imports import MODULES
@@ -114,3 +120,31 @@ def test_doctor_replays_from_the_weights_that_the_run_started_from(tmp_path, cap
     found = json.loads(report.read_text())
     assert (found["loss"], found["grad_norm"]) == (first["loss"], first["grad_norm"])
     assert "from the initial weights" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("group", sorted(dataclasses.asdict(Config())))
+def test_a_config_from_before_a_key_goes_on_at_its_default(tmp_path, group):
+    """Every key of every group, as if it had come after the run was saved."""
+    saved, config = tmp_path / "config.yaml", load_config(["--model.vocab_size=512"])
+    whole = as_mapping(config)
+    held = whole[group] if isinstance(whole[group], dict) else {None: whole[group]}
+    standard = as_mapping(load_config([]))[group]
+    for key, value in held.items():
+        before = copy.deepcopy(whole)
+        at_default = value == (standard if key is None else standard.get(key))
+        before.pop(group) if key is None else before[group].pop(key)
+        saved.write_text(strict_yaml.dump(before))
+        name = group if key is None else f"{group}.{key}"
+        if at_default or run_folder._harmless(name):
+            run_folder._same_config(saved, config)
+        else:
+            with pytest.raises(UserError, match="another config: "):
+                run_folder._same_config(saved, config)
+
+
+def test_a_config_with_a_key_that_is_gone_is_another_one(tmp_path):
+    saved, config = tmp_path / "config.yaml", load_config([])
+    whole = as_mapping(config)
+    saved.write_text(strict_yaml.dump(whole | {"model": whole["model"] | {"no_such_key": 3}}))
+    with pytest.raises(UserError, match=r"model\.no_such_key \(3 there, None here\)"):
+        run_folder._same_config(saved, config)

@@ -181,7 +181,7 @@ def build_trainer(config, world, *, learner=None, hook=None, log=None, notes=Non
     run = pathlib.Path(config.run.dir)
     text = yaml.safe_dump(dataclasses.asdict(config))
     start = open_run_folder(
-        run, config.resume, text, {"data_hash": "d"}, world, shared=config.run.shared
+        run, config.resume, config, {"data_hash": "d"}, world, shared=config.run.shared
     )
     if world.is_main:
         step = int(start.checkpoint.name[5:]) if start.checkpoint else 0

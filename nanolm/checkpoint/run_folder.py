@@ -24,6 +24,7 @@ from nanolm.checkpoint.facts import require_same_facts
 from nanolm.checkpoint.nodes import common_checkpoint
 from nanolm.checkpoint.run_lock import RunLock, require_free
 from nanolm.config import strict_yaml
+from nanolm.config.load import dump, load_config
 from nanolm.distributed.world import World
 from nanolm.errors import UserError
 from nanolm.files import RESUME, write_text
@@ -76,7 +77,7 @@ class Start:
 def open_run_folder(
     run: pathlib.Path,
     resume: str,
-    config_text: str,
+    config: Any,
     facts: Mapping[str, Any],
     world: World,
     *,
@@ -84,7 +85,8 @@ def open_run_folder(
 ) -> Start:
     """Takes possession of the run's folder, or with shared=False of each node's; collective.
 
-    `resume` is never, auto or a checkpoint's folder; `facts` are hashes of data and tokenizer.
+    `resume` is never, auto or a checkpoint's folder; `config` is the run's dataclass; `facts` are
+    hashes of data and tokenizer.
     Raises UserError, on every rank, when the folder holds another run or nothing to resume from, or
     is being written.
     """
@@ -101,16 +103,16 @@ def open_run_folder(
         saved = None
         if checkpoint is not None:
             saved = read_trainer(checkpoint)
-            _same_config(checkpoint / "config.yaml", config_text)
+            _same_config(checkpoint / "config.yaml", config)
             require_same_facts(checkpoint, facts, THE_SAME, saved["facts"])
             messages += differences(saved["environment"], world)
         elif resume == "auto" and (run / "config.yaml").is_file() and holds_a_run(run):
-            _same_config(run / "config.yaml", config_text)
+            _same_config(run / "config.yaml", config)
         _make(run)
         lock = held = RunLock(run)
         messages += filter(None, [held.missing])
         checkpoints.clean()
-        write_text(run / "config.yaml", config_text, RESUME)
+        write_text(run / "config.yaml", dump(config), RESUME)
         return {"checkpoint": checkpoint and str(checkpoint), "saved": saved, "messages": messages}
 
     answer = world.call_on_all_ranks(take)[checkpoints.leader]
@@ -158,9 +160,9 @@ def release(run: pathlib.Path) -> None:
             lines.replace(run / f"failed-{lines.name}")
 
 
-def _same_config(saved: pathlib.Path, config_text: str) -> None:
-    before = flatten(strict_yaml.read_mapping(saved))
-    now = flatten(strict_yaml.parse(config_text, "config"))
+def _same_config(saved: pathlib.Path, config: Any) -> None:
+    before = flatten(_as_of_today(strict_yaml.read_mapping(saved), config))
+    now = flatten(_as_of_today(strict_yaml.parse(dump(config), "config"), config))
     changed = [
         f"{key} ({before.get(key)} there, {now.get(key)} here)"
         for key in sorted(before.keys() | now.keys())
@@ -171,6 +173,17 @@ def _same_config(saved: pathlib.Path, config_text: str) -> None:
             f"{saved.parent} was written with another config: {', '.join(changed)}; change it "
             f"back, or start a new run in another run.dir"
         )
+
+
+def _as_of_today(mapping: dict[str, Any], config: Any) -> dict[str, Any]:
+    """A saved config with the keys that came after it, at their defaults: those say what was done
+    before there was a choice. One that has a key that is gone stays as it is, and differs by it."""
+    base = mapping | {"plugins": config.plugins}  # only those that this command names are imported
+    try:
+        whole = load_config([], schema=type(config), base=base)
+    except UserError:
+        return mapping
+    return strict_yaml.parse(dump(whole), "config")
 
 
 def _harmless(key: str) -> bool:
