@@ -68,10 +68,11 @@ def told(rulings: Sequence[Ruling], source: str | None) -> list[str]:
         lines.append(f"{first.op}, by the timings of {where} in {source}: {each}")
     if rest:
         first, specs = rest[0].choice, [ruling.choice.spec for ruling in rest]
+        silent = f"{source} does not say" if source else "no file (kernels.timings=null) says"
+        rivals, where = " or ".join(rest[0].rivals), device_name(first.spec.device)
         lines.append(
             f"{first.op}: {rest[0].usual} for {', '.join(spec.size for spec in specs)}, since "
-            f"{source or 'no file (kernels.timings=null)'} says whether "
-            f"{' or '.join(rest[0].rivals)} is faster on {device_name(first.spec.device)}: "
+            f"{silent} whether {rivals} is faster on {where}: "
             f"{how_to_time_sizes(first.op, specs)} times them, and with --kernels.timings FILE "
             f"a run takes the faster one"
         )
