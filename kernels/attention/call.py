@@ -137,6 +137,7 @@ class Call:
             "grouped": self.n_heads > self.n_groups,
             "window": window is not None,
             "numbers": any(other is not None for other in others),
+            "ranges": self.masks.key_ranges is not None,
             options.bias_kind: options.bias_kind != "none",
             "softcap": options.softcap is not None,
             "dropout": self.tensors.seed is not None,
