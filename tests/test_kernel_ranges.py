@@ -106,7 +106,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("of_keys", [True, False], ids=["keys", "queries"])
 @pytest.mark.parametrize("name", OTHERS)
-def test_beside_other_conditions_nothing_is_lost_and_no_more_visited_than_by_a_scan(name, of_keys):
+def test_beside_other_conditions_no_more_is_visited_than_by_a_scan(name, of_keys):
     """Documents that lie in one piece each, whatever their numbers, beside windows, lengths and
     prefixes: no wider than a program found that scanned the other side for the smallest and the
     largest document of its tile."""
