@@ -72,6 +72,8 @@ def too_old() -> str | None:
 class TritonAttention(TritonKernel):
     """FlashAttention-2, forward and backward (kernels/attention/forward.py)."""
 
+    reads_ranges = True
+
     def why_not_shape(self, spec: AttentionSpec) -> str | None:
         """Heads wider than one tile, and slopes that learn."""
         if spec.head_dim > 256:
@@ -104,6 +106,7 @@ class TritonDecodeAttention(TritonKernel):
     """One query, or a few, against a cache, split over programs (kernels/attention/decode.py)."""
 
     name = "triton_decode"
+    reads_ranges = True
 
     def why_not_shape(self, spec: AttentionSpec) -> str | None:
         """Anything but decoding."""

@@ -76,15 +76,19 @@ HALF = {
 }
 # Instead of these where a call has words besides: "grouped", several query heads to one of keys,
 # over which dK and dV loop; "window"; "numbers", a mask that is compared to numbers in memory
-# (lengths, documents, prefixes, an order). Each takes registers: tiles are smaller, or not loaded
-# ahead. Of a place's entries the first all of whose words the call has is taken.
+# (lengths, documents, prefixes, an order); "ranges", documents or an order, whose ranges are read.
+# Each takes registers: tiles are smaller, or not loaded ahead. Of a place's entries the first all
+# of whose words the call has is taken.
 LIGHT = {
     ("sm_80", 64, "key_value"): {
         "window numbers": Launch(64, 32, 4, 2),
         "grouped numbers": Launch(64, 32, 4, 2),
     },
     ("sm_80", 64, "query"): {"window numbers": Launch(128, 32, 8, 2)},
-    ("sm_80", 128, "key_value"): {"grouped": Launch(64, 64, 8, 1)},
+    ("sm_80", 128, "key_value"): {
+        "grouped": Launch(64, 64, 8, 1),
+        "ranges": Launch(64, 64, 8, 1),
+    },
     ("sm_86", 64, "key_value"): {"grouped numbers": Launch(32, 64, 4, 1)},
     ("sm_86", 128, "forward"): {"window": Launch(128, 32, 8, 2)},
     ("sm_90", 64, "key_value"): {
@@ -95,6 +99,7 @@ LIGHT = {
         "grouped window": Launch(16, 128, 8, 2),
         "grouped numbers": Launch(16, 128, 8, 2),
         "grouped": Launch(32, 128, 8, 1),
+        "ranges": Launch(32, 128, 8, 1),
     },
     ("sm_100", 64, "key_value"): {
         "window numbers": Launch(64, 64, 8, 2),

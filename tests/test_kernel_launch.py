@@ -102,6 +102,7 @@ def test_a_call_says_what_takes_registers(monkeypatch, case):
         "grouped": n_groups < 2,
         "window": window is not None,
         "numbers": other != "",
+        "ranges": other in ("documents", "order"),
         bias: bias != "",
         "dropout": dropout > 0,
         "softcap": softcap is not None,

@@ -147,7 +147,7 @@ def attention_key_value_kernel(
     sum_k = tl.zeros([N, COLUMNS], ACCUMULATE)
     sum_v = tl.zeros([N, COLUMNS], ACCUMULATE)
 
-    begin, full_begin, full_end, end = query_range(masks, batch, first, shape, CAUSAL, STRICT, M, N)
+    begin, full_begin, full_end, end = query_range(masks, batch, first, shape, CAUSAL, M, N)
     n_before = (full_begin - begin) // M
     n_masked = n_before + tl.cdiv(end - full_end, M)
     # The heads of a group one after the other in the same program, because they share dK and dV:
@@ -222,7 +222,7 @@ def attention_query_kernel(
 
     # dQ has a walk of its own along the keys. In the kernel above it would have to be added to
     # memory by many programs at once, in an order that differs from run to run.
-    begin, full_begin, full_end, end = key_range(masks, batch, first, shape, CAUSAL, STRICT, M, N)
+    begin, full_begin, full_end, end = key_range(masks, batch, first, shape, CAUSAL, M, N)
     # Without the mask, then with it, as forward.
     for start in range(full_begin, full_end, N):
         total = query_tile(

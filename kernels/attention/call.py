@@ -26,15 +26,17 @@ from nanolm.kernels.launch import (
 )
 from nanolm.kernels.tiles import View
 from nanolm.ops.bias import AlibiBias, Bias, BucketBias
-from nanolm.ops.masks import Mask
+from nanolm.ops.masks import Mask, Ranges
+from nanolm.ops.matching import with_ranges
 
 LOG2E = 1 / math.log(2)
 PRECISIONS = ("ieee", "tf32x3")
 SCHEMA = (
     "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? buckets, Tensor? key_lengths, "
     "Tensor? documents, Tensor? key_documents, Tensor? prefix_lengths, Tensor? order, "
-    "Tensor? key_order, Tensor? seed, str bias_kind, bool causal, bool strict, SymInt? window, "
-    "float scale, float? softcap, float dropout, str precision"
+    "Tensor? key_order, Tensor? key_ranges, Tensor? query_ranges, Tensor? seed, str bias_kind, "
+    "bool causal, bool strict, SymInt? window, float scale, float? softcap, float dropout, "
+    "str precision"
 )
 """Of every operator of attention: q, k, v, the fields of Tensors, the fields of Options."""
 
@@ -42,9 +44,11 @@ SCHEMA = (
 class Tensors(NamedTuple):
     """The operators' optional tensors, in order; masks as in nanolm.ops.masks, rows contiguous.
 
-    bias     slopes [H], or table [buckets, H], or values [B or 1, H or 1, T, S]
-    buckets  int32 [T + S - 1]: the bucket of each distance, 1 - T first
-    seed     int64 [1], for dropout
+    bias          slopes [H], or table [buckets, H], or values [B or 1, H or 1, T, S]
+    buckets       int32 [T + S - 1]: the bucket of each distance, 1 - T first
+    key_ranges    int32 [B, 2, T] of nanolm.ops.masks.Ranges, None without documents and order …
+    query_ranges  … and [B, 2, S], also None where no gradient was wanted
+    seed          int64 [1], for dropout
     """
 
     bias: Tensor | None
@@ -55,6 +59,8 @@ class Tensors(NamedTuple):
     prefix_lengths: Tensor | None
     order: Tensor | None
     key_order: Tensor | None
+    key_ranges: Tensor | None
+    query_ranges: Tensor | None
     seed: Tensor | None
 
 
@@ -131,6 +137,7 @@ class Call:
             "grouped": self.n_heads > self.n_groups,
             "window": window is not None,
             "numbers": any(other is not None for other in others),
+            "ranges": self.masks.key_ranges is not None,
             options.bias_kind: options.bias_kind != "none",
             "softcap": options.softcap is not None,
             "dropout": self.tensors.seed is not None,
@@ -220,6 +227,8 @@ def flatten(
         return None if x is None else x.expand(n_rows, *shape).contiguous()
 
     values, buckets, kind = flat_bias(bias, n_queries, n_keys, q_BTHK.device)
+    # A model finds them once a batch (Stack.forward); whoever gives a bare mask pays at each call.
+    ranges = with_ranges(mask).ranges or Ranges(None, None)
     key_documents = mask.documents if mask.key_documents is None else mask.key_documents
     key_order = mask.order if mask.key_order is None else mask.key_order
     tensors = Tensors(
@@ -231,6 +240,8 @@ def flatten(
         rows(mask.prefix_lengths) if mask.causal else None,
         rows(mask.order, n_queries),
         rows(key_order, n_keys) if mask.order is not None else None,
+        rows(ranges.keys, 2, n_queries),
+        rows(ranges.queries, 2, n_keys),
         seed,
     )
     options = Options(

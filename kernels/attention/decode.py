@@ -62,7 +62,7 @@ def attention_decode_kernel(
     m = tl.full([R], float("-inf"), ACCUMULATE)
     l = tl.zeros([R], ACCUMULATE)
 
-    begin, _full_begin, _full_end, end = key_range(masks, batch, 0, shape, CAUSAL, STRICT, R, N)
+    begin, _full_begin, _full_end, end = key_range(masks, batch, 0, shape, CAUSAL, R, N)
     first = tl.maximum(begin, part * part_keys)
     # One loop, masked throughout: with a handful of queries the kernel waits for keys from memory,
     # and comparisons are hidden behind that.

@@ -90,7 +90,7 @@ def attention_forward_kernel(
     m = tl.full([M], float("-inf"), ACCUMULATE)
     l = tl.zeros([M], ACCUMULATE)
 
-    begin, full_begin, full_end, end = key_range(masks, batch, first, shape, CAUSAL, STRICT, M, N)
+    begin, full_begin, full_end, end = key_range(masks, batch, first, shape, CAUSAL, M, N)
     # Two loops over tiles. In this one every pair of a tile is allowed, so nothing is compared and
     # nothing is masked on loading: for long causal rows that is nearly all tiles. The next one has
     # the tiles before and behind them, on the boundaries of the mask. One loop with a test inside

@@ -7,8 +7,9 @@ answer is four numbers on tile boundaries,
                                                 inside [full_begin, full_end): no mask is needed
 
 so every loop runs twice, without and with the mask. For causal masks, windows, prefixes and lengths
-the range is arithmetic; for documents and permutation orders one scan over the other side's numbers
-finds the first and the last that could match.
+the range is arithmetic; for documents and permutation orders the batch brings, row by row, the
+first and the last of the other side that could match (nanolm/ops/matching.py), and a program reads
+those of its own rows.
 
 Shapes: B batch, T queries, S keys; a tile has M queries and N keys.
 """
@@ -18,48 +19,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-SCAN = tl.constexpr(1024)  # how many document or order numbers one step of a scan reads
-
 
 @triton.jit
-def matching_range(
-    ids, other_ids, order, other_order, begin, end, first, length, IS_KEY: tl.constexpr,
-    STRICT: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Narrows [begin, end) to what rows first … first + ROWS could see by documents and order.
-
-    Ranges of document numbers that do not meet hold no equal pair, and a key whose order is after
-    that of every query is seen by none. With `IS_KEY` the rows are keys and the others queries.
-    """
+def matching_range(ranges, batch, first, length, begin, end, ROWS: tl.constexpr):
+    """[begin, end), narrowed to what rows first … first + ROWS could match by documents and order;
+    `ranges` is [B, 2, length] (nanolm.ops.matching)."""
+    # Rows that stick out repeat the last one, so that they widen nothing. One without a match says
+    # (all, 0), which widens nothing either.
     row = tl.minimum(first + tl.arange(0, ROWS), length - 1)
-    lowest = end
-    highest = begin
-    if ids is not None:
-        mine = tl.load(ids + row)
-        doc_min = tl.min(mine, axis=0)
-        doc_max = tl.max(mine, axis=0)
-    if order is not None:
-        if IS_KEY:
-            bound = tl.min(tl.load(order + row), axis=0)
-        else:
-            bound = tl.max(tl.load(order + row), axis=0)
-    # The whole other side is read, in steps of SCAN: T numbers a program, against a tile's M x K:
-    # little beside the tiles that it saves.
-    for start in range(begin, end, SCAN):
-        other = start + tl.arange(0, SCAN)
-        match = other < end
-        if ids is not None:
-            theirs = tl.load(other_ids + other, mask=other < end, other=0)
-            match = match & (theirs >= doc_min) & (theirs <= doc_max)
-        if order is not None:
-            theirs = tl.load(other_order + other, mask=other < end, other=0)
-            if IS_KEY:
-                match = match & ((theirs > bound) if STRICT else (theirs >= bound))
-            else:
-                match = match & ((theirs < bound) if STRICT else (theirs <= bound))
-        lowest = tl.minimum(lowest, tl.min(tl.where(match, other, end), axis=0))
-        highest = tl.maximum(highest, tl.max(tl.where(match, other + 1, begin), axis=0))
-    return lowest, highest
+    at = ranges + tl.cast(batch, tl.int64) * 2 * length + row
+    lowest = tl.min(tl.load(at), axis=0)
+    highest = tl.max(tl.load(at + length), axis=0)
+    return tl.maximum(begin, lowest), tl.minimum(end, highest)
 
 
 @triton.jit
@@ -80,7 +51,7 @@ def split_range(begin, full_begin, full_end, end, STEP: tl.constexpr):
 @triton.jit
 def key_range(
     masks, batch, first, shape,
-    CAUSAL: tl.constexpr, STRICT: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    CAUSAL: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Which keys the queries first … first + M - 1 may see, in tiles of N: see `split_range`."""
     low = first + (shape.n_keys - shape.n_queries)  # t' of the first and the last query
@@ -106,22 +77,15 @@ def key_range(
         full_end = tl.minimum(full_end, length)
     if masks.documents is not None or masks.order is not None:
         full_end = full_begin
-        query_row = tl.cast(batch, tl.int64) * shape.n_queries
-        key_row = tl.cast(batch, tl.int64) * shape.n_keys
-        begin, end = matching_range(
-            masks.documents + query_row if masks.documents is not None else None,
-            masks.key_documents + key_row if masks.documents is not None else None,
-            masks.order + query_row if masks.order is not None else None,
-            masks.key_order + key_row if masks.order is not None else None,
-            begin, end, first, shape.n_queries, False, STRICT, M,
-        )  # fmt: skip
+    if masks.key_ranges is not None:
+        begin, end = matching_range(masks.key_ranges, batch, first, shape.n_queries, begin, end, M)
     return split_range(begin, full_begin, tl.maximum(full_end, 0), tl.maximum(end, 0), N)
 
 
 @triton.jit
 def query_range(
     masks, batch, first, shape,
-    CAUSAL: tl.constexpr, STRICT: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    CAUSAL: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """Which queries may see the keys first … first + N - 1, in tiles of M: see `split_range`."""
     shift = shape.n_keys - shape.n_queries
@@ -153,13 +117,6 @@ def query_range(
     full_end = tl.where(first + N <= n_whole, full_end, 0)
     if masks.documents is not None or masks.order is not None:
         full_end = full_begin
-        query_row = tl.cast(batch, tl.int64) * shape.n_queries
-        key_row = tl.cast(batch, tl.int64) * shape.n_keys
-        begin, end = matching_range(
-            masks.key_documents + key_row if masks.documents is not None else None,
-            masks.documents + query_row if masks.documents is not None else None,
-            masks.key_order + key_row if masks.order is not None else None,
-            masks.order + query_row if masks.order is not None else None,
-            begin, end, first, shape.n_keys, True, STRICT, N,
-        )  # fmt: skip
+    if masks.query_ranges is not None:
+        begin, end = matching_range(masks.query_ranges, batch, first, shape.n_keys, begin, end, N)
     return split_range(begin, full_begin, tl.maximum(full_end, 0), tl.maximum(end, 0), M)

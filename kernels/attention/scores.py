@@ -41,6 +41,8 @@ class Masks(NamedTuple):
     """A `Mask` as pointers to contiguous rows ([B], [B, T], [B, S]); None: no condition.
 
     Whether it is causal, and whether the order is strict, are compile-time flags of each kernel.
+    Ranges ([B, 2, T] of keys, [B, 2, S] of queries) bound the loops and forbid no pair: without
+    them every tile is visited.
     """
 
     window: Any
@@ -50,6 +52,8 @@ class Masks(NamedTuple):
     prefix_lengths: Any
     order: Any
     key_order: Any
+    key_ranges: Any
+    query_ranges: Any
 
 
 class Bias(NamedTuple):

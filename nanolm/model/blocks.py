@@ -29,6 +29,7 @@ from nanolm.model.positions import Positions
 from nanolm.ops.bias import Bias
 from nanolm.ops.contract import Kernels
 from nanolm.ops.masks import Mask
+from nanolm.ops.matching import with_ranges
 
 DEAR = frozenset(
     {
@@ -200,6 +201,8 @@ class Stack(nn.Module):
             for layer in range(1 if model.share_layers else model.n_layers)
         )
         self.n_layers = model.n_layers
+        chosen = kernels.chosen("attention")
+        self.finds_ranges = any(getattr(kernel, "reads_ranges", False) for kernel in chosen)
         # A pre-norm stream grows with every block; the head reads it at the size that the blocks'
         # layers read it.
         self.final_norm = Norm(model, kernels) if model.norm_position == "pre" else nn.Identity()
@@ -221,6 +224,10 @@ class Stack(nn.Module):
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
+        if self.finds_ranges:
+            # Once for all layers, and for their backward passes: where documents lie differs from
+            # batch to batch and not from layer to layer.
+            context = dataclasses.replace(context, mask=with_ranges(context.mask))
         for layer in range(self.n_layers):
             block = self.blocks[layer % len(self.blocks)]
             x_BTD = block(x_BTD, self.of_layer(context, layer))

@@ -5,6 +5,7 @@ An op is a name (`registry.OPS` lists them). A *kernel* fulfils it: an object wi
     name                      its registered name
     why_not(spec) -> str|None a reason in words why it cannot serve this spec, or None
     only_by_name_on           (optional) device types on which `auto` passes it over
+    reads_ranges              (optional, attention) True: it wants Mask.ranges found once a batch
     varies_on                 (optional) {device type: why its gradients may differ from run to run}
     run(...)                  the computation, with the op's signature (see `ops/reference.py`)
 

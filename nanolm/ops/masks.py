@@ -21,6 +21,7 @@ Shapes: B batch, T queries, S keys.
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +29,20 @@ from torch import Tensor
 LengthGroups = tuple[tuple[int, int], ...]
 """(number, length) of sequences that fill a row end to end, ascending in length."""
 KINDS = ("causal", "window", "lengths", "documents", "prefix", "order")
+
+
+class Ranges(NamedTuple):
+    """What documents and order leave to be looked at, as `nanolm.ops.matching` finds it.
+
+    keys     int32 [B, 2, T]: for each query the first key that it could match, and the one past the
+             last; (S, 0) where there is none
+    queries  int32 [B, 2, S]: the same for each key, which backward passes alone read
+
+    Either may be None, queries where gradients were off: then nothing is skipped for it.
+    """
+
+    keys: Tensor | None
+    queries: Tensor | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +67,9 @@ class Mask:
     # No condition of its own: documents again, for kernels that run length by length. Only where
     # the one row of the batch is full of documents, each of which lies in one piece.
     length_groups: LengthGroups | None = None
+    # Not given and never copied by `dataclasses.replace`: a mask that is made from another one has
+    # other documents, rows or lengths, and finds its own. Only `at` takes them along.
+    ranges: Ranges | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
 
     def kinds(self) -> frozenset[str]:
         """The names, out of KINDS, of the conditions that this mask has."""
@@ -67,14 +85,22 @@ class Mask:
 
     def at(self, *, causal: bool, window: int | None) -> Mask:
         """This mask in a layer that is causal or not and has a sliding window or not."""
-        return dataclasses.replace(self, causal=causal, window=window)
+        layers_own = dataclasses.replace(self, causal=causal, window=window)
+        # Ranges are those of documents and order alone, which are the same in every layer.
+        return layers_own if self.ranges is None else layers_own.keeping(self.ranges)
+
+    def keeping(self, ranges: Ranges) -> Mask:
+        """A copy of this mask beside which its own ranges are kept (see `nanolm.ops.matching`)."""
+        copy = dataclasses.replace(self)
+        object.__setattr__(copy, "ranges", ranges)
+        return copy
 
     def dense(self, n_queries: int, n_keys: int, device: torch.device | str = "cpu") -> Tensor:
         """The definition: bool [B or 1, 1, T, S], True where the query may see the key."""
         # What each condition costs a kernel: causal, window, lengths and prefixes are bounds of its
         # loops, so hidden tiles are never visited and only tiles on a boundary compare indices.
-        # Documents and order are numbers in memory: one scan a program to bound the loop, and a
-        # comparison in every tile that is left.
+        # Documents and order are numbers in memory: a program bounds its loop by the ranges of its
+        # own rows, and compares numbers in every tile that is left.
         t = torch.arange(n_queries, device=device)[:, None] + (n_keys - n_queries)
         s = torch.arange(n_keys, device=device)[None, :]
         allowed = torch.ones(1, 1, n_queries, n_keys, dtype=torch.bool, device=device)

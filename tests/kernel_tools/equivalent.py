@@ -77,8 +77,6 @@ EQUIVALENT: dict[str, str] = {
     "grad_loss))": AUTOGRAD,
     "rotary.py rotary_kernel masks: tl.load(source + pair * stride, mask=inside, other=0.0) "
     "-> tl.load((source + pair * stride), mask=inside)": UNUSED,
-    "attention/ranges.py matching_range masks: tl.load(other_order + other, mask=other < "
-    "end, other=0) -> tl.load((other_order + other), mask=(other < end))": UNUSED,
     "attention/scores.py visible masks: tl.load(masks.order + query_row + t, mask=t < "
     "shape.n_queries, other=0) -> tl.load((masks.order + query_row + t), mask=(t < "
     "shape.n_queries))": UNUSED,

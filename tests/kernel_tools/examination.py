@@ -76,6 +76,12 @@ def attention() -> Iterator[Question]:
         for of_keys in (True, False):
             test = range_tests.test_ranges_are_those_of_the_mask
             yield test_of(test, name, of_keys, about=f"{name} {EDGES}", concerns=of_ranges)
+    for of_keys in (True, False):
+        for name in range_tests.OTHERS:
+            test = range_tests.test_beside_other_conditions_no_more_is_visited_than_by_a_scan
+            yield test_of(test, name, of_keys, about=f"{name} {EDGES}", concerns=of_ranges)
+        test = range_tests.test_ranges_of_a_row_beyond_32_bits
+        yield test_of(test, of_keys, about=WIDTHS, concerns=of_ranges)
     yield tiled(case_question("no lse", small(SINGLE["causal"]), lse=False), 16, 16)
     tests = attention_tests
     for test, about in (
