@@ -101,8 +101,9 @@ def long_cross_entropy(dtype: torch.dtype, device: str) -> Trial:
     """Three whole blocks of logits a row, and five."""
     block = 4096
     if has_triton():
-        from nanolm.kernels.cross_entropy import BLOCK as block  # noqa: PLC0415
+        from nanolm.kernels.cross_entropy import BLOCK  # noqa: PLC0415
 
+        block = BLOCK
     return cross_entropy_trial(
         7, STEPS * block + MORE, bias=True, softcap=None, label_smoothing=0.1, z_loss=1e-2,
         dtype=dtype, device=device,
