@@ -166,7 +166,7 @@ def test_every_command_of_the_table_is_one_that_exists(device, monkeypatch):
 
 def test_the_parts_are_in_the_order_in_which_they_tell_most():
     stages = [each.name for each in Table("cuda", 3, pathlib.Path("logs")).stages()]
-    wanted = ["machine", "smoke", "numerics", "clm", "clm-compiled", "clm-plain"]
+    wanted = ["machine", "smoke", "numerics", "bfloat16", "clm", "clm-compiled", "clm-plain"]
     wanted += ["clm-transformers", "attention", "mlm", "resume", "groups", "two-ranks", "small"]
     wanted += ["trace", "doctor"]
     assert [name for name in stages if name in wanted] == wanted

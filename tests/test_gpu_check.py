@@ -41,11 +41,11 @@ def test_a_killed_rank_and_the_lines_for_the_readme(tmp_path, capsys, monkeypatc
     report = tmp_path / "report.json"
     doctor.check_gpu(doctor.Arguments(gpu=True, json=str(report)), device="cpu")
     found = json.loads(report.read_text())
-    assert [row["name"] for row in found] == ["kernels", "training", "kill and resume"]
+    assert [row["name"] for row in found] == ["kernels", "training", "bfloat16", "kill and resume"]
     assert all(row["passed"] for row in found)
-    assert "last loss bit-equal, torchrun ended with 0" in found[2]["words"]
+    assert "last loss bit-equal, torchrun ended with 0" in found[3]["words"]
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert len(lines) == 3 and all("| passed, CPU as stand-in, " in line for line in lines)
+    assert len(lines) == 4 and all("| passed, CPU as stand-in, " in line for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from nanolm.tools.kernel_check.attention_cases import LARGE, MIXED, SINGLE
 from nanolm.tools.kernel_check.conformance import Finding, check_kernel, checks_of
 from nanolm.tools.kernel_check.habits import HABITS
 from nanolm.tools.kernel_check.leaks import KINDS
+from nanolm.tools.kernel_check.main_loops import LONG
 from nanolm.tools.kernel_check.survey import MOST_JOBS, Patient, default_jobs, describe
 from nanolm.tools.kernel_check.workers import Errand, errands, findings
 from tests.hidden import hide
@@ -81,7 +82,7 @@ def test_errands_of_a_kernel_are_its_whole_suite():
     rest = ["dropout", "other numbers"]
     rest += ["determinism: causal", "determinism: 1100 keys", "memory"]
     rest += HABITS
-    assert names == [*SINGLE, *MIXED, *LARGE, *leaks, *rest]
+    assert names == [*SINGLE, *MIXED, *LARGE, *LONG, *leaks, *rest]
     with pytest.raises(ValueError, match="there is no op"):
         checks_of("convolution")
 

@@ -41,8 +41,9 @@ class Arguments:
     step: Count | None = None
     """The step to look into, as the metrics and messages count: the first is 1."""
     gpu: bool = False
-    """Check this machine's GPU instead: kernels, 20 losses against the CPU, one of two ranks
-    killed; prints the lines for the column *on a GPU* of docs/evidence.md."""
+    """Check this machine's GPU instead: kernels, 20 losses against the CPU, 20 in bfloat16 against
+    float32, one of two ranks killed; prints the lines for the column *on a GPU* of
+    docs/evidence.md."""
     device: DeviceWord = "auto"
     """auto, cpu or cuda; with `gpu`, cpu stands in for one."""
     plugins: list[str] = dataclasses.field(default_factory=list)

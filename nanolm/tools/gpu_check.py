@@ -1,7 +1,8 @@
-"""What `nanolm doctor --gpu` does on the first machine with a GPU: kernels, losses, a kill.
+"""What `nanolm doctor --gpu` does on the first machine with a GPU: kernels, losses twice, a kill.
 
     kernels   every kernel that serves the device against its reference (`nanolm kernels doctor`)
     losses    20 steps of a small decoder, float32, on the device and on the CPU
+    bfloat16  20 steps with the device's kernels against float32 (first_contact/sixteen_bits.py)
     kill      torchrun with two ranks, over nccl where each has a GPU of its own; one is killed with
               SIGKILL, the job restarts from its checkpoint and must end as an undisturbed one does
 
@@ -26,12 +27,13 @@ from nanolm.data.prepare.pipeline import PrepareConfig, prepare
 from nanolm.data.prepare.progress import Silent
 from nanolm.errors import require
 from nanolm.processes import python_path
+from nanolm.tools.first_contact.sixteen_bits import MODELS, Setting, compare
 from nanolm.tools.first_contact.verdict import Verdict
 from nanolm.tools.kernel_check.survey import default_jobs, survey
 
 STEPS, KILL_STEPS = 20, 120
 MODULES = ("argparse.py", "textwrap.py", "statistics.py", "ast.py", "inspect.py", "typing.py")
-MODEL = [
+RUN = [
     *("--model.d_model=64", "--model.n_layers=2", "--model.n_heads=2", "--model.max_length=64"),
     *("--data.row_length=64", "--train.global_batch=8", "--optim.lr=1e-3", "--schedule.warmup=5"),
     *("--eval.every=0", "--eval.batches=1", "--run.log_every=1", "--run.wandb.mode=disabled"),
@@ -52,6 +54,7 @@ def check_device(device: str) -> list[Verdict]:
         return [
             check_kernels(device, folder),
             check_losses(device, folder, data),
+            check_bfloat16(device),
             check_kill(device, folder, data, KILL_STEPS),
         ]
 
@@ -98,6 +101,14 @@ def check_losses(device: str, folder: pathlib.Path, data: pathlib.Path) -> Verdi
     told += f", at most {far:.1e} from the CPU's"
     passed = far <= LOSS_TOLERANCE and found[0][-1] < found[0][0]
     return Verdict("training", f"nanolm train --run.device {device}", passed, told)
+
+
+def check_bfloat16(device: str) -> Verdict:
+    """20 steps in bfloat16 with the device's kernels against float32, a model after the other."""
+    rows = [compare(Setting(model=model, device=device), {}) for model in MODELS]
+    told = "; ".join(row["words"] for row in rows)
+    command = f"python -m nanolm.tools.first_contact.sixteen_bits --device {device}"
+    return Verdict("bfloat16", command, all(row["ok"] for row in rows), told)
 
 
 def check_kill(device: str, folder: pathlib.Path, data: pathlib.Path, steps: int) -> Verdict:
@@ -168,7 +179,7 @@ def torchrun(ranks: int) -> list[str]:
 
 def train_command(run: pathlib.Path, data: pathlib.Path, device: str) -> list[str]:
     """Command line of a small training run; from its third word on, for torchrun."""
-    command = [sys.executable, "-m", "nanolm", "train", *MODEL]
+    command = [sys.executable, "-m", "nanolm", "train", *RUN]
     return [*command, f"--data.path={data}", f"--run.dir={run}", f"--run.device={device}"]
 
 

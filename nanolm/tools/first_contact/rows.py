@@ -153,6 +153,7 @@ ROWS = (
     Row("checkpoints written while training goes on", ("resume",), said("resume")),
     Row("first run on a GPU", ("doctor",), doctor_words),
     Row("Triton kernels, interpreted", ("numerics",), numerics_words),
+    Row("training in bfloat16", ("bfloat16",), said("bfloat16")),
     Row("every op and all its candidates", ("attention",), speed_words),
     Row("float32 products", ("numerics",), tf32x3_words),
     Row("memory of the projected loss", ("loss-memory",), memory_words),

@@ -1,7 +1,8 @@
 """The table of stages: what is done on the first machine with a GPU, in which order, and for how
 long at most.
 
-    part 1   the machine, a smoke test, every kernel's numerics, GPT-2's step, attention's speed
+    part 1   the machine, a smoke test, every kernel's numerics, training in bfloat16 against
+             float32, GPT-2's step, attention's speed
     part 2   BERT's step, kill and resume on real text, process groups
     part 3   nanolm on torch's kernels, small models, traces, `doctor --gpu`, the other ops' speed
 
@@ -96,6 +97,7 @@ class Table:
             Stage("machine", 1, 60, self.call("machine", "machine"), "^this is"),
             Stage("smoke", 1, 180, smoke, STEP),
             Stage("numerics", 1, 240, self.numerics("numerics"), checks),
+            Stage("bfloat16", 1, 120, self.call("bfloat16", "sixteen_bits")),
             *self.contestants(1, "gpt2", "clm", "gpt2"),
             Stage("attention", 1, 200, self.call("attention", "attention_speed"), figures),
         ]

@@ -4,7 +4,8 @@ It asks `why_not` for every trial first. A refusal is fine, in words; a wrong an
 that refuse training but serve prefill or decoding are checked forward only.
 
     parity        outputs and gradients against the float64 reference, feature by feature, also at
-                  larger sizes, with larger numbers and in the dtypes that autocast mixes
+                  larger sizes, with larger numbers and in the dtypes that autocast mixes; in 16
+                  bits at sizes of several whole tiles of the device at hand (main_loops.py)
     leaks         hidden keys change nothing, for each kind of mask
     dropout       what it drops, how it scales, and that the gradient is of what was kept
     other numbers nothing is remembered from one call to the next, not by place in memory either
@@ -31,6 +32,7 @@ from nanolm.tools.kernel_check.diagnosis import fault
 from nanolm.tools.kernel_check.dropout import RATE, dropout_fault
 from nanolm.tools.kernel_check.habits import HABITS, Habit, in_place
 from nanolm.tools.kernel_check.leaks import KINDS, leak
+from nanolm.tools.kernel_check.main_loops import LONG, whole_tiles
 from nanolm.tools.kernel_check.op_habits import OP_HABITS
 from nanolm.tools.kernel_check.op_suites import op_trials
 from nanolm.tools.kernel_check.saved import what_is_saved
@@ -81,6 +83,7 @@ def checks_of(op: str, *, quick: bool = False) -> list[Check]:
     cases = SINGLE | MIXED | LARGE | ({} if quick else HARD)
     return [
         *(case_check(name, case) for name, case in cases.items()),
+        *(long_check(name, case) for name, case in LONG.items()),
         *(leak_check(kind) for kind in KINDS),
         check_dropout,
         lambda kernel, device: check_other_numbers(
@@ -111,6 +114,11 @@ def trial_check(op: str, number: int) -> Check:
 def case_check(name: str, case: Case) -> Check:
     """Parity on this attention problem."""
     return lambda kernel, device: check_case(kernel, name, case, device)
+
+
+def long_check(name: str, case: Case) -> Check:
+    """Parity on this attention problem with several whole tiles of the device at hand."""
+    return lambda kernel, device: check_case(kernel, name, whole_tiles(case, device), device)
 
 
 def leak_check(kind: str) -> Check:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanolm.tools.kernel_check.main_loops import long_trials
 from nanolm.tools.kernel_check.op_trials import (
     BF16,
     FP16,
@@ -36,13 +37,15 @@ MIXES = (
 
 
 def op_trials(op: str, device: str = "cpu") -> list[Trial]:
-    """The trials of one op: its shapes in each dtype, larger ones, mixed dtypes, and strides."""
+    """The trials of one op: its shapes in each dtype, larger ones, mixed dtypes, strides, and in 16
+    bits what its kernel loops over on this device."""
     trials: list[Trial] = []
     for index, dtype in enumerate(DTYPES):
         trials += TRIALS[op](index, {"dtype": dtype, "device": device})
     trials += LARGE[op]({"dtype": FP32, "device": device}) + MIXED[op](device)
     fullest = max(trials, key=lambda trial: len(trial.leaves))
-    return [*trials, strided(fullest), *(with_axes(fullest, *axes) for axes in AXES.get(op, ()))]
+    others = (with_axes(fullest, *axes) for axes in AXES.get(op, ()))
+    return [*trials, strided(fullest), *others, *long_trials(op, device)]
 
 
 def one_more(x: Tensor) -> Tensor:
