@@ -36,8 +36,8 @@ LONG = {
     "whole tiles in float16": Case(**ALONE, dtype=FP16, width=128),
     "whole tiles in float16, causal": Case(**ALONE, dtype=FP16, width=128, causal=True),
     "whole tiles in float16, groups": Case(**GROUPS, dtype=FP16, width=64),
-    # A bias takes registers, and so has tiles of its own. Its table is float32, as in training: in 16
-    # bits torch adds up the thousands of pairs of a bucket in 16 bits too.
+    # A bias takes registers, and so has tiles of its own. Its table is float32, as in training: of
+    # a 16-bit one torch adds up the gradient, thousands of pairs a bucket, in 16 bits too.
     "whole tiles in bfloat16, T5's bias": Case(
         **ALONE, dtype=BF16, width=64, bias="bucket", bias_dtype=FP32
     ),
