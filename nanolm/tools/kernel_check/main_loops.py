@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from nanolm.ops.masks import Mask
-from nanolm.tools.kernel_check.attention_cases import ALONE, BF16, FP16, Case
+from nanolm.tools.kernel_check.attention_cases import ALONE, BF16, FP16, FP32, Case
 from nanolm.tools.kernel_check.attention_trials import bias_leaf, make_bias
 from nanolm.tools.kernel_check.op_trials import cross_entropy_trial, norm_trial, symmetric_trial
 from nanolm.tools.kernel_check.trial import Trial
@@ -36,8 +36,11 @@ LONG = {
     "whole tiles in float16": Case(**ALONE, dtype=FP16, width=128),
     "whole tiles in float16, causal": Case(**ALONE, dtype=FP16, width=128, causal=True),
     "whole tiles in float16, groups": Case(**GROUPS, dtype=FP16, width=64),
-    # A bias takes registers, and so has tiles of its own.
-    "whole tiles in bfloat16, T5's bias": Case(**ALONE, dtype=BF16, width=64, bias="bucket"),
+    # A bias takes registers, and so has tiles of its own. Its table is float32, as in training: of
+    # a 16-bit one torch adds up the gradient, thousands of pairs a bucket, in 16 bits too.
+    "whole tiles in bfloat16, T5's bias": Case(
+        **ALONE, dtype=BF16, width=64, bias="bucket", bias_dtype=FP32
+    ),
 }
 """Attention by name, for `whole_tiles` to give a size."""
 
