@@ -87,7 +87,7 @@ def long_trials(op: str, device: str) -> list[Trial]:
 
 def long_norm(dtype: torch.dtype, device: str) -> Trial:
     """So many wide rows that a program of the backward pass takes three and some a fourth: it adds
-    its share of the gradients of weight and bias in a loop. The residual stream is float32."""
+    its share of the gradients of weight and bias in a loop."""
     width = 1030
     rows, programs = 1, 8
     if has_triton():
