@@ -10,7 +10,7 @@ from nanolm import cli
 from nanolm.commands.plot import FORMATS
 from nanolm.config.load import leaf_kinds
 from nanolm.config.typed import members
-from nanolm.config.written import WRITTEN, require_other_files
+from nanolm.config.written import BESIDE, WRITTEN, require_other_files
 from nanolm.errors import UserError
 from tests.kinds_of_run import call, data_of, tuned
 from tests.prepared import trained_run
@@ -32,10 +32,26 @@ def pairs():
 PAIRS = sorted(pairs())
 
 
+BESIDE_THEM = sorted({(command, written) for command, written, _ in PAIRS if written in BESIDE})
+
+
 def test_the_commands_that_write_are_known():
     found = {(command, written) for command, written, _ in PAIRS}
     assert {("predict", "out"), ("evaluate", "json"), ("estimate", "json")} <= found
     assert ("explain", "json", "out") in PAIRS and ("prepare", "json", "sources") in PAIRS
+
+
+def needed(module, *named):
+    """What a command wants beside these options: all of it is called x."""
+    wanted = {
+        field.name
+        for field in dataclasses.fields(module.Arguments)
+        if field.default is field.default_factory is dataclasses.MISSING
+    }
+    wanted = (wanted | set(getattr(module, "POSITIONAL", ()))) - set(named)
+    kinds = leaf_kinds(module.Arguments)
+    texts = {name for name in wanted if {str, list[str]} & set(members(kinds[name]))}
+    return [f"--{name}=x" for name in sorted(texts)]
 
 
 @pytest.mark.parametrize(("command", "written", "other"), PAIRS, ids=map(" ".join, PAIRS))
@@ -44,19 +60,21 @@ def test_no_option_names_the_file_that_another_one_writes(command, written, othe
     path.write_text("mine")
     (tmp_path / "link").symlink_to(path)
     module = importlib.import_module(cli.COMMANDS[command][0])
-    needed = {
-        field.name
-        for field in dataclasses.fields(module.Arguments)
-        if field.default is field.default_factory is dataclasses.MISSING
-    }
-    needed = (needed | set(getattr(module, "POSITIONAL", ()))) - {written, other}
-    kinds = leaf_kinds(module.Arguments)
-    needed = {name for name in needed if {str, list[str]} & set(members(kinds[name]))}
     words = [f"--{written}={tmp_path / 'link'}", f"--{other}={path}"]
-    said = call([*command.split(), *words, *(f"--{name}=x" for name in sorted(needed))])
+    said = call([*command.split(), *words, *needed(module, written, other)])
     named = other in ("only", "precisions", "objectives", "encoding")  # checked as names before
     assert said.status == 2 and (named or "would be written over" in said.err)
     assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize(("command", "written"), BESIDE_THEM, ids=map(" ".join, BESIDE_THEM))
+def test_a_place_that_is_none_is_told_before_any_work(command, written, tmp_path):
+    """Nothing else on the line is there, and yet the place is what is told."""
+    module = importlib.import_module(cli.COMMANDS[command][0])
+    for path, words in ((tmp_path / "none" / "x", "there is no folder"), (tmp_path, "is a folder")):
+        said = call([*command.split(), *needed(module, written), f"--{written}={path}"])
+        assert said.status == 2 and f"--{written} {path}" in said.err and words in said.err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_files_may_be_written_again(tmp_path):

@@ -25,7 +25,7 @@ from torch import Tensor
 from nanolm.checkpoint.checkpoints import locate
 from nanolm.checkpoint.container import INDEX, read_tensors, write_folder
 from nanolm.checkpoint.lazy_tensors import part_files
-from nanolm.commands.json_file import require_place, write_json
+from nanolm.commands.json_file import write_json
 from nanolm.errors import require
 from nanolm.finetune.config import TaskConfig
 from nanolm.finetune.onnx_heads import task_onnx
@@ -71,7 +71,6 @@ class Arguments:
 
 def run(arguments: Arguments) -> None:
     """Read, join, write."""
-    require_place(arguments.json)
     out = pathlib.Path(arguments.out)
     require(not out.exists(), f"--out {out} exists already; name a folder that does not")
     folder = locate(arguments.run, best=True)

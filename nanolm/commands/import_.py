@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 
-from nanolm.commands.json_file import require_place, write_json
+from nanolm.commands.json_file import write_json
 from nanolm.errors import require
 from nanolm.hub.importing import import_folder
 from nanolm.inference.import_peft import import_adapter, is_adapter
@@ -40,7 +40,6 @@ class Arguments:
 
 def run(arguments: Arguments) -> None:
     """Read, prove, write."""
-    require_place(arguments.json)
     out = pathlib.Path(arguments.out)
     require(not out.exists(), f"OUT {out} exists already; name a folder that does not")
     if is_adapter(pathlib.Path(arguments.path)):

@@ -6,19 +6,8 @@ from __future__ import annotations
 import pathlib
 from typing import Any
 
-from nanolm.errors import UserError, require
+from nanolm.errors import UserError
 from nanolm.files import json_text
-
-
-def require_place(path: str | None) -> None:
-    """Raises UserError where no file can be written to `path`, before any work is done."""
-    if path is None:
-        return
-    parent = pathlib.Path(path).parent
-    require(
-        parent.is_dir() and not pathlib.Path(path).is_dir(),
-        f"cannot write --json {path}: name a file in a folder that exists",
-    )
 
 
 def write_json(path: str | None, figures: Any) -> None:

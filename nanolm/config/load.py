@@ -25,7 +25,7 @@ from nanolm.config import strict_yaml
 from nanolm.config.choices import CHOICES, choose, registered_names, widen
 from nanolm.config.schema import Config
 from nanolm.config.typed import dotted, fields_of, from_words, instance, n_words, unknown_key
-from nanolm.config.written import require_other_files
+from nanolm.config.written import require_other_files, require_places
 from nanolm.errors import UserError
 from nanolm.terminal import wrapped
 
@@ -93,6 +93,7 @@ def parse(
         print(dump(value), end="")
         raise SystemExit(0)
     require_other_files(value)
+    require_places(value)
     return value
 
 
