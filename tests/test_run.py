@@ -147,3 +147,11 @@ def test_a_config_with_a_key_that_is_gone_is_another_one(tmp_path):
     saved.write_text(strict_yaml.dump(whole | {"model": whole["model"] | {"no_such_key": 3}}))
     with pytest.raises(UserError, match=r"model\.no_such_key \(3 there, None here\)"):
         run_folder._same_config(saved, config)
+
+
+def test_plug_ins_of_a_saved_config_that_nobody_named_are_not_imported(tmp_path, monkeypatch):
+    (tmp_path / "unnamed_plugin.py").write_text("raise RuntimeError('it was imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    saved, config = tmp_path / "config.yaml", load_config([])
+    saved.write_text(strict_yaml.dump(as_mapping(config) | {"plugins": ["unnamed_plugin"]}))
+    run_folder._same_config(saved, config)
