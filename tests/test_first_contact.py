@@ -146,9 +146,9 @@ def test_a_file_that_is_no_report_is_refused_in_one_sentence(tmp_path):
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_every_command_of_the_table_is_one_that_exists(device, monkeypatch):
+def test_every_command_of_the_table_is_one_that_exists(device, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    stages = Table(device, 3, pathlib.Path("logs")).stages()
+    stages = Table(device, 3, tmp_path).stages()
     names = [name for each in stages for name in each.commands]
     assert len(set(names)) == len(names)
     for each in stages:
