@@ -187,8 +187,13 @@ def build_throughput(
     probe = open_loader(config, stream, objective, world).build(range(rows))
     share = probe.counts[next(iter(objective.weights))] / (rows * length)
     tokens = train.global_batch * length
-    memory = getattr(objective, "memory", 0)
-    flops = train_flops_per_token(config.model, length, predicted_share=share, memory=memory)
+    flops = train_flops_per_token(
+        config.model,
+        length,
+        predicted_share=share,
+        memory=getattr(objective, "memory", 0),
+        recurrence=getattr(objective, "recurrence", 1),
+    )
     together = min(train.micro_batch or train.global_batch, -(-train.global_batch // world.size))
     products = largest_products(config.model, together * length)
     peak, origin = peak_flops(world.device, train.precision, products)

@@ -92,8 +92,8 @@ def test_every_order_is_equally_likely(tokenizer):
     row = Row(np.arange(18) + 50, np.zeros(1, np.int64), corpus=0, block=0, epoch=0, row_id=0)
     found, rng = Counter(), np.random.default_rng(3)
     for _ in range(3000):
-        example = objective.example(row, rng, None)
-        found[tuple(example["order"][example["places"]])] += 1
+        (segment,) = objective.example(row, rng, None)["segments"]
+        found[tuple(segment["order"][segment["places"]])] += 1
     ways = list(itertools.permutations((1, 2, 3)))
     assert set(found) == set(ways)
     assert sum((found[way] - 500) ** 2 / 500 for way in ways) < 20.5  # 5 degrees of freedom
@@ -115,7 +115,8 @@ def test_a_batch_tells_orders_padding_memory_and_segments(tokenizer):
         assert (tokens[n + 2 :] == tokenizer.pad).all()
         assert batch["memory"][row].tolist() == (np.arange(7) + 50).tolist()
         assert batch["segments"][row, n] == 0 and batch["segments"][row, n + 1] == 2
-        places, k = example["places"], len(example["places"])
+        (segment,) = example["segments"]
+        places, k = segment["places"], len(segment["places"])
         assert k == max(n // 6, 1) and (places < n).all()  # neither <sep> nor <cls>
         assert batch["targets"][row, :k].tolist() == tokens[places].tolist()
         assert (batch["targets"][row, k:] == IGNORED).all()
@@ -235,7 +236,7 @@ def test_activations_are_those_that_autograd_keeps(tokenizer):
     head = 4 * 512 * 96 + 4 * 8 * objective.n_places * 96
     read = of_streams(n_tokens, objective.predicted_share, 96, 32)
     expected = activation_bytes(config.model, "fp32", "none", *read) + head
-    assert kept_bytes(learner, batch) == pytest.approx(expected, rel=0.2)
+    assert kept_bytes(learner, batch) == pytest.approx(expected, rel=0.06)
     sizes = Sizes.of(learner)
     deeper = config_of(tokenizer, row_length=96, memory=32, model={"d_model": 96, "n_layers": 5})
     assert sizes.deeper(5) == Sizes.of(build_learner(deeper, objective))

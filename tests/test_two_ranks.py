@@ -26,6 +26,11 @@ MODELS = {
         "--model.trunk=two_stream", "--model.positions.name=relative", "--model.n_segments=3",
         "--model.norm_position=post", "--objective.name=permutation", "--objective.memory=24",
     ],
+    "recurrent xlnet": [
+        "--model.trunk=two_stream", "--model.positions.name=relative", "--model.n_segments=3",
+        "--model.norm_position=post", "--objective.name=permutation", "--objective.memory=24",
+        "--data.row_length=64", "--objective.recurrence=4",
+    ],
 }  # fmt: skip
 
 

@@ -77,6 +77,7 @@ def run(arguments: Arguments) -> None:
         gpus_per_node=arguments.gpus_per_node,
         predicted_share=getattr(objective, "predicted_share", 1.0),
         memory=getattr(objective, "memory", 0),
+        recurrence=getattr(objective, "recurrence", 1),
     )
     limits = largest(config, sizes_of, strategies(arguments), arguments.device)
     show(table_of(needs, arguments, config), limits_of(limits, arguments))

@@ -224,14 +224,19 @@ class Stack(nn.Module):
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        if self.finds_ranges:
-            # Once for all layers, and for their backward passes: where documents lie differs from
-            # batch to batch and not from layer to layer.
-            context = dataclasses.replace(context, mask=with_ranges(context.mask))
+        context = self.of_stack(context)
         for layer in range(self.n_layers):
             block = self.blocks[layer % len(self.blocks)]
             x_BTD = block(x_BTD, self.of_layer(context, layer))
         return self.final_dropout(self.final_norm(x_BTD))
+
+    def of_stack(self, context: Context) -> Context:
+        """The context with what its mask leaves to be looked at, where kernels ask for that."""
+        if not self.finds_ranges:
+            return context
+        # Once for all layers, and for their backward passes: where documents lie differs from
+        # batch to batch and not from layer to layer.
+        return dataclasses.replace(context, mask=with_ranges(context.mask))
 
     def of_layer(self, context: Context, layer: int) -> Context:
         """What block `layer` needs of the context."""

@@ -46,6 +46,8 @@ class Inputs:
     places_BP: Tensor | None = None  # which tokens a second stream predicts (two_stream.py)
     memory_tokens_BM: Tensor | None = None  # what stands before the row, or its hidden states,
     memory: tuple[Tensor, ...] | None = None  # [B, M, D] as each block reads them
+    n_reused: int = 0  # first tokens, whose hidden states are a memory for the segment after this
+    following: tuple[Inputs, ...] = ()  # the row's other segments, in order
     cache: KeyValueCache | None = None
 
 

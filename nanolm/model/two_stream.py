@@ -10,9 +10,12 @@ Which queries see which keys is the Mask that a batch brings, T + P queries and 
 
 Without places there is one stream, and the trunk is an encoder with relative positions.
 
-The memory is made anew for every row, from the M tokens before it and by the present weights; they
-see each other, and nothing before them. XLNet keeps what the step before has computed instead,
-which is older than the weights, and for which rows must come in the order of the text.
+A row may be several segments of a text (in the sense of recurrence: Dai et al. 2019, section 3.2),
+which are read one after another: each reuses the hidden states of the one before, and behind those
+of the one before that, as its memory. A row's first segment has the memory of the M tokens before
+it, made anew by the present weights; they see each other, and nothing before them. XLNet keeps what
+the step before has computed instead, which is older than the weights, and for which rows must come
+in the order of the text.
 
 Shapes: B batch, T tokens, P places that are predicted, M tokens of memory, D model width.
 """
@@ -106,6 +109,17 @@ class TwoStreamStack(Stack):
                 x_BTD = block(x_BTD, self.of_layer(context, layer))
         return tuple(found)
 
+    def forward_and_keep(
+        self, x_BTD: Tensor, context: TwoStreamContext, n_kept: int
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """(what `forward` returns, the hidden states [B, n_kept, D] of the first tokens before each
+        block, which get no gradient)."""
+        of_stack, kept = self.of_stack(context), []
+        for layer, block in enumerate(self.blocks):
+            kept.append(x_BTD[:, :n_kept].detach())
+            x_BTD = block(x_BTD, self.of_layer(of_stack, layer))
+        return self.final_dropout(self.final_norm(x_BTD)), tuple(kept)
+
 
 class TwoStream(Trunk):
     """Embeddings, one vector for all that is predicted, and blocks that both streams go through."""
@@ -134,11 +148,25 @@ class TwoStream(Trunk):
         self.segments = None
 
     def forward(self, inputs: Inputs) -> Tensor:
-        """Hidden states [B, T + P, D]: the content's, then those of the places."""
-        x_BTD, positions_BT = self.embed(inputs)
+        """Hidden states [B, T + P, D]: the content's, then those of the places; and behind them,
+        likewise, those of each segment that follows in the row."""
         memory = inputs.memory
         if inputs.memory_tokens_BM is not None:
             memory = self.remember(inputs.memory_tokens_BM)
+        *earlier, last = inputs, *inputs.following
+        stack, found = cast(TwoStreamStack, self.stack), []
+        for segment in earlier:
+            x_BTD, kept = stack.forward_and_keep(*self.prepare(segment, memory), segment.n_reused)
+            found.append(x_BTD)
+            memory = kept if memory is None else tuple(map(newest, memory, kept))
+        found.append(stack(*self.prepare(last, memory)))
+        return torch.cat(found, dim=1)
+
+    def prepare(
+        self, inputs: Inputs, memory: tuple[Tensor, ...] | None
+    ) -> tuple[Tensor, TwoStreamContext]:
+        """(x [B, T + P, D] before the first block, the context) of one segment."""
+        x_BTD, positions_BT = self.embed(inputs)
         content = Tokens(positions=positions_BT, segments=segments_of(inputs, positions_BT))
         queries = content
         if inputs.places_BP is not None:
@@ -153,7 +181,7 @@ class TwoStream(Trunk):
             n_content=content.positions.shape[1],
             memory=memory,
         )
-        return self.stack(x_BTD, context)
+        return x_BTD, context
 
     @torch.no_grad()
     def remember(self, tokens_BM: Tensor) -> tuple[Tensor, ...]:
@@ -181,6 +209,14 @@ class TwoStream(Trunk):
         return positions.between(
             queries, keys, behind=n_memory + n_content - 1, ahead=n_content - 1
         )
+
+
+def newest(memory_BMD: Tensor, states_BTD: Tensor) -> Tensor:
+    """The last M of memory and what came after it, [B, M, D]: a short segment leaves a part of the
+    older memory in place, as in XLNet's code."""
+    n_memory = memory_BMD.shape[1]
+    n_older = max(n_memory - states_BTD.shape[1], 0)
+    return torch.cat([memory_BMD[:, n_memory - n_older :], states_BTD[:, -n_memory:]], dim=1)
 
 
 def segments_of(inputs: Inputs, positions_BT: Tensor) -> Tensor:

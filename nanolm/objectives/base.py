@@ -92,7 +92,8 @@ class Objective(ForwardObjective, Protocol):
     # `target_counts(counts)`, for one whose targets hold tokens that no text has: how often each is
     # a target, from how often it stands in the text. The unigram model that is compared uses it.
     # `predicted_share`, targets to a token of a row, lets `nanolm estimate` reckon without data; so
-    # does `memory`, tokens before a row that a pass without a gradient reads.
+    # do `memory`, tokens before a row that a pass without a gradient reads, and `recurrence`, the
+    # segments of a row that are read one after another.
 
     def example(self, row: Row, rng: np.random.Generator, draw: Draw) -> Example:
         """One row made ready; `draw(k)` gives the k-th keyed other row."""

@@ -8,7 +8,8 @@ fp32, 2 in bf16 and fp16), n tokens in a micro-batch:
     gathered     two blocks and the outermost group, in the arithmetic's type (fsdp, hsdp)
     activations  n L (4 x 2 D  +  a (2 D + (H + 2 G) K + H K + F))       L layers, plus norm details
                  of two streams also L H (a + 1) for each pair of a query and a key,
-                 and L H a for each of a query and a distance
+                 and L H a for each of a query and a distance; and what keys and values are
+                 made of, L a D a token and L (a (D + 2 G K) + 4 D) a token of memory
     logits       one chunk of rows by V, in float32, twice, and the head's own gradient
 
 The activations are those of the built-in kernels: what autograd keeps for the backward pass,
@@ -123,16 +124,22 @@ def activation_bytes(
     targets: float = 0.0,
     pairs: float = 0.0,
     distances: float = 0.0,
+    sources: tuple[float, float] = (0.0, 0.0),
 ) -> float:
     """Bytes that the blocks keep of `tokens` tokens for the backward pass; an encoder-decoder's of
     so many of its sources and `targets` of its decoder, whose cross-attention keeps of a target
     what attention does and of a source its keys and values. Of two streams `tokens` are those of
-    both, whose blocks also keep something of every pair of a query and a key, or a distance."""
+    both, whose blocks also keep something of every pair of a query and a key, or a distance, and
+    `sources` those of the content and of memories, whose keys and values are made apart."""
     width, item = model.d_model, 4 if precision == "fp32" else 2
     queries, keys = model.n_heads * model.head_width, model.kv_heads * model.head_width
     rotated = queries + keys if model.positions.name == "rotary" else 0
+    biased = 0  # queries once more for distances, and for segments
+    if model.positions.name == "relative":
+        biased = queries * (2 if model.n_segments else 1)
     norm = 2 if model.norm == "rmsnorm" else 1  # torch's RMSNorm keeps the normalised values too
-    attention = item * (width + queries + 2 * keys + rotated + queries) + 4 * model.n_heads
+    attention = item * (width + queries + 2 * keys + rotated + biased + queries)
+    attention += 4 * model.n_heads
     ff = item * (width + (4 if model.gated else 1) * model.ff_width)
     residual = 4 * 2 * width * norm + 4 * (2 if norm == 1 else 1) * 2
     dropped = 2 * width if model.dropout else 0  # masks, a byte each
@@ -148,6 +155,10 @@ def activation_bytes(
     kept = tokens * (model.n_layers * block + working + embedded)
     related = model.n_heads * (pairs * (item + 1) + distances * item)
     kept += related * (1 if recompute == "full" else model.n_layers)
+    content, remembered = sources
+    apart = content * item * width + remembered * item * (width + 2 * keys)
+    kept += apart * (1 if recompute == "full" else model.n_layers)
+    kept += remembered * 4 * width * model.n_layers
     crossed = item * 2 * keys * model.n_layers if recompute != "full" else 0  # a source's keys
     more = attention if recompute != "full" else 0
     per_target = model.n_layers * (block + more) + working + embedded
@@ -164,6 +175,7 @@ def estimate(
     gpus_per_node: int = 8,
     predicted_share: float = 1.0,
     memory: int = 0,
+    recurrence: int = 1,
 ) -> Needs:
     """What each of `gpus` devices needs for this run of a model of these sizes."""
     name = find_device(device)
@@ -184,11 +196,13 @@ def estimate(
             model,
             train.precision,
             train.activation_checkpointing,
-            *READ.get(model.trunk, of_rows)(tokens, predicted_share, length, memory),
+            *READ.get(model.trunk, of_rows)(tokens, predicted_share, length // recurrence, memory),
         ),
         "logits": model.n_tokens * (8.0 * min(CHUNK, tokens) + 4.0 * model.embedded_width),
     }
-    flops = train_flops_per_token(model, length, predicted_share=predicted_share, memory=memory)
+    flops = train_flops_per_token(
+        model, length, predicted_share=predicted_share, memory=memory, recurrence=recurrence
+    )
     speed = gpus * ACCELERATORS[name].peak(train.precision) * mfu / flops
     total = train.steps * train.global_batch * length
     saved = 4.0 * (parameters * (2 if train.ema else 1) + optimizer_numbers(config, sizes))
@@ -196,20 +210,21 @@ def estimate(
     return Needs(parameters, flops, needed, available, speed, total / speed / 86400, saved)
 
 
-def of_rows(tokens: float, share: float, length: int, memory: int) -> tuple[float, ...]:
+def of_rows(tokens: float, share: float, length: int, memory: int) -> tuple[Any, ...]:
     """What a stack reads of so many tokens of rows: (tokens,)."""
     return (tokens,)
 
 
-def of_sources(tokens: float, share: float, length: int, memory: int) -> tuple[float, ...]:
+def of_sources(tokens: float, share: float, length: int, memory: int) -> tuple[Any, ...]:
     """What an encoder-decoder reads of so many tokens of sources: (tokens, targets)."""
     return tokens, tokens * share
 
 
-def of_streams(tokens: float, share: float, length: int, memory: int) -> tuple[float, ...]:
-    """What two streams read of so many tokens of rows: (tokens, none, pairs, distances)."""
-    queries = tokens * (1 + share)
-    return queries, 0.0, queries * (length + memory), queries * (2 * length + memory - 1)
+def of_streams(tokens: float, share: float, length: int, memory: int) -> tuple[Any, ...]:
+    """What two streams read of so many tokens of segments: (tokens, none, pairs, distances,
+    (content, memory))."""
+    queries, sources = tokens * (1 + share), (tokens, tokens / length * memory)
+    return queries, 0.0, queries * (length + memory), queries * (2 * length + memory - 1), sources
 
 
 READ = {"encoder_decoder": of_sources, "two_stream": of_streams}

@@ -114,11 +114,17 @@ def decoder_flops(model: ModelConfig, source_length: int, targets_share: float) 
 
 
 def train_flops_per_token(
-    model: ModelConfig, row_length: int, *, predicted_share: float = 1.0, memory: int = 0
+    model: ModelConfig,
+    row_length: int,
+    *,
+    predicted_share: float = 1.0,
+    memory: int = 0,
+    recurrence: int = 1,
 ) -> float:
-    """Forward and backward FLOPs per token, and the forward pass over a memory."""
+    """Forward and backward FLOPs per token, and the forward pass over a memory; a row may be so
+    many segments that are read one after another."""
     forward = forward_flops_per_token(
-        model, row_length, predicted_share=predicted_share, memory=memory
+        model, row_length // recurrence, predicted_share=predicted_share, memory=memory
     )
     return 3.0 * forward + memory_flops(model, memory) / row_length
 
