@@ -217,11 +217,19 @@ class Tokenizer:
         """The id of a role; raises UserError when this model has no piece for it."""
         index = self._roles[name]
         if index is None:
+            named = self.missing.get(name)
+            looked_for = ", ".join(FOREIGN_PIECES[name]) if named is None else named
             raise UserError(
-                f"the tokenizer {self.path} has no {name} piece (looked for "
-                f"{', '.join(FOREIGN_PIECES[name])}); train one with `nanolm prepare` instead"
+                f"the tokenizer {self.path} has no {name} piece (looked for {looked_for}); train "
+                f"one with `nanolm prepare` instead"
             )
         return index
+
+    @property
+    def missing(self) -> dict[str, str]:
+        """The roles whose piece a published tokenizer names and its vocabulary lacks."""
+        named = {} if self._json is None else self._json.roles
+        return {role: piece for role, piece in named.items() if self._roles.get(role) is None}
 
     def roles(self) -> dict[str, int]:
         """The roles that this model has, with their ids."""

@@ -1,8 +1,11 @@
 """`nanolm import`: untidy folders that load as tidy ones do."""
 
+import json
+
 import pytest
 import torch
 
+from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import UserError
 from nanolm.hub.published import read_published
 from tests.published import edit_config, write_published
@@ -138,6 +141,20 @@ def test_what_no_head_reads_is_left_out_and_told(tmp_path, capsys):
     assert all(torch.equal(found[key], tensor) for key, tensor in clean.items())
     told = capsys.readouterr().out
     assert all(f"left out: {key}" in told for key in more)
+
+
+def test_a_role_whose_piece_the_vocabulary_lacks_is_told(tmp_path, capsys):
+    """As where a pad piece was named for training and never put into tokenizer.json."""
+    write_published(tmp_path / "a", "gpt2")
+    path = tmp_path / "a" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": "[FILL]"}))
+    imported(tmp_path / "a", tmp_path / "b")
+    told = capsys.readouterr().out
+    assert f"no pad piece: {tmp_path / 'a'} names [FILL], which its vocabulary lacks" in told
+    tokenizer = Tokenizer.load(tmp_path / "b" / "tokenizer.json")
+    assert tokenizer.missing == {"pad": "[FILL]"} and "eos" in tokenizer.roles()
+    with pytest.raises(UserError, match=r"has no pad piece \(looked for \[FILL\]\)"):
+        tokenizer.role("pad")
 
 
 def test_shards_and_pickles_give_the_same_tensors_and_a_family_can_be_named(tmp_path):

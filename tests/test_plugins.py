@@ -230,6 +230,16 @@ def test_a_plugins_own_keys_are_typed_and_refused(folder, words, sentence):
     assert str(error.value).startswith(sentence)
 
 
+def test_a_line_of_a_plugin_that_is_no_python_is_told(tmp_path, monkeypatch):
+    (tmp_path / "half_written.py").write_text("x = 1\ndef f(:\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError) as error:
+        load_config(["--plugins", "half_written"])
+    told = str(error.value)
+    assert told.startswith("plugins: cannot import half_written: invalid syntax in ")
+    assert told.endswith("half_written.py, line 2; correct that line")
+
+
 def test_a_plugins_keys_are_in_the_help(folder, capsys):
     with pytest.raises(SystemExit):
         load_config(["--config", str(folder / "config.yaml"), "--help"])

@@ -210,6 +210,11 @@ def import_plugins(names: Any) -> None:
             importlib.import_module(name)
         except (ImportError, ValueError) as error:  # ValueError: '' and '.x' name no module
             raise UserError(f"plugins: cannot import {name}: {error}") from error
+        except SyntaxError as error:
+            raise UserError(
+                f"plugins: cannot import {name}: {error.msg} in {error.filename}, line "
+                f"{error.lineno}; correct that line"
+            ) from error
 
 
 def help_text(schema: type, prog: str, positional: tuple[str, ...]) -> str:

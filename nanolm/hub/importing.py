@@ -50,6 +50,8 @@ def import_folder(
         note(f"fresh: {folder} has no {key}, which starts from random weights")
     for key in imported.left_out:
         note(f"left out: {key} of {folder}, which no head of nanolm reads")
+    for role, piece in imported.tokenizer.missing.items():
+        note(f"no {role} piece: {folder} names {piece}, which its vocabulary lacks")
     proof = proved(imported, str(folder), note)
     if folder.is_file():
         differing = told_vocabulary(imported.tokenizer, folder, note)
