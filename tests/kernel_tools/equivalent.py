@@ -103,6 +103,12 @@ EQUIVALENT: dict[str, str] = {
     "processors(q.device) // max(pairs, 1))": (
         "one tile a part always: the same sum, put together of more parts"
     ),
+    "glu.py glu_backward_kernel casts: (given * value).to(grad.dtype.element_ty) -> "
+    "((given * value))": STORE,
+    "attention/scores.py kept factors: s * 0 -> (0) in t * 0 + s * 0": (
+        "s_counter has the tile's shape without it, and the rounds of Philox spread the other "
+        "counters over that: the same words"
+    ),
     "glu.py launch extremes: min -> max in min(BLOCK, triton.next_power_of_2(width))": (
         "one block for all features: the same numbers, in more registers"
     ),
