@@ -17,6 +17,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from nanolm import cli
 from nanolm.config.schema import DistributedConfig
 from nanolm.distributed.world import close, launch
+from tests.tiny_run import PRELOADED
 
 HAS_PATIENCE = "shutdown_timeout" in {field.name for field in dataclasses.fields(LaunchConfig)}
 """Whether torchrun can be told how long to wait for workers that shall go (torch 2.13); before, it
@@ -34,8 +35,7 @@ def command_on_ranks(logs: pathlib.Path, ranks: int, *words: str) -> None:
 
 
 def _launch(logs: pathlib.Path, ranks: int, restarts: int, entry, *arguments) -> bool:
-    modules = ["torch._dynamo", "tests.tiny_run", "tests.elastic", "nanolm.finetune.run"]
-    multiprocessing.set_forkserver_preload(modules)
+    multiprocessing.set_forkserver_preload(PRELOADED)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

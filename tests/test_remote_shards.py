@@ -35,9 +35,13 @@ def server():
             "AWS_ENDPOINT_URL": proxy.url,
         }.items():
             patch.setenv(key, value)
-        forkserver._forkserver._stop()  # one that other tests began has another environment
+        own = forkserver.ForkServer()  # the one that other tests began has another environment
+        patch.setattr(forkserver, "_forkserver", own)
+        for name in ("ensure_running", "connect_to_new_process", "set_forkserver_preload"):
+            patch.setattr(forkserver, name, getattr(own, name))
+        own.set_forkserver_preload(["nanolm.training.loader", "tests.test_remote_shards"])
         yield proxy
-    forkserver._forkserver._stop()
+        own._stop()
 
 
 @pytest.fixture(scope="module")
