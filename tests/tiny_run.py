@@ -254,6 +254,12 @@ def in_ranks(size, function, *arguments, kill=False, survivors=None):
     return [answers[rank] for rank in sorted(answers)]
 
 
+def in_turn(world, *stages):
+    """Calls function(world, *arguments) of each stage, one after the other in the same ranks, where
+    a stage need not be a start of its own; returns their answers."""
+    return [function(world, *arguments) for function, *arguments in stages]
+
+
 def _rank(rank, size, port, queue, function, arguments):
     import traceback
 
