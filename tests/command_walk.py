@@ -15,7 +15,7 @@ import itertools
 import os
 import pathlib
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 from unittest import mock
 
@@ -61,45 +61,64 @@ def texts() -> pathlib.Path:
     return folder
 
 
+def of_corpus() -> list[str]:
+    """The options of a small training run."""
+    small = [word for word in SMALL if not word.startswith("--data.row_length")]
+    corpus = f"--data.path={prepared_corpus()}"
+    return [*small, "--data.row_length=16", *QUIET, "--train.steps=1", corpus]
+
+
+# Each is called when its command is walked and not before: some make a run of their own first.
+ON_A_RUN: dict[str, Callable[[str], list[str]]] = {
+    "predict": lambda run: [str(data_of("classify") / "test.jsonl")],
+    "explain": lambda run: ["the file", "--steps=1", "--most_steps=1"],
+    "merge": lambda run: ["--out=out"],
+    "export": lambda run: ["--out=out"],
+    "import": lambda run: ["out"],
+    "evaluate": lambda run: ["--batches=1"],
+    "compare": lambda run: [run],
+    "generate": lambda run: ["--prompt=def", "--max_tokens=2"],
+    "fill": lambda run: ["a <mask> b"],
+    "doctor": lambda run: ["1"],
+    "plot": lambda run: ["--out=plot.png"],
+    "walk": lambda run: [],
+}
+"""Command whose first word is a run -> the words behind the run."""
+ELSEWHERE: dict[str, Callable[[str], list[str]]] = {
+    "prepare": lambda run: [
+        str(texts()),
+        "--out=out",
+        f"--tokenizer={prepared_corpus() / 'tokenizer.model'}",
+        "--workers=1",
+        "--txt_documents=paragraph",
+    ],
+    "data inspect": lambda run: [str(prepared_corpus())],
+    "data verify": lambda run: [str(prepared_corpus())],
+    "train": lambda run: [*of_corpus(), "--run.dir=out", "--eval.batches=1", "--schedule.warmup=0"],
+    "profile": lambda run: [*of_corpus(), "--run.dir=out"],
+    "finetune": lambda run: [
+        f"--init_from={checkpoint('mlm')}",
+        f"--data.path={data_of('classify')}",
+        "--run.dir=out",
+        *QUIET,
+        *SHORT,
+    ],
+    "study": lambda run: [str(studied().parent / "study.yaml")],
+    "estimate": lambda run: [str(ROOT / "configs/pretrain/demo_clm.yaml")],
+    "runs": lambda run: [str(pathlib.Path(run).parent if run else run)],
+    "figures": lambda run: ["--out=out"],
+    "bench prepare": lambda run: [str(texts())],
+    "bench data": lambda run: [str(prepared_corpus())],
+}
+"""Other commands -> their words."""
+
+
 def line_of(command: str, run: str) -> list[str]:
     """The words behind a command that works on this run, quickly; it writes to new folders of the
     present one."""
-    corpus = prepared_corpus()
-    small = [word for word in SMALL if not word.startswith("--data.row_length")]
-    tiny = [*small, "--data.row_length=16", *QUIET, "--train.steps=1", f"--data.path={corpus}"]
-    model = f"--tokenizer={corpus / 'tokenizer.model'}"
-    return {
-        "prepare": [str(texts()), "--out=out", model, "--workers=1", "--txt_documents=paragraph"],
-        "data inspect": [str(corpus)],
-        "data verify": [str(corpus)],
-        "train": [*tiny, "--run.dir=out", "--eval.batches=1", "--schedule.warmup=0"],
-        "profile": [*tiny, "--run.dir=out"],
-        "finetune": [
-            f"--init_from={checkpoint('mlm')}",
-            f"--data.path={data_of('classify')}",
-            "--run.dir=out",
-            *QUIET,
-            *SHORT,
-        ],
-        "study": [str(studied().parent / "study.yaml")],
-        "predict": [run, str(data_of("classify") / "test.jsonl")],
-        "explain": [run, "the file", "--steps=1", "--most_steps=1"],
-        "merge": [run, "--out=out"],
-        "export": [run, "--out=out"],
-        "import": [run, "out"],
-        "evaluate": [run, "--batches=1"],
-        "compare": [run, run],
-        "generate": [run, "--prompt=def", "--max_tokens=2"],
-        "fill": [run, "a <mask> b"],
-        "estimate": [str(ROOT / "configs/pretrain/demo_clm.yaml")],
-        "doctor": [run, "1"],
-        "runs": [str(pathlib.Path(run).parent if run else run)],
-        "plot": [run, "--out=plot.png"],
-        "walk": [run],
-        "figures": ["--out=out"],
-        "bench prepare": [str(texts())],
-        "bench data": [str(corpus)],
-    }.get(command, [])
+    if command in ON_A_RUN:
+        return [run, *ON_A_RUN[command](run)]
+    return ELSEWHERE[command](run) if command in ELSEWHERE else []
 
 
 def schema_of(command: str) -> type:
@@ -186,8 +205,7 @@ def cells(kinds: bool = True) -> list[Cell]:
     found = []
     for command in cli.COMMANDS:
         fits = FITTING.get(command, "clm")
-        on_runs = "run" in "".join(line_of(command, "run")[:1])
-        wherever = list(KINDS) if on_runs else [fits]
+        wherever = list(KINDS) if command in ON_A_RUN else [fits]
         found += [Cell(command, kind) for kind in wherever]
         for key, kind in leaf_kinds(schema_of(command)).items():
             for value, where in itertools.product(odd_values(key, kind), wherever):

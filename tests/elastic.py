@@ -8,15 +8,19 @@ import dataclasses
 import multiprocessing
 import os
 import pathlib
+import sys
+from unittest import mock
 
 import torch
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from nanolm import cli
 from nanolm.config.schema import DistributedConfig
 from nanolm.distributed.world import close, launch
+from tests.tiny_run import PRELOADED
 
 HAS_PATIENCE = "shutdown_timeout" in {field.name for field in dataclasses.fields(LaunchConfig)}
 """Whether torchrun can be told how long to wait for workers that shall go (torch 2.13); before, it
@@ -34,8 +38,7 @@ def command_on_ranks(logs: pathlib.Path, ranks: int, *words: str) -> None:
 
 
 def _launch(logs: pathlib.Path, ranks: int, restarts: int, entry, *arguments) -> bool:
-    modules = ["torch._dynamo", "tests.tiny_run", "tests.elastic", "nanolm.finetune.run"]
-    multiprocessing.set_forkserver_preload(modules)
+    multiprocessing.set_forkserver_preload(PRELOADED)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -50,10 +53,17 @@ def _launch(logs: pathlib.Path, ranks: int, restarts: int, entry, *arguments) ->
         **({"shutdown_timeout": 0.3} if HAS_PATIENCE else {}),
     )
     try:
-        elastic_launch(config, entry)(*arguments)
+        with mock.patch.object(dynamic_rendezvous, "get_method_name", _name_of_caller):
+            elastic_launch(config, entry)(*arguments)
     except ChildFailedError:
         return False
     return True
+
+
+def _name_of_caller(depth: int = 2) -> str:
+    """What torch's event log calls the method that does something: torch looks it up with the
+    source text of all frames, a quarter of a second a call where so many modules are imported."""
+    return sys._getframe(depth).f_code.co_name
 
 
 def _command(words):

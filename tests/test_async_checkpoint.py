@@ -12,7 +12,7 @@ from nanolm.checkpoint.background import Background
 from nanolm.checkpoint.checkpoints import locate
 from tests.test_preemption import fit_with_signal
 from tests.test_resume import assert_same_bits, fit
-from tests.tiny_run import build_trainer, in_ranks, tiny_config
+from tests.tiny_run import build_trainer, in_ranks, in_turn, tiny_config
 
 CHANGES = {"train__ema": 0.9, "train__steps": 20, "run__checkpoint_every": 5}
 LAST = "checkpoints/step-00000020"
@@ -42,9 +42,9 @@ def fit_on_a_slow_disk(world, config, seconds=0.1):
 @pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, strategy):
     changes = CHANGES | {"distributed__strategy": strategy, "eval__every": 0}
-    in_ranks(2, fit, tiny_config(tmp_path / "whole", **changes))
+    whole = tiny_config(tmp_path / "whole", **changes)
     config = tiny_config(tmp_path / "run", run__checkpoint_async=True, **changes)
-    seen = in_ranks(2, fit_on_a_slow_disk, config)[0]
+    (_, seen), _ = in_ranks(2, in_turn, (fit, whole), (fit_on_a_slow_disk, config))
     assert (9, "step-00000005") in seen or 9 not in dict(seen)
     assert dict(seen).get(11) in (None, "step-00000005")  # the second one was still on its way
     assert_same_bits(tmp_path / "whole", tmp_path / "run", LAST)
@@ -88,9 +88,10 @@ def preempted_on_a_slow_disk(world, config):
 
 
 def test_preemption_waits_for_the_checkpoint(tmp_path):
-    in_ranks(2, fit, tiny_config(tmp_path / "whole", **CHANGES))
+    whole = tiny_config(tmp_path / "whole", **CHANGES)
     config = tiny_config(tmp_path / "run", run__checkpoint_async=True, **CHANGES)
-    assert all(done[:2] == (17, True) for done in in_ranks(2, preempted_on_a_slow_disk, config))
+    for _, done in in_ranks(2, in_turn, (fit, whole), (preempted_on_a_slow_disk, config)):
+        assert done[:2] == (17, True)
     folder = tmp_path / "run" / "checkpoints"
     assert (folder / "latest").read_text() == "step-00000017\n"
     assert (folder / "preempted").is_file()

@@ -89,7 +89,9 @@ def test_exit_status(raised, status, monkeypatch, capfd):
     assert caught.value.code == status
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+@pytest.mark.parametrize(
+    "encoding", ["ascii", pytest.param("latin-1", marks=pytest.mark.slow), "utf-8"]
+)
 def test_help_is_shown_on_every_terminal_and_into_a_closed_pipe(encoding):
     environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "nanolm", "prepare", "--help"]

@@ -69,8 +69,16 @@ def test_the_average_of_logits_and_of_weights(seeds, data, tmp_path):
         torch.testing.assert_close(tensor.double(), mean, rtol=1e-6, atol=1e-7)
 
 
+# One task of each shape of output: labels, tags, spans and a language model's scores.
 @pytest.mark.parametrize(
-    "name", ["classify", "tag", "read", "regress", "choose", "choose_dual", "choose_lm", "prompt"]
+    "name",
+    [
+        *("classify", "tag", "read", "choose_lm"),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("regress", "choose", "choose_dual", "prompt")
+        ),
+    ],
 )
 def test_heads_beside_each_other_give_the_mean_of_their_outputs(name, tmp_path):
     table(tmp_path / "data", "train", RECORDS[name])

@@ -75,17 +75,18 @@ def test_an_average_of_several_is_nobodys_own(run, trained, whole_run):
     assert not added(run) and own(run) == before
 
 
-@pytest.mark.parametrize(
-    "content",
-    ["{broken", "[]", "3", '{"figures": 3}', '{"figures": {"a": "b"}}', "[" * 9999, b"\xff", ""],
-)
-def test_another_file_among_the_evaluations_is_left_out_of_the_card(run, content):
-    stray = run / "evaluation" / "mine.json"
-    stray.write_bytes(content if isinstance(content, bytes) else content.encode())
+STRAY = ["{broken", "[]", "3", '{"figures": 3}', '{"figures": {"a": "b"}}', "[" * 9999, b"\xff", ""]
+
+
+def test_other_files_among_the_evaluations_are_left_out_of_the_card(run):
+    for number, content in enumerate(STRAY):
+        stray = run / "evaluation" / f"mine{number}.json"
+        stray.write_bytes(content if isinstance(content, bytes) else content.encode())
     command("evaluate", str(run))
     card = (run / "MODEL.md").read_text()
-    assert "| test |" in card and "mine |" not in card
-    assert "Of `evaluation/`, no evaluation and left out: mine.json." in card
+    assert "| test |" in card and "mine0 |" not in card
+    left_out = ", ".join(f"mine{number}.json" for number in range(len(STRAY)))
+    assert f"Of `evaluation/`, no evaluation and left out: {left_out}." in " ".join(card.split())
 
 
 def test_figures_that_json_wrote_beside_the_evaluations_are_no_hindrance(run):

@@ -13,9 +13,12 @@ from safetensors.torch import load_file
 from nanolm.checkpoint.checkpoints import Checkpoints
 from nanolm.distributed.world import World
 from nanolm.errors import UserError
+from nanolm.finetune.run import main
 from nanolm.training.throughput import TIMING
+from nanolm.training.trainer import Trainer
 from tests.finetuned import QUIET, checkpoint, command, config, finetune, questions, table
 from tests.test_train_command import ROOT
+from tests.tiny_run import in_ranks
 
 SHORT = ("--optim.lr=3e-3", "--train.global_batch=12", "--objective.head_dropout=0")
 
@@ -105,23 +108,26 @@ def test_two_ranks_equal_one_with_uneven_shares(data, tmp_path):
         torch.testing.assert_close(found, tensor, rtol=1e-4, atol=1e-5)
 
 
+def finetune_and_be_killed(world, argv):
+    """Dies after nine steps, in a process of its own."""
+    old = Trainer.step
+
+    def step(self, batches):
+        if self.state.done == 9:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return old(self, batches)
+
+    Trainer.step = step
+    main(argv)
+
+
 def test_a_killed_run_resumes_bit_for_bit(data, tmp_path):
     base = checkpoint("mlm")
     words = (*SHORT, "--objective.head_dropout=0.1", "--train.steps=12", "--eval.every=4")
     finetune(base, data, tmp_path / "whole", *words)
     broken = tmp_path / "broken"
-    cut = [
-        "import os, signal, sys",
-        "from nanolm.training import trainer; from nanolm.finetune.run import *",
-        "old = trainer.Trainer.step",
-        "def step(self, batches):",
-        f"    self.state.done == 9 and os.kill(os.getpid(), {int(signal.SIGKILL)})",
-        "    return old(self, batches)",
-        "trainer.Trainer.step = step; main(sys.argv[1:])",
-    ]
     argv = [f"--init_from={base}", f"--data.path={data}", f"--run.dir={broken}", *QUIET, *words]
-    job = subprocess.run([sys.executable, "-c", "\n".join(cut), *argv], cwd=ROOT, timeout=60)
-    assert job.returncode == -signal.SIGKILL
+    in_ranks(1, finetune_and_be_killed, argv, kill=True)
     assert Checkpoints(broken, World()).steps()[-1] == 8
     finetune(base, data, broken, *words, "--resume=auto")
     plain = [

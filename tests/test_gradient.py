@@ -39,7 +39,11 @@ def step_gradient(world, run, micro_batch, dtype_name, rows):
     return caught, result.loss, result.terms["accuracy"], result.grad_norm
 
 
-@pytest.mark.parametrize(("dtype_name", "tolerance"), [("float64", 1e-12), ("float32", 1e-6)])
+# float64 sees what float32 sees, and more sharply.
+@pytest.mark.parametrize(
+    ("dtype_name", "tolerance"),
+    [("float64", 1e-12), pytest.param("float32", 1e-6, marks=pytest.mark.slow)],
+)
 def test_two_uneven_ranks_give_the_gradient_of_one_big_batch(tmp_path, dtype_name, tolerance):
     dtype = getattr(torch, dtype_name)
     expected, loss, accuracy = big_batch_gradient(dtype)

@@ -45,7 +45,13 @@ def data(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", METHODS)
+# A packed prompt is the harder one, and tests/test_tuning.py unfreezes on two ranks.
+SLOW = ("prompt", "gradual")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in METHODS]
+)
 def test_a_classifier_by_every_method(name, data, tmp_path):
     run, report = tmp_path / name, tmp_path / "report.json"
     finetune(checkpoint("mlm"), data, run, *SHORT, *METHODS[name], "--train.epochs=2")

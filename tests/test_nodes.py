@@ -11,7 +11,7 @@ from nanolm.checkpoint.lazy_tensors import missing_parts
 from nanolm.checkpoint.nodes import what_lacks
 from tests.test_resume import assert_same_bits, fit, metrics, resume_with_notes
 from tests.test_sharding import fit_until
-from tests.tiny_run import in_ranks, tiny_config
+from tests.tiny_run import in_ranks, in_turn, tiny_config
 
 CHANGES = {"train__ema": 0.9, "train__steps": 20, "eval__every": 0}
 LAST = "checkpoints/step-00000020"
@@ -28,9 +28,8 @@ def on_own_disk(world, config, function, *arguments):
 @pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_a_killed_run_goes_on_from_what_all_nodes_have(tmp_path, strategy):
     changes = CHANGES | {"distributed__strategy": strategy}
-    in_ranks(2, fit, tiny_config(tmp_path / "whole", **changes))
-    config = tiny_config(tmp_path, **changes)
-    in_ranks(2, on_own_disk, config, fit, 18, kill=True)
+    whole, config = tiny_config(tmp_path / "whole", **changes), tiny_config(tmp_path, **changes)
+    in_ranks(2, in_turn, (fit, whole), (on_own_disk, config, fit, 18), kill=True)
     for rank in range(2):  # a node has its own ranks' part and no other
         folder = tmp_path / f"node{rank}" / "checkpoints" / "step-00000015"
         parts = [path.name for path in folder.glob("model*")]

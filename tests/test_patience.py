@@ -13,7 +13,7 @@ from nanolm.config.schema import EvalConfig
 from nanolm.errors import UserError
 from nanolm.training.guards.patience import Patience
 from tests.test_resume import assert_same_bits, metrics
-from tests.tiny_run import build_trainer, in_ranks, tiny_config
+from tests.tiny_run import build_trainer, in_ranks, in_turn, tiny_config
 
 
 def fit(world, config, kill_after=None):
@@ -42,13 +42,15 @@ def test_it_stops_keeps_the_best_and_resumes_exactly(tmp_path, ranks):
     assert kept == {"step-00000010", "step-00000020"}
     assert (whole / "checkpoints" / "best").read_text() == "step-00000010\n"
     in_ranks(ranks, fit, tiny_config(broken, **changes), 18, kill=True)
-    ((done, _), *_) = in_ranks(ranks, fit, tiny_config(broken, resume="auto", **changes))
-    assert done == 20
+    before = metrics(whole)
+    broken_again, whole_again = (
+        (fit, tiny_config(run, resume="auto", **changes)) for run in (broken, whole)
+    )
+    (((resumed, _), (stopped, _)), *_) = in_ranks(ranks, in_turn, broken_again, whole_again)
+    assert resumed == 20
     assert_same_bits(whole, broken, "checkpoints/step-00000020")
     # a run that has stopped stays where it is
-    before = metrics(whole)
-    ((done, _), *_) = in_ranks(ranks, fit, tiny_config(whole, resume="auto", **changes))
-    assert done == 20 and metrics(whole) == before
+    assert stopped == 20 and metrics(whole) == before
 
 
 @settings(deadline=None, derandomize=True, max_examples=60)

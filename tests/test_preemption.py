@@ -7,7 +7,7 @@ import pytest
 
 from nanolm.distributed.world import World
 from tests.test_resume import assert_same_bits, fit
-from tests.tiny_run import build_trainer, in_ranks, tiny_config
+from tests.tiny_run import build_trainer, in_ranks, in_turn, tiny_config
 
 
 def fit_with_signal(world, config, rank, step, number):
@@ -33,9 +33,9 @@ def fit_with_signal(world, config, rank, step, number):
 def test_all_ranks_stop_after_the_same_step_and_the_rest_is_exact(tmp_path, number):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     changes = {"train__ema": 0.9, "model__dropout": 0.1}
-    in_ranks(2, fit, tiny_config(whole, **changes))
     config = tiny_config(broken, **changes)
-    for done, preempted, notes in in_ranks(2, fit_with_signal, config, 1, 17, number):
+    stages = (fit, tiny_config(whole, **changes)), (fit_with_signal, config, 1, 17, number)
+    for _, (done, preempted, notes) in in_ranks(2, in_turn, *stages):
         assert (done, preempted) == (17, True)
         assert "saved after step 17 of 40" in notes[-1] and "--resume auto" in notes[-1]
     folder = broken / "checkpoints"

@@ -19,7 +19,7 @@ from nanolm.training.engine import Engine
 from tests.conftest import TINY, tiny_tokenizer
 from tests.test_resume import assert_same_bits, fit
 from tests.tiny_run import build_learner as tiny_learner
-from tests.tiny_run import in_ranks, tiny_config
+from tests.tiny_run import in_ranks, in_turn, tiny_config
 
 STEADY = {"train__ema": 0.9, "train__steps": 20, "run__keep_last": 9}
 
@@ -46,10 +46,10 @@ def test_losses_equal_ddp_and_a_kill_is_exact(tmp_path, strategy, ranks):
     options = {"distributed__strategy": strategy, **STEADY}
     if strategy == "hsdp":
         options["distributed__shard_size"] = 1
-    in_ranks(ranks, fit, tiny_config(tmp_path / "ddp", **STEADY))
-    in_ranks(ranks, fit, tiny_config(tmp_path / "whole", **options))
+    whole, broken = (tiny_config(tmp_path / name, **options) for name in ("whole", "broken"))
+    stages = [(fit, tiny_config(tmp_path / "ddp", **STEADY)), (fit, whole), (fit, broken, 13)]
+    in_ranks(ranks, in_turn, *stages, kill=True)
     assert_same_losses(tmp_path / "ddp", tmp_path / "whole")
-    in_ranks(ranks, fit, tiny_config(tmp_path / "broken", **options), 13, kill=True)
     in_ranks(ranks, fit, tiny_config(tmp_path / "broken", resume="auto", **options))
     assert_same_bits(tmp_path / "whole", tmp_path / "broken", "checkpoints/step-00000020")
     files = {p.name for p in (tmp_path / "whole/checkpoints/step-00000020").glob("model*")}
@@ -67,9 +67,11 @@ def test_losses_equal_ddp_and_a_kill_is_exact(tmp_path, strategy, ranks):
 def test_muon_and_the_loss_scale_equal_ddp(tmp_path, changes):
     """Each rank keeps its rows of the whole matrix's update; an overflow on one rank is all
     ranks'. Evaluation in fp16 rounds at other places."""
+    stages = []
     for strategy in ("ddp", "fsdp"):
         options = STEADY | changes | {"distributed__strategy": strategy}
-        in_ranks(2, fit, tiny_config(tmp_path / strategy, **options))
+        stages.append((fit, tiny_config(tmp_path / strategy, **options)))
+    in_ranks(2, in_turn, *stages)
     tolerance = 1e-5 if "optim" in changes else 5e-3
     assert_same_losses(tmp_path / "ddp", tmp_path / "fsdp", tolerance)
     folder = tmp_path / "fsdp" / "checkpoints" / "step-00000020"

@@ -20,7 +20,7 @@ from nanolm.registry import PEFT
 from nanolm.training.engine import Engine
 from tests.conftest import TINY, tiny_tokenizer
 from tests.finetuned import checkpoint, config, questions, table
-from tests.tiny_run import in_ranks
+from tests.tiny_run import in_ranks, in_turn
 
 WORDS = ("--train.steps=7", "--train.global_batch=7", "--train.micro_batch=2", "--eval.every=3")
 WORDS += ("--optim.name=sgd", "--optim.lr=0.1", "--objective.head_dropout=0")
@@ -46,15 +46,13 @@ def data(tmp_path_factory):
 @pytest.mark.parametrize("peft", [pytest.param("none", marks=pytest.mark.slow), "lora"])
 def test_fine_tuning_equals_ddp(peft, data, tmp_path):
     """31 records in batches of 7 on two ranks: one rank has a batch more to evaluate."""
-    base, figures = checkpoint("mlm"), {}
-    for strategy in ("ddp", "fsdp"):
-        words = (*WORDS, f"--peft.name={peft}")
-        figures[strategy] = in_ranks(
-            2, tune, config(base, data, tmp_path / strategy, *words), strategy
-        )
-    assert figures["ddp"][0] == pytest.approx(figures["fsdp"][0], abs=1e-5)
-    assert figures["fsdp"][0] == figures["fsdp"][1]
-    runs = [(tmp_path / strategy / "metrics.jsonl").read_text() for strategy in figures]
+    base, strategies = checkpoint("mlm"), ("ddp", "fsdp")
+    words = (*WORDS, f"--peft.name={peft}")
+    stages = [(tune, config(base, data, tmp_path / name, *words), name) for name in strategies]
+    (ddp, fsdp), (_, other) = in_ranks(2, in_turn, *stages)
+    assert ddp == pytest.approx(fsdp, abs=1e-5)
+    assert fsdp == other
+    runs = [(tmp_path / name / "metrics.jsonl").read_text() for name in strategies]
     for left, right in zip(*(map(json.loads, lines.splitlines()) for lines in runs), strict=True):
         assert (left["step"], left["kind"]) == (right["step"], right["kind"])
         assert left["loss"] == pytest.approx(right["loss"], abs=1e-5)

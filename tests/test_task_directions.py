@@ -73,8 +73,21 @@ def test_every_figure_declares_its_direction_and_no_other_is_offered(kind, tmp_p
     assert set(figures) - set(directions) == {"run", "checkpoint", "split", "rows"}
 
 
-@pytest.mark.parametrize("task", ["classify", "regress", "tag", "embed"])
-@pytest.mark.parametrize("metric", ["own", "loss", "term"])
+DIRECTED = [
+    (m, t) for m in ("own", "loss", "term") for t in ("classify", "regress", "tag", "embed")
+]
+
+
+# Every task with its own figure, and every other figure with one task.
+@pytest.mark.parametrize(
+    ("metric", "task"),
+    [
+        (m, t)
+        if m == "own" or (m, t) in (("loss", "regress"), ("term", "tag"))
+        else pytest.param(m, t, marks=pytest.mark.slow)
+        for m, t in DIRECTED
+    ],
+)
 def test_the_best_checkpoint_is_the_best_by_its_direction(task, metric, tmp_path):
     name = {"own": None, "loss": "loss", "term": OBJECTIVES.get(task).build.term}[metric]
     words = ("--train.steps=6", "--eval.every=1", "--optim.lr=3e-2", "--schedule.warmup=0")

@@ -38,6 +38,16 @@ from nanolm.training.sinks import JsonLines
 from nanolm.training.trainer import Trainer
 
 T, V, D = 6, 17, 8
+PRELOADED = [
+    "pytest",
+    "torch._dynamo",
+    "nanolm.built_in",
+    "nanolm.finetune.run",
+    "tests.elastic",
+    "tests.prepared",
+    "tests.tiny_run",
+]
+"""What the fork server imports once, so that no rank has to: all that ranks of tests use."""
 
 
 class Term(NamedTuple):
@@ -219,7 +229,7 @@ def in_ranks(size, function, *arguments, kill=False, survivors=None):
     With `kill` all ranks are expected to die by SIGKILL, with `survivors` all but so many.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "tests.tiny_run"])
+    context.set_forkserver_preload(PRELOADED)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -242,6 +252,12 @@ def in_ranks(size, function, *arguments, kill=False, survivors=None):
         if isinstance(answer, str) and answer.startswith("Traceback"):
             raise AssertionError(answer)
     return [answers[rank] for rank in sorted(answers)]
+
+
+def in_turn(world, *stages):
+    """Calls function(world, *arguments) of each stage, one after the other in the same ranks, where
+    a stage need not be a start of its own; returns their answers."""
+    return [function(world, *arguments) for function, *arguments in stages]
 
 
 def _rank(rank, size, port, queue, function, arguments):
