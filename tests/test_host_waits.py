@@ -125,7 +125,9 @@ def finetuning(task, trunk, pack=True, peft=None, **options):
 
 
 def task_config(task, trunk, pack, options, peft=None):
-    small = {"trunk": trunk, "n_segments": 2, "positions": {"name": "rotary"}, "dropout": 0.1}
+    # One layer: a second one of the same kind waits where the first does.
+    small = {"trunk": trunk, "n_layers": 1, "n_segments": 2, "dropout": 0.1}
+    small |= {"positions": {"name": "rotary"}}
     base = {
         "model": TINY | small | OWN.get(trunk, {}),
         "objective": {"name": task, **options},
