@@ -4,7 +4,9 @@ import pathlib
 
 import pytest
 
+from nanolm.config.choices import choose
 from nanolm.config.load import load_config
+from nanolm.finetune.config import TaskConfig
 from nanolm.pretrain import run_train
 from tests.prepared import SMALL, prepared_corpus
 
@@ -15,6 +17,13 @@ CONFIGS = [
     pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem in SIZES))
     for path in sorted((ROOT / "configs" / "pretrain").glob("*.yaml"))
 ]
+
+
+def test_the_schema_of_the_same_choices_is_made_once():
+    """To make one takes longer than all else in reading a config."""
+    rule = {"objective": "mlm", "train.rule": "fgm", "train.rule.inner": "rdrop"}
+    assert choose(rule) is choose(dict(rule)) is not choose({"objective": "mlm"})
+    assert choose(rule, TaskConfig) is not choose(rule)
 
 
 @pytest.mark.parametrize("path", CONFIGS)
