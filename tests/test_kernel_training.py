@@ -68,7 +68,7 @@ def losses(make_learner, model, objective, kernel, steps):
     return torch.tensor(values)
 
 
-@pytest.mark.parametrize("steps", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [3, pytest.param(20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("model", "objective"),
     [
