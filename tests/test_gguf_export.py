@@ -1,6 +1,7 @@
 """GGUF files go out: read again by the format's own package, and by us."""
 
 import dataclasses
+import functools
 import json
 
 import gguf
@@ -37,6 +38,7 @@ def silent(_):
     pass
 
 
+@functools.cache
 def vocabularies():
     byte_level = byte_level_vocabulary()
     padded = {

@@ -62,9 +62,10 @@ def hints() -> list[Hint]:
     return [
         Hint(name, node.lineno, text)
         for name, path in MODULES.items()
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if any(word in (source := path.read_text(encoding="utf-8")) for word in RAISING)
+        for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.Call)
-        and ast.unparse(node.func).rpartition(".")[2] in RAISING
+        and getattr(node.func, "attr", getattr(node.func, "id", None)) in RAISING
         and (text := texts(node)).strip()
     ]
 

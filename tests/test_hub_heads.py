@@ -27,8 +27,10 @@ def imported(source, out, *words):
     return read_tensors(out, "model")
 
 
-EACH = [shape for shape in HEADED if shape.startswith(("bert", "llama")) or "classify" in shape]
-"""All heads of an encoder and of a decoder, and one head of every family."""
+ENCODERS = ("bert-classify", "bert-tag", "bert-read", "bert-choose")
+EACH = [shape for shape in HEADED if shape in ENCODERS or shape == "llama-regress"]
+EACH += [f"{family}-classify" for family in DECODERS]
+"""Every kind of head, of encoders and decoders."""
 
 
 @pytest.mark.parametrize(

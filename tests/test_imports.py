@@ -1,6 +1,7 @@
 """The direction of imports, read from the code itself: who may use whom (docs/architecture.md)."""
 
 import ast
+import functools
 import pathlib
 import re
 import subprocess
@@ -41,17 +42,24 @@ def modules():
 MODULES = dict(modules())
 
 
-def nodes(path, *, top_level_only=False):
-    """The file's import statements, those for type checkers alone among them."""
+@functools.cache
+def nodes(path):
+    """The file's import statements, those for type checkers alone among them, and whether each
+    stands at the top level."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in tree.body if top_level_only else ast.walk(tree):
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            yield node
+    top = set(map(id, tree.body))
+    return [
+        (node, id(node) in top)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
 
 
-def imports(path, **options):
+def imports(path, *, top_level_only=False):
     """Modules (and, of others' packages, names) that a file imports."""
-    for node in nodes(path, **options):
+    for node, at_top in nodes(path):
+        if top_level_only and not at_top:
+            continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
             continue

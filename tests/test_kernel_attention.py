@@ -66,7 +66,21 @@ def test_hard_combinations(name):
     check(HARD[name])
 
 
-@pytest.mark.parametrize("name", ["bias that hides", *MIXED])
+EACH = (
+    "bf16 autocast, fp32 T5 table",
+    "fp16 autocast, fp32 slopes",
+    "fp32 queries, fp16 dense bias",
+)
+"""Every kind of bias, either 16-bit dtype, and biases of more and of fewer bits than queries."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("bias that hides", *EACH),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in MIXED if name not in EACH),
+    ],
+)
 def test_hiding_biases_and_mixed_dtypes(name):
     check((SINGLE | MIXED)[name])
 
@@ -147,7 +161,9 @@ def test_tiles_that_a_mask_rules_out_are_not_visited():
             assert read == 4 * 2 * 16 * 4 + n_tiles * 2 * 16 * 8, (name, read)
 
 
-@pytest.mark.parametrize("bias", ["none", "bucket", "dense_by_head"])
+@pytest.mark.parametrize(
+    "bias", [pytest.param("none", marks=pytest.mark.slow), "bucket", "dense_by_head"]
+)
 def test_gradcheck(bias):
     """Derivatives by finite differences, with float64 sums."""
     case = Case(
@@ -166,6 +182,7 @@ def test_gradcheck(bias):
     )
 
 
+@pytest.mark.slow  # test_kernel_operators.py has another shape of the same bias
 def test_operator_is_registered_as_pytorch_wants_it():
     from nanolm.kernels.attention.call import flatten
     from nanolm.kernels.attention.operator import attention_op

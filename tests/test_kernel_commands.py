@@ -1,9 +1,7 @@
 """`nanolm kernels …`, and kernels of outsiders: a right one, and one that ignores key lengths."""
 
 import json
-import os
 import pathlib
-import subprocess
 import sys
 
 import pytest
@@ -12,6 +10,7 @@ import torch
 from nanolm import cli
 from nanolm.commands.kernels.compile import regression
 from nanolm.errors import UserError
+from nanolm.ops.contract import candidates
 from nanolm.registry import KERNELS, OPS
 from nanolm.tools.kernel_check.builds import BUILDS, SAMPLE
 from nanolm.tools.kernel_check.matrix import (
@@ -28,12 +27,32 @@ PLUGINS = ROOT / "docs" / "plugins"
 RECORD = ROOT / "kernels" / "compile_matrix.json"
 
 
-def nanolm(*arguments):
-    environment = os.environ | {"PYTHONPATH": f"{PLUGINS}{os.pathsep}{ROOT}"}
-    return subprocess.run(
-        [sys.executable, "-m", "nanolm", *arguments],
-        capture_output=True, text=True, env=environment, cwd=ROOT,
-    )  # fmt: skip
+@pytest.fixture
+def plugins(monkeypatch):
+    """docs/plugins on the path; what is imported from there is forgotten after the test."""
+    candidates("attention")
+    monkeypatch.syspath_prepend(str(PLUGINS))
+    monkeypatch.setattr(KERNELS["attention"], "_entries", dict(KERNELS["attention"]._entries))
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if name.partition(".")[0] in ("outsider", "careless"):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def check(plugins, capsys):
+    """(exit status, words) of `nanolm kernels check` on a module of docs/plugins."""
+
+    def run(module, *words):
+        status = 0
+        try:
+            cli.run(["kernels", "check", "--module", module, "--device", "cpu", *words])
+        except SystemExit as leaving:
+            status = leaving.code
+        return status, capsys.readouterr().out
+
+    return run
 
 
 def test_list_says_who_serves_and_why_not(tmp_path, monkeypatch, capsys):
@@ -46,20 +65,18 @@ def test_list_says_who_serves_and_why_not(tmp_path, monkeypatch, capsys):
     assert all(row["what"] for row in rows.values())
 
 
-def test_check_passes_a_right_outsider():
-    result = nanolm("kernels", "check", "--module", "outsider.attention", "--device", "cpu")
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "0 failed" in result.stdout
-    assert "it has no bias, no soft-cap and no dropout" in " ".join(result.stdout.split())
+def test_check_passes_a_right_outsider(check):
+    status, said = check("outsider.attention")
+    assert status == 0, said
+    assert "0 failed" in said
+    assert "it has no bias, no soft-cap and no dropout" in " ".join(said.split())
 
 
-def test_check_names_the_mask_that_a_careless_kernel_ignores():
-    result = nanolm(
-        "kernels", "check", "--module", "careless.attention", "--device", "cpu", "--quick", "true"
-    )
-    assert result.returncode == 1
-    assert "it ignores key lengths (padding)" in result.stdout
-    failed = [line.split()[1] for line in result.stdout.splitlines() if "  FAIL" in line]
+def test_check_names_the_mask_that_a_careless_kernel_ignores(check):
+    status, said = check("careless.attention", "--quick", "true")
+    assert status == 1
+    assert "it ignores key lengths (padding)" in said
+    failed = [line.split()[1] for line in said.splitlines() if "  FAIL" in line]
     assert failed == ["lengths", "int32", "nine", "leak:"]
 
 
@@ -73,12 +90,10 @@ def test_check_refuses_what_it_cannot_find():
             cli.run(["kernels", "check", *arguments])
 
 
-def test_outsider_trains_by_config(monkeypatch, make_learner):
-    monkeypatch.syspath_prepend(str(PLUGINS))
+def test_outsider_trains_by_config(plugins, make_learner):
     from nanolm.config.load import import_plugins
 
-    if "outsider" not in KERNELS["attention"].names():
-        import_plugins(["outsider.attention"])
+    import_plugins(["outsider.attention"])
     learner = make_learner(kernels={"attention": "outsider"}).train()
     assert "OutsiderAttention" in repr(learner.trunk.blocks[0].attention.attend)
     tokens = torch.randint(512, (2, 16))

@@ -21,9 +21,21 @@ def failures(op, kernel):
     return [f.words for f in check_kernel(op, kernel, quick=True) if f.verdict == "FAIL"]
 
 
+def failures_up_to(words, op, kernel):
+    """What is said of a kernel until these words are: the checks behind them tell no more."""
+    told = []
+    for check in checks_of(op, quick=True):
+        finding = check(kernel, "cpu")
+        if finding.verdict == "FAIL":
+            told.append(finding.words)
+            if words in finding.words:
+                break
+    return told
+
+
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong.name)
 def test_a_wrong_kernel_is_told_its_fault(wrong):
-    told = failures(wrong.op, wrong.kernel())
+    told = failures_up_to(wrong.words, wrong.op, wrong.kernel())
     assert any(wrong.words in words for words in told), told
 
 

@@ -9,6 +9,10 @@ import sys
 import pytest
 import torch
 
+from nanolm import cli
+from nanolm.ops.contract import candidates
+from nanolm.registry import KERNELS
+
 if torch.cuda.is_available():
     pytest.skip("kernels are compiled here, not interpreted", allow_module_level=True)
 
@@ -96,29 +100,31 @@ WRONG = {
 }
 
 
-def check(folder, *, text=PLUGIN, name="plugin_of_triton", **environment):
-    (folder / f"{name}.py").write_text(text)
-    command = [sys.executable, "-m", "nanolm", "kernels", "check", "--module", name]
-    inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [*command, "--device", "cpu"], capture_output=True, text=True, cwd=folder,
-        env=inherited | {"PYTHONPATH": str(ROOT)} | environment,
-    )  # fmt: skip
+COMMAND = ["kernels", "check", "--device", "cpu", "--module"]
 
 
-def test_a_right_kernel_of_triton_passes_and_was_watched(tmp_path):
+def test_a_right_kernel_of_triton_passes_and_was_watched(tmp_path, monkeypatch, capsys):
     """Also in bfloat16, which the interpreter as it stands computes on bit patterns."""
-    done = check(tmp_path, TRITON_INTERPRET="1")
-    assert done.returncode == 0, done.stdout + done.stderr
-    said = " ".join(done.stdout.split())
+    (tmp_path / "plugin_of_triton.py").write_text(PLUGIN)
+    candidates("norm")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(KERNELS["norm"], "_entries", dict(KERNELS["norm"]._entries))
+    cli.run([*COMMAND, "plugin_of_triton"])
+    lines = capsys.readouterr().out.splitlines()
+    said = " ".join(" ".join(lines).split())
     assert "0 failed" in said and "trials of rms_kernel watched" in said
-    assert any("pass" in line and "bfloat16" in line for line in done.stdout.splitlines())
+    assert any("pass" in line and "bfloat16" in line for line in lines)
 
 
 def test_where_kernels_are_compiled_a_process_of_its_own_watches(tmp_path):
     """As on a GPU; without one its other checks fail, since there is nothing to compile for."""
     text = PLUGIN.replace(*WRONG["a mask without other"][:2])
-    done = check(tmp_path, text=text)
+    (tmp_path / "compiled_plugin.py").write_text(text)
+    inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "nanolm", *COMMAND, "compiled_plugin"],
+        capture_output=True, text=True, cwd=tmp_path, env=inherited | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
     assert done.returncode == 1
     (said,) = re.findall(r"FAIL +memory(.*?)\n  \d+ passed", done.stdout, re.S)
     assert "depend on masked lanes" in " ".join(said.split())
@@ -129,8 +135,6 @@ def found(tmp_path, monkeypatch):
     """What memory_finding says of a plug-in."""
     import importlib
 
-    from nanolm.ops.contract import candidates
-    from nanolm.registry import KERNELS
     from nanolm.tools.kernel_check.safety import memory_finding, prepare_interpreter
 
     candidates("norm")

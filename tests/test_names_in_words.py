@@ -1,5 +1,6 @@
 """What docstrings and comments name exists: a name that was moved or renamed is told nowhere."""
 
+import functools
 import io
 import pathlib
 import re
@@ -22,6 +23,7 @@ TELLING = re.compile(r"_|[a-z][A-Z]")
 """A word that only a program would have: it has an underscore or a capital inside."""
 
 
+@functools.cache
 def parts(text: str) -> tuple[list[tokenize.TokenInfo], list[tokenize.TokenInfo]]:
     """(what is code of a source, what is told in it)."""
     code, told = [], []

@@ -82,9 +82,12 @@ KINDS = {
     "dora": {"r": 4, "lora_alpha": 6, "use_dora": True},
 }
 CASES = [
-    *[("gpt2", kind) for kind in KINDS],
-    *[("llama", "lora"), ("llama", "dora"), ("bert-mlm", "rslora"), ("roberta", "lora")],
-    *[("distilbert", "dora"), ("modernbert", "rslora")],
+    *[("gpt2", "lora"), ("llama", "dora"), ("bert-mlm", "rslora"), ("roberta", "lora")],
+    *[("distilbert", "dora"), ("modernbert", "rslora")],  # every family, and every kind twice
+    *[
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in [("gpt2", "rslora"), ("gpt2", "dora"), ("llama", "lora")]
+    ],
 ]
 
 

@@ -67,9 +67,9 @@ def written(base, tmp_path_factory):
     """A run that has learned opposites, and its records."""
     folder = tmp_path_factory.mktemp("write")
     path = tables(folder, pairs(64))
-    summary = finetune(
-        base, path.parent, folder / "run", "--objective.name=write", "--train.steps=120", *SLOWLY
-    )
+    words = ("--objective.name=write", "--train.steps=120", "--eval.every=40", *SLOWLY)
+    words = (*words, "--train.micro_batch=32")
+    summary = finetune(base, path.parent, folder / "run", *words)
     return folder / "run", path, summary
 
 
@@ -83,8 +83,8 @@ def test_it_learns_to_write_what_was_asked(written):
     assert np.mean([a == g for a, g in zip(answers, golds, strict=True)]) > 0.9
 
 
-def test_predictions_do_not_depend_on_what_else_is_in_the_batch(written):
-    run, path, _ = written
+def test_predictions_do_not_depend_on_what_else_is_in_the_batch(written, tmp_path):
+    run, path = written[0], table(tmp_path, "some", pairs(64)[:22])
     one, five = (command("predict", str(run), str(path), f"--batch={n}") for n in (1, 5))
     assert one == five
 
@@ -192,7 +192,7 @@ def test_beams_of_a_task_are_searched_as_it_says():
 def test_two_ranks_write_as_one(base, tmp_path):
     path = tables(tmp_path, pairs(24))
     words = ("--objective.name=write", "--train.steps=6", "--optim.name=sgd", "--optim.lr=0.1")
-    words += ("--data.row_length=24", "--train.micro_batch=4")
+    words += ("--data.row_length=24", "--train.micro_batch=4", "--eval.every=3")
     finetune(base, path.parent, tmp_path / "one", *words)
     argv = [f"--init_from={base}", f"--data.path={path.parent}", f"--run.dir={tmp_path / 'two'}"]
     command_on_ranks(tmp_path / "logs", 2, "finetune", *argv, *QUIET, *words)

@@ -8,6 +8,7 @@ schema back into the plain classes of `config/schema.py`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, cast
 
 from nanolm.config.schema import Config
@@ -63,7 +64,13 @@ def registered_names(key: str, schema: type) -> list[str] | None:
 
 def narrow(schema: type, **fields: type) -> type:
     """A dataclass like `schema` in which the named fields have more specific dataclass types."""
-    items = [(key, kind, dataclasses.field(default_factory=kind)) for key, kind in fields.items()]
+    return narrowed(schema, *fields.items())
+
+
+@functools.cache  # to make a dataclass takes milliseconds, and every config that is read needs some
+def narrowed(schema: type, *fields: tuple[str, type]) -> type:
+    """What `narrow` makes: of the same types, the same dataclass."""
+    items = [(key, kind, dataclasses.field(default_factory=kind)) for key, kind in fields]
     return dataclasses.make_dataclass(
         schema.__name__,
         items,

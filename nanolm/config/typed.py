@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import types
 import typing
@@ -23,6 +24,7 @@ MOST_KEYS_SHOWN = 12
 NAMES = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
 
 
+@functools.cache  # annotations are texts, which Python compiles anew whenever it is asked
 def fields_of(schema: type) -> dict[str, Any]:
     """{field name: its resolved annotation} of a dataclass, in order."""
     hints = typing.get_type_hints(schema, include_extras=True)
@@ -92,7 +94,8 @@ def within(ranges: tuple[Within, ...], value: Any, key: str) -> Any:
 def require_ranges(config: Any) -> None:
     """Raises UserError for the first field of a dataclass, made in Python, that is not what its
     annotation says."""
-    for name, kind in fields_of(type(config)).items():
+    schema: Any = type(config)
+    for name, kind in fields_of(schema).items():
         checked(kind, getattr(config, name), name)
 
 
