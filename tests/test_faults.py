@@ -77,7 +77,10 @@ def survive(tmp_path, ranks, kills, **changes):
     assert sum(entry["writing"] for entry in entries) >= kills // 5
 
 
-@pytest.mark.parametrize("checkpoint_async", [False, pytest.param(True, marks=pytest.mark.slow)])
+# Siblings that are not slow: a kill at a known step (test_resume.py), and a job that its agent
+# starts again (below).
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoint_async", [False, True])
 def test_kills_at_random_moments_end_bit_equal(tmp_path, checkpoint_async):
     survive(tmp_path, ranks=2, kills=2, run__checkpoint_async=checkpoint_async)
 

@@ -174,6 +174,7 @@ def test_train_evaluate_predict_explain(data, tmp_path):
     assert "logit of label" in printed
 
 
+@pytest.mark.slow  # one task on two ranks: test_finetune_tasks.py and test_t5_tasks.py
 def test_two_ranks_equal_one(data, tmp_path):
     """Five rows a step in pieces of two: micro-batches and a rank without one of the tasks."""
     steps = ("--train.steps=6", "--train.global_batch=5", "--train.micro_batch=2")

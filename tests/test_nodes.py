@@ -25,7 +25,9 @@ def on_own_disk(world, config, function, *arguments):
     return function(dataclasses.replace(world, local_rank=0, local_size=1), config, *arguments)
 
 
-@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
+# The next test reads the parts of all nodes too, and another strategy from them.
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_a_killed_run_goes_on_from_what_all_nodes_have(tmp_path, strategy):
     changes = CHANGES | {"distributed__strategy": strategy}
     whole, config = tiny_config(tmp_path / "whole", **changes), tiny_config(tmp_path, **changes)

@@ -129,11 +129,17 @@ def run_prepare(settings: PrepareConfig, **options) -> subprocess.Popen:
     )
 
 
-def test_kills_and_workers_change_no_byte(corpus, reference, tmp_path):
-    """Two workers, killed with SIGKILL in several phases; workers go with their parent."""
+ALL_PHASES = ("reading", "encoding", "writing shards")
+
+
+@pytest.mark.parametrize(
+    "phases", [("encoding",), pytest.param(ALL_PHASES, marks=pytest.mark.slow)], ids=len
+)
+def test_kills_and_workers_change_no_byte(corpus, reference, tmp_path, phases):
+    """Two workers, killed with SIGKILL in these phases; workers go with their parent."""
     settings = config(corpus, tmp_path / "data", workers=2)
     killed = []
-    for phase in ("reading", "encoding", "writing shards"):
+    for phase in phases:
         process = run_prepare(settings)
         steps = 0
         for line in process.stdout:
@@ -147,7 +153,7 @@ def test_kills_and_workers_change_no_byte(corpus, reference, tmp_path):
         assert not (tmp_path / "data" / "manifest.json").exists()
         with pytest.raises(UserError, match="not a prepared directory"):
             open_split(tmp_path / "data", "train")
-    assert len(killed) == 3
+    assert tuple(killed) == phases
     deadline = time.monotonic() + 20
     while orphans(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -48,7 +48,9 @@ def fit_with(world, config, figures, kill_after=None):
 CURVE = {step: abs(step - 12.5) for step in range(1, 41)} | {4: math.nan, 8: 99.0}
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+# What test_patience.py asks of two ranks is its sibling: the best is kept, and found after a kill.
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_the_best_evaluation_is_kept_also_between_two_checkpoints(tmp_path, ranks):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     changes = {"eval__every": 4, "run__checkpoint_every": 15, "run__keep_last": 1}

@@ -186,7 +186,11 @@ def broken(wide: str, narrow: str) -> set[str]:
     return {cell for cell in short - have if not any(cell.endswith(end) for end in ends if end)}
 
 
-@pytest.mark.parametrize("command", cli.COMMANDS)
+# A study trains in processes of its own; its table is one like those of `compare` and `runs`.
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(c, marks=pytest.mark.slow) if c == "study" else c for c in cli.COMMANDS],
+)
 def test_what_a_command_prints_fits_the_terminal(command, tmp_path):
     wide = printed(command, WIDE, tmp_path / "wide")
     for width in WIDTHS:
