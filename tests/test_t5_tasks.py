@@ -94,7 +94,7 @@ def test_it_learns_to_write_the_name_of_a_class(base, tmp_path):
     """Text-to-text classification: the label's column is the answer."""
     path = tables(tmp_path, questions(24))
     words = ("--objective.template=what is it about? {text}", "--data.columns={response: label}")
-    words += ("--objective.name=write", "--train.steps=50", *SLOWLY, "--objective.beams=2")
+    words += ("--objective.name=write", "--train.steps=160", *SLOWLY, "--objective.beams=2")
     finetune(base, path.parent, tmp_path / "run", *words)
     written = command("predict", str(tmp_path / "run"), str(path), "--columns={response: label}")
     answers = [json.loads(line)["text"].strip() for line in written.splitlines()]
