@@ -2,12 +2,14 @@
 
 import json
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from nanolm import cli
 from nanolm.checkpoint.container import read_tensors
-from tests.published import edit_config
+from nanolm.errors import UserError
+from tests.published import edit_config, write_published
 
 SINGLE = "model.safetensors"
 
@@ -15,6 +17,16 @@ SINGLE = "model.safetensors"
 def imported(source, out, *words):
     cli.run(["import", str(source), str(out), *words])
     return read_tensors(out, "model")
+
+
+def require_refusal(folder, shape, spoil, said):
+    """A spoiled folder of this shape is refused in one sentence, and nothing is written."""
+    write_published(folder / "a", shape)
+    spoil(folder / "a")
+    with pytest.raises(UserError, match=said) as caught:
+        imported(folder / "a", folder / "b")
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in folder.iterdir()) == ["a"]
 
 
 def stored(folder):

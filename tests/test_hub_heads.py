@@ -9,22 +9,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from nanolm import cli
-from nanolm.checkpoint.container import read_tensors
-from nanolm.errors import UserError
 from nanolm.finetune import parity
 from nanolm.hub.samples import sample_texts
 from nanolm.hub.task_heads import KINDS, TASK_HEADS
 from nanolm.saved import open_saved
 from tests.published import HEADED, LABELS, edit_config, write_published
+from tests.spoiled_folders import imported, require_refusal
 
 SINGLE = "model.safetensors"
 BERTS = ("bert", "roberta", "distilbert", "albert")
 DECODERS = ("gpt2", "llama", "qwen3")
-
-
-def imported(source, out, *words):
-    cli.run(["import", str(source), str(out), *words])
-    return read_tensors(out, "model")
 
 
 ENCODERS = ("bert-classify", "bert-tag", "bert-read", "bert-choose")
@@ -293,13 +287,7 @@ BAD = {
 
 @pytest.mark.parametrize("kind", BAD)
 def test_bad_input_is_one_sentence_and_nothing_is_written(kind, tmp_path):
-    shape, spoil, said = BAD[kind]
-    write_published(tmp_path / "a", shape)
-    spoil(tmp_path / "a")
-    with pytest.raises(UserError, match=said) as caught:
-        imported(tmp_path / "a", tmp_path / "b")
-    assert "\n" not in str(caught.value)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+    require_refusal(tmp_path, *BAD[kind])
 
 
 @pytest.mark.parametrize("shape", ["bert-tag", "albert-read", "roberta-classify", "roberta-tag"])

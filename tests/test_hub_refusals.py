@@ -16,6 +16,7 @@ from tests.spoiled_folders import (
     imported,
     pickled,
     put,
+    require_refusal,
     stored,
     truncate,
 )
@@ -149,13 +150,7 @@ BAD = {
 
 @pytest.mark.parametrize("kind", BAD)
 def test_bad_input_is_one_sentence_and_nothing_is_written(kind, tmp_path):
-    shape, spoil, said = BAD[kind]
-    write_published(tmp_path / "a", shape)
-    spoil(tmp_path / "a")
-    with pytest.raises(UserError, match=said) as caught:
-        imported(tmp_path / "a", tmp_path / "b")
-    assert "\n" not in str(caught.value)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
+    require_refusal(tmp_path, *BAD[kind])
 
 
 def test_a_pickle_of_other_things_is_refused_without_advice_to_trust_it(tmp_path):

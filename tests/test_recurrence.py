@@ -17,7 +17,7 @@ from nanolm.inference.xlnet_names import from_transformers
 from nanolm.model.trunk import Inputs
 from nanolm.objectives.base import IGNORED
 from nanolm.saved import open_saved
-from nanolm.tools.estimate import activation_bytes, of_streams
+from nanolm.tools.estimate import Sizes, activation_bytes, largest, of_streams
 from nanolm.training.flops import memory_flops, train_flops_per_token
 from nanolm.training.loader import eval_batches
 from tests.prepared import train
@@ -279,6 +279,24 @@ def test_the_estimate_reckons_with_segments(tmp_path, capsys):
     assert needs["flops_per_token"] == pytest.approx(expected)
     read = of_streams(2 * 2048, share, 512, 384)
     assert needs["memory"]["activations"] == activation_bytes(model, "bf16", "none", *read)
+
+
+def test_the_largest_model_is_that_of_what_the_objective_reads():
+    """Sixteen passes over 512 tokens keep fewer pairs than one over 8,192."""
+    preset = "configs/pretrain/xlnet_base.yaml"
+    config = load_config(
+        [f"--config={preset}", "--model.max_length=8192", "--data.row_length=8192"]
+    )
+
+    def sizes_of(model):
+        return Sizes(10**8, 10**8, (10**7,) * model.n_layers, (10**7,) * model.n_layers)
+
+    def limit(**reads):
+        (found,) = largest(config, sizes_of, [("ddp", 1)], "h100", **reads)
+        return found.model.n_layers
+
+    assert limit(recurrence=16) > limit(recurrence=1)
+    assert limit(memory=0) > limit(memory=8192)
 
 
 RECURRENT = [*RUN, "--data.row_length=64", "--objective.recurrence=2", "--objective.memory=40"]

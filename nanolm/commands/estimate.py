@@ -19,7 +19,16 @@ from nanolm.config.ranges import Count, Share
 from nanolm.config.schema import Config
 from nanolm.errors import require
 from nanolm.tables import show
-from nanolm.tools.estimate import Limit, Needs, Sizes, estimate, find_device, largest, parts_of
+from nanolm.tools.estimate import (
+    Limit,
+    Needs,
+    Sizes,
+    estimate,
+    find_device,
+    largest,
+    parts_of,
+    reads_of,
+)
 from nanolm.tools.stand_in import stand_in_tokenizer
 from nanolm.training.accelerators import ACCELERATORS
 
@@ -75,11 +84,11 @@ def run(arguments: Arguments) -> None:
         arguments.device,
         mfu=arguments.mfu,
         gpus_per_node=arguments.gpus_per_node,
-        predicted_share=getattr(objective, "predicted_share", 1.0),
-        memory=getattr(objective, "memory", 0),
-        recurrence=getattr(objective, "recurrence", 1),
+        **reads_of(objective),
     )
-    limits = largest(config, sizes_of, strategies(arguments), arguments.device)
+    limits = largest(
+        config, sizes_of, strategies(arguments), arguments.device, **reads_of(objective)
+    )
     show(table_of(needs, arguments, config), limits_of(limits, arguments))
     figures = dataclasses.asdict(needs) | {"total": needs.total, "fits": needs.fits}
     figures["largest"] = [dataclasses.asdict(limit) for limit in limits]

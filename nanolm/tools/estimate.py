@@ -28,7 +28,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from nanolm.config.model import ModelConfig
 from nanolm.config.schema import Config
@@ -42,6 +42,24 @@ STATE = {"adamw": 2.0, "sgd": 1.0, "rmsprop": 2.0, "adafactor": 0.01}
 
 CHUNK = 1024
 """Rows of logits that exist at a time."""
+
+
+class Reads(TypedDict, total=False):
+    """What an objective makes a model read, where it is not every token of a row once: targets to a
+    token, tokens of memory before a segment, segments of a row."""
+
+    predicted_share: float
+    memory: int
+    recurrence: int
+
+
+def reads_of(objective: Any) -> Reads:
+    """Those of an objective; each is an optional attribute of it."""
+    return Reads(
+        predicted_share=getattr(objective, "predicted_share", 1.0),
+        memory=getattr(objective, "memory", 0),
+        recurrence=getattr(objective, "recurrence", 1),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,7 +300,11 @@ def scaled(model: ModelConfig, groups: int) -> ModelConfig:
 
 
 def largest(
-    config: Config, sizes_of: SizesOf, strategies: Sequence[tuple[str, int]], device: str
+    config: Config,
+    sizes_of: SizesOf,
+    strategies: Sequence[tuple[str, int]],
+    device: str,
+    **reads: Unpack[Reads],
 ) -> list[Limit]:
     """The limit of each (strategy, number of GPUs); `sizes_of` is asked a few dozen times."""
     known: dict[int, tuple[ModelConfig, Sizes]] = {}
@@ -297,7 +319,7 @@ def largest(
 
     def fits(groups: int, strategy: str, gpus: int) -> bool:
         model, sizes = at(groups)
-        return estimate(lean(config, model, strategy, gpus), sizes, gpus, device).fits
+        return estimate(lean(config, model, strategy, gpus), sizes, gpus, device, **reads).fits
 
     found = []
     for strategy, gpus in strategies:
