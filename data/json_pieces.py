@@ -87,9 +87,9 @@ class JsonPieces:
         return max(self._ids.values()) + 1
 
     def encode(self, texts: list[str] | str, **_: Any) -> Any:
-        """The ids of each text, int32, without special pieces."""
+        """The ids of a text, or of each text of a list, int32, without special pieces."""
         if isinstance(texts, str):
-            return self._inner.encode(texts, add_special_tokens=False).ids
+            return np.array(self._inner.encode(texts, add_special_tokens=False).ids, np.int32)
         found = self._inner.encode_batch(texts, add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in found]
 

@@ -13,6 +13,7 @@ text. A model trained elsewhere is taken as it is; its roles are found by the na
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import pathlib
@@ -48,6 +49,9 @@ FOREIGN_PIECES = {
     "sep": ("<sep>", "[SEP]"),
     "mask": ("<mask>", "[MASK]"),
 }
+BATCH = 64
+"""Texts from which SentencePiece is given a list: it starts a thread for each list, which costs as
+much as 60 short texts, and far more where all cores are busy."""
 PROBE = "  \uff21\ufb01\tx \n\u4e00"
 
 
@@ -91,7 +95,9 @@ class Tokenizer:
         self._processor = self._json or opened_model(model_bytes, path)
         self.vocab_size = self._processor.get_piece_size()
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
-        self.lossless = self._processor.decode(self._processor.encode(PROBE)) == PROBE
+        self.lossless = (
+            self._processor.decode(list(map(int, self._processor.encode(PROBE)))) == PROBE
+        )
         self._roles = {role: self._find_role(role) for role in ROLES}
         if self._json is not None and self._roles["eos"] is None:
             self._roles["eos"] = self._roles["sep"]  # what ends BERT's texts
@@ -163,7 +169,7 @@ class Tokenizer:
         return self.lossless or self._json is not None
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """The ids of each text; much faster than `encode` one by one."""
+        """The ids of each text."""
         return [array.astype(self.dtype) for array in self._encode_int32(texts)]
 
     def encode_documents(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -281,8 +287,11 @@ class Tokenizer:
             whole = "".join(texts)
             if any(mark in whole for mark in (SPACE, STAND_IN, ESCAPE)):
                 texts = [escape(text) for text in texts]
+        encode = functools.partial(self._processor.encode, return_type="numpy")
         try:
-            return self._processor.encode(texts, return_type="numpy", num_threads=1)
+            if len(texts) < BATCH:
+                return [encode(text) for text in texts]
+            return encode(texts, num_threads=1)
         except (UnicodeEncodeError, TypeError):  # half a surrogate pair, or a byte of no character
             odd = next((text for text in texts if not _is_unicode(text)), None)
             if odd is None:

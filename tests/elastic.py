@@ -4,11 +4,14 @@ The same agent, rendezvous and restarts as the command `torchrun --standalone --
 workers come from a fork server that has imported torch already, so a restart takes no seconds.
 """
 
+import contextlib
 import dataclasses
 import multiprocessing
 import os
 import pathlib
+import signal
 import sys
+from collections.abc import Iterator
 from unittest import mock
 
 import torch
@@ -53,11 +56,27 @@ def _launch(logs: pathlib.Path, ranks: int, restarts: int, entry, *arguments) ->
         **({"shutdown_timeout": 0.3} if HAS_PATIENCE else {}),
     )
     try:
-        with mock.patch.object(dynamic_rendezvous, "get_method_name", _name_of_caller):
+        with (
+            mock.patch.object(dynamic_rendezvous, "get_method_name", _name_of_caller),
+            _own_handlers(),
+        ):
             elastic_launch(config, entry)(*arguments)
     except ChildFailedError:
         return False
     return True
+
+
+@contextlib.contextmanager
+def _own_handlers() -> Iterator[None]:
+    """Afterwards signals do what they did before: torch's agent takes them for itself and, in a
+    process that outlives it, would raise its SignalException at any later one."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _name_of_caller(depth: int = 2) -> str:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanolm.data.prepare.tokenizer_training import LOSSLESS, sentences, train_tokenizer
-from nanolm.data.tokenizer import EXTRA_TOKENS, ROLES, Tokenizer, escape, unescape
+from nanolm.data.tokenizer import BATCH, EXTRA_TOKENS, ROLES, Tokenizer, escape, unescape
 from nanolm.data.tokenizer_warning import WARNED_OF, load_with_warning
 from nanolm.errors import UserError
 
@@ -127,6 +127,23 @@ def test_batch_equals_one_by_one(tokenizer: Tokenizer):
     assert [tokenizer.decode(document[:-1]) for document in documents] == texts
     assert all(document[-1] == tokenizer.eos for document in documents)
     assert len(tokenizer.encode_documents([])[0]) == 0
+
+
+@pytest.mark.parametrize("texts", [1, BATCH - 1, BATCH, BATCH + 1])
+def test_few_texts_are_no_list(tokenizer: Tokenizer, texts: int, monkeypatch):
+    """SentencePiece starts a thread for each list that it is given."""
+    given, encode = [], tokenizer._processor.encode
+
+    def noted(text, **options):
+        given.append(type(text))
+        return encode(text, **options)
+
+    expected = [f"{number} ▁ birds" for number in range(texts)]
+    monkeypatch.setattr(tokenizer._processor, "encode", noted, raising=False)
+    found = tokenizer.encode_batch(expected)
+    assert given == ([str] * texts if texts < BATCH else [list])
+    assert [tokenizer.decode(ids) for ids in found] == expected
+    assert {ids.dtype for ids in found} == {tokenizer.dtype}
 
 
 def test_roles_have_fixed_ids_and_show_only_when_asked(tokenizer: Tokenizer):
