@@ -201,6 +201,8 @@ def test_evaluation_reads_each_row_once_whatever_the_world_and_batch(corpora, wo
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_errors_reach_the_caller(corpora, workers):
+    before = multiprocessing.active_children()
+
     def run(error):
         take(
             Loader(
@@ -214,6 +216,7 @@ def test_errors_reach_the_caller(corpora, workers):
     assert str(refusal.value) == "the shard x is damaged; restore it"
     with pytest.raises(ZeroDivisionError, match="in row five"):
         run(ZeroDivisionError("in row five"))
+    assert multiprocessing.active_children() == before, "no worker outlives the error"
 
 
 def test_bad_arguments_are_refused(corpora):

@@ -124,3 +124,10 @@ def test_every_word_that_could_be_something_else(word):
 @settings(deadline=None, derandomize=True, max_examples=100)
 def test_what_is_dumped_is_parsed_again(value):
     assert strict_yaml.parse(strict_yaml.dump(value), "round trip") == value
+
+
+def test_a_value_is_the_callers_own():
+    """Texts are parsed once and kept."""
+    text = "model: {sizes: [1, 2]}\n"
+    strict_yaml.parse(text, "a.yaml")["model"]["sizes"].append(3)
+    assert strict_yaml.parse(text, "a.yaml") == {"model": {"sizes": [1, 2]}}

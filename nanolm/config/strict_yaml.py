@@ -8,6 +8,8 @@ else is quoted, so that what `dump` writes is what `parse` reads.
 
 from __future__ import annotations
 
+import copy
+import functools
 import pathlib
 import re
 from typing import Any
@@ -84,12 +86,19 @@ def parse(text: str, origin: str) -> Any:
     if _brackets(text) > MOST_NESTING and _nests_too_deeply(text):
         raise UserError(f"{origin} is not valid YAML: more than {MOST_NESTING} brackets are open")
     try:
-        return yaml.load(text, Loader=StrictLoader)
+        return copy.deepcopy(_value(text))
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise UserError(f"{origin}{where} is not valid YAML: {problem}") from None
+
+
+@functools.lru_cache(maxsize=64)
+def _value(text: str) -> Any:
+    """PyYAML takes 10 ms for a run's config, and one that begins from another run reads that run's
+    five times."""
+    return yaml.load(text, Loader=StrictLoader)
 
 
 def _nests_too_deeply(text: str) -> bool:

@@ -24,7 +24,7 @@ from nanolm.hub.samples import sample_texts
 CONFIG_FILE = "tokenizer_config.json"
 FRAMES = {"encoder": cls_first, "two_stream": cls_last}
 """What stands around a text, by the trunk that reads it."""
-Encode = Callable[[str], list[int]]
+Encode = Callable[[list[str]], list[list[int]]]
 Note = Callable[[str], None]
 
 
@@ -97,24 +97,25 @@ def compared(tokenizer: Tokenizer, files: Mapping[str, bytes], note: Note) -> in
 
 
 def told(tokenizer: Tokenizer, encode: Encode, note: Note, by: str = "transformers") -> int:
-    """Sample texts that `encode`, which is `by` whom, gives other ids than the tokenizer, told."""
+    """Sample texts to which `encode`, which is `by` whom, gives other ids than the tokenizer;
+    their number is told."""
     texts = sample_texts()
-    pairs = zip(texts, tokenizer.encode_batch(texts), strict=True)
-    differing = sum(encode(text) != ids.tolist() for text, ids in pairs)
+    pairs = zip(encode(texts), tokenizer.encode_batch(texts), strict=True)
+    differing = sum(theirs != ours.tolist() for theirs, ours in pairs)
     note(f"tokenizer: {by} gives {differing or 'none'} of {len(texts)} sample texts other ids")
     return differing
 
 
 def opened(folder: str | pathlib.Path) -> Encode:
-    """What encodes a text by a folder's files; names of special pieces in it stay text."""
+    """What encodes texts by a folder's files; names of special pieces in them stay text."""
     from transformers import AutoTokenizer  # noqa: PLC0415  (slow to import)
 
     theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     theirs.model_max_length = 1 << 30  # or it warns of every longer text
 
-    def encode(text: str) -> list[int]:
+    def encode(texts: list[str]) -> list[list[int]]:
         return theirs(
-            text, add_special_tokens=False, split_special_tokens=True, truncation=False
+            texts, add_special_tokens=False, split_special_tokens=True, truncation=False
         ).input_ids
 
     return encode

@@ -181,6 +181,10 @@ class Loader:
 
     def close(self) -> None:
         """End the worker processes; iterating again starts new ones at `step`."""
+        if self._source is not None and self.workers:
+            # The traceback of an error may keep torch's iterator until the garbage collector, which
+            # closes its queues first; each worker would then be waited for in vain for 5 s.
+            cast(Any, self._source)._shutdown_workers()
         self._source = None
 
     def _next(self, turn: int) -> MicroBatch:

@@ -27,6 +27,8 @@ from nanolm.training.flops import Product
 from nanolm.training.phases import PHASES
 
 SQUARE: Product = (768, 768, 768)
+SECONDS = 0.2
+"""What a run on a CPU spends on measuring the peak of its products."""
 TIMING = (
     *("tokens_per_second", "tflops", "mfu", "memory", "data_wait", "seconds"),
     *("straggler", "slowest_rank"),
@@ -43,7 +45,7 @@ def peak_flops(
     if device.type == "cpu":
         wide = precision == "bf16" and not multiplies_bf16()  # ops/cpu_bf16.py: as float32
         dtype = torch.bfloat16 if precision == "bf16" and not wide else torch.float32
-        seconds = 0.2 / len(products)
+        seconds = SECONDS / len(products)
         rates = {product: matmul_flops(dtype, product, seconds) for product in products}
         best = max(products, key=rates.__getitem__)
         shape, threads = " x ".join(map(str, best)), torch.get_num_threads()

@@ -14,7 +14,7 @@ from nanolm.data.tokenizer import Tokenizer
 from nanolm.errors import UserError
 from nanolm.hub.gguf.reading import read_values
 from nanolm.hub.gguf.vocabulary import BYTE, KIND
-from nanolm.hub.tokenizer_files import told
+from nanolm.hub.tokenizer_files import Encode, told
 
 BPE = 2
 Note = Callable[[str], None]
@@ -39,8 +39,8 @@ def told_vocabulary(tokenizer: Tokenizer, path: pathlib.Path, note: Note) -> int
     return told(tokenizer, encode, note, by="SentencePiece, of the file's own pieces,")
 
 
-def by_sentencepiece(values: Mapping[str, Any]) -> Callable[[str], list[int]]:
-    """What encodes a text by the library, from a file's values alone.
+def by_sentencepiece(values: Mapping[str, Any]) -> Encode:
+    """What encodes texts by the library, from a file's values alone.
 
     Raises ImportError without protobuf, and UserError for pieces that the library refuses.
     """
