@@ -36,7 +36,7 @@ from nanolm.tools.kernel_check.main_loops import LONG, whole_tiles
 from nanolm.tools.kernel_check.op_habits import OP_HABITS
 from nanolm.tools.kernel_check.op_suites import op_trials
 from nanolm.tools.kernel_check.saved import what_is_saved
-from nanolm.tools.kernel_check.settings import watched_settings
+from nanolm.tools.kernel_check.settings import CHANGED, SettingsChangedError, watched_settings
 from nanolm.tools.kernel_check.trial import Trial, execute, forget_graphs
 
 
@@ -212,12 +212,13 @@ def told(name: str, work: Callable[[], Finding]) -> Finding:
     with watched_settings() as written:
         try:
             finding = work()
+        except SettingsChangedError as error:
+            finding = Finding(name, "FAIL", str(error))
         except (Exception, SystemExit) as error:  # noqa: BLE001  (it is reported)
             finding = Finding(name, "FAIL", f"it raises {type(error).__name__}: {error}")
     if not written:
         return finding
-    words = f"it calls {', '.join(written)}, which changes what all others compute after it"
-    return Finding(name, "FAIL", words)
+    return Finding(name, "FAIL", CHANGED.format(", ".join(written)))
 
 
 def served_trial(kernel: Any, name: str, device: str) -> Trial:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from nanolm.tools.kernel_check.op_trials import spread
+from nanolm.tools.kernel_check.settings import one_call
 from nanolm.tools.kernel_check.trial import Result, Trial, excess, execute, like, upstream
 
 Habit = Callable[[Any, Trial], str | None]
@@ -36,7 +37,7 @@ def run(kernel: Any, trial: Trial, *wanted: str) -> tuple[Mapping[str, Tensor], 
     region: Any = contextlib.nullcontext()
     if trial.autocast is not None:
         region = torch.autocast(torch.device(trial.spec.device).type, trial.autocast)
-    with region:
+    with region, one_call():
         return trial.run(kernel, leaves), leaves
 
 

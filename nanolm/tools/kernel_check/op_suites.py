@@ -14,6 +14,7 @@ from nanolm.tools.kernel_check.op_trials import (
     BF16,
     FP16,
     FP32,
+    FP64,
     Mix,
     cross_entropy_trial,
     glu_trial,
@@ -43,6 +44,7 @@ def op_trials(op: str, device: str = "cpu") -> list[Trial]:
     for index, dtype in enumerate(DTYPES):
         trials += TRIALS[op](index, {"dtype": dtype, "device": device})
     trials += LARGE[op]({"dtype": FP32, "device": device}) + MIXED[op](device)
+    trials += EXTREME[op](device)
     fullest = max(trials, key=lambda trial: len(trial.leaves))
     others = (with_axes(fullest, *axes) for axes in AXES.get(op, ()))
     return [*trials, strided(fullest), *others, *long_trials(op, device)]
@@ -103,6 +105,84 @@ LARGE: dict[str, Callable[[dict[str, Any]], list[Trial]]] = {
 }
 """More rows than the other trials have, wider ones, and none: a batch without a token, and one
 whose targets are all ignored."""
+
+
+FP32_ON: Callable[[str], dict[str, Any]] = lambda device: {"dtype": FP32, "device": device}
+
+
+def extreme_norms(device: str) -> list[Trial]:
+    """A mean that is large beside the spread (mean(x^2) - mean(x)^2 cancels), squares that float16
+    does not hold, as many rows as columns, and float64."""
+    alone: dict[str, Any] = {"bias": False, "residual": False, "device": device}
+    return [
+        norm_trial("layernorm", 5, 40, mean=30.0, dtype=FP32, **alone),
+        *(norm_trial(k, 5, 40, size=400.0, dtype=FP16, **alone) for k in ("layernorm", "rmsnorm")),
+        norm_trial("rmsnorm", 24, 24, dtype=FP32, **alone),
+        norm_trial("layernorm", 3, 24, bias=True, residual=True, dtype=FP64, device=device),
+    ]
+
+
+def extreme_rotaries(device: str) -> list[Trial]:
+    """Long rows, as many heads as tokens, angles that must not be rounded, and float64."""
+    common: dict[str, Any] = {"per_row": False, "device": device}
+    return [
+        rotary_trial(1, 4, 2, n_tokens=4100, dtype=FP32, **common),
+        rotary_trial(4, 16, 5, n_tokens=4, dtype=FP32, **common),
+        *(rotary_trial(2, 16, 8, cancels=True, dtype=dtype, **common) for dtype in (BF16, FP16)),
+        rotary_trial(2, 16, 5, dtype=FP64, **common),
+    ]
+
+
+def extreme_glus(device: str) -> list[Trial]:
+    """Gates at which exp overflows beside factors of 0, as many rows as columns, and float64."""
+    return [
+        *(glu_trial(k, 4, 24, large=True, **FP32_ON(device)) for k in ("swiglu", "geglu")),
+        glu_trial("swiglu", 24, 12, **FP32_ON(device)),
+        glu_trial("geglu", 3, 12, dtype=FP64, device=device),
+    ]
+
+
+def extreme_cross_entropies(device: str) -> list[Trial]:
+    """Logits at which exp overflows, as many tokens as classes and columns, and float64."""
+    plain: dict[str, Any] = {"softcap": None, "label_smoothing": 0.0, "z_loss": 0.0}
+    return [
+        cross_entropy_trial(
+            9, 63, bias=False, exact=True, large=True, **plain, **FP32_ON(device)
+        ),
+        cross_entropy_trial(16, 16, bias=True, **plain, **FP32_ON(device)),
+        cross_entropy_trial(
+            5, 31, bias=True, softcap=3.0, label_smoothing=0.1, z_loss=1e-2, dtype=FP64,
+            device=device,
+        ),
+    ]  # fmt: skip
+
+
+def extreme_products(device: str) -> list[Trial]:
+    """A square, and float64."""
+    return [
+        symmetric_trial(24, 24, **FP32_ON(device)),
+        symmetric_trial(9, 13, dtype=FP64, device=device),
+    ]
+
+
+def extreme_linears(device: str) -> list[Trial]:
+    """A square weight of as many rows as the input, and float64."""
+    return [
+        linear_trial(24, 24, 24, bias=True, **FP32_ON(device)),
+        linear_trial(3, 9, 13, bias=True, dtype=FP64, device=device),
+    ]
+
+
+EXTREME: dict[str, Callable[[str], list[Trial]]] = {
+    "norm": extreme_norms,
+    "rotary": extreme_rotaries,
+    "glu": extreme_glus,
+    "linear_cross_entropy": extreme_cross_entropies,
+    "symmetric_product": extreme_products,
+    "linear": extreme_linears,
+}
+"""Numbers at which a formula that is right on paper is not, sizes that coincide, so that a layout
+cannot be guessed from them, and float64."""
 
 
 def norm_trials(index: int, common: dict[str, Any]) -> Iterator[Trial]:
@@ -205,21 +285,24 @@ def mixed_cross_entropies(device: str) -> list[Trial]:
     options: dict[str, Any] = {"bias": True, "softcap": None}
     options |= {"label_smoothing": 0.1, "z_loss": 1e-2}
     return [
-        cross_entropy_trial(9, 63, dtype=BF16, device=device, mix=Mix(x, FP32, x, BF16), **options)
-        for x in (BF16, FP32)
+        cross_entropy_trial(9, 63, dtype=to, device=device, mix=Mix(x, FP32, x, to), **options)
+        for x, to in ((BF16, BF16), (FP32, BF16), (FP32, FP16))
     ]
 
 
 def mixed_products(device: str) -> list[Trial]:
-    """float32 under autocast, which makes it 16-bit."""
-    return [symmetric_trial(33, 9, dtype=FP32, device=device, autocast=BF16)]
+    """float32 under autocast, which makes it 16-bit, of either kind."""
+    return [
+        symmetric_trial(33, 9, dtype=FP32, device=device, autocast=autocast)
+        for autocast in (BF16, FP16)
+    ]
 
 
 def mixed_linears(device: str) -> list[Trial]:
     """float32 parameters under autocast, with 16-bit and with float32 inputs."""
     return [
-        linear_trial(5, 24, 37, bias=True, dtype=BF16, device=device, mix=Mix(x, FP32, x, BF16))
-        for x in (BF16, FP32)
+        linear_trial(5, 24, 37, bias=True, dtype=to, device=device, mix=Mix(x, FP32, x, to))
+        for x, to in ((BF16, BF16), (FP32, BF16), (FP32, FP16))
     ]
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from nanolm.ops.contract import KERNELS, Spec, candidates
+from nanolm.tools.kernel_check.settings import one_call
 
 # Largest |kernel - reference| / max |reference|: some units in the last place of each dtype.
 TOLERANCE = {
@@ -139,7 +140,7 @@ def execute(
     region: Any = contextlib.nullcontext()
     if dtype is None and trial.autocast is not None:
         region = torch.autocast(device.type, trial.autocast)
-    with region:
+    with region, one_call():
         outputs = trial.run(kernel, leaves)
     plain = {name: x.detach() for name, x in outputs.items()}
     if not backward:
