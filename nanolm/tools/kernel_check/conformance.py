@@ -18,8 +18,9 @@ that refuse training but serve prefill or decoding are checked forward only.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import torch
@@ -34,7 +35,7 @@ from nanolm.tools.kernel_check.habits import HABITS, Habit, in_place
 from nanolm.tools.kernel_check.leaks import KINDS, leak
 from nanolm.tools.kernel_check.main_loops import LONG, whole_tiles
 from nanolm.tools.kernel_check.op_habits import OP_HABITS
-from nanolm.tools.kernel_check.op_suites import op_trials
+from nanolm.tools.kernel_check.op_stock import SUMS, Stock, answers, other_options, pairs, sums
 from nanolm.tools.kernel_check.saved import what_is_saved
 from nanolm.tools.kernel_check.settings import CHANGED, SettingsChangedError, watched_settings
 from nanolm.tools.kernel_check.trial import Trial, execute, forget_graphs
@@ -71,15 +72,7 @@ def checks_of(op: str, *, quick: bool = False) -> list[Check]:
     if op not in OPS:
         raise ValueError(f"there is no op {op!r}; choose from {', '.join(OPS)}")
     if op != "attention":
-        return [
-            *(trial_check(op, number) for number in range(len(op_trials(op)))),
-            lambda kernel, device: check_other_numbers(kernel, lambda: op_trials(op, device)[0]),
-            lambda kernel, device: check_determinism(kernel, lambda: op_trials(op, device)[0]),
-            *(
-                habit_check(name, find, lambda _, device: op_trials(op, device)[0])
-                for name, find in (HABITS | OP_HABITS.get(op, {})).items()
-            ),
-        ]
+        return op_checks(op)
     cases = SINGLE | MIXED | LARGE | ({} if quick else HARD)
     return [
         *(case_check(name, case) for name, case in cases.items()),
@@ -99,16 +92,84 @@ def checks_of(op: str, *, quick: bool = False) -> list[Check]:
     ]
 
 
-def habit_check(name: str, find: Habit, make: Callable[[Any, str], Trial]) -> Check:
-    """One habit on the trial that is made for a kernel and a device."""
+def op_checks(op: str) -> list[Check]:
+    """The suite of an op other than attention."""
+    stock = Stock(op)
+    return [
+        *(trial_check(stock, number) for number in range(len(stock.all("cpu")))),
+        *(sum_check(SUMS[name]) for name in SUMS if name == op),
+        *(options_check(op, number) for number in range(len(pairs(op, "cpu")))),
+        lambda kernel, device: check_answers(kernel, stock.all(device)),
+        each_check(stock, check_other_numbers),
+        lambda kernel, device: check_determinism(kernel, lambda: stock.take(0, device)),
+        *(
+            each_check(stock, functools.partial(check_habit, name, find))
+            for name, find in (HABITS | OP_HABITS.get(op, {})).items()
+        ),
+    ]
+
+
+def sum_check(make: Callable[[str], Trial]) -> Check:
+    """Sums of many terms."""
     return lambda kernel, device: asked(
-        name, kernel, lambda: make(kernel, device), lambda trial: find(kernel, trial)
+        "sums", kernel, lambda: make(device), lambda trial: sums(kernel, trial)
     )
 
 
-def trial_check(op: str, number: int) -> Check:
+def options_check(op: str, number: int) -> Check:
+    """A call behind one with other options."""
+
+    def check(kernel: Any, device: str) -> Finding:
+        before, trial = pairs(op, device)[number]
+
+        def words_of(trial: Trial) -> str | None:
+            return other_options(kernel, before, trial)
+
+        reason = refusal_of(kernel, before.spec)
+        if reason is not None:
+            return Finding("other options", "refused", reason)
+        return asked("other options", kernel, lambda: trial, words_of)
+
+    return check
+
+
+def check_answers(kernel: Any, trials: Sequence[Trial]) -> Finding:
+    """What `why_not` says, asked in any order."""
+
+    def work() -> Finding:
+        words = answers(kernel, trials, refusal_of)
+        return Finding("answers", "pass" if words is None else "FAIL", words or "")
+
+    return told("answers", work)
+
+
+def check_habit(name: str, find: Habit, kernel: Any, make: Callable[[], Trial]) -> Finding:
+    """One habit on a trial."""
+    return asked(name, kernel, make, lambda trial: find(kernel, trial))
+
+
+def each_check(stock: Stock, check: Callable[[Any, Callable[[], Trial]], Finding]) -> Check:
+    """A check on each of the trials that habits are asked on: the first failure, else a pass."""
+
+    def on_each(kernel: Any, device: str) -> Finding:
+        found = []
+        for trial in stock.habits(device):
+            found.append(check(kernel, lambda trial=trial: trial))  # type: ignore[misc]
+            if found[-1].verdict == "FAIL":
+                return found[-1]
+        return next((finding for finding in found if finding.verdict == "pass"), found[0])
+
+    return on_each
+
+
+def habit_check(name: str, find: Habit, make: Callable[[Any, str], Trial]) -> Check:
+    """One habit on the trial that is made for a kernel and a device."""
+    return lambda kernel, device: check_habit(name, find, kernel, lambda: make(kernel, device))
+
+
+def trial_check(stock: Stock, number: int) -> Check:
     """Parity on the op's trial of this number."""
-    return lambda kernel, device: check_trial(kernel, op_trials(op, device)[number])
+    return lambda kernel, device: check_trial(kernel, stock.take(number, device))
 
 
 def case_check(name: str, case: Case) -> Check:

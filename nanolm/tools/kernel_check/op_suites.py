@@ -112,12 +112,13 @@ FP32_ON: Callable[[str], dict[str, Any]] = lambda device: {"dtype": FP32, "devic
 
 def extreme_norms(device: str) -> list[Trial]:
     """A mean that is large beside the spread (mean(x^2) - mean(x)^2 cancels), squares that float16
-    does not hold, as many rows as columns, and float64."""
+    does not hold, as many rows as columns, an RMSNorm with a bias, and float64."""
     alone: dict[str, Any] = {"bias": False, "residual": False, "device": device}
     return [
         norm_trial("layernorm", 5, 40, mean=30.0, dtype=FP32, **alone),
         *(norm_trial(k, 5, 40, size=400.0, dtype=FP16, **alone) for k in ("layernorm", "rmsnorm")),
         norm_trial("rmsnorm", 24, 24, dtype=FP32, **alone),
+        norm_trial("rmsnorm", 5, 40, bias=True, residual=True, dtype=FP32, device=device),
         norm_trial("layernorm", 3, 24, bias=True, residual=True, dtype=FP64, device=device),
     ]
 

@@ -111,7 +111,8 @@ def norm_trial(
         kind=kind, width=width, bias=bias, residual=residual, dtype=dtype, device=device
     )
     total = torch.promote_types(mix.x, mix.residual) if residual else mix.x
-    words = " bias" * bias + " residual" * residual + f" of size {size:g}" * (size != 1)
+    words = " bias" * bias + " residual" * residual
+    words += f" of size {size:g}" * (size < 1) + " of hundreds" * (size > 1)
     words += f" around {mean:g}" * (mean != 0) + f" eps {eps:g}" * (eps != 1e-5)
     kinds = f"{dtype}" if mix == Mix(dtype, dtype, dtype) else str(mix)
     return Trial(

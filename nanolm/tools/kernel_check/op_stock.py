@@ -1,0 +1,214 @@
+"""The trials of an op on the device at hand, made once for a whole suite, and what one trial alone
+does not show: sums of many terms, other options, and what `why_not` says when it is asked again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanolm.tools.kernel_check.diagnosis import fault
+from nanolm.tools.kernel_check.op_suites import op_trials
+from nanolm.tools.kernel_check.op_trials import (
+    BF16,
+    FP16,
+    FP32,
+    Mix,
+    cross_entropy_trial,
+    glu_trial,
+    linear_trial,
+    norm_trial,
+    rotary_trial,
+    symmetric_trial,
+)
+from nanolm.tools.kernel_check.trial import Trial, execute
+
+
+class Stock:
+    """The trials of an op, device by device, with the numbers that they were made with: a check
+    before may have been of a kernel that writes into its inputs."""
+
+    def __init__(self, op: str) -> None:
+        self.op = op
+        self.trials: dict[str, list[Trial]] = {}
+        self.numbers: dict[str, list[dict[str, Tensor]]] = {}
+
+    def all(self, device: str) -> list[Trial]:
+        """Every trial, as it was made."""
+        if device not in self.trials:
+            made = op_trials(self.op, device)
+            self.trials[device] = made
+            self.numbers[device] = [{n: x.clone() for n, x in inputs(t).items()} for t in made]
+        return [self.take(number, device) for number in range(len(self.trials[device]))]
+
+    def take(self, number: int, device: str) -> Trial:
+        """One trial, as it was made."""
+        if device not in self.trials:
+            self.all(device)
+        trial, before = self.trials[device][number], self.numbers[device][number]
+        for name, x in inputs(trial).items():
+            x.copy_(before[name])
+        return trial
+
+    def habits(self, device: str) -> list[Trial]:
+        """The trials that habits are asked on: the first, those with the fewest and the most inputs
+        that learn, and one in an autocast region. What is right beside a bias may be wrong without
+        one, and the reverse."""
+        trials = self.all(device)
+        plain = [t for t in trials if t.spec.dtype == FP32 and t.autocast is None]
+        chosen = [
+            trials[0],
+            min(plain, key=lambda trial: len(trial.leaves)),
+            max(plain, key=lambda trial: len(trial.leaves)),
+            *[trial for trial in trials if trial.autocast is not None][:1],
+        ]
+        return list({trial.name: trial for trial in chosen}.values())
+
+
+def inputs(trial: Trial) -> dict[str, Tensor]:
+    """All tensors that a kernel is handed."""
+    return {**trial.leaves, **trial.constants}
+
+
+ROWS = 4096
+"""Terms of a sum, all equal: a sum in 16 bits is further off with each, and stands still in the
+end, while one in float32 is exact."""
+
+
+def sum_of_norms(device: str) -> Trial:
+    """The gradients of weight and bias over many equal rows."""
+    whole = norm_trial(
+        "layernorm", 1, 8, bias=True, residual=False, dtype=FP16, device=device
+    )  # fmt: skip
+    x = whole.leaves["x"].expand(ROWS, -1).contiguous()
+    leaves = {name: x for name, x in whole.leaves.items() if name != "x"}
+    return of_sums(whole, leaves, lambda given: given | {"x": x.to(given["weight"].dtype)})
+
+
+def sum_of_linears(device: str) -> Trial:
+    """The gradients of weight and bias over many equal rows."""
+    whole = linear_trial(1, 6, 5, bias=True, dtype=FP16, device=device)
+    x = whole.leaves["x"][:1].expand(1, ROWS, -1).contiguous()
+    leaves = {name: x for name, x in whole.leaves.items() if name != "x"}
+    return of_sums(whole, leaves, lambda given: given | {"x": x.to(given["weight"].dtype)})
+
+
+def of_sums(
+    trial: Trial, leaves: dict[str, Tensor], fill: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+) -> Trial:
+    """The trial of which the parameters alone learn, and whose output is summed over all rows, so
+    that every row brings the same gradient."""
+
+    def run(kernel: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        out = trial.run(kernel, fill(given))["out"]
+        return {"sum": out.float().flatten(0, -2).sum(dim=0)}
+
+    name = f"sums of {ROWS} rows {trial.name}"
+    return dataclasses.replace(trial, name=name, leaves=leaves, run=run, dtypes={}, computes=None)
+
+
+def sum_of_losses(device: str) -> Trial:
+    """The gradients of weight and bias over many tokens that are all the same."""
+    trial = cross_entropy_trial(
+        1, 8, bias=True, softcap=None, label_smoothing=0.0, z_loss=0.0, width=4, dtype=FP16,
+        device=device,
+    )  # fmt: skip
+    hidden = trial.leaves["hidden"].expand(ROWS, -1).contiguous()
+    targets = torch.full((ROWS,), 3, device=device)
+
+    def run(kernel: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        given_hidden = hidden.to(given["weight"].dtype)
+        return {"loss": kernel.run(given_hidden, given["weight"], given["bias"], targets).loss}
+
+    leaves = {name: x for name, x in trial.leaves.items() if name != "hidden"}
+    name = f"sums of {ROWS} tokens {trial.name}"
+    return dataclasses.replace(
+        trial, name=name, leaves=leaves, run=run, detached=frozenset(), dtypes={}, constants={}
+    )
+
+
+def sum_of_products(device: str) -> Trial:
+    """Products of rows of many equal columns."""
+    trial = symmetric_trial(3, ROWS, dtype=FP16, device=device)
+    x = torch.tensor([0.7, -0.3, 0.55], dtype=FP16, device=device)[:, None].repeat(1, ROWS)
+    return dataclasses.replace(trial, name=f"sums {trial.name}", leaves={"x": x})
+
+
+SUMS: dict[str, Callable[[str], Trial]] = {
+    "norm": sum_of_norms,
+    "linear": sum_of_linears,
+    "linear_cross_entropy": sum_of_losses,
+    "symmetric_product": sum_of_products,
+}
+
+
+def sums(kernel: Any, trial: Trial) -> str | None:
+    """A sentence about a kernel on a trial of many equal terms."""
+    words = fault(kernel, trial)
+    return words and f"it adds up many terms in fewer than float32's bits: {words}"
+
+
+def pairs(op: str, device: str) -> list[tuple[Trial, Trial]]:
+    """Two trials of the same shapes whose options are not the same."""
+    common: dict[str, Any] = {"dtype": FP32, "device": device}
+    norms: dict[str, Any] = {"bias": True, "residual": False, "size": 3e-3, **common}
+    found: dict[str, list[tuple[Trial, Trial]]] = {
+        "norm": [
+            tuple(norm_trial("layernorm", 7, 40, eps=eps, **norms) for eps in (1e-5, 1e-3)),
+            tuple(norm_trial(kind, 7, 40, **norms) for kind in ("layernorm", "rmsnorm")),
+        ],
+        "rotary": [tuple(rotary_trial(2, 16, n, per_row=False, **common) for n in (5, 8))],
+        "glu": [tuple(glu_trial(kind, 3, 40, **common) for kind in ("swiglu", "geglu"))],
+        "linear_cross_entropy": [
+            tuple(
+                cross_entropy_trial(
+                    9, 63, bias=True, softcap=cap, label_smoothing=e, z_loss=z, **common
+                )
+                for cap, e, z in ((None, 0.1, 1e-3), (3.0, 0.2, 1e-2))
+            )
+        ],
+        "linear": [
+            tuple(
+                linear_trial(
+                    5, 24, 37, bias=True, dtype=to, device=device, mix=Mix(FP32, FP32, FP32, to)
+                )
+                for to in (BF16, FP16)
+            )
+        ],
+        "symmetric_product": [
+            tuple(symmetric_trial(33, 9, autocast=to, **common) for to in (BF16, FP16))
+        ],
+    }  # type: ignore[assignment]
+    return found[op]
+
+
+def other_options(kernel: Any, before: Trial, trial: Trial) -> str | None:
+    """A call behind one of the same shapes with other options, or in a region of another dtype."""
+    execute(before, kernel, backward=before.differentiable)
+    words = fault(kernel, trial)
+    return words and f"after a call of these shapes with other options: {words}"
+
+
+def answers(kernel: Any, trials: Sequence[Trial], refusal: Callable[..., str | None]) -> str | None:
+    """A model asks `why_not` for all its layers before it runs one, and more than once."""
+    specs = [trial.spec for trial in trials]
+    once = [refusal(kernel, spec) for spec in specs]
+    again = [refusal(kernel, spec) for spec in reversed(specs)][::-1]
+    for spec, first, second in zip(specs, once, again, strict=True):
+        if (first is None) != (second is None):
+            return (
+                f"why_not says {first!r}, and {second!r} when it is asked again about the same "
+                f"{type(spec).__name__}"
+            )
+    served = next((t for t, reason in zip(trials, once, strict=True) if reason is None), None)
+    if served is None:
+        return None
+    refusal(kernel, next((s for s in reversed(specs) if s != served.spec), served.spec))
+    try:
+        words = fault(kernel, served)
+    except Exception as error:  # noqa: BLE001  (a foreign kernel may raise anything; it is told)
+        words = f"it raises {type(error).__name__}: {error}"
+    return words and f"after why_not was asked about another layer: {words}"
