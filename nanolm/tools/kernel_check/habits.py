@@ -150,13 +150,12 @@ def accumulated(kernel: Any, trial: Trial) -> str | None:
     """What stands in `.grad` is autograd's to add to: the backward pass returns its gradients."""
     for standing in (False, True) if trial.differentiable else ():
         outputs, leaves = run(kernel, trial, *trial.leaves, standing=standing)
-        before = {name: None if x.grad is None else x.grad.clone() for name, x in leaves.items()}
         roots, given = taken(outputs, trial)
         if roots:
             torch.autograd.grad(roots, list(leaves.values()), given, allow_unused=True)
         for name, x in leaves.items():
-            now, then = x.grad, before[name]
-            if (now is None) != (then is None) or not (now is None or torch.equal(now, then)):
+            kept = x.grad is not None and torch.equal(x.grad, torch.ones_like(x))
+            if not (kept if standing else x.grad is None):
                 return (
                     f"it writes into the .grad of {name} by itself: a backward pass returns its "
                     f"gradients, and autograd adds them"

@@ -24,7 +24,8 @@ from nanolm.tools.kernel_check.op_trials import (
     rotary_trial,
     symmetric_trial,
 )
-from nanolm.tools.kernel_check.trial import Trial, execute
+from nanolm.tools.kernel_check.settings import SettingsChangedError
+from nanolm.tools.kernel_check.trial import Trial
 
 
 class Stock:
@@ -78,20 +79,20 @@ ROWS = 4096
 end, while one in float32 is exact."""
 
 
-def sum_of_norms(device: str) -> Trial:
+def sum_of_norms(n_rows: int, device: str) -> Trial:
     """The gradients of weight and bias over many equal rows."""
     whole = norm_trial(
         "layernorm", 1, 8, bias=True, residual=False, dtype=FP16, device=device
     )  # fmt: skip
-    x = whole.leaves["x"].expand(ROWS, -1).contiguous()
+    x = whole.leaves["x"].expand(n_rows, -1).contiguous()
     leaves = {name: x for name, x in whole.leaves.items() if name != "x"}
     return of_sums(whole, leaves, lambda given: given | {"x": x.to(given["weight"].dtype)})
 
 
-def sum_of_linears(device: str) -> Trial:
+def sum_of_linears(n_rows: int, device: str) -> Trial:
     """The gradients of weight and bias over many equal rows."""
     whole = linear_trial(1, 6, 5, bias=True, dtype=FP16, device=device)
-    x = whole.leaves["x"][:1].expand(1, ROWS, -1).contiguous()
+    x = whole.leaves["x"][:1].expand(1, n_rows, -1).contiguous()
     leaves = {name: x for name, x in whole.leaves.items() if name != "x"}
     return of_sums(whole, leaves, lambda given: given | {"x": x.to(given["weight"].dtype)})
 
@@ -106,38 +107,38 @@ def of_sums(
         out = trial.run(kernel, fill(given))["out"]
         return {"sum": out.float().flatten(0, -2).sum(dim=0)}
 
-    name = f"sums of {ROWS} rows {trial.name}"
+    name = f"sums of rows {trial.name}"
     return dataclasses.replace(trial, name=name, leaves=leaves, run=run, dtypes={}, computes=None)
 
 
-def sum_of_losses(device: str) -> Trial:
+def sum_of_losses(n_rows: int, device: str) -> Trial:
     """The gradients of weight and bias over many tokens that are all the same."""
     trial = cross_entropy_trial(
         1, 8, bias=True, softcap=None, label_smoothing=0.0, z_loss=0.0, width=4, dtype=FP16,
         device=device,
     )  # fmt: skip
-    hidden = trial.leaves["hidden"].expand(ROWS, -1).contiguous()
-    targets = torch.full((ROWS,), 3, device=device)
+    hidden = trial.leaves["hidden"].expand(n_rows, -1).contiguous()
+    targets = torch.full((n_rows,), 3, device=device)
 
     def run(kernel: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
         given_hidden = hidden.to(given["weight"].dtype)
         return {"loss": kernel.run(given_hidden, given["weight"], given["bias"], targets).loss}
 
     leaves = {name: x for name, x in trial.leaves.items() if name != "hidden"}
-    name = f"sums of {ROWS} tokens {trial.name}"
+    name = f"sums of tokens {trial.name}"
     return dataclasses.replace(
         trial, name=name, leaves=leaves, run=run, detached=frozenset(), dtypes={}, constants={}
     )
 
 
-def sum_of_products(device: str) -> Trial:
+def sum_of_products(n_columns: int, device: str) -> Trial:
     """Products of rows of many equal columns."""
-    trial = symmetric_trial(3, ROWS, dtype=FP16, device=device)
-    x = torch.tensor([0.7, -0.3, 0.55], dtype=FP16, device=device)[:, None].repeat(1, ROWS)
+    trial = symmetric_trial(3, n_columns, dtype=FP16, device=device)
+    x = torch.tensor([0.7, -0.3, 0.55], dtype=FP16, device=device)[:, None].repeat(1, n_columns)
     return dataclasses.replace(trial, name=f"sums {trial.name}", leaves={"x": x})
 
 
-SUMS: dict[str, Callable[[str], Trial]] = {
+SUMS: dict[str, Callable[[int, str], Trial]] = {
     "norm": sum_of_norms,
     "linear": sum_of_linears,
     "linear_cross_entropy": sum_of_losses,
@@ -145,49 +146,63 @@ SUMS: dict[str, Callable[[str], Trial]] = {
 }
 
 
-def sums(kernel: Any, trial: Trial) -> str | None:
-    """A sentence about a kernel on a trial of many equal terms."""
+def sums(kernel: Any, trial: Trial, short: Trial) -> str | None:
+    """A sentence about a kernel on a trial of many equal terms, beside one of few of them."""
+    alone = fault(kernel, short)
+    if alone is not None:
+        return alone
     words = fault(kernel, trial)
-    return words and f"it adds up many terms in fewer than float32's bits: {words}"
+    return words and (
+        f"it adds up in fewer bits than float32 has: right on few terms, wrong on {ROWS}: {words}"
+    )
 
 
-def pairs(op: str, device: str) -> list[tuple[Trial, Trial]]:
-    """Two trials of the same shapes whose options are not the same."""
+Three = tuple[Trial, Trial, Trial]
+
+
+def options_of(op: str, device: str) -> list[Three]:
+    """(a trial, one of the same shapes with other options, the first one in a shape of its own)."""
     common: dict[str, Any] = {"dtype": FP32, "device": device}
     norms: dict[str, Any] = {"bias": True, "residual": False, "size": 3e-3, **common}
-    found: dict[str, list[tuple[Trial, Trial]]] = {
-        "norm": [
-            tuple(norm_trial("layernorm", 7, 40, eps=eps, **norms) for eps in (1e-5, 1e-3)),
-            tuple(norm_trial(kind, 7, 40, **norms) for kind in ("layernorm", "rmsnorm")),
+    losses: dict[str, Any] = {"bias": True, **common}
+
+    def three(make: Callable[[int, Any], Trial], option: Any, other: Any, size: int) -> Three:
+        return make(size, option), make(size, other), make(size + 2, option)
+
+    def mixed(dtype: torch.dtype) -> dict[str, Any]:
+        return {"dtype": dtype, "device": device, "mix": Mix(FP32, FP32, FP32, dtype)}
+
+    def loss(width: int, how: tuple[float | None, float, float]) -> Trial:
+        cap, smoothing, z = how
+        return cross_entropy_trial(
+            9, 61, softcap=cap, label_smoothing=smoothing, z_loss=z, width=width, **losses
+        )
+
+    found: dict[str, Callable[[], list[Three]]] = {
+        "norm": lambda: [
+            three(lambda n, eps: norm_trial("layernorm", 7, n, eps=eps, **norms), 1e-3, 1e-5, 41),
+            three(lambda n, kind: norm_trial(kind, 7, n, **norms), "rmsnorm", "layernorm", 45),
         ],
-        "rotary": [tuple(rotary_trial(2, 16, n, per_row=False, **common) for n in (5, 8))],
-        "glu": [tuple(glu_trial(kind, 3, 40, **common) for kind in ("swiglu", "geglu"))],
-        "linear_cross_entropy": [
-            tuple(
-                cross_entropy_trial(
-                    9, 63, bias=True, softcap=cap, label_smoothing=e, z_loss=z, **common
-                )
-                for cap, e, z in ((None, 0.1, 1e-3), (3.0, 0.2, 1e-2))
-            )
+        "rotary": lambda: [
+            three(lambda n, pairs: rotary_trial(2, n, pairs, per_row=False, **common), 5, 8, 22)
         ],
-        "linear": [
-            tuple(
-                linear_trial(
-                    5, 24, 37, bias=True, dtype=to, device=device, mix=Mix(FP32, FP32, FP32, to)
-                )
-                for to in (BF16, FP16)
-            )
+        "glu": lambda: [three(lambda n, k: glu_trial(k, 3, n, **common), "geglu", "swiglu", 41)],
+        "linear_cross_entropy": lambda: [three(loss, (3.0, 0.2, 1e-2), (None, 0.1, 1e-3), 12)],
+        "linear": lambda: [
+            three(lambda n, to: linear_trial(5, n, 37, bias=True, **mixed(to)), FP16, BF16, 22)
         ],
-        "symmetric_product": [
-            tuple(symmetric_trial(33, 9, autocast=to, **common) for to in (BF16, FP16))
+        "symmetric_product": lambda: [
+            three(lambda n, to: symmetric_trial(31, n, autocast=to, **common), FP16, BF16, 9)
         ],
-    }  # type: ignore[assignment]
-    return found[op]
+    }
+    return found[op]()
 
 
-def other_options(kernel: Any, before: Trial, trial: Trial) -> str | None:
+def other_options(kernel: Any, trial: Trial, before: Trial, alone: Trial) -> str | None:
     """A call behind one of the same shapes with other options, or in a region of another dtype."""
-    execute(before, kernel, backward=before.differentiable)
+    words = fault(kernel, alone) or fault(kernel, before)
+    if words is not None:
+        return words
     words = fault(kernel, trial)
     return words and f"after a call of these shapes with other options: {words}"
 
@@ -206,9 +221,15 @@ def answers(kernel: Any, trials: Sequence[Trial], refusal: Callable[..., str | N
     served = next((t for t, reason in zip(trials, once, strict=True) if reason is None), None)
     if served is None:
         return None
+    refusal(kernel, served.spec)
+    words = fault(kernel, served)
+    if words is not None:
+        return words
     refusal(kernel, next((s for s in reversed(specs) if s != served.spec), served.spec))
     try:
         words = fault(kernel, served)
+    except SettingsChangedError:
+        raise
     except Exception as error:  # noqa: BLE001  (a foreign kernel may raise anything; it is told)
         words = f"it raises {type(error).__name__}: {error}"
     return words and f"after why_not was asked about another layer: {words}"

@@ -3,6 +3,7 @@ and the dtypes that autocast and FSDP mix."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -110,12 +111,20 @@ whose targets are all ignored."""
 FP32_ON: Callable[[str], dict[str, Any]] = lambda device: {"dtype": FP32, "device": device}
 
 
+def hinted(trial: Trial, hint: str) -> Trial:
+    """The trial with what usually is at fault where it fails."""
+    return dataclasses.replace(trial, hint=hint)
+
+
 def extreme_norms(device: str) -> list[Trial]:
     """A mean that is large beside the spread (mean(x^2) - mean(x)^2 cancels), squares that float16
     does not hold, as many rows as columns, an RMSNorm with a bias, and float64."""
     alone: dict[str, Any] = {"bias": False, "residual": False, "device": device}
     return [
-        norm_trial("layernorm", 5, 40, mean=30.0, dtype=FP32, **alone),
+        hinted(
+            norm_trial("layernorm", 5, 40, mean=30.0, dtype=FP32, **alone),
+            "mean(x^2) - mean(x)^2 cancels where the mean is large beside the spread",
+        ),
         *(norm_trial(k, 5, 40, size=400.0, dtype=FP16, **alone) for k in ("layernorm", "rmsnorm")),
         norm_trial("rmsnorm", 24, 24, dtype=FP32, **alone),
         norm_trial("rmsnorm", 5, 40, bias=True, residual=True, dtype=FP32, device=device),
@@ -137,7 +146,13 @@ def extreme_rotaries(device: str) -> list[Trial]:
 def extreme_glus(device: str) -> list[Trial]:
     """Gates at which exp overflows beside factors of 0, as many rows as columns, and float64."""
     return [
-        *(glu_trial(k, 4, 24, large=True, **FP32_ON(device)) for k in ("swiglu", "geglu")),
+        *(
+            hinted(
+                glu_trial(kind, 4, 24, large=True, **FP32_ON(device)),
+                "exp overflows at gates of hundreds, and every third factor is 0",
+            )
+            for kind in ("swiglu", "geglu")
+        ),
         glu_trial("swiglu", 24, 12, **FP32_ON(device)),
         glu_trial("geglu", 3, 12, dtype=FP64, device=device),
     ]
@@ -147,8 +162,11 @@ def extreme_cross_entropies(device: str) -> list[Trial]:
     """Logits at which exp overflows, as many tokens as classes and columns, and float64."""
     plain: dict[str, Any] = {"softcap": None, "label_smoothing": 0.0, "z_loss": 0.0}
     return [
-        cross_entropy_trial(
-            9, 63, bias=False, exact=True, large=True, **plain, **FP32_ON(device)
+        hinted(
+            cross_entropy_trial(
+                9, 63, bias=False, exact=True, large=True, **plain, **FP32_ON(device)
+            ),
+            "exp overflows at logits of hundreds unless their largest is taken off first",
         ),
         cross_entropy_trial(16, 16, bias=True, **plain, **FP32_ON(device)),
         cross_entropy_trial(
