@@ -35,11 +35,12 @@ from nanolm.tools.kernel_check.habits import HABITS, Habit, in_place
 from nanolm.tools.kernel_check.leaks import KINDS, leak
 from nanolm.tools.kernel_check.main_loops import LONG, whole_tiles
 from nanolm.tools.kernel_check.op_habits import OP_HABITS
+from nanolm.tools.kernel_check.op_stock import LONG as LONG_ROWS
 from nanolm.tools.kernel_check.op_stock import (
-    ROWS,
     SUMS,
     Stock,
     answers,
+    long,
     options_of,
     other_options,
     sums,
@@ -107,7 +108,8 @@ def op_checks(op: str) -> list[Check]:
     stock = Stock(op)
     return [
         *(trial_check(stock, number) for number in range(len(stock.all("cpu")))),
-        *(sum_check(SUMS[name]) for name in SUMS if name == op),
+        *(many_check("sums", sums, SUMS[name]) for name in SUMS if name == op),
+        *(many_check("long", long, LONG_ROWS[name]) for name in LONG_ROWS if name == op),
         *(options_check(op, number) for number in range(len(options_of(op, "cpu")))),
         lambda kernel, device: check_answers(kernel, stock.all(device)),
         each_check(stock, check_other_numbers),
@@ -119,14 +121,16 @@ def op_checks(op: str) -> list[Check]:
     ]
 
 
-def sum_check(make: Callable[[int, str], Trial]) -> Check:
-    """Sums of many terms, and of a few."""
+def many_check(
+    name: str, words_of: Callable[..., str | None], make: Callable[[int, str], Trial]
+) -> Check:
+    """Many rows, beside a few."""
 
     def check(kernel: Any, device: str) -> Finding:
-        short = make(FEW, device)
-        return asked(
-            "sums", kernel, lambda: make(ROWS, device), lambda trial: sums(kernel, trial, short)
-        )
+        def words(short: Trial) -> str | None:
+            return words_of(kernel, short, lambda n_rows: make(n_rows, device))
+
+        return asked(name, kernel, lambda: make(FEW, device), words)
 
     return check
 

@@ -106,6 +106,6 @@ def how_far(trial: Trial, found: Result, name: str, share: float) -> str:
     if not x.isfinite().all() and right.isfinite().all():
         size = "is NaN or infinite where it should not be"
     narrow = narrow_dtype(x)
-    if narrow is not None and narrow_dtype(right) is None:
+    if narrow is not None and not torch.equal(right.to(narrow).to(right), right):
         size += f"; its numbers have been rounded to {str(narrow).removeprefix('torch.')}"
     return size + where(x, right, limit * float(right.abs().max()))

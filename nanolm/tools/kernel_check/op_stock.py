@@ -4,6 +4,8 @@ does not show: sums of many terms, other options, and what `why_not` says when i
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,7 +27,7 @@ from nanolm.tools.kernel_check.op_trials import (
     symmetric_trial,
 )
 from nanolm.tools.kernel_check.settings import SettingsChangedError
-from nanolm.tools.kernel_check.trial import Trial
+from nanolm.tools.kernel_check.trial import Trial, execute
 
 
 class Stock:
@@ -77,6 +79,37 @@ def inputs(trial: Trial) -> dict[str, Tensor]:
 ROWS = 4096
 """Terms of a sum, all equal: a sum in 16 bits is further off with each, and stands still in the
 end, while one in float32 is exact."""
+
+
+INTERPRETED_ROWS = 250
+"""Of Triton kernels in its interpreter, where each program takes milliseconds."""
+
+
+def rows_for(kernel: Any, short: Trial) -> int:
+    """How many rows a long trial has for this kernel, as a short one shows."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
+        return ROWS
+    from nanolm.tools.kernel_check.sanitizer import sanitized  # noqa: PLC0415  (imports Triton)
+
+    with sanitized(bounds=False, races=False) as traffic:
+        execute(short, kernel, backward=short.differentiable)
+    return INTERPRETED_ROWS if traffic.launches else ROWS
+
+
+def long_rotary(n_tokens: int, device: str) -> Trial:
+    """Many tokens: more than one program of a kernel, or one axis of its grid, takes."""
+    return rotary_trial(
+        1, 4, 2, per_row=False, n_tokens=n_tokens + 1, dtype=FP32, device=device
+    )  # fmt: skip
+
+
+def long_glu(n_rows: int, device: str) -> Trial:
+    """Many rows."""
+    return glu_trial("swiglu", n_rows + 1, 3, dtype=FP32, device=device)
+
+
+LONG: dict[str, Callable[[int, str], Trial]] = {"rotary": long_rotary, "glu": long_glu}
+"""Of ops that add up nothing over their rows."""
 
 
 def sum_of_norms(n_rows: int, device: str) -> Trial:
@@ -146,15 +179,21 @@ SUMS: dict[str, Callable[[int, str], Trial]] = {
 }
 
 
-def sums(kernel: Any, trial: Trial, short: Trial) -> str | None:
+def sums(kernel: Any, short: Trial, make: Callable[[int], Trial]) -> str | None:
     """A sentence about a kernel on a trial of many equal terms, beside one of few of them."""
     alone = fault(kernel, short)
     if alone is not None:
         return alone
-    words = fault(kernel, trial)
+    n_rows = rows_for(kernel, short)
+    words = fault(kernel, make(n_rows))
     return words and (
-        f"it adds up in fewer bits than float32 has: right on few terms, wrong on {ROWS}: {words}"
+        f"it adds up in fewer bits than float32 has: right on few terms, wrong on {n_rows}: {words}"
     )
+
+
+def long(kernel: Any, short: Trial, make: Callable[[int], Trial]) -> str | None:
+    """A sentence about a kernel on a trial of many rows."""
+    return fault(kernel, short) or fault(kernel, make(rows_for(kernel, short)))
 
 
 Three = tuple[Trial, Trial, Trial]
