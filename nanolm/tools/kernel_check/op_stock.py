@@ -91,7 +91,7 @@ def rows_for(kernel: Any, short: Trial) -> int:
         return ROWS
     from nanolm.tools.kernel_check.sanitizer import sanitized  # noqa: PLC0415  (imports Triton)
 
-    with sanitized(bounds=False, races=False) as traffic:
+    with sanitized(races=False) as traffic:
         execute(short, kernel, backward=short.differentiable)
     return INTERPRETED_ROWS if traffic.launches else ROWS
 
