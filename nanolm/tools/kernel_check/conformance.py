@@ -18,57 +18,35 @@ that refuse training but serve prefill or decoding are checked forward only.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, get_args
 
 import torch
 
-from nanolm.ops.contract import Phase, why_it_varies
+from nanolm.ops.contract import Phase
 from nanolm.registry import OPS
 from nanolm.tools.kernel_check.attention_cases import HARD, LARGE, MIXED, SINGLE, Case
 from nanolm.tools.kernel_check.attention_trials import spec_of, trial_of
 from nanolm.tools.kernel_check.diagnosis import fault
 from nanolm.tools.kernel_check.dropout import RATE, dropout_fault
-from nanolm.tools.kernel_check.habits import HABITS, Habit, in_place
+from nanolm.tools.kernel_check.findings import (
+    Check,
+    Finding,
+    check_determinism,
+    check_habit,
+    check_other_numbers,
+    refusal_of,
+    told,
+)
+from nanolm.tools.kernel_check.habits import HABITS, Habit
 from nanolm.tools.kernel_check.leaks import KINDS, leak
 from nanolm.tools.kernel_check.main_loops import LONG, whole_tiles
-from nanolm.tools.kernel_check.op_habits import OP_HABITS
-from nanolm.tools.kernel_check.op_stock import LONG as LONG_ROWS
-from nanolm.tools.kernel_check.op_stock import (
-    SUMS,
-    Stock,
-    answers,
-    long,
-    options_of,
-    other_options,
-    sums,
-)
+from nanolm.tools.kernel_check.op_conformance import op_checks
 from nanolm.tools.kernel_check.saved import what_is_saved
-from nanolm.tools.kernel_check.settings import CHANGED, SettingsChangedError, watched_settings
-from nanolm.tools.kernel_check.trial import Trial, execute, forget_graphs
+from nanolm.tools.kernel_check.trial import Trial
 
-
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """One check's verdict, and what there is to say: "pass", "FAIL", "refused", or "note" for what
-    the kernel admits."""
-
-    check: str
-    verdict: str
-    words: str = ""
-
-
-OWN_UP = (
-    "and nothing says that they may: add in one order, without atomics, or, where gradients alone "
-    'differ, write down why: varies_on = {{"{}": "…"}} (kernels/README.md)'
-)
-FEW = 4
-"""Terms of a sum that 16 bits still add up as they should."""
 NARROW = (torch.float16, torch.bfloat16)
-Check = Callable[[Any, str], Finding]
-"""What is done with a kernel on a device."""
 
 
 def check_kernel(
@@ -103,97 +81,9 @@ def checks_of(op: str, *, quick: bool = False) -> list[Check]:
     ]
 
 
-def op_checks(op: str) -> list[Check]:
-    """The suite of an op other than attention."""
-    stock = Stock(op)
-    return [
-        *(trial_check(stock, number) for number in range(len(stock.all("cpu")))),
-        *(many_check("sums", sums, SUMS[name]) for name in SUMS if name == op),
-        *(many_check("long", long, LONG_ROWS[name]) for name in LONG_ROWS if name == op),
-        *(options_check(op, number) for number in range(len(options_of(op, "cpu")))),
-        lambda kernel, device: check_answers(kernel, stock.all(device)),
-        each_check(stock, check_other_numbers),
-        lambda kernel, device: check_determinism(kernel, lambda: stock.take(0, device)),
-        *(
-            each_check(stock, functools.partial(check_habit, name, find))
-            for name, find in (HABITS | OP_HABITS.get(op, {})).items()
-        ),
-    ]
-
-
-def many_check(
-    name: str, words_of: Callable[..., str | None], make: Callable[[int, str], Trial]
-) -> Check:
-    """Many rows, beside a few."""
-
-    def check(kernel: Any, device: str) -> Finding:
-        def words(short: Trial) -> str | None:
-            return words_of(kernel, short, lambda n_rows: make(n_rows, device))
-
-        return asked(name, kernel, lambda: make(FEW, device), words)
-
-    return check
-
-
-def options_check(op: str, number: int) -> Check:
-    """A call behind one with other options."""
-
-    def check(kernel: Any, device: str) -> Finding:
-        three = options_of(op, device)[number]
-
-        def work() -> Finding:
-            refusals = (refusal_of(kernel, trial.spec) for trial in three)
-            reason = next((reason for reason in refusals if reason is not None), None)
-            if reason is not None:
-                return Finding("other options", "refused", reason)
-            words = other_options(kernel, *three)
-            return Finding("other options", "pass" if words is None else "FAIL", words or "")
-
-        return told("other options", work)
-
-    return check
-
-
-def check_answers(kernel: Any, trials: Sequence[Trial]) -> Finding:
-    """What `why_not` says, asked in any order."""
-
-    def work() -> Finding:
-        reasons = [refusal_of(kernel, trial.spec) for trial in trials]
-        if None not in reasons:  # of a kernel that serves nothing no check is passed
-            return Finding("answers", "refused", reasons[0] or "")
-        words = answers(kernel, trials, refusal_of)
-        return Finding("answers", "pass" if words is None else "FAIL", words or "")
-
-    return told("answers", work)
-
-
-def check_habit(name: str, find: Habit, kernel: Any, make: Callable[[], Trial]) -> Finding:
-    """One habit on a trial."""
-    return asked(name, kernel, make, lambda trial: find(kernel, trial))
-
-
-def each_check(stock: Stock, check: Callable[[Any, Callable[[], Trial]], Finding]) -> Check:
-    """A check on each of the trials that habits are asked on: the first failure, else a pass."""
-
-    def on_each(kernel: Any, device: str) -> Finding:
-        found = []
-        for trial in stock.habits(device):
-            found.append(check(kernel, lambda trial=trial: trial))  # type: ignore[misc]
-            if found[-1].verdict == "FAIL":
-                return found[-1]
-        return next((finding for finding in found if finding.verdict == "pass"), found[0])
-
-    return on_each
-
-
 def habit_check(name: str, find: Habit, make: Callable[[Any, str], Trial]) -> Check:
     """One habit on the trial that is made for a kernel and a device."""
     return lambda kernel, device: check_habit(name, find, kernel, lambda: make(kernel, device))
-
-
-def trial_check(stock: Stock, number: int) -> Check:
-    """Parity on the op's trial of this number."""
-    return lambda kernel, device: check_trial(kernel, stock.take(number, device))
 
 
 def case_check(name: str, case: Case) -> Check:
@@ -216,14 +106,6 @@ def determinism_check(name: str) -> Check:
     return lambda kernel, device: check_determinism(
         kernel, lambda: served_trial(kernel, name, device), f"determinism: {name}"
     )
-
-
-def refusal_of(kernel: Any, spec: Any) -> str | None:
-    """What `why_not` says; raises TypeError when that is neither a sentence nor None."""
-    reason = kernel.why_not(spec)
-    if reason is not None and not (isinstance(reason, str) and reason.strip()):
-        raise TypeError(f"why_not returned {reason!r}: a sentence is due, or None for yes")
-    return reason
 
 
 def serving(kernel: Any, case: Case, device: str) -> tuple[Case | None, str]:
@@ -269,64 +151,11 @@ def what_was_tried(case: Case, served: Case) -> str:
     return ", ".join(words)
 
 
-def check_trial(kernel: Any, trial: Trial) -> Finding:
-    """Parity on one trial."""
-    return asked(trial.name, kernel, lambda: trial, lambda trial: fault(kernel, trial))
-
-
-def asked(
-    name: str, kernel: Any, make: Callable[[], Trial], words_of: Callable[[Trial], str | None]
-) -> Finding:
-    """What `words_of` finds wrong on a trial, once the kernel has said that it serves it."""
-
-    def work() -> Finding:
-        trial = make()
-        reason = refusal_of(kernel, trial.spec)
-        if reason is not None:
-            return Finding(name, "refused", reason)
-        words = words_of(trial)
-        return Finding(name, "pass" if words is None else "FAIL", words or "")
-
-    return told(name, work)
-
-
-def told(name: str, work: Callable[[], Finding]) -> Finding:
-    """The finding, or that the kernel raises, as a foreign one may raise anything, or ends the
-    process, or leaves torch otherwise than it was."""
-    forget_graphs()
-    with watched_settings() as written:
-        try:
-            finding = work()
-        except SettingsChangedError as error:
-            finding = Finding(name, "FAIL", str(error))
-        except (Exception, SystemExit) as error:  # noqa: BLE001  (it is reported)
-            finding = Finding(name, "FAIL", f"it raises {type(error).__name__}: {error}")
-    if not written:
-        return finding
-    return Finding(name, "FAIL", CHANGED.format(", ".join(written)))
-
-
 def served_trial(kernel: Any, name: str, device: str) -> Trial:
     """An attention problem in the first phase that is served, or in training."""
     case = (SINGLE | LARGE)[name]
     served, _ = serving(kernel, case, device)
     return trial_of(served or case, device)
-
-
-def check_other_numbers(kernel: Any, make: Callable[[], Trial]) -> Finding:
-    """A call is right after one with other numbers of the same shapes."""
-
-    def words_of(trial: Trial) -> str | None:
-        words = fault(kernel, trial)
-        if words is not None:
-            return words
-        other = {key: x.flip(0).mul(-0.5) for key, x in trial.leaves.items()}
-        words = fault(kernel, dataclasses.replace(trial, leaves=other))
-        if words is not None:
-            return f"after a call with other numbers of these shapes: {words}"
-        return in_place(kernel, trial, fault)
-
-    return asked("other numbers", kernel, make, words_of)
 
 
 def check_dropout(kernel: Any, device: str) -> Finding:
@@ -355,28 +184,6 @@ def check_leak(kernel: Any, kind: str, device: str) -> Finding:
         return Finding(name, "pass") if words is None else Finding(name, "FAIL", words)
 
     return told(name, work)
-
-
-def check_determinism(kernel: Any, make: Callable[[], Trial], name: str = "determinism") -> Finding:
-    """The same bits twice, unless the kernel says that its gradients vary; outputs never may."""
-    admitted: list[str] = []
-
-    def words_of(trial: Trial) -> str | None:
-        once, again = (execute(trial, kernel, backward=trial.differentiable) for _ in range(2))
-        changed = [key for key, x in once.tensors.items() if not torch.equal(x, again.tensors[key])]
-        if not changed:
-            return None
-        words = f"{', '.join(changed)} differ between two runs on the same input"
-        reason = why_it_varies(kernel, trial.spec.device)
-        if reason is None:
-            return f"{words}, {OWN_UP.format(trial.spec.device)}"
-        if set(changed) & set(once.outputs):
-            return f"{words}; its `varies_on` excuses gradients, not outputs"
-        admitted.append(f"{words}, as it says: {reason}")
-        return None
-
-    found = asked(name, kernel, make, words_of)
-    return dataclasses.replace(found, verdict="note", words=admitted[0]) if admitted else found
 
 
 def check_memory(kernel: Any, device: str) -> Finding:

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from nanolm.ops.reference import CrossEntropyOutput
 from nanolm.tools.kernel_check.suspects import Suspect
-from nanolm.tools.kernel_check.trial import Result, Trial, distance, execute, reference, reference_of
+from nanolm.tools.kernel_check.trial import (
+    Result,
+    Trial,
+    distance,
+    execute,
+    reference,
+    reference_of,
+)
 
 
 def with_gradient_of(value: Tensor, other: Tensor) -> Tensor:

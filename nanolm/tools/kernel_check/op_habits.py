@@ -53,4 +53,6 @@ def ties(kernel: Any, trial: Trial) -> str | None:
     )
 
 
-OP_HABITS: dict[str, dict[str, Habit]] = {"linear_cross_entropy": {"outside": outside, "ties": ties}}
+OP_HABITS: dict[str, dict[str, Habit]] = {
+    "linear_cross_entropy": {"outside": outside, "ties": ties}
+}

@@ -146,8 +146,8 @@ def rotary_trial(
     name = f"{n_tokens} tokens, " * (n_tokens != 7)
     name += f"{n_heads} heads of {width}, {n_pairs} pairs{' per row' * per_row} {dtype}"
     return Trial(
-        name + " that cancel" * cancels, spec, {"x": x[:, :, ::2]}, run, computes=wide_of(dtype), dtypes={"out": dtype},
-        autocast=autocast, constants={"cos": cos, "sin": sin},
+        name + " that cancel" * cancels, spec, {"x": x[:, :, ::2]}, run, computes=wide_of(dtype),
+        dtypes={"out": dtype}, autocast=autocast, constants={"cos": cos, "sin": sin},
     )  # fmt: skip
 
 
@@ -226,7 +226,7 @@ def cross_entropy_trial(
 
 
 def softmax_terms(leaves: dict[str, Tensor]) -> dict[str, float]:
-    """What is added up to the gradients of a loss: weights and hidden states times probabilities."""
+    """What is added up to the gradients of a loss: weights, and hidden states, times shares."""
     hidden, weight = (float(leaves[name].abs().max()) for name in ("hidden", "weight"))
     return {"dhidden": weight, "dweight": hidden, "dbias": 1.0}
 

@@ -208,7 +208,9 @@ def cross_entropy_suspects() -> Iterator[Suspect]:
         return right(h, w, b, t.as_strided(t.shape, (1,)), **options)
 
     yield Suspect("it counts tokens whose target is -100", counts)
-    yield Suspect("its lse is that of ignored tokens too; 0 is due where the target is -100", all_lse)
+    yield Suspect(
+        "its lse is that of ignored tokens too; 0 is due where the target is -100", all_lse
+    )
     yield Suspect("it smooths over the V - 1 other classes; all V are due", over_others)
     yield Suspect("it reads targets as if they were contiguous", packed)
     yield Suspect("its loss counts tokens whose target is -100", counts_loss)
@@ -257,6 +259,7 @@ def rotary_suspects() -> Iterator[Suspect]:
         ]
 
     yield Suspect("it rotates neighbours; the pairs are (i, i + R)", neighbours)
+
     def rounded(to: torch.dtype) -> Callable[..., Tensor]:
         return lambda x, cos, sin: right(x, cos.to(to).to(x.dtype), sin.to(to).to(x.dtype))
 

@@ -46,8 +46,8 @@ class Trial:
     must have. `constants` are its inputs without a gradient, which `run` holds. `terms(leaves)` is
     the size of what is added up to each output and gradient, for those that cancel, and `rounding`
     how far each term may be off for its own part, beside the rounding of its dtype (attention: an
-    exponent is as exact as the scores are large). `hint` says what usually is at fault where numbers
-    are wrong on this trial.
+    exponent is as exact as the scores are large). `hint` says what usually is at fault where
+    numbers are wrong on this trial.
     """
 
     name: str
