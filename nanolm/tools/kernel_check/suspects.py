@@ -264,6 +264,8 @@ def rotary_suspects() -> Iterator[Suspect]:
         return lambda x, cos, sin: right(x, cos.to(to).to(x.dtype), sin.to(to).to(x.dtype))
 
     def by_head(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        if x.shape[1] != x.shape[2]:
+            raise ValueError("heads cannot be taken for tokens: there are more or fewer of them")
         return right(x.transpose(1, 2), cos, sin).transpose(1, 2)
 
     def packed(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
