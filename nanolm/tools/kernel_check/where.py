@@ -45,7 +45,9 @@ def places(wrong: list[int], length: int) -> str:
         return ""
     if last == length - 1 and first != last:
         return f"only from {first} on"
-    return f"only at {first}" if first == last else f"only from {first} to {last}"
+    if first == last:
+        return f"only at {first}"
+    return f"only up to {last}" if first == 0 else f"only from {first} to {last}"
 
 
 def narrow_dtype(x: Tensor) -> torch.dtype | None:
