@@ -217,9 +217,11 @@ def released(kernel: Any, trial: Trial) -> str | None:
         outputs, leaves = run(kernel, trial, *(trial.leaves if trial.differentiable else ()))
         named = [*outputs.items(), *leaves.items()]
         watched = [(name, weakref.ref(x)) for name, x in named]
+        given = [(name, weakref.ref(x)) for name, x in outputs.items()]
         gc.disable()
         del outputs, leaves, named
-        waiting = living(watched)
+        # Of outputs only: torch's own compiler leaves its inputs to the collector (flex).
+        waiting = living(given)
         gc.collect()
     finally:
         gc.enable()
@@ -227,7 +229,7 @@ def released(kernel: Any, trial: Trial) -> str | None:
     alive = living(watched)
     if not alive and waiting:
         return (
-            f"it holds {', '.join(waiting)} in a circle of references (ctx.{waiting[0]} = …; "
+            f"it holds its {', '.join(waiting)} in a circle of references (an attribute of ctx; "
             f"ctx.save_for_backward makes none): memory waits for Python's garbage collector"
         )
     if not alive:
