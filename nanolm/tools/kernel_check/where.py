@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LEAST = 3
+LEAST = 2
 """Places along an axis, from which on it tells something that some of them are right."""
 MOST = 0.9
 """Share of an axis: a stretch that is longer tells nothing."""
