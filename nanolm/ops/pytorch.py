@@ -131,9 +131,12 @@ class TorchNorm:
         # torch takes no parameters that are narrower than x, and rounds the gradients of wider
         # ones; under autocast it gives float32 whatever x is.
         wide = torch.promote_types(total.dtype, weight_D.dtype)
+        if total.device.type == "cpu":  # there it adds up 16-bit gradients of a weight in 16 bits
+            wide = torch.promote_types(wide, torch.float32)
         weight, bias = weight_D.to(wide), None if bias_D is None else bias_D.to(wide)
         if kind == "layernorm":
             out = F.layer_norm(total.to(wide), weight.shape, weight, bias, eps)
         else:
             out = F.rms_norm(total, weight.shape, weight, eps)
+            out = out if bias is None else out + bias
         return out.to(total.dtype), total

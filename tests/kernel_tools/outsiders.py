@@ -6,10 +6,25 @@
 from __future__ import annotations
 
 from nanolm.tools.kernel_check.conformance import check_kernel
-from tests.kernel_tools import wrong_attention, wrong_habits, wrong_ops
+from tests.kernel_tools import (
+    wrong_attention,
+    wrong_gradients,
+    wrong_habits,
+    wrong_numbers,
+    wrong_ops,
+    wrong_process,
+)
 from tests.kernel_tools.outsider import WRONG
 
-__all__ = ["WRONG", "wrong_attention", "wrong_habits", "wrong_ops"]
+__all__ = [
+    "WRONG",
+    "wrong_attention",
+    "wrong_gradients",
+    "wrong_habits",
+    "wrong_numbers",
+    "wrong_ops",
+    "wrong_process",
+]
 
 
 def told(wrong):

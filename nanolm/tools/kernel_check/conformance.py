@@ -24,39 +24,29 @@ from typing import Any, get_args
 
 import torch
 
-from nanolm.ops.contract import Phase, why_it_varies
+from nanolm.ops.contract import Phase
 from nanolm.registry import OPS
 from nanolm.tools.kernel_check.attention_cases import HARD, LARGE, MIXED, SINGLE, Case
 from nanolm.tools.kernel_check.attention_trials import spec_of, trial_of
 from nanolm.tools.kernel_check.diagnosis import fault
 from nanolm.tools.kernel_check.dropout import RATE, dropout_fault
-from nanolm.tools.kernel_check.habits import HABITS, Habit, in_place
+from nanolm.tools.kernel_check.findings import (
+    Check,
+    Finding,
+    check_determinism,
+    check_habit,
+    check_other_numbers,
+    refusal_of,
+    told,
+)
+from nanolm.tools.kernel_check.habits import HABITS, Habit
 from nanolm.tools.kernel_check.leaks import KINDS, leak
 from nanolm.tools.kernel_check.main_loops import LONG, whole_tiles
-from nanolm.tools.kernel_check.op_habits import OP_HABITS
-from nanolm.tools.kernel_check.op_suites import op_trials
+from nanolm.tools.kernel_check.op_conformance import op_checks
 from nanolm.tools.kernel_check.saved import what_is_saved
-from nanolm.tools.kernel_check.settings import watched_settings
-from nanolm.tools.kernel_check.trial import Trial, execute, forget_graphs
+from nanolm.tools.kernel_check.trial import Trial
 
-
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """One check's verdict, and what there is to say: "pass", "FAIL", "refused", or "note" for what
-    the kernel admits."""
-
-    check: str
-    verdict: str
-    words: str = ""
-
-
-OWN_UP = (
-    "and nothing says that they may: add in one order, without atomics, or, where gradients alone "
-    'differ, write down why: varies_on = {{"{}": "…"}} (kernels/README.md)'
-)
 NARROW = (torch.float16, torch.bfloat16)
-Check = Callable[[Any, str], Finding]
-"""What is done with a kernel on a device."""
 
 
 def check_kernel(
@@ -71,15 +61,7 @@ def checks_of(op: str, *, quick: bool = False) -> list[Check]:
     if op not in OPS:
         raise ValueError(f"there is no op {op!r}; choose from {', '.join(OPS)}")
     if op != "attention":
-        return [
-            *(trial_check(op, number) for number in range(len(op_trials(op)))),
-            lambda kernel, device: check_other_numbers(kernel, lambda: op_trials(op, device)[0]),
-            lambda kernel, device: check_determinism(kernel, lambda: op_trials(op, device)[0]),
-            *(
-                habit_check(name, find, lambda _, device: op_trials(op, device)[0])
-                for name, find in (HABITS | OP_HABITS.get(op, {})).items()
-            ),
-        ]
+        return op_checks(op)
     cases = SINGLE | MIXED | LARGE | ({} if quick else HARD)
     return [
         *(case_check(name, case) for name, case in cases.items()),
@@ -101,14 +83,7 @@ def checks_of(op: str, *, quick: bool = False) -> list[Check]:
 
 def habit_check(name: str, find: Habit, make: Callable[[Any, str], Trial]) -> Check:
     """One habit on the trial that is made for a kernel and a device."""
-    return lambda kernel, device: asked(
-        name, kernel, lambda: make(kernel, device), lambda trial: find(kernel, trial)
-    )
-
-
-def trial_check(op: str, number: int) -> Check:
-    """Parity on the op's trial of this number."""
-    return lambda kernel, device: check_trial(kernel, op_trials(op, device)[number])
+    return lambda kernel, device: check_habit(name, find, kernel, lambda: make(kernel, device))
 
 
 def case_check(name: str, case: Case) -> Check:
@@ -131,14 +106,6 @@ def determinism_check(name: str) -> Check:
     return lambda kernel, device: check_determinism(
         kernel, lambda: served_trial(kernel, name, device), f"determinism: {name}"
     )
-
-
-def refusal_of(kernel: Any, spec: Any) -> str | None:
-    """What `why_not` says; raises TypeError when that is neither a sentence nor None."""
-    reason = kernel.why_not(spec)
-    if reason is not None and not (isinstance(reason, str) and reason.strip()):
-        raise TypeError(f"why_not returned {reason!r}: a sentence is due, or None for yes")
-    return reason
 
 
 def serving(kernel: Any, case: Case, device: str) -> tuple[Case | None, str]:
@@ -184,61 +151,11 @@ def what_was_tried(case: Case, served: Case) -> str:
     return ", ".join(words)
 
 
-def check_trial(kernel: Any, trial: Trial) -> Finding:
-    """Parity on one trial."""
-    return asked(trial.name, kernel, lambda: trial, lambda trial: fault(kernel, trial))
-
-
-def asked(
-    name: str, kernel: Any, make: Callable[[], Trial], words_of: Callable[[Trial], str | None]
-) -> Finding:
-    """What `words_of` finds wrong on a trial, once the kernel has said that it serves it."""
-
-    def work() -> Finding:
-        trial = make()
-        reason = refusal_of(kernel, trial.spec)
-        if reason is not None:
-            return Finding(name, "refused", reason)
-        words = words_of(trial)
-        return Finding(name, "pass" if words is None else "FAIL", words or "")
-
-    return told(name, work)
-
-
-def told(name: str, work: Callable[[], Finding]) -> Finding:
-    """The finding, or that the kernel raises, as a foreign one may raise anything, or ends the
-    process, or leaves torch otherwise than it was."""
-    forget_graphs()
-    with watched_settings() as written:
-        try:
-            finding = work()
-        except (Exception, SystemExit) as error:  # noqa: BLE001  (it is reported)
-            finding = Finding(name, "FAIL", f"it raises {type(error).__name__}: {error}")
-    if not written:
-        return finding
-    words = f"it calls {', '.join(written)}, which changes what all others compute after it"
-    return Finding(name, "FAIL", words)
-
-
 def served_trial(kernel: Any, name: str, device: str) -> Trial:
     """An attention problem in the first phase that is served, or in training."""
     case = (SINGLE | LARGE)[name]
     served, _ = serving(kernel, case, device)
     return trial_of(served or case, device)
-
-
-def check_other_numbers(kernel: Any, make: Callable[[], Trial]) -> Finding:
-    """A call is right after one with other numbers of the same shapes."""
-
-    def words_of(trial: Trial) -> str | None:
-        execute(trial, kernel, backward=trial.differentiable)
-        other = {key: x.flip(0).mul(-0.5) for key, x in trial.leaves.items()}
-        words = fault(kernel, dataclasses.replace(trial, leaves=other))
-        if words is not None:
-            return f"after a call with other numbers of these shapes: {words}"
-        return in_place(kernel, trial, fault)
-
-    return asked("other numbers", kernel, make, words_of)
 
 
 def check_dropout(kernel: Any, device: str) -> Finding:
@@ -267,28 +184,6 @@ def check_leak(kernel: Any, kind: str, device: str) -> Finding:
         return Finding(name, "pass") if words is None else Finding(name, "FAIL", words)
 
     return told(name, work)
-
-
-def check_determinism(kernel: Any, make: Callable[[], Trial], name: str = "determinism") -> Finding:
-    """The same bits twice, unless the kernel says that its gradients vary; outputs never may."""
-    admitted: list[str] = []
-
-    def words_of(trial: Trial) -> str | None:
-        once, again = (execute(trial, kernel, backward=trial.differentiable) for _ in range(2))
-        changed = [key for key, x in once.tensors.items() if not torch.equal(x, again.tensors[key])]
-        if not changed:
-            return None
-        words = f"{', '.join(changed)} differ between two runs on the same input"
-        reason = why_it_varies(kernel, trial.spec.device)
-        if reason is None:
-            return f"{words}, {OWN_UP.format(trial.spec.device)}"
-        if set(changed) & set(once.outputs):
-            return f"{words}; its `varies_on` excuses gradients, not outputs"
-        admitted.append(f"{words}, as it says: {reason}")
-        return None
-
-    found = asked(name, kernel, make, words_of)
-    return dataclasses.replace(found, verdict="note", words=admitted[0]) if admitted else found
 
 
 def check_memory(kernel: Any, device: str) -> Finding:

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanolm.tools.kernel_check.gradient_suspects import named_gradient
 from nanolm.tools.kernel_check.suspects import named
 from nanolm.tools.kernel_check.trial import Result, Trial, excess, execute, reference_of
+from nanolm.tools.kernel_check.where import narrow_dtype, where
 
 
 def fault(kernel: Any, trial: Trial) -> str | None:
@@ -33,7 +35,9 @@ def fault(kernel: Any, trial: Trial) -> str | None:
     if not torch.equal(state, torch.get_rng_state()):
         return "it changes the state of torch's random numbers, and nothing here is random"
     right = execute(trial, reference_of(trial), torch.float64, backward=False).outputs
-    return kind_of_outputs(trial, found.outputs, right) or numbers(kernel, trial, found, right)
+    words = kind_of_outputs(trial, found.outputs, right) or numbers(kernel, trial, found, right)
+    hinted = words is not None and trial.hint and ("is off by" in words or "NaN" in words)
+    return f"{words} ({trial.hint})" if hinted else words
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -56,8 +60,8 @@ def kind_of_outputs(
     for name, x in outputs.items():
         if not torch.equal(x.isfinite(), right[name].isfinite()):
             words = f"its {name} is NaN or infinite where it should not be"
-            blind = "out" in outputs and (right["out"] == 0).flatten(2).all(-1).any()
-            if blind and type(trial.spec).__name__ == "AttentionSpec":
+            attention = type(trial.spec).__name__ == "AttentionSpec" and "out" in outputs
+            if attention and (right["out"] == 0).flatten(2).all(-1).any():
                 words += ": a query that may see no key gives 0"
             return words
     return None
@@ -80,11 +84,28 @@ def numbers(kernel: Any, trial: Trial, found: Result, right: Mapping[str, Tensor
             return "it reads its inputs as if they were contiguous: it is right when they are"
     outputs = [name for name in wrong if name in found.outputs]
     worst = max(outputs or wrong, key=off.__getitem__)
-    limit = trial.tolerance(found.tensors[worst].dtype)
-    size = f"is off by {off[worst] * limit:.1e} of its largest value, {limit:.0e} allowed"
+    size = how_far(trial, found, worst, off[worst])
     if outputs:
         return named(trial, dict(found.outputs)) or f"its {worst} {size}"
     if found.unreached:
         return f"no gradient reaches {', '.join(sorted(found.unreached))}: it detaches them"
     inputs = ", ".join(name.removeprefix("d") for name in wrong)
-    return f"its output is right and its backward pass is not: the gradient of {inputs} {size}"
+    words = f"its output is right and its backward pass is not: the gradient of {inputs} {size}"
+    fault = named_gradient(trial, found)
+    return words if fault is None else f"{words}: {fault}"
+
+
+def how_far(trial: Trial, found: Result, name: str, share: float) -> str:
+    """How far one result is off, where, and whether it has been rounded."""
+    x = found.tensors[name]
+    limit = trial.tolerance(x.dtype)
+    right = execute(
+        trial, reference_of(trial), torch.float64, backward=name not in found.outputs
+    ).tensors[name]
+    size = f"is off by {share * limit:.1e} of its largest value, {limit:.0e} allowed"
+    if not x.isfinite().all() and right.isfinite().all():
+        size = "is NaN or infinite where it should not be"
+    narrow = narrow_dtype(x)
+    if narrow is not None and not torch.equal(right.to(narrow).to(right), right):
+        size += f"; its numbers have been rounded to {str(narrow).removeprefix('torch.')}"
+    return size + where(x, right, limit * float(right.abs().max()))

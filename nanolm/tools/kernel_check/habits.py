@@ -4,6 +4,8 @@ evaluation   under torch.no_grad it gives what it gives in training
 frozen       the gradient of one input alone, as adapters and frozen layers ask for it
 layout       an incoming gradient of any strides: what stands behind the op decides
 unchanged    an incoming gradient is read and not written: others read it too
+accumulated  what stands in .grad is autograd's to add to
+twice        a second backward pass through one call gives the same, or raises
 overlapping  a call's results stay right when another call is made before its backward pass, as
              the layers of a model are called
 released     nothing of a call is alive when its results are gone
@@ -15,28 +17,35 @@ import contextlib
 import dataclasses
 import gc
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nanolm.tools.kernel_check.diagnosis import same
 from nanolm.tools.kernel_check.op_trials import spread
+from nanolm.tools.kernel_check.settings import one_call
 from nanolm.tools.kernel_check.trial import Result, Trial, excess, execute, like, upstream
 
 Habit = Callable[[Any, Trial], str | None]
 """A sentence about a kernel on a trial, or None."""
 
 
-def run(kernel: Any, trial: Trial, *wanted: str) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
-    """(outputs, leaves) of one call in which the wanted leaves alone have gradients."""
+def run(
+    kernel: Any, trial: Trial, *wanted: str, standing: bool = False
+) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
+    """(outputs, leaves) of one call in which the wanted leaves alone have gradients; `standing`:
+    some stand in their `.grad` already, as those of the batch before."""
     leaves = {
         name: like(x, x.dtype).requires_grad_(name in wanted) for name, x in trial.leaves.items()
     }
+    for name in wanted if standing else ():
+        leaves[name].grad = torch.ones_like(leaves[name])
     region: Any = contextlib.nullcontext()
     if trial.autocast is not None:
         region = torch.autocast(torch.device(trial.spec.device).type, trial.autocast)
-    with region:
+    with region, one_call():
         return trial.run(kernel, leaves), leaves
 
 
@@ -71,9 +80,22 @@ def wrong(trial: Trial, result: Result) -> str:
 
 
 def evaluation(kernel: Any, trial: Trial) -> str | None:
-    """Outputs under torch.no_grad."""
+    """Outputs under torch.no_grad, and inputs behind the call: nothing hinders a kernel there from
+    writing into them."""
+    inputs = {**trial.leaves, **trial.constants}
+    before = {name: x.clone() for name, x in inputs.items()}
     with torch.no_grad():
-        names = wrong(trial, execute(trial, kernel, backward=False))
+        found = execute(trial, kernel, backward=False)
+    changed = [name for name, x in inputs.items() if not same(x, before[name])]
+    for name, x in inputs.items():
+        x.copy_(before[name])
+    if changed:
+        return f"under torch.no_grad it changes its input in place: {', '.join(changed)}"
+    if any(x.is_inference() for x in found.outputs.values()):
+        return (
+            "under torch.no_grad it gives inference tensors, which no later training step may keep"
+        )
+    names = wrong(trial, found)
     return f"under torch.no_grad its {names} is wrong" if names else None
 
 
@@ -117,6 +139,59 @@ def unchanged(kernel: Any, trial: Trial) -> str | None:
     return "its backward pass changes the incoming gradient in place: others read that too"
 
 
+def taken(outputs: Mapping[str, Tensor], trial: Trial) -> tuple[list[Tensor], list[Tensor]]:
+    """(outputs that have a gradient, what comes in for each)."""
+    given = upstream(outputs, trial.detached)
+    roots = {name: x for name, x in outputs.items() if name in given and x.requires_grad}
+    return list(roots.values()), [given[name].to(x.dtype) for name, x in roots.items()]
+
+
+def accumulated(kernel: Any, trial: Trial) -> str | None:
+    """What stands in `.grad` is autograd's to add to: the backward pass returns its gradients."""
+    for standing in (False, True) if trial.differentiable else ():
+        outputs, leaves = run(kernel, trial, *trial.leaves, standing=standing)
+        roots, given = taken(outputs, trial)
+        if roots:
+            torch.autograd.grad(roots, list(leaves.values()), given, allow_unused=True)
+        for name, x in leaves.items():
+            kept = x.grad is not None and torch.equal(x.grad, torch.ones_like(x))
+            if not (kept if standing else x.grad is None):
+                return (
+                    f"it writes into the .grad of {name} by itself: a backward pass returns its "
+                    f"gradients, and autograd adds them"
+                )
+    return None
+
+
+def twice(kernel: Any, trial: Trial) -> str | None:
+    """A second backward pass through one call: the same gradients, unless it says that there are
+    none."""
+    if not trial.differentiable:
+        return None
+    outputs, leaves = run(kernel, trial, *trial.leaves)
+    roots, given = taken(outputs, trial)
+    if not roots:
+        return None
+    plain = {name: x.detach().clone() for name, x in outputs.items()}
+    found = []
+    for _ in range(2):
+        try:
+            grads = torch.autograd.grad(
+                roots, list(leaves.values()), given, retain_graph=True, allow_unused=True
+            )
+        except RuntimeError:
+            return None  # it can be taken once, and says so; parity has told of a first one
+        pairs = zip(leaves, grads, strict=True)
+        found.append({name: grad.clone() for name, grad in pairs if grad is not None})
+    first, second = (wrong(trial, Result(plain, grads)) for grads in found)
+    if first or not second:
+        return None
+    return (
+        f"its backward pass changes what it kept: when it is taken again (retain_graph=True), "
+        f"{second} is wrong"
+    )
+
+
 def overlapping(kernel: Any, trial: Trial) -> str | None:
     """A call with another one, on the same shapes, between its forward and its backward pass."""
     wanted = tuple(trial.leaves) if trial.differentiable else ()
@@ -142,31 +217,57 @@ def released(kernel: Any, trial: Trial) -> str | None:
         outputs, leaves = run(kernel, trial, *(trial.leaves if trial.differentiable else ()))
         named = [*outputs.items(), *leaves.items()]
         watched = [(name, weakref.ref(x)) for name, x in named]
+        given = [(name, weakref.ref(x)) for name, x in outputs.items()]
+        gc.disable()
         del outputs, leaves, named
+        # Of outputs only: torch's own compiler leaves its inputs to the collector (flex).
+        waiting = living(given)
         gc.collect()
     finally:
+        gc.enable()
         gc.unfreeze()
-    alive = sorted({name for name, reference in watched if reference() is not None})
+    alive = living(watched)
+    if not alive and waiting:
+        return (
+            f"it holds its {', '.join(waiting)} in a circle of references (an attribute of ctx; "
+            f"ctx.save_for_backward makes none): memory waits for Python's garbage collector"
+        )
     if not alive:
         return None
     return f"it keeps {', '.join(alive)} after the call: memory grows with every step"
 
 
+def living(watched: Sequence[tuple[str, weakref.ref[Tensor]]]) -> list[str]:
+    """The names of what is still alive."""
+    return sorted({name for name, reference in watched if reference() is not None})
+
+
 HABITS: dict[str, Habit] = {
     habit.__name__: habit
-    for habit in (evaluation, frozen, layout, unchanged, overlapping, released)
-}
+    for habit in (
+        evaluation, frozen, layout, unchanged, accumulated, twice, overlapping, released
+    )
+}  # fmt: skip
+
+
+def others(x: Tensor) -> Tensor:
+    """Other numbers in x's place."""
+    turned = x.flip(0) if len(x) > 1 else x.flip(*range(x.dim()))
+    return turned.mul(-0.5) if x.is_floating_point() else turned
 
 
 def in_place(kernel: Any, trial: Trial, fault: Habit) -> str | None:
-    """A second call after the same tensors were given other numbers, as an optimiser gives them."""
+    """A second call after the same tensors were given other numbers, as an optimiser gives them,
+    in training and under torch.no_grad."""
+    inputs = {**trial.leaves, **trial.constants}
+    before = {name: x.clone() for name, x in inputs.items()}
     execute(trial, kernel, backward=trial.differentiable)
-    before = {name: x.clone() for name, x in trial.leaves.items()}
+    evaluation(kernel, trial)
     try:
-        for x in trial.leaves.values():
-            x.copy_(x.flip(0).mul(-0.5))
-        words = fault(kernel, dataclasses.replace(trial))
+        for x in inputs.values():
+            x.copy_(others(x))
+        words = fault(kernel, dataclasses.replace(trial)) or evaluation(kernel, trial)
     finally:
-        for name, x in trial.leaves.items():
+        for name, x in inputs.items():
             x.copy_(before[name])
     return words and f"after its inputs were given other numbers in place: {words}"

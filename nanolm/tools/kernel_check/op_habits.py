@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -33,4 +34,25 @@ def outside(kernel: Any, trial: Trial) -> str | None:
     return None
 
 
-OP_HABITS: dict[str, dict[str, Habit]] = {"linear_cross_entropy": {"outside": outside}}
+def ties(kernel: Any, trial: Trial) -> str | None:
+    """Where all logits are the same one class is the argmax, and not every class."""
+    targets = trial.constants["targets"]
+    kept = targets.clone()
+    blank = {name: torch.zeros_like(x) for name, x in trial.leaves.items()}
+    try:
+        targets.copy_(torch.arange(len(targets)) % len(blank["weight"]))
+        outputs, _ = run(kernel, dataclasses.replace(trial, leaves=blank))
+        n_correct = int(outputs["correct"].sum())
+    finally:
+        targets.copy_(kept)
+    if n_correct <= 1:
+        return None
+    return (
+        f"where all logits are the same it calls {n_correct} classes right: one is the argmax, and "
+        f"an untrained model would seem to know"
+    )
+
+
+OP_HABITS: dict[str, dict[str, Habit]] = {
+    "linear_cross_entropy": {"outside": outside, "ties": ties}
+}

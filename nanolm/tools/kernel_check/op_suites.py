@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nanolm.tools.kernel_check.main_loops import long_trials
+from nanolm.tools.kernel_check.op_extremes import EXTREME
 from nanolm.tools.kernel_check.op_trials import (
     BF16,
     FP16,
@@ -43,6 +44,7 @@ def op_trials(op: str, device: str = "cpu") -> list[Trial]:
     for index, dtype in enumerate(DTYPES):
         trials += TRIALS[op](index, {"dtype": dtype, "device": device})
     trials += LARGE[op]({"dtype": FP32, "device": device}) + MIXED[op](device)
+    trials += EXTREME[op](device)
     fullest = max(trials, key=lambda trial: len(trial.leaves))
     others = (with_axes(fullest, *axes) for axes in AXES.get(op, ()))
     return [*trials, strided(fullest), *others, *long_trials(op, device)]
@@ -205,21 +207,24 @@ def mixed_cross_entropies(device: str) -> list[Trial]:
     options: dict[str, Any] = {"bias": True, "softcap": None}
     options |= {"label_smoothing": 0.1, "z_loss": 1e-2}
     return [
-        cross_entropy_trial(9, 63, dtype=BF16, device=device, mix=Mix(x, FP32, x, BF16), **options)
-        for x in (BF16, FP32)
+        cross_entropy_trial(9, 63, dtype=to, device=device, mix=Mix(x, FP32, x, to), **options)
+        for x, to in ((BF16, BF16), (FP32, BF16), (FP32, FP16))
     ]
 
 
 def mixed_products(device: str) -> list[Trial]:
-    """float32 under autocast, which makes it 16-bit."""
-    return [symmetric_trial(33, 9, dtype=FP32, device=device, autocast=BF16)]
+    """float32 under autocast, which makes it 16-bit, of either kind."""
+    return [
+        symmetric_trial(33, 9, dtype=FP32, device=device, autocast=autocast)
+        for autocast in (BF16, FP16)
+    ]
 
 
 def mixed_linears(device: str) -> list[Trial]:
     """float32 parameters under autocast, with 16-bit and with float32 inputs."""
     return [
-        linear_trial(5, 24, 37, bias=True, dtype=BF16, device=device, mix=Mix(x, FP32, x, BF16))
-        for x in (BF16, FP32)
+        linear_trial(5, 24, 37, bias=True, dtype=to, device=device, mix=Mix(x, FP32, x, to))
+        for x, to in ((BF16, BF16), (FP32, BF16), (FP32, FP16))
     ]
 
 

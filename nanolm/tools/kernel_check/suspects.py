@@ -132,6 +132,26 @@ def norm_suspects() -> Iterator[Suspect]:
         out = out * rms / (rms + eps)
         return (out if bias is None else out + bias), total
 
+    def with_variance(change: Callable[[Tensor, float], Tensor]) -> Callable[..., Any]:
+        def run(x: Tensor, w: Tensor, b: Any, *, eps: float, **options: Any) -> Any:
+            _, total = right(x, w, b, eps=eps, **options)
+            y = total - total.mean(-1, keepdim=True) if options["kind"] == "layernorm" else total
+            out = y * change(y, eps).rsqrt() * w
+            return (out if b is None else out + b), total
+
+        return run
+
+    def mean_square(y: Tensor) -> Tensor:
+        return y.square().mean(-1, keepdim=True)
+
+    larger = with_variance(lambda y, eps: mean_square(y).clamp(min=eps))
+    unbiased = with_variance(
+        lambda y, eps: mean_square(y) * y.shape[-1] / max(y.shape[-1] - 1, 1) + eps
+    )
+    halved = with_variance(
+        lambda y, eps: y.half().square().to(y.dtype).mean(-1, keepdim=True) + eps
+    )
+
     def changed(**fields: Any) -> Callable[..., Any]:
         return lambda *given, **options: right(*given, **(options | fields))
 
@@ -140,8 +160,11 @@ def norm_suspects() -> Iterator[Suspect]:
     yield Suspect("it ignores the bias", lambda x, w, _, **o: right(x, w, None, **o))
     yield Suspect("it ignores the weight", lambda x, w, b, **o: right(x, w * 0 + 1, b, **o))
     yield Suspect("it ignores eps", changed(eps=0.0))
-    yield Suspect("it takes an eps of its own, 1e-6", changed(eps=1e-6))
-    yield Suspect("it takes an eps of its own, 1e-8", changed(eps=1e-8))
+    for eps in (1e-5, 1e-6, 1e-8):
+        yield Suspect(f"it takes an eps of its own, {eps:.0e}", changed(eps=eps))
+    yield Suspect("it takes the larger of variance and eps; their sum is due", larger)
+    yield Suspect("it squares in float16, which does not hold the squares of hundreds", halved)
+    yield Suspect("it divides by D - 1; the variance is over D", unbiased)
     yield Suspect("it adds eps outside the square root", outside)
     yield Suspect("it takes layernorm for rmsnorm, or the reverse", other_kind)
 
@@ -170,7 +193,26 @@ def cross_entropy_suspects() -> Iterator[Suspect]:
     def changed(**fields: Any) -> Callable[..., Any]:
         return lambda *given, **options: right(*given, **(options | fields))
 
+    def over_others(h: Tensor, w: Tensor, b: Any, t: Tensor, **options: Any) -> Any:
+        e, n = options["label_smoothing"], len(w)
+        found = right(h, w, b, t, **options)
+        plain = right(h, w, b, t, **(options | {"label_smoothing": 0.0})).loss
+        more = right(h, w, b, t, **(options | {"label_smoothing": e * n / (n - 1)})).loss
+        return found._replace(loss=more if e else plain)
+
+    def all_lse(h: Tensor, w: Tensor, b: Any, t: Tensor, **options: Any) -> Any:
+        found = right(h, w, b, t, **options)
+        return found._replace(lse=counts(h, w, b, t, **options).lse)
+
+    def packed(h: Tensor, w: Tensor, b: Any, t: Tensor, **options: Any) -> Any:
+        return right(h, w, b, t.as_strided(t.shape, (1,)), **options)
+
     yield Suspect("it counts tokens whose target is -100", counts)
+    yield Suspect(
+        "its lse is that of ignored tokens too; 0 is due where the target is -100", all_lse
+    )
+    yield Suspect("it smooths over the V - 1 other classes; all V are due", over_others)
+    yield Suspect("it reads targets as if they were contiguous", packed)
     yield Suspect("its loss counts tokens whose target is -100", counts_loss)
     yield Suspect("its loss is the mean over tokens; their sum is due", mean)
     yield Suspect("it ignores label_smoothing", changed(label_smoothing=0.0))
@@ -217,6 +259,25 @@ def rotary_suspects() -> Iterator[Suspect]:
         ]
 
     yield Suspect("it rotates neighbours; the pairs are (i, i + R)", neighbours)
+
+    def rounded(to: torch.dtype) -> Callable[..., Tensor]:
+        return lambda x, cos, sin: right(x, cos.to(to).to(x.dtype), sin.to(to).to(x.dtype))
+
+    def by_head(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        if x.shape[1] != x.shape[2]:
+            raise ValueError("heads cannot be taken for tokens: there are more or fewer of them")
+        return right(x.transpose(1, 2), cos, sin).transpose(1, 2)
+
+    def packed(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        n_tokens, n_pairs = cos.shape[1:]
+        strides = (n_tokens * n_pairs, n_pairs, 1)
+        return right(x, *(table.as_strided(table.shape, strides) for table in (cos, sin)))
+
+    yield Suspect("it reads cos and sin as if they were contiguous", packed)
+    yield Suspect("it takes heads for tokens where there are as many of both", by_head)
+    for to in (torch.bfloat16, torch.float16):
+        words = f"it rounds cos and sin to {str(to).removeprefix('torch.')}; they are float32"
+        yield Suspect(words, rounded(to))
     yield Suspect("it rotates the other way round", lambda x, c, s: right(x, c, -s))
     yield Suspect("it loses the features that are not rotated", whole)
     yield Suspect("it takes the first row's angles for all", lambda x, c, s: right(x, c[:1], s[:1]))

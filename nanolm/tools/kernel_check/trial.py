@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from nanolm.ops.contract import KERNELS, Spec, candidates
+from nanolm.tools.kernel_check.settings import one_call
 
 # Largest |kernel - reference| / max |reference|: some units in the last place of each dtype.
 TOLERANCE = {
-    torch.float64: 1e-7,
+    torch.float64: 1e-10,
     torch.float32: 5e-6,
     torch.float16: 4e-3,
     torch.bfloat16: 3e-2,
@@ -45,7 +46,8 @@ class Trial:
     must have. `constants` are its inputs without a gradient, which `run` holds. `terms(leaves)` is
     the size of what is added up to each output and gradient, for those that cancel, and `rounding`
     how far each term may be off for its own part, beside the rounding of its dtype (attention: an
-    exponent is as exact as the scores are large).
+    exponent is as exact as the scores are large). `hint` says what usually is at fault where
+    numbers are wrong on this trial.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Trial:
     terms: Terms | None = None
     rounding: float = 0.0
     constants: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    hint: str = ""
 
     @property
     def differentiable(self) -> bool:
@@ -139,7 +142,7 @@ def execute(
     region: Any = contextlib.nullcontext()
     if dtype is None and trial.autocast is not None:
         region = torch.autocast(device.type, trial.autocast)
-    with region:
+    with region, one_call():
         outputs = trial.run(kernel, leaves)
     plain = {name: x.detach() for name, x in outputs.items()}
     if not backward:
