@@ -12,7 +12,8 @@ from nanolm.tools.first_contact import sixteen_bits
 from nanolm.tools.first_contact.measurement import read_figures
 from nanolm.tools.first_contact.sixteen_bits import DEFINITIONS, MODELS, Setting, compare
 from nanolm.tools.kernel_check import main_loops
-from nanolm.tools.kernel_check.attention_cases import LARGE, MIXED, SINGLE
+from nanolm.tools.kernel_check.attention_cases import LARGE, MIXED, SINGLE, Case
+from nanolm.tools.kernel_check.attention_trials import trial_of
 from nanolm.tools.kernel_check.conformance import check_case, check_trial
 from nanolm.tools.kernel_check.main_loops import LONG, long_trials, whole_tiles
 from nanolm.tools.kernel_check.op_trials import glu_trial, norm_trial, rotary_trial
@@ -81,6 +82,17 @@ def test_what_is_computed_in_float32_is_rounded_once(dtype):
             difference = (x.double() - exact[name]).abs()
             rounding = exact[name].abs() * torch.finfo(dtype).eps / 2
             assert (difference <= rounding + 5e-6 * exact[name].abs().max()).all(), (op, name)
+
+
+def test_the_gradient_of_a_16_bit_table_is_rounded_once(small_tiles):
+    """Ten sums, of two rows and five diagonals of tiles, go into each number."""
+    sizes = {"n_queries": 40, "n_keys": 40, "n_heads": 1, "n_kv_heads": 1}
+    trial = trial_of(Case(**sizes, bias="bucket", bias_dtype=torch.bfloat16), DEVICE)
+    found = execute(trial, triton_attention(), backward=True).gradients["bias"]
+    exact = execute(trial, reference("attention"), torch.float64, backward=True).gradients["bias"]
+    rounding = exact.abs() * torch.finfo(found.dtype).eps / 2
+    assert found.dtype == torch.bfloat16
+    assert ((found.double() - exact).abs() <= rounding + 2e-5 * exact.abs().max()).all()
 
 
 def test_sizes_are_three_of_the_largest_tile_of_the_device_and_five():
