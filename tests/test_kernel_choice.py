@@ -87,6 +87,11 @@ def test_what_of_a_checkpoint_cannot_go_on_is_told_with_its_reason():
     assert chosen(kept_of("reference", window=8), causal=True) == (usual, [])
     assert chosen(kept_of(usual), causal=True) == (usual, [])
     assert chosen(kept_of(usual, device="cuda"), causal=True) == (usual, [])
+    # What was trained here comes before what was trained elsewhere, whichever was written first.
+    here, there = kept_of("reference"), kept_of("triton", device="cuda")
+    for both in (here + there, there + here):
+        name, (note,) = chosen(both, causal=True)
+        assert name == "reference" and "that was on cuda" not in note
     # A spec that knew fewer fields, as an earlier version wrote it.
     (record,) = kept_of("reference")
     del record["spec"]["dropout"]

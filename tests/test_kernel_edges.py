@@ -1,5 +1,7 @@
 """Edges of the ops: targets outside the vocabulary, no keys, dropout of 1, a bias that hides."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from nanolm.ops.bias import AlibiBias, DenseBias
 from nanolm.ops.contract import KERNELS, AttentionSpec, CrossEntropySpec, candidates, choose, kernel
 from nanolm.ops.masks import Mask
 from nanolm.tools.kernel_check.op_trials import normal
+from nanolm.tools.kernel_check.sanitizer import sanitized
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ATTENTION = ("reference", "sdpa", "triton", "triton_decode")
@@ -96,6 +99,27 @@ def test_the_loss_does_not_depend_on_its_chunks(monkeypatch, dtype):
         torch.testing.assert_close(chunked, whole, atol=1e-6, rtol=1e-5)
 
 
+def test_gradients_of_16_bit_parameters_are_summed_over_chunks_in_float32(monkeypatch):
+    """Sixty chunks of one token: rounded after each of them, a sum would be off by far more than by
+    the one rounding at its end."""
+    from nanolm.kernels import cross_entropy
+
+    monkeypatch.setattr(cross_entropy, "LOGITS", 1)
+    monkeypatch.setattr(cross_entropy, "TOKENS", 1)
+    hidden, weight, bias = draw(60, 5), draw(7, 5, seed=1), draw(7, seed=2)
+    targets = torch.arange(60, device=DEVICE) % 7
+    weight, bias = (x.detach().bfloat16().requires_grad_() for x in (weight, bias))
+
+    def gradients(name, *leaves):
+        loss = kernel_of("linear_cross_entropy", name).run(*leaves, targets).loss
+        return torch.autograd.grad(loss, leaves[1:])
+
+    exact = gradients("reference", *(x.double() for x in (hidden, weight, bias)))
+    for found, right in zip(gradients("triton", hidden, weight, bias), exact, strict=True):
+        half = torch.finfo(found.dtype).eps / 2
+        torch.testing.assert_close(found.double(), right, rtol=half, atol=1e-5)
+
+
 def test_chunks_of_the_loss_are_whole_tiles_of_its_products():
     from nanolm.kernels import cross_entropy
 
@@ -152,6 +176,22 @@ def test_a_bias_that_hides_a_whole_row_is_zero_in_every_kernel(name, hidden, dty
     if out.requires_grad:
         grads = torch.autograd.grad(out.float().sum(), [q, k, v])
         assert all(grad.isfinite().all() for grad in grads) and (grads[0][0, 2] == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(7,), (2, 5, 1), (2, 1, 1, 1), (1, 2, 5, 7)], ids=str)
+def test_a_dense_bias_of_any_shape_and_layout_has_its_gradient(shape):
+    """It may broadcast over every axis, its last axis need not be the nearest in memory, and it may
+    learn alone."""
+    q, k, v = (draw(2, n, 2, 16, seed=seed, grad=False) for seed, n in enumerate((5, 7, 7)))
+    values = draw(*shape[::-1], grad=False).permute(*reversed(range(len(shape)))).requires_grad_()
+
+    def gradient(name):
+        run = kernel_of("attention", name).run
+        with sanitized() if DEVICE == "cpu" else contextlib.nullcontext():
+            out = run(q, k, v, Mask(causal=True), bias=DenseBias(values), scale=0.25)
+            return torch.autograd.grad(out.square().sum(), values)[0]
+
+    torch.testing.assert_close(gradient("triton"), gradient("reference"), rtol=1e-4, atol=1e-5)
 
 
 def test_slopes_that_learn_are_refused_when_the_model_is_built():

@@ -110,6 +110,19 @@ def test_a_call_says_what_takes_registers(monkeypatch, case):
     assert asked == [{word for word, there in present.items() if there}]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "sm_100", "gfx942"])
+def test_wide_numbers_get_small_tiles_whatever_the_call_has(arch, dtype):
+    """float64 too, of which registers hold half as many."""
+    with forced_arch(arch):
+        for kind in launch.KINDS:
+            for columns, warps in ((16, 4), (64, 4), (128, 8), (256, 8)):
+                for words in ("", "grouped window", "dense dropout"):
+                    given = (kind, CPU, columns, dtype, frozenset(words.split()))
+                    assert attention_launch(*given) == Launch(32, 32, warps, 1), given
+        assert launch.product_launch(CPU, dtype) == Launch(32, 32, 4, 2)
+
+
 @pytest.mark.parametrize("arch", ["sm_86", "sm_89", "sm_120"])
 def test_relatives_share_a_column(arch):
     assert of(arch, "bias", 256) == Launch(16, 32, 4, 1)

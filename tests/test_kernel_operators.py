@@ -37,6 +37,13 @@ def attention_arguments(bias, *, grad=True):
     return flatten(q, k, v, mask, bias, scale=0.25, softcap=None)
 
 
+def heads_first(arguments):
+    """The arguments, of which the first three, [B, T, H, K], become views of [B, H, T, K]: what is
+    made for them does not lie as they do."""
+    laid = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in arguments[:3])
+    return *laid, *arguments[3:]
+
+
 def arguments_of(name):
     """The operator's arguments, a few per operator where it has branches."""
     import nanolm.kernels.attention.decode
@@ -49,10 +56,10 @@ def arguments_of(name):
 
     x, weight, bias = draw(5, 24), draw(24, seed=1), draw(24, seed=2)
     if name == "attention":
-        yield attention_arguments(DenseBias(draw(1, 2, 9, 11)))
+        yield heads_first(attention_arguments(DenseBias(draw(1, 2, 11, 9).mT)))
         yield attention_arguments(BucketBias(draw(8, 2), False, 16))
     elif name == "attention_decode":
-        yield attention_arguments(None, grad=False)
+        yield heads_first(attention_arguments(None, grad=False))
     elif name == "attention_backward":
         flat = attention_arguments(DenseBias(draw(1, 2, 9, 11, grad=False)), grad=False)
         out, lse = torch.ops.nanolm.attention(*flat)
@@ -74,7 +81,8 @@ def arguments_of(name):
         yield x, None, x, weight, stats[:0], stats, False, False
         yield x, x, x, weight.bfloat16(), stats, stats, True, True
     elif name == "rotary":
-        yield draw(2, 3, 2, 16), draw(1, 3, 6, grad=False), draw(1, 3, 6, grad=False), False
+        angles = draw(1, 3, 6, grad=False), draw(1, 3, 6, grad=False)
+        yield *heads_first([draw(2, 3, 2, 16)]), *angles, False
     elif name == "glu":
         yield x, "swiglu"
         yield x, "geglu"
@@ -85,7 +93,7 @@ def arguments_of(name):
         yield x, draw(31, 24), draw(31), targets, 5.0, 0.1, 1e-2, True, True, True
         yield x.detach(), draw(31, 24, grad=False), None, targets, None, 0.0, 0.0, *[False] * 3
     else:
-        yield draw(2, 7, 5), "ieee"
+        yield draw(2, 5, 7).mT, "ieee"
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -120,6 +128,21 @@ def test_autocast_casts_products_to_the_dtype_of_its_region(dtype):
     assert (grads[1] != grads[1].to(dtype).float()).any()
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_autocast_leaves_float64_as_it_is(grad):
+    """As PyTorch's own rules do: what is checked in float64 is not rounded on its way."""
+    q, hidden, weight = (draw(*shape).double() for shape in ((1, 9, 2, 16), (5, 6), (7, 6)))
+    targets = torch.zeros(5, dtype=torch.int64, device=DEVICE)
+    with torch.set_grad_enabled(grad), torch.autocast(DEVICE, torch.bfloat16):
+        found = [
+            kernel_of("attention").run(q, q, q, Mask(), scale=0.25),
+            kernel_of("attention", "triton_decode").run(q[:, :1], q, q, Mask(), scale=0.25),
+            kernel_of("symmetric_product").run(hidden),
+            kernel_of("linear_cross_entropy").run(hidden, weight, None, targets).loss,
+        ]
+    assert {x.dtype for x in found} == {torch.float64}
+
+
 LAYOUTS = {
     "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
     "sliced": lambda x: torch.stack([x, -x], dim=-1)[..., 0],
@@ -127,21 +150,48 @@ LAYOUTS = {
 }
 
 
+def problem_of(op):
+    """(function of leaves to outputs that have a gradient, leaves) of an op that trains."""
+    run = kernel_of("linear_cross_entropy" if op == "loss" else op).run
+    if op == "attention":
+        options = {"scale": 0.25, "return_lse": True}
+        leaves = [draw(2, n, h, 16, seed=n) for n, h in ((9, 2), (11, 1), (11, 1))]
+        return lambda *given: run(*given, Mask(causal=True), **options), leaves
+    if op == "norm":
+        options = {"kind": "layernorm", "eps": 1e-5}
+        leaves = [draw(5, 24), draw(24, seed=1), draw(24, seed=2), draw(5, 24, seed=3)]
+        return lambda *given: run(*given[:3], residual=given[3], **options), leaves
+    if op == "loss":
+        targets = torch.arange(40, device=DEVICE) % 31
+        leaves = [draw(40, 6), draw(31, 6, seed=1), draw(31, seed=2)]
+        return lambda *given: [run(*given, targets).loss], leaves
+    if op == "rotary":
+        angle = draw(1, 3, 6, grad=False)
+        return lambda x: [run(x, angle.cos(), angle.sin())], [draw(2, 3, 2, 16)]
+    options = {"kind": "swiglu"} if op == "glu" else {}
+    return lambda x: [run(x, **options)], [draw(2, 7, 24)]
+
+
 def outputs_of(op):
     """(outputs that have a gradient, leaves) of an op that trains."""
-    run = kernel_of(op).run
-    if op == "attention":
-        leaves = [draw(2, n, h, 16, seed=n) for n, h in ((9, 2), (11, 1), (11, 1))]
-        return list(run(*leaves, Mask(causal=True), scale=0.25, return_lse=True)), leaves
-    if op == "norm":
-        leaves = [draw(5, 24), draw(24, seed=1), draw(24, seed=2), draw(5, 24, seed=3)]
-        x, weight, bias, residual = leaves
-        return list(run(x, weight, bias, kind="layernorm", eps=1e-5, residual=residual)), leaves
-    if op == "rotary":
-        x, angle = draw(2, 3, 2, 16), draw(1, 3, 6, grad=False)
-        return [run(x, angle.cos(), angle.sin())], [x]
-    x = draw(2, 7, 24)
-    return [run(x, kind="swiglu") if op == "glu" else run(x)], [x]
+    run, leaves = problem_of(op)
+    return list(run(*leaves)), leaves
+
+
+@pytest.mark.parametrize("op", ["norm", "loss"])
+def test_what_learns_alone_has_the_gradient_that_it_has_among_others(op):
+    """A kernel may leave out what nobody asks for, but not with it what somebody does."""
+    run, leaves = problem_of(op)
+
+    def gradients(learning):
+        given = [x.detach().requires_grad_(i in learning) for i, x in enumerate(leaves)]
+        total = sum(x.square().sum() for x in run(*given))
+        return torch.autograd.grad(total, [given[i] for i in learning])
+
+    together = gradients(range(len(leaves)))
+    for i, right in enumerate(together):
+        (alone,) = gradients([i])
+        assert torch.equal(alone, right), i
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -163,12 +213,7 @@ def test_eager_calls_and_the_registered_derivative_give_the_same_bits(monkeypatc
 
     def outputs_and_gradients():
         with torch.autocast(DEVICE, region or torch.bfloat16, enabled=region is not None):
-            if op == "loss":
-                leaves = [draw(40, 6), draw(31, 6, seed=1), draw(31, seed=2)]
-                targets = torch.arange(40, device=DEVICE) % 31
-                outputs = [kernel_of("linear_cross_entropy").run(*leaves, targets).loss]
-            else:
-                outputs, leaves = outputs_of(op)
+            outputs, leaves = outputs_of(op)
         # One output without a gradient, where there are several, and weights that differ.
         given = [draw(*x.shape, seed=7, grad=False).to(x.dtype) for x in outputs[:1]]
         return [*outputs, *torch.autograd.grad(outputs[:1], leaves, given, allow_unused=True)]
@@ -200,6 +245,21 @@ def test_flops_are_counted():
     assert counter.get_total_flops() == (
         one * (1 + 5 / 2) + one + 2 * 5 * 5 * 24 + 3 * 2 * 5 * 24 * 31
     )
+
+
+@pytest.mark.parametrize("learning", [(), (0,), (1,), (2,), (0, 2), (1, 2), (0, 1, 2)], ids=str)
+def test_flops_of_the_loss_are_those_of_the_gradients_that_are_taken(learning):
+    """One product for the logits, and one for the gradient of the hidden states or of the matrix;
+    that of the bias is a sum."""
+    list(arguments_of("linear_cross_entropy"))
+    leaves = [draw(*shape, grad=False) for shape in ((5, 24), (31, 24), (31,))]
+    for i in learning:
+        leaves[i].requires_grad_()
+    targets = torch.zeros(5, dtype=torch.int64, device=DEVICE)
+    with FlopCounterMode(display=False) as counter:
+        kernel_of("linear_cross_entropy").run(*leaves, targets)
+    products = 1 + len({0, 1} & set(learning))
+    assert counter.get_total_flops() == products * 2 * 5 * 24 * 31
 
 
 class Layer(torch.nn.Module):

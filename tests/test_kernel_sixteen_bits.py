@@ -1,6 +1,8 @@
 """In 16 bits the loops over whole tiles are entered, and what is wrong in them alone is seen: by
 the suite's problems, and by 20 steps of training in bfloat16 against float32."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -10,9 +12,12 @@ from nanolm.tools.first_contact import sixteen_bits
 from nanolm.tools.first_contact.measurement import read_figures
 from nanolm.tools.first_contact.sixteen_bits import DEFINITIONS, MODELS, Setting, compare
 from nanolm.tools.kernel_check import main_loops
-from nanolm.tools.kernel_check.attention_cases import LARGE, MIXED, SINGLE
+from nanolm.tools.kernel_check.attention_cases import LARGE, MIXED, SINGLE, Case
+from nanolm.tools.kernel_check.attention_trials import trial_of
 from nanolm.tools.kernel_check.conformance import check_case, check_trial
 from nanolm.tools.kernel_check.main_loops import LONG, long_trials, whole_tiles
+from nanolm.tools.kernel_check.op_trials import glu_trial, norm_trial, rotary_trial
+from nanolm.tools.kernel_check.trial import OP_OF, execute, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ARCHES = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -53,6 +58,41 @@ def test_other_ops_are_right_over_what_they_loop_over(op):
     for trial in trials:
         found = check_trial(candidates(op)["triton"], trial)
         assert found.verdict == "pass", found
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_computed_in_float32_is_rounded_once(dtype):
+    """Each output and gradient is the 16-bit number nearest to the exact one, but for what float32
+    sums are off by: where a product is rounded on the way, some are off by twice as much."""
+    common = {"dtype": dtype, "device": DEVICE}
+    for trial in (
+        # Not beside a residual, whose sum is rounded before it is normalized, as it is kept.
+        # 150 rows are more than the programs take at a time: each has a sum, and a second step.
+        norm_trial("layernorm", 150, 24, bias=True, residual=False, **common),
+        norm_trial("rmsnorm", 5, 129, bias=False, residual=False, **common),
+        rotary_trial(3, 16, 5, per_row=False, **common),
+        glu_trial("swiglu", 3, 127, **common),
+        glu_trial("geglu", 3, 127, **common),
+    ):
+        trial = dataclasses.replace(trial, detached=frozenset({"total"}))
+        op = OP_OF[type(trial.spec).__name__]
+        found = execute(trial, candidates(op)["triton"], backward=True).tensors
+        exact = execute(trial, reference(op), torch.float64, backward=True).tensors
+        for name, x in found.items():
+            difference = (x.double() - exact[name]).abs()
+            rounding = exact[name].abs() * torch.finfo(dtype).eps / 2
+            assert (difference <= rounding + 5e-6 * exact[name].abs().max()).all(), (op, name)
+
+
+def test_the_gradient_of_a_16_bit_table_is_rounded_once(small_tiles):
+    """Ten sums, of two rows and five diagonals of tiles, go into each number."""
+    sizes = {"n_queries": 40, "n_keys": 40, "n_heads": 1, "n_kv_heads": 1}
+    trial = trial_of(Case(**sizes, bias="bucket", bias_dtype=torch.bfloat16), DEVICE)
+    found = execute(trial, triton_attention(), backward=True).gradients["bias"]
+    exact = execute(trial, reference("attention"), torch.float64, backward=True).gradients["bias"]
+    rounding = exact.abs() * torch.finfo(found.dtype).eps / 2
+    assert found.dtype == torch.bfloat16
+    assert ((found.double() - exact).abs() <= rounding + 2e-5 * exact.abs().max()).all()
 
 
 def test_sizes_are_three_of_the_largest_tile_of_the_device_and_five():

@@ -178,6 +178,21 @@ def test_compiled_blocks_share_them_in_one_graph_a_kind(make_learner, counted, m
     assert (graphs.compiled, graphs.run) == (2, 2 * 6)
 
 
+@pytest.mark.parametrize("field", ["documents", "key_documents", "order", "key_order"])
+def test_numbers_that_change_in_place_bring_ranges_of_their_own(field):
+    """As those of a buffer that every batch is copied into."""
+    numbers = torch.arange(6).view(1, 6) // 4
+    fields = {name: numbers for name in {field, field.removeprefix("key_")}}
+    fields[field] = numbers.clone()
+    before = with_ranges(Mask(**fields)).ranges
+    fields[field].copy_(numbers.flip(1))
+    found = with_ranges(Mask(**fields)).ranges
+    allowed = Mask(**fields).dense(6, 6)[:, 0]
+    assert torch.equal(found.keys, written_out(allowed))
+    assert torch.equal(found.queries, written_out(allowed.transpose(1, 2)))
+    assert not torch.equal(found.keys, before.keys)
+
+
 def test_other_kernels_do_not_pay_for_them(make_learner, counted):
     hidden(trunk_of(make_learner), packed())
     assert counted == []

@@ -97,6 +97,14 @@ def attention() -> Iterator[Question]:
         yield tiled(test_of(test, bias, about=f"dropout keep {bias}"), 16, 16)
     for bias in ("none", "bucket", "dense_by_head"):
         yield test_of(tests.test_gradcheck, bias, about=f"accumulate {bias.partition('_')[0]}")
+    for bias in ("bucket", "dense_by_head"):
+        about = f"accumulate wide {bias.partition('_')[0]}"
+        yield tiled(test_of(tests.test_float64_is_as_exact_as_float64, bias, about=about), 16, 16)
+    test = tests.test_whole_tiles_of_narrow_heads_read_nothing_beside_them
+    yield tiled(test_of(test, about="column width checked"), 16, 16)
+    for shape in ((7,), (2, 5, 1), (2, 1, 1, 1), (1, 2, 5, 7)):
+        test = edge_tests.test_a_dense_bias_of_any_shape_and_layout_has_its_gradient
+        yield test_of(test, shape, about="dense bias stride")
     for dtype in (torch.float32, torch.bfloat16):
         for hidden in ("lowest", "-inf"):
             test = edge_tests.test_a_bias_that_hides_a_whole_row_is_zero_in_every_kernel
@@ -172,6 +180,15 @@ def operators(*names: str) -> Iterator[Question]:
             yield test_of(test, name, layout, about="contiguous grad", concerns=of_wrapper)
     test = operator_tests.test_autocast_casts_products_to_the_dtype_of_its_region
     yield test_of(test, torch.float16, about="cast dtype", concerns=of_wrapper)
+    for grad in (True, False):
+        test = operator_tests.test_autocast_leaves_float64_as_it_is
+        yield test_of(test, grad, about="cast dtype", concerns=of_wrapper)
+
+
+def alone(op: str) -> Iterator[Question]:
+    """One leaf that learns, and the others do not."""
+    test = operator_tests.test_what_learns_alone_has_the_gradient_that_it_has_among_others
+    yield test_of(test, op, about="needs grad", concerns=of_wrapper)
 
 
 def trials(op: str) -> Iterator[Question]:
@@ -196,6 +213,7 @@ def numel(trial: Trial) -> int:
 def norm() -> Iterator[Question]:
     """Rows of several widths, dtypes and sizes."""
     yield from trials("norm")
+    yield from alone("norm")
     yield from operators("norm", "norm_backward")
 
 
@@ -229,6 +247,10 @@ def cross_entropy() -> Iterator[Question]:
     yield test_of(
         edge_tests.test_sums_of_16_bit_logits_are_taken_in_float32, "triton", torch.float16
     )
+    yield from alone("loss")
+    for learning in ((), (0,), (1,), (2,)):
+        test = operator_tests.test_flops_of_the_loss_are_those_of_the_gradients_that_are_taken
+        yield test_of(test, learning, about="flops needs", concerns=of_wrapper)
     yield from operators("linear_cross_entropy")
 
 
