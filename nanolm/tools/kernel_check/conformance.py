@@ -18,6 +18,7 @@ that refuse training but serve prefill or decoding are checked forward only.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, get_args
@@ -26,7 +27,10 @@ import torch
 
 from nanolm.ops.contract import Phase, why_it_varies
 from nanolm.registry import OPS
+from nanolm.tools.kernel_check.answers import answers_fault, refusal_of
 from nanolm.tools.kernel_check.attention_cases import HARD, LARGE, MIXED, SINGLE, Case
+from nanolm.tools.kernel_check.attention_corners import CORNERS
+from nanolm.tools.kernel_check.attention_habits import QUESTIONS, Question
 from nanolm.tools.kernel_check.attention_trials import spec_of, trial_of
 from nanolm.tools.kernel_check.diagnosis import fault
 from nanolm.tools.kernel_check.dropout import RATE, dropout_fault
@@ -36,7 +40,7 @@ from nanolm.tools.kernel_check.main_loops import LONG, whole_tiles
 from nanolm.tools.kernel_check.op_habits import OP_HABITS
 from nanolm.tools.kernel_check.op_suites import op_trials
 from nanolm.tools.kernel_check.saved import what_is_saved
-from nanolm.tools.kernel_check.settings import watched_settings
+from nanolm.tools.kernel_check.settings import listening, watched_settings
 from nanolm.tools.kernel_check.trial import Trial, execute, forget_graphs
 
 
@@ -80,7 +84,7 @@ def checks_of(op: str, *, quick: bool = False) -> list[Check]:
                 for name, find in (HABITS | OP_HABITS.get(op, {})).items()
             ),
         ]
-    cases = SINGLE | MIXED | LARGE | ({} if quick else HARD)
+    cases = SINGLE | MIXED | LARGE | ({} if quick else HARD) | CORNERS
     return [
         *(case_check(name, case) for name, case in cases.items()),
         *(long_check(name, case) for name, case in LONG.items()),
@@ -96,7 +100,45 @@ def checks_of(op: str, *, quick: bool = False) -> list[Check]:
             habit_check(name, find, lambda *on: served_trial(on[0], "causal", on[1]))
             for name, find in HABITS.items()
         ),
+        *(question_check(name, find) for name, find in QUESTIONS.items()),
+        check_answers,
     ]
+
+
+def question_check(name: str, find: Question) -> Check:
+    """What attention kernels alone are asked, of all problems that they serve."""
+
+    def work(kernel: Any, device: str) -> Finding:
+        def serves(case: Case) -> Trial | None:
+            served, _ = serving(kernel, case, device)
+            return None if served is None else trial_of(served, device)
+
+        words = find(kernel, serves)
+        return Finding(name, "pass" if words is None else "FAIL", words or "")
+
+    return lambda kernel, device: told(name, lambda: work(kernel, device))
+
+
+def check_answers(kernel: Any, device: str) -> Finding:
+    """`why_not`, asked of all problems in every phase, in one order and the reverse."""
+
+    def work() -> Finding:
+        cases = (SINGLE | MIXED | LARGE | HARD | CORNERS).values()
+        specs = [
+            dataclasses.replace(spec_of(case, device), phase=phase, dropout=dropout)
+            for case in cases
+            for phase in get_args(Phase)
+            for dropout in (0.0, RATE)
+        ]
+        some = [
+            served
+            for name in ("plain", "causal", "window", "soft-cap")
+            if (served := serving(kernel, SINGLE[name], device)[0]) is not None
+        ]
+        words = answers_fault(kernel, specs, [functools.partial(trial_of, c, device) for c in some])
+        return Finding("why_not", "pass" if words is None else "FAIL", words or "")
+
+    return told("why_not", work)
 
 
 def habit_check(name: str, find: Habit, make: Callable[[Any, str], Trial]) -> Check:
@@ -133,14 +175,6 @@ def determinism_check(name: str) -> Check:
     )
 
 
-def refusal_of(kernel: Any, spec: Any) -> str | None:
-    """What `why_not` says; raises TypeError when that is neither a sentence nor None."""
-    reason = kernel.why_not(spec)
-    if reason is not None and not (isinstance(reason, str) and reason.strip()):
-        raise TypeError(f"why_not returned {reason!r}: a sentence is due, or None for yes")
-    return reason
-
-
 def serving(kernel: Any, case: Case, device: str) -> tuple[Case | None, str]:
     """The case in the first phase that the kernel serves, or (None, its reason). One in float32 is
     put to a kernel of 16 bits in these: it would be tried on a handful of cases otherwise."""
@@ -168,12 +202,24 @@ def check_case(kernel: Any, name: str, case: Case, device: str) -> Finding:
         words = fault(kernel, trial)
         if words is None:
             return Finding(name, "pass", what_was_tried(case, served))
+        if right_alone(kernel, trial):
+            words = f"it remembers earlier calls, without which it is right here: {words}"
+            return Finding(name, "FAIL", words)
         plain = dataclasses.replace(served, integers=torch.int64)
         if plain != served and fault(kernel, trial_of(plain, device)) is None:
             words = "it takes the integers of masks for int64; these are int32"
         return Finding(name, "FAIL", words)
 
     return told(name, work)
+
+
+def right_alone(kernel: Any, trial: Trial) -> bool:
+    """Whether another object of the kernel's class, which has not been called yet, is right."""
+    try:
+        fresh = type(kernel)()
+    except TypeError:
+        return False  # it is made of something: no plug-in's class
+    return fault(fresh, trial) is None
 
 
 def what_was_tried(case: Case, served: Case) -> str:
@@ -186,7 +232,14 @@ def what_was_tried(case: Case, served: Case) -> str:
 
 def check_trial(kernel: Any, trial: Trial) -> Finding:
     """Parity on one trial."""
-    return asked(trial.name, kernel, lambda: trial, lambda trial: fault(kernel, trial))
+
+    def words_of(trial: Trial) -> str | None:
+        words = fault(kernel, trial)
+        if words is None or not right_alone(kernel, trial):
+            return words
+        return f"it remembers earlier calls, without which it is right here: {words}"
+
+    return asked(trial.name, kernel, lambda: trial, words_of)
 
 
 def asked(
@@ -207,17 +260,26 @@ def asked(
 
 def told(name: str, work: Callable[[], Finding]) -> Finding:
     """The finding, or that the kernel raises, as a foreign one may raise anything, or ends the
-    process, or leaves torch otherwise than it was."""
+    process, or leaves it otherwise than it was, or prints."""
     forget_graphs()
-    with watched_settings() as written:
+    with listening() as (printed, warned), watched_settings() as written:
         try:
             finding = work()
         except (Exception, SystemExit) as error:  # noqa: BLE001  (it is reported)
             finding = Finding(name, "FAIL", f"it raises {type(error).__name__}: {error}")
-    if not written:
-        return finding
-    words = f"it calls {', '.join(written)}, which changes what all others compute after it"
-    return Finding(name, "FAIL", words)
+    faults = [finding.words] if finding.verdict == "FAIL" else []
+    if written:
+        words = f"it calls {', '.join(written)}, which changes what all others compute after it"
+        faults.append(words)
+    if printed.getvalue().strip():
+        line = printed.getvalue().strip().splitlines()[0]
+        faults.append(f"it prints, call for call: {line!r}")
+    if faults:
+        return Finding(name, "FAIL", "; ".join(faults))
+    said = [str(w.message) for w in warned if issubclass(w.category, UserWarning | RuntimeWarning)]
+    if said and not finding.words:
+        return dataclasses.replace(finding, words=f"it warns: {said[0].splitlines()[0]}")
+    return finding
 
 
 def served_trial(kernel: Any, name: str, device: str) -> Trial:
@@ -245,11 +307,12 @@ def check_dropout(kernel: Any, device: str) -> Finding:
     """What is dropped and how, forward and backward."""
 
     def work() -> Finding:
-        case = SINGLE["plain"]
-        reason = refusal_of(kernel, dataclasses.replace(spec_of(case, device), dropout=RATE))
-        if reason is not None:
-            return Finding("dropout", "refused", reason)
-        words = dropout_fault(kernel, device)
+        spec = dataclasses.replace(spec_of(SINGLE["plain"], device), dropout=RATE)
+        dtypes = (torch.float32, *NARROW)
+        reasons = [refusal_of(kernel, dataclasses.replace(spec, dtype=dtype)) for dtype in dtypes]
+        if None not in reasons:
+            return Finding("dropout", "refused", reasons[0] or "")
+        words = dropout_fault(kernel, device, dtypes[reasons.index(None)])
         return Finding("dropout", "pass" if words is None else "FAIL", words or "")
 
     return told("dropout", work)
