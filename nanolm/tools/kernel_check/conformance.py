@@ -40,27 +40,14 @@ from nanolm.tools.kernel_check.main_loops import LONG, whole_tiles
 from nanolm.tools.kernel_check.op_habits import OP_HABITS
 from nanolm.tools.kernel_check.op_suites import op_trials
 from nanolm.tools.kernel_check.saved import what_is_saved
-from nanolm.tools.kernel_check.settings import listening, watched_settings
-from nanolm.tools.kernel_check.trial import Trial, execute, forget_graphs
-
-
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """One check's verdict, and what there is to say: "pass", "FAIL", "refused", or "note" for what
-    the kernel admits."""
-
-    check: str
-    verdict: str
-    words: str = ""
-
+from nanolm.tools.kernel_check.trial import Trial, execute
+from nanolm.tools.kernel_check.verdicts import Check, Finding, asked, right_alone, told
 
 OWN_UP = (
     "and nothing says that they may: add in one order, without atomics, or, where gradients alone "
     'differ, write down why: varies_on = {{"{}": "…"}} (kernels/README.md)'
 )
 NARROW = (torch.float16, torch.bfloat16)
-Check = Callable[[Any, str], Finding]
-"""What is done with a kernel on a device."""
 
 
 def check_kernel(
@@ -77,8 +64,14 @@ def checks_of(op: str, *, quick: bool = False) -> list[Check]:
     if op != "attention":
         return [
             *(trial_check(op, number) for number in range(len(op_trials(op)))),
-            lambda kernel, device: check_other_numbers(kernel, lambda: op_trials(op, device)[0]),
-            lambda kernel, device: check_determinism(kernel, lambda: op_trials(op, device)[0]),
+            Check(
+                "other numbers",
+                lambda kernel, on: check_other_numbers(kernel, lambda: op_trials(op, on)[0]),
+            ),
+            Check(
+                "determinism",
+                lambda kernel, on: check_determinism(kernel, lambda: op_trials(op, on)[0]),
+            ),
             *(
                 habit_check(name, find, lambda _, device: op_trials(op, device)[0])
                 for name, find in (HABITS | OP_HABITS.get(op, {})).items()
@@ -89,19 +82,22 @@ def checks_of(op: str, *, quick: bool = False) -> list[Check]:
         *(case_check(name, case) for name, case in cases.items()),
         *(long_check(name, case) for name, case in LONG.items()),
         *(leak_check(kind) for kind in KINDS),
-        check_dropout,
-        lambda kernel, device: check_other_numbers(
-            kernel, lambda: served_trial(kernel, "causal", device)
+        Check("dropout", check_dropout),
+        Check(
+            "other numbers",
+            lambda kernel, on: check_other_numbers(
+                kernel, lambda: served_trial(kernel, "causal", on)
+            ),
         ),
         # With one tile of keys there is one order to add dQ in: the second has many.
         *(determinism_check(name) for name in ("causal", "1100 keys")),
-        check_memory,
+        Check("memory", check_memory),
         *(
             habit_check(name, find, lambda *on: served_trial(on[0], "causal", on[1]))
             for name, find in HABITS.items()
         ),
         *(question_check(name, find) for name, find in QUESTIONS.items()),
-        check_answers,
+        Check("why_not", check_answers),
     ]
 
 
@@ -116,7 +112,7 @@ def question_check(name: str, find: Question) -> Check:
         words = find(kernel, serves)
         return Finding(name, "pass" if words is None else "FAIL", words or "")
 
-    return lambda kernel, device: told(name, lambda: work(kernel, device))
+    return Check(name, lambda kernel, device: told(name, lambda: work(kernel, device)))
 
 
 def check_answers(kernel: Any, device: str) -> Finding:
@@ -143,35 +139,48 @@ def check_answers(kernel: Any, device: str) -> Finding:
 
 def habit_check(name: str, find: Habit, make: Callable[[Any, str], Trial]) -> Check:
     """One habit on the trial that is made for a kernel and a device."""
-    return lambda kernel, device: asked(
-        name, kernel, lambda: make(kernel, device), lambda trial: find(kernel, trial)
+    return Check(
+        name,
+        lambda kernel, device: asked(
+            name, kernel, lambda: make(kernel, device), lambda trial: find(kernel, trial)
+        ),
     )
 
 
 def trial_check(op: str, number: int) -> Check:
     """Parity on the op's trial of this number."""
-    return lambda kernel, device: check_trial(kernel, op_trials(op, device)[number])
+    return Check(
+        f"trial {number}",
+        lambda kernel, device: check_trial(kernel, op_trials(op, device)[number]),
+    )
 
 
 def case_check(name: str, case: Case) -> Check:
     """Parity on this attention problem."""
-    return lambda kernel, device: check_case(kernel, name, case, device)
+    return Check(name, lambda kernel, device: check_case(kernel, name, case, device))
 
 
 def long_check(name: str, case: Case) -> Check:
     """Parity on this attention problem with several whole tiles of the device at hand."""
-    return lambda kernel, device: check_case(kernel, name, whole_tiles(case, device), device)
+    return Check(
+        name,
+        lambda kernel, device: check_case(kernel, name, whole_tiles(case, device), device),
+    )
 
 
 def leak_check(kind: str) -> Check:
     """No leak through this kind of mask."""
-    return lambda kernel, device: check_leak(kernel, kind, device)
+    return Check(f"leak: {kind}", lambda kernel, device: check_leak(kernel, kind, device))
 
 
 def determinism_check(name: str) -> Check:
     """The same bits twice on this attention problem."""
-    return lambda kernel, device: check_determinism(
-        kernel, lambda: served_trial(kernel, name, device), f"determinism: {name}"
+    words = f"determinism: {name}"
+    return Check(
+        words,
+        lambda kernel, device: check_determinism(
+            kernel, lambda: served_trial(kernel, name, device), words
+        ),
     )
 
 
@@ -213,15 +222,6 @@ def check_case(kernel: Any, name: str, case: Case, device: str) -> Finding:
     return told(name, work)
 
 
-def right_alone(kernel: Any, trial: Trial) -> bool:
-    """Whether another object of the kernel's class, which has not been called yet, is right."""
-    try:
-        fresh = type(kernel)()
-    except TypeError:
-        return False  # it is made of something: no plug-in's class
-    return fault(fresh, trial) is None
-
-
 def what_was_tried(case: Case, served: Case) -> str:
     """How the case that was served differs from the one that was asked for."""
     words = [] if served.phase == "train" else ["forward only"]
@@ -240,46 +240,6 @@ def check_trial(kernel: Any, trial: Trial) -> Finding:
         return f"it remembers earlier calls, without which it is right here: {words}"
 
     return asked(trial.name, kernel, lambda: trial, words_of)
-
-
-def asked(
-    name: str, kernel: Any, make: Callable[[], Trial], words_of: Callable[[Trial], str | None]
-) -> Finding:
-    """What `words_of` finds wrong on a trial, once the kernel has said that it serves it."""
-
-    def work() -> Finding:
-        trial = make()
-        reason = refusal_of(kernel, trial.spec)
-        if reason is not None:
-            return Finding(name, "refused", reason)
-        words = words_of(trial)
-        return Finding(name, "pass" if words is None else "FAIL", words or "")
-
-    return told(name, work)
-
-
-def told(name: str, work: Callable[[], Finding]) -> Finding:
-    """The finding, or that the kernel raises, as a foreign one may raise anything, or ends the
-    process, or leaves it otherwise than it was, or prints."""
-    forget_graphs()
-    with listening() as (printed, warned), watched_settings() as written:
-        try:
-            finding = work()
-        except (Exception, SystemExit) as error:  # noqa: BLE001  (it is reported)
-            finding = Finding(name, "FAIL", f"it raises {type(error).__name__}: {error}")
-    faults = [finding.words] if finding.verdict == "FAIL" else []
-    if written:
-        words = f"it calls {', '.join(written)}, which changes what all others compute after it"
-        faults.append(words)
-    if printed.getvalue().strip():
-        line = printed.getvalue().strip().splitlines()[0]
-        faults.append(f"it prints, call for call: {line!r}")
-    if faults:
-        return Finding(name, "FAIL", "; ".join(faults))
-    said = [str(w.message) for w in warned if issubclass(w.category, UserWarning | RuntimeWarning)]
-    if said and not finding.words:
-        return dataclasses.replace(finding, words=f"it warns: {said[0].splitlines()[0]}")
-    return finding
 
 
 def served_trial(kernel: Any, name: str, device: str) -> Trial:
