@@ -16,7 +16,7 @@ from tests.kernel_tools.outsider import no_dropout, wrong
 from tests.kernel_tools.wrong_masks import Added, Shown
 
 
-@wrong("attention", "after a call with another window on the same shapes")
+@wrong("attention", "after a call with another window on the same shapes", at="other options")
 def keeps_windows_by_shape(run):
     kept = {}
 
@@ -29,7 +29,7 @@ def keeps_windows_by_shape(run):
     return attend
 
 
-@wrong("attention", "after a call with another soft-cap on the same shapes")
+@wrong("attention", "after a call with another soft-cap on the same shapes", at="other options")
 def compiles_the_softcap_in(run):
     kept = {}
 
@@ -40,7 +40,7 @@ def compiles_the_softcap_in(run):
     return attend
 
 
-@wrong("attention", "after a call with another scale on the same shapes")
+@wrong("attention", "after a call with another scale on the same shapes", at="other options")
 def compiles_the_scale_in(run):
     kept = {}
 
@@ -50,7 +50,7 @@ def compiles_the_scale_in(run):
     return attend
 
 
-@wrong("attention", "after the numbers of its mask were changed in place")
+@wrong("attention", "after the numbers of its mask were changed in place", at="other masks")
 def keeps_masks_by_their_object(run):
     kept = {}
 
@@ -62,7 +62,7 @@ def keeps_masks_by_their_object(run):
     return attend
 
 
-@wrong("attention", "after a call under torch.inference_mode")
+@wrong("attention", "after a call under torch.inference_mode", at="inference mode")
 def keeps_distances_of_an_evaluation(run):
     kept = {}
 
@@ -77,12 +77,12 @@ def keeps_distances_of_an_evaluation(run):
     return attend
 
 
-@wrong("attention", "after the call, made of its inputs")
+@wrong("attention", "after the call, made of its inputs", at="released")
 def keeps_weights_to_be_looked_at(run):
     seen = []
 
     def attend(q, k, v, mask, **options):
-        seen[:] = [(q.detach() @ k.detach()[:, :, :1].mT).softmax(-1)]
+        seen[:] = [(q.detach() @ k.detach()[:, :, :1].mT).sigmoid()]
         return run(q, k, v, mask, **options)
 
     return attend
@@ -97,7 +97,12 @@ class ByTheSpec:
         type(self).softcap = spec.softcap
 
 
-@wrong("attention", "its run goes by the spec that why_not was asked about last", ByTheSpec())
+@wrong(
+    "attention",
+    "its run goes by the spec that why_not was asked about last",
+    ByTheSpec(),
+    at="why_not",
+)
 def remembers_the_soft_cap_of_the_spec(run):
     return lambda *given, softcap=None, **options: run(*given, softcap=ByTheSpec.softcap, **options)
 
@@ -113,7 +118,7 @@ class Tired:
         return "it has served enough" if self.asked > 300 else None
 
 
-@wrong("attention", "it must go by the spec alone", Tired())
+@wrong("attention", "it must go by the spec alone", Tired(), at="why_not")
 def refuses_in_the_end(run):
     return run
 
@@ -122,12 +127,12 @@ def knows_three_biases(spec):
     return {None: None, "alibi": None, "bucket": None, "dense": None}[spec.bias]
 
 
-@wrong("attention", "it raises KeyError: 'learned_alibi'", knows_three_biases)
+@wrong("attention", "it raises KeyError: 'learned_alibi'", knows_three_biases, at="learned slopes")
 def does_not_know_all_biases(run):
     return run
 
 
-@wrong("attention", "no gradient reaches bias when the other inputs are frozen")
+@wrong("attention", "no gradient reaches bias when the other inputs are frozen", at="frozen biases")
 def learns_a_bias_beside_queries_alone(run):
     def attend(q, *given, bias=None, **options):
         if bias is not None and not q.requires_grad:
@@ -137,7 +142,9 @@ def learns_a_bias_beside_queries_alone(run):
     return attend
 
 
-@wrong("attention", "under torch.no_grad, and only there: it ignores the bias")
+@wrong(
+    "attention", "under torch.no_grad, and only there: it ignores the bias", at="bias of T and S"
+)
 def forgets_a_flat_bias_in_evaluation(run):
     def attend(*given, bias=None, **options):
         flat = getattr(bias, "values", None) is not None and bias.values.dim() < 4
@@ -148,7 +155,7 @@ def forgets_a_flat_bias_in_evaluation(run):
     return attend
 
 
-@wrong("attention", "it changes its input in place: q")
+@wrong("attention", "it changes its input in place: q", at="one query, one key")
 def scales_a_single_query_in_place(run):
     def attend(q, k, v, mask, *, scale, **options):
         if torch.is_grad_enabled():
@@ -160,7 +167,7 @@ def scales_a_single_query_in_place(run):
     return attend
 
 
-@wrong("attention", "its output lies in the memory of v")
+@wrong("attention", "its output lies in the memory of v", at="own memory")
 def returns_the_only_value(run):
     def attend(q, k, v, mask, *, bias=None, dropout=0.0, **options):
         if q.shape == v.shape and v.shape[1] == 1 and bias is None and not dropout:
@@ -170,7 +177,7 @@ def returns_the_only_value(run):
     return attend
 
 
-@wrong("attention", "its output is expanded")
+@wrong("attention", "its output is expanded", at="own memory")
 def expands_the_only_value(run):
     def attend(q, k, v, mask, *, bias=None, dropout=0.0, **options):
         if v.shape[1] == 1 and v.shape[2] == q.shape[2] and bias is None and not mask.kinds():
@@ -180,7 +187,7 @@ def expands_the_only_value(run):
     return attend
 
 
-@wrong("attention", "its calls share memory: the next call under torch.no_grad")
+@wrong("attention", "its calls share memory: the next call under torch.no_grad", at="decoding")
 def decodes_into_one_place(run):
     places = {}
 
@@ -198,9 +205,9 @@ class Kept(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, out, how):
-        ctx.how, ctx.out = how, out.detach().clone() if how == "once" else out.detach()
-        ctx.norm = ctx.out.norm()
-        return ctx.out.view_as(ctx.out) if how == "once" else ctx.out
+        ctx.how, result = how, out.detach().clone()
+        ctx.out, ctx.norm = result.clone() if how == "once" else result.detach(), out.norm()
+        return result
 
     @staticmethod
     def backward(ctx, grad):
@@ -210,17 +217,19 @@ class Kept(torch.autograd.Function):
         return found, None
 
 
-@wrong("attention", "a second one through the same graph")
+@wrong("attention", "a second one through the same graph", at="graph kept")
 def uses_what_it_kept_for_its_gradients(run):
     return lambda *given, **options: Kept.apply(run(*given, **options), "once")
 
 
-@wrong("attention", "it keeps out for its backward pass without save_for_backward")
+@wrong(
+    "attention", "it keeps out for its backward pass without save_for_backward", at="written over"
+)
 def keeps_the_output_unguarded(run):
     return lambda *given, **options: Kept.apply(run(*given, **options), "bare")
 
 
-@wrong("attention", "NaN in one query makes the output of other queries NaN")
+@wrong("attention", "NaN in one query makes the output of other queries NaN", at="NaN")
 def subtracts_one_maximum_from_all(run):
     def attend(*given, **options):
         out = run(*given, **options)
@@ -241,7 +250,7 @@ class StraightThrough(torch.autograd.Function):
         return grad, None
 
 
-@wrong("attention", "it forgets the soft-cap's derivative")
+@wrong("attention", "it forgets the soft-cap's derivative", at="soft-cap")
 def forgets_the_derivative_of_the_softcap(run):
     def attend(q, k, v, mask, *, bias=None, softcap=None, scale, **options):
         if softcap is None or bias is not None or q.shape[2] != k.shape[2]:
@@ -253,7 +262,7 @@ def forgets_the_derivative_of_the_softcap(run):
     return attend
 
 
-def with_side_effect(words, refuses=lambda spec: None):
+def with_side_effect(words, refuses=lambda spec: None, *, at):
     """Decorator: something that is done at every call."""
 
     def enter(effect):
@@ -265,42 +274,42 @@ def with_side_effect(words, refuses=lambda spec: None):
             return attend
 
         make.__name__ = effect.__name__
-        wrong("attention", words, refuses)(make)
+        wrong("attention", words, refuses, at=at)(make)
         return effect
 
     return enter
 
 
-@with_side_effect("it calls numpy.random,")
+@with_side_effect("it calls numpy.random,", at="plain")
 def seeds_numpy():
     np.random.seed(0)
 
 
-@with_side_effect("it calls random,", no_dropout)
+@with_side_effect("it calls random,", no_dropout, at="plain")
 def draws_from_pythons_generator():
     random.random()
 
 
-@with_side_effect("it calls os.environ,")
+@with_side_effect("it calls os.environ,", at="causal")
 def sets_a_variable_of_the_process():
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 
 
-@with_side_effect("it calls warnings.filterwarnings,")
+@with_side_effect("it calls warnings.filterwarnings,", at="causal")
 def silences_all_warnings():
     warnings.filterwarnings("ignore")
 
 
-@with_side_effect("it calls torch.set_flush_denormal,")
+@with_side_effect("it calls torch.set_flush_denormal,", at="plain")
 def flushes_what_is_small():
     torch.set_flush_denormal(True)
 
 
-@with_side_effect("it calls torch.backends.cuda.enable_flash_sdp or one beside it,")
+@with_side_effect("it calls torch.backends.cuda.enable_flash_sdp or one beside it,", at="plain")
 def turns_torchs_kernels_off():
     torch.backends.cuda.enable_mem_efficient_sdp(False)
 
 
-@with_side_effect("it prints, call for call: 'attention here'")
+@with_side_effect("it prints, call for call: 'attention here'", at="plain")
 def prints_a_line():
     print("attention here")

@@ -20,7 +20,7 @@ from nanolm.tools.kernel_check.attention_cases import Case
 from nanolm.tools.kernel_check.attention_corners import UNUSUAL, apart
 from nanolm.tools.kernel_check.trial import Trial, reference, upstream
 
-LAYOUTS = ("contiguous", "heads_first", "sliced")
+LAYOUTS = ("sliced", "heads_first", "contiguous")
 """Of v, q and k where they lie unlike each other: the seeds of q, k and v are 1, 2 and 3."""
 
 
@@ -175,7 +175,7 @@ def sums_of_terms(case: Case, mask: Mask, leaves: dict[str, Tensor]) -> dict[str
 
 def largest_score(case: Case, leaves: dict[str, Tensor]) -> float:
     """The largest |q . k| * scale. A weight is off by as much as its exponent, which float32 rounds
-    by 2^-24 of the score."""
+    by 2^-24 of the score, float64 by 2^-53."""
     q, k = (leaves[name].detach().double().transpose(1, 2) for name in "qk")
     k = k.repeat_interleave(case.n_heads // case.n_kv_heads, dim=1)
     scores = (q @ k.mT).abs()
@@ -212,6 +212,7 @@ def trial_of(
         )  # fmt: skip
         return {"out": result.out, "lse": result.lse} if lse else {"out": result}
 
+    exponent = 2.0**-53 if case.dtype == torch.float64 else 2.0**-24
     return Trial(
         case.features(),
         spec_of(case, device),
@@ -220,6 +221,6 @@ def trial_of(
         autocast=case.autocast,
         dtypes={"out": case.autocast or case.dtype},
         terms=None if lse else functools.partial(sums_of_terms, case, used),
-        rounding=2.0**-24 * largest_score(case, leaves),
+        rounding=exponent * largest_score(case, leaves),
         constants={name: x for name, x in vars(used).items() if isinstance(x, Tensor)},
     )

@@ -41,9 +41,13 @@ def fault(kernel: Any, trial: Trial) -> str | None:
     words = kind_of_outputs(trial, found.outputs, right) or numbers(kernel, trial, found, right)
     if words is not None or still is found:
         return words
-    # In the order of `HABITS`, which ask the same of one trial alone: a branch for evaluation may
-    # be wrong for one option.
-    words = kind_of_outputs(trial, still.outputs, right) or numbers(kernel, trial, still, right)
+    # A branch for evaluation may be wrong for one option: `HABITS` ask of one trial alone.
+    spec = dataclasses.replace(trial.spec, phase="prefill")
+    forward_only = dataclasses.replace(trial, spec=spec)
+    with torch.no_grad():
+        words = kind_of_outputs(trial, still.outputs, right) or numbers(
+            kernel, forward_only, still, right
+        )
     return words and f"under torch.no_grad, and only there: {words}"
 
 

@@ -83,7 +83,8 @@ def numbers_as(change: Callable[[Tensor], Tensor]) -> Reading:
         names = ("documents", "key_documents", "order", "key_order")
         there = {name: x for name in names if (x := getattr(mask, name)) is not None}
         changed = {name: change(x) for name, x in there.items()}
-        return dataclasses.replace(mask, **changed).dense(n, m, next(iter(there.values())).device)
+        device = given(next(iter(there.values()), None)).device
+        return dataclasses.replace(mask, **changed).dense(n, m, device)
 
     return reading
 
