@@ -93,7 +93,7 @@ CORNERS = {
     "bias of T and S": Case(bias="dense_of_places"),
     "bias expanded to rows": Case(bias="dense_expanded"),
     "no rows": Case(n_rows=0, causal=True),
-    "float64": Case(dtype=torch.float64, causal=True, softcap=3.0, bias="alibi"),
+    "float64": Case(dtype=torch.float64, causal=True, bias="alibi", size=4.0),
     "head of 17": Case(width=17, n_rows=1, causal=True),
     "q, k and v of unlike strides": Case(layout="unlike"),
     # The largest scores are hidden: what is subtracted before exp must be the largest that is left.

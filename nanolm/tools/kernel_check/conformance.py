@@ -6,11 +6,15 @@ that refuse training but serve prefill or decoding are checked forward only.
     parity        outputs and gradients against the float64 reference, feature by feature, also at
                   larger sizes, with larger numbers and in the dtypes that autocast mixes; in 16
                   bits at sizes of several whole tiles of the device at hand (main_loops.py)
+                  and, of attention, on masks and biases that one data set does not show
+                  (attention_corners.py)
     leaks         hidden keys change nothing, for each kind of mask
     dropout       what it drops, how it scales, and that the gradient is of what was kept
     other numbers nothing is remembered from one call to the next, not by place in memory either
     habits        evaluation, frozen inputs, gradients of any strides, calls that overlap, nothing
-                  kept (habits.py, op_habits.py), torch's own settings (settings.py)
+                  kept (habits.py, op_habits.py, attention_habits.py), and what a process has once
+                  (settings.py)
+    why_not       goes by the spec alone, and run does not go by what it was asked (answers.py)
     determinism   twice the same bits; gradients of a kernel that says that they vary are noted
     memory        what is saved for the backward pass does not grow with T x S
 """
