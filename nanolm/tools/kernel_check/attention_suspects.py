@@ -69,6 +69,20 @@ def from_the_top(bias: Any, _: float, n: int, m: int) -> Tensor:
     return bias.dense(max(n, m), max(n, m))[:, :n, :m]
 
 
+def divided(q: Tensor, k: Tensor, *, bias: Any, **options: Any) -> Tensor:
+    """The bias is scaled as the products are, by a scale of its own."""
+    plain = reference("attention").scores(q, k, bias=None, **options)
+    return plain + bias.dense(q.shape[1], k.shape[1]) * q.shape[-1] ** -0.5
+
+
+def as_number(q: Tensor, k: Tensor, *, bias: Any, **options: Any) -> Tensor:
+    """The lowest number swallows the scores that it is added to: where it is everywhere, all keys
+    are alike."""
+    total = reference("attention").scores(q, k, bias=bias, **options)
+    given(getattr(bias, "values", None))
+    return total.masked_fill(total.isneginf().all(dim=-1, keepdim=True), 0.0)
+
+
 SCORES: dict[str, Callable[..., Tensor]] = {
     "it multiplies the bias by `scale`": wrong_bias(
         lambda bias, scale, n, m: bias.dense(n, m) * scale
@@ -83,9 +97,8 @@ SCORES: dict[str, Callable[..., Tensor]] = {
     "it takes the first head's bias for all heads": wrong_bias(
         lambda bias, _, n, m: bias.dense(n, m)[..., :1, :, :]
     ),
-    "it adds a bias that hides as a number: a query that is left with no key gives 0": wrong_bias(
-        lambda bias, *_: bias.values.clamp(min=-1e30)
-    ),
+    "it adds a bias that hides as a number: a query that is left with no key gives 0": as_number,
+    "it multiplies the bias by 1 / sqrt(K)": divided,
     **{
         f"its scores leave out the features behind the last {n}": narrower(n)
         for n in (8, 16, 32, 64)
