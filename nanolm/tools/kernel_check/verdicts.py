@@ -78,7 +78,13 @@ def told(name: str, work: Callable[[], Finding]) -> Finding:
         faults.append(f"it prints, call for call: {line!r}")
     if faults:
         return Finding(name, "FAIL", "; ".join(faults))
-    said = [str(w.message) for w in warned if issubclass(w.category, UserWarning | RuntimeWarning)]
+    # torch's own come once a process, whichever check is the first to meet them.
+    said = [
+        str(warning.message)
+        for warning in warned
+        if issubclass(warning.category, UserWarning | RuntimeWarning)
+        and "Triggered internally" not in str(warning.message)
+    ]
     if said and not finding.words:
         return dataclasses.replace(finding, words=f"it warns: {said[0].splitlines()[0]}")
     return finding
