@@ -12,6 +12,8 @@ from nanolm.errors import UserError
 from nanolm.ops.contract import candidates
 from nanolm.tools.kernel_check import survey
 from nanolm.tools.kernel_check.attention_cases import LARGE, MIXED, SINGLE
+from nanolm.tools.kernel_check.attention_corners import CORNERS
+from nanolm.tools.kernel_check.attention_habits import QUESTIONS
 from nanolm.tools.kernel_check.conformance import Finding, check_kernel, checks_of
 from nanolm.tools.kernel_check.habits import HABITS
 from nanolm.tools.kernel_check.leaks import KINDS
@@ -81,8 +83,9 @@ def test_errands_of_a_kernel_are_its_whole_suite():
     leaks = [f"leak: {kind}" for kind in KINDS]
     rest = ["dropout", "other numbers"]
     rest += ["determinism: causal", "determinism: 1100 keys", "memory"]
-    rest += HABITS
-    assert names == [*SINGLE, *MIXED, *LARGE, *LONG, *leaks, *rest]
+    rest += [*HABITS, *QUESTIONS, "why_not"]
+    assert names == [*SINGLE, *MIXED, *LARGE, *CORNERS, *LONG, *leaks, *rest]
+    assert names == [check.name for check in checks_of("attention", quick=True)]
     with pytest.raises(ValueError, match="there is no op"):
         checks_of("convolution")
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nanolm.ops.bias import Bias
+from nanolm.ops.bias import AlibiBias, Bias
 from nanolm.ops.contract import AttentionSpec, kernel
 from nanolm.ops.masks import Mask
 
@@ -72,8 +72,13 @@ class SdpaAttention:
         allowed = mask.dense(n_queries, n_keys, like.device)
         if bias is None:
             return allowed
-        values = bias.dense(n_queries, n_keys)
-        return values.masked_fill(~allowed, -torch.inf).to(like.dtype)
+        values = bias.dense(n_queries, n_keys).masked_fill(~allowed, -torch.inf)
+        if isinstance(bias, AlibiBias) and torch.finfo(like.dtype).bits < 32 and n_keys > 0:
+            # 16 bits do not tell a distance of 600 from one of 601. A softmax does not see what
+            # all keys of a query have in common, so the nearest visible one is given 0.
+            top = values.detach().amax(dim=-1, keepdim=True)
+            values = values - top.masked_fill(top == -torch.inf, 0.0)
+        return values.to(like.dtype)
 
 
 @kernel("attention")

@@ -33,6 +33,8 @@ class Wrong:
     make: Any
     words: str
     refuses: Any = lambda spec: None
+    at: str | None = None
+    """The check that must say it, where one is known: the others need not be asked."""
 
     def kernel(self):
         return Outsider(self.make(right(self.op)), self.refuses)
@@ -41,11 +43,11 @@ class Wrong:
 WRONG = []
 
 
-def wrong(op, words, refuses=lambda spec: None):
+def wrong(op, words, refuses=lambda spec: None, *, at=None):
     """Decorator: enters a function that makes a wrong `run` of a right one."""
 
     def enter(make):
-        WRONG.append(Wrong(make.__name__, op, make, words, refuses))
+        WRONG.append(Wrong(make.__name__, op, make, words, refuses, at))
         return make
 
     return enter

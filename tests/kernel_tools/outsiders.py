@@ -8,8 +8,10 @@ from __future__ import annotations
 from nanolm.tools.kernel_check.conformance import check_kernel
 from tests.kernel_tools import (
     wrong_attention,
+    wrong_calls,
     wrong_gradients,
     wrong_habits,
+    wrong_masks,
     wrong_numbers,
     wrong_ops,
     wrong_process,
@@ -19,8 +21,10 @@ from tests.kernel_tools.outsider import WRONG
 __all__ = [
     "WRONG",
     "wrong_attention",
+    "wrong_calls",
     "wrong_gradients",
     "wrong_habits",
+    "wrong_masks",
     "wrong_numbers",
     "wrong_ops",
     "wrong_process",
@@ -29,7 +33,7 @@ __all__ = [
 
 def told(wrong):
     """What `kernels check` says of a wrong kernel: the sentence that names its fault, else all."""
-    found = check_kernel(wrong.op, wrong.kernel(), quick=True)
+    found = check_kernel(wrong.op, wrong.kernel())
     words = [finding.words for finding in found if finding.verdict == "FAIL"]
     return next((sentence for sentence in words if wrong.words in sentence), "; ".join(words))
 

@@ -40,12 +40,12 @@ def seeds_torch(run):
     return attend
 
 
-@wrong("attention", "it ignores dropout: no weight is dropped")
+@wrong("attention", "it ignores dropout: no weight is dropped", at="dropout")
 def ignores_dropout(run):
     return lambda *given, dropout=0.0, **options: run(*given, **options)
 
 
-@wrong("attention", "is not scaled by 1 / (1 - dropout)")
+@wrong("attention", "is not scaled by 1 / (1 - dropout)", at="dropout")
 def does_not_scale_what_it_keeps(run):
     def attend(*given, dropout=0.0, **options):
         return run(*given, dropout=dropout, **options) * (1 - dropout)
@@ -53,7 +53,7 @@ def does_not_scale_what_it_keeps(run):
     return attend
 
 
-@wrong("attention", "two calls in a row drop the same weights")
+@wrong("attention", "two calls in a row drop the same weights", at="dropout")
 def drops_the_same_each_time(run):
     def attend(*given, dropout=0.0, **options):
         with torch.random.fork_rng():
@@ -81,7 +81,7 @@ class OtherDropout(torch.autograd.Function):
         return None, *torch.autograd.grad(out, leaves, grad)
 
 
-@wrong("attention", "with dropout its gradient of q is not that of its output")
+@wrong("attention", "with dropout its gradient of q is not that of its output", at="dropout")
 def draws_dropout_anew_in_the_backward_pass(run):
     def attend(q, k, v, mask, *, dropout=0.0, **options):
         if not dropout:

@@ -176,7 +176,7 @@ class OutputOverUp(torch.autograd.Function):
         return grad * up * s * (1 + gate * (1 - s)), grad * (out / up)
 
 
-@wrong("glu", "the gradient of gate_up is NaN or infinite where it should not be")
+@wrong("glu", "its backward pass gives NaN: in the gradient of gate_up")
 def divides_its_output_by_a_factor(run):
     def glu(gate_up, *, kind):
         if kind == "geglu":

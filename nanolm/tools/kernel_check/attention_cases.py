@@ -23,7 +23,20 @@ BiasKind = Literal[
     "dense_by_row",
     "dense_all",
     "dense_hiding",
+    "dense_of_keys",
+    "dense_of_places",
+    "dense_expanded",
 ]
+Numbers = Literal[
+    "usual",
+    "documents that come back",
+    "documents below 0",
+    "large documents",
+    "places shared",
+    "large places",
+    "gaps",
+]
+"""What the integers of masks are: those besides the usual ones stand in attention_corners.py."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,13 +57,16 @@ class Case:
     order: Literal["none", "loose", "strict"] = "none"
     bias: BiasKind = "none"
     softcap: float | None = None
-    layout: Literal["contiguous", "heads_first", "sliced"] = "contiguous"
+    layout: Literal["contiguous", "heads_first", "sliced", "unlike"] = "contiguous"
     dtype: torch.dtype = torch.float32
     bias_dtype: torch.dtype | None = None
     """The bias parameters' dtype, where it is not that of queries, keys and values."""
     autocast: torch.dtype | None = None
     integers: torch.dtype = torch.int64
     """The dtype of the mask's numbers."""
+    numbers: Numbers = "usual"
+    sharpness: float = 1.1
+    """What the usual scale is multiplied by: not quite 1."""
     size: float = 1.0
     """What queries and keys are multiplied by, in place."""
     phase: Phase = "train"
@@ -58,7 +74,7 @@ class Case:
     @property
     def scale(self) -> float:
         """What the products are multiplied by: not quite the usual 1 / sqrt(K)."""
-        return 1.1 * self.width**-0.5
+        return self.sharpness * self.width**-0.5
 
     def features(self) -> str:
         """What differs from the plain case, in words."""

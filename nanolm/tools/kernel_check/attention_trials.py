@@ -17,16 +17,21 @@ from nanolm.ops.bias import AlibiBias, Bias, BucketBias, DenseBias
 from nanolm.ops.contract import AttentionSpec
 from nanolm.ops.masks import Mask
 from nanolm.tools.kernel_check.attention_cases import Case
+from nanolm.tools.kernel_check.attention_corners import UNUSUAL, apart
 from nanolm.tools.kernel_check.trial import Trial, reference, upstream
+
+LAYOUTS = ("sliced", "heads_first", "contiguous")
+"""Of v, q and k where they lie unlike each other: the seeds of q, k and v are 1, 2 and 3."""
 
 
 def random(shape: tuple[int, ...], case: Case, seed: int) -> Tensor:
     """Normal numbers [B, T, H, K] in the case's dtype and layout."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator, dtype=torch.float64).to(case.dtype)
-    if case.layout == "heads_first":
+    layout = LAYOUTS[seed % 3] if case.layout == "unlike" else case.layout
+    if layout == "heads_first":
         return x.transpose(1, 2).contiguous().transpose(1, 2)
-    if case.layout == "sliced":  # every other feature, of rows with a gap between them
+    if layout == "sliced":  # every other feature, of rows with a gap between them
         wide = x.new_zeros(shape[0], shape[1] + 3, shape[2], 2 * shape[3])
         wide[:, : shape[1], :, ::2] = x
         return wide[:, : shape[1], :, ::2]
@@ -47,15 +52,28 @@ def make_mask(case: Case) -> Mask:
         at = (np.arange(n_queries) + n_keys - n_queries).clip(min=0)
         fields["documents"] = torch.tensor(keys[:, at])
         fields["key_documents"] = torch.tensor(keys)
-    if case.prefix and case.causal:
+    # A prefix says nothing of a layer that is not causal, in which it may stand all the same.
+    if case.prefix:
         fields["prefix_lengths"] = torch.tensor(rng.integers(0, n_keys + 1, n_rows))
     if case.order != "none":
         orders = np.stack([rng.permutation(max(n_queries, n_keys)) for _ in range(n_rows)])
         fields["order"] = torch.tensor(orders[:, :n_queries])
         fields["key_order"] = torch.tensor(orders[:, :n_keys])
         fields["strict"] = case.order == "strict"
+    if case.numbers in UNUSUAL:
+        fields |= unusual(case)
     numbers = {name: x.to(case.integers) for name, x in fields.items() if isinstance(x, Tensor)}
+    if case.numbers == "gaps":
+        numbers = {name: apart(x) for name, x in numbers.items()}
     return Mask(**fields | numbers)
+
+
+def unusual(case: Case) -> dict[str, Tensor | None]:
+    """The numbers of all keys, and of the last queries where these are fewer; else without numbers
+    of the keys' own."""
+    name, numbers = UNUSUAL[case.numbers](case.n_rows, case.n_keys)
+    own = None if case.n_queries == case.n_keys else numbers
+    return {name: numbers[:, case.n_keys - case.n_queries :], f"key_{name}": own}
 
 
 def bias_leaf(case: Case) -> Tensor | None:
@@ -68,9 +86,12 @@ def bias_leaf(case: Case) -> Tensor | None:
         return slopes(case.n_heads).to(dtype)
     if case.bias == "bucket":
         return torch.randn(12, case.n_heads, generator=generator).to(dtype)
-    rows = case.n_rows if case.bias in ("dense", "dense_by_row") else 1
-    heads = case.n_heads if case.bias in ("dense", "dense_by_head") else 1
-    values = torch.randn(rows, heads, case.n_queries, case.n_keys, generator=generator).to(dtype)
+    rows = case.n_rows if case.bias in ("dense", "dense_by_row", "dense_of_keys") else 1
+    heads = case.n_heads if case.bias in ("dense", "dense_by_head", "dense_expanded") else 1
+    queries = 1 if case.bias == "dense_of_keys" else case.n_queries
+    values = torch.randn(rows, heads, queries, case.n_keys, generator=generator).to(dtype)
+    if case.bias == "dense_of_places":
+        return values[0, 0]
     if case.bias == "dense_hiding":  # a few whole rows, and a few keys of the others
         values[:, :, ::3] = torch.finfo(dtype).min
         values[:, :, :, ::4] = torch.finfo(dtype).min
@@ -93,6 +114,8 @@ def make_bias(case: Case, leaf: Tensor | None, dtype: torch.dtype, device: Any) 
         return AlibiBias(leaf)
     if case.bias == "bucket":
         return BucketBias(leaf, not case.causal, 30)
+    if case.bias == "dense_expanded":
+        return DenseBias(leaf.expand(case.n_rows, -1, -1, -1))
     return DenseBias(leaf)
 
 
@@ -147,15 +170,16 @@ def sums_of_terms(case: Case, mask: Mask, leaves: dict[str, Tensor]) -> dict[str
         "dk": scale * terms_BHTS.mT @ q.transpose(1, 2).abs(),
         "dbias": terms_BHTS,
     }
-    return {name: float(x.max()) for name, x in sums.items()}
+    return {name: float(x.max()) if x.numel() else 0.0 for name, x in sums.items()}
 
 
 def largest_score(case: Case, leaves: dict[str, Tensor]) -> float:
     """The largest |q . k| * scale. A weight is off by as much as its exponent, which float32 rounds
-    by 2^-24 of the score."""
+    by 2^-24 of the score, float64 by 2^-53."""
     q, k = (leaves[name].detach().double().transpose(1, 2) for name in "qk")
     k = k.repeat_interleave(case.n_heads // case.n_kv_heads, dim=1)
-    return case.scale * float((q @ k.mT).abs().max())
+    scores = (q @ k.mT).abs()
+    return case.scale * float(scores.max()) if scores.numel() else 0.0
 
 
 def trial_of(
@@ -188,6 +212,7 @@ def trial_of(
         )  # fmt: skip
         return {"out": result.out, "lse": result.lse} if lse else {"out": result}
 
+    exponent = 2.0**-53 if case.dtype == torch.float64 else 2.0**-24
     return Trial(
         case.features(),
         spec_of(case, device),
@@ -196,6 +221,6 @@ def trial_of(
         autocast=case.autocast,
         dtypes={"out": case.autocast or case.dtype},
         terms=None if lse else functools.partial(sums_of_terms, case, used),
-        rounding=2.0**-24 * largest_score(case, leaves),
+        rounding=exponent * largest_score(case, leaves),
         constants={name: x for name, x in vars(used).items() if isinstance(x, Tensor)},
     )

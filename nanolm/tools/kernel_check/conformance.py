@@ -6,11 +6,15 @@ that refuse training but serve prefill or decoding are checked forward only.
     parity        outputs and gradients against the float64 reference, feature by feature, also at
                   larger sizes, with larger numbers and in the dtypes that autocast mixes; in 16
                   bits at sizes of several whole tiles of the device at hand (main_loops.py)
+                  and, of attention, on masks and biases that one data set does not show
+                  (attention_corners.py)
     leaks         hidden keys change nothing, for each kind of mask
     dropout       what it drops, how it scales, and that the gradient is of what was kept
     other numbers nothing is remembered from one call to the next, not by place in memory either
     habits        evaluation, frozen inputs, gradients of any strides, calls that overlap, nothing
-                  kept (habits.py, op_habits.py), torch's own settings (settings.py)
+                  kept (habits.py, op_habits.py, attention_habits.py), and what a process has once
+                  (settings.py)
+    why_not       goes by the spec alone, and run does not go by what it was asked (answers.py)
     determinism   twice the same bits; gradients of a kernel that says that they vary are noted
     memory        what is saved for the backward pass does not grow with T x S
 """
@@ -18,6 +22,7 @@ that refuse training but serve prefill or decoding are checked forward only.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, get_args
@@ -26,7 +31,10 @@ import torch
 
 from nanolm.ops.contract import Phase
 from nanolm.registry import OPS
+from nanolm.tools.kernel_check.answers import answers_fault, refusal_of
 from nanolm.tools.kernel_check.attention_cases import HARD, LARGE, MIXED, SINGLE, Case
+from nanolm.tools.kernel_check.attention_corners import CORNERS
+from nanolm.tools.kernel_check.attention_habits import QUESTIONS, Question
 from nanolm.tools.kernel_check.attention_trials import spec_of, trial_of
 from nanolm.tools.kernel_check.diagnosis import fault
 from nanolm.tools.kernel_check.dropout import RATE, dropout_fault
@@ -36,7 +44,7 @@ from nanolm.tools.kernel_check.findings import (
     check_determinism,
     check_habit,
     check_other_numbers,
-    refusal_of,
+    right_alone,
     told,
 )
 from nanolm.tools.kernel_check.habits import HABITS, Habit
@@ -62,49 +70,99 @@ def checks_of(op: str, *, quick: bool = False) -> list[Check]:
         raise ValueError(f"there is no op {op!r}; choose from {', '.join(OPS)}")
     if op != "attention":
         return op_checks(op)
-    cases = SINGLE | MIXED | LARGE | ({} if quick else HARD)
+    cases = SINGLE | MIXED | LARGE | ({} if quick else HARD) | CORNERS
     return [
         *(case_check(name, case) for name, case in cases.items()),
         *(long_check(name, case) for name, case in LONG.items()),
         *(leak_check(kind) for kind in KINDS),
-        check_dropout,
-        lambda kernel, device: check_other_numbers(
-            kernel, lambda: served_trial(kernel, "causal", device)
+        Check("dropout", check_dropout),
+        Check(
+            "other numbers",
+            lambda kernel, on: check_other_numbers(
+                kernel, lambda: served_trial(kernel, "causal", on)
+            ),
         ),
         # With one tile of keys there is one order to add dQ in: the second has many.
         *(determinism_check(name) for name in ("causal", "1100 keys")),
-        check_memory,
+        Check("memory", check_memory),
         *(
             habit_check(name, find, lambda *on: served_trial(on[0], "causal", on[1]))
             for name, find in HABITS.items()
         ),
+        *(question_check(name, find) for name, find in QUESTIONS.items()),
+        Check("why_not", check_answers),
     ]
+
+
+def question_check(name: str, find: Question) -> Check:
+    """What attention kernels alone are asked, of all problems that they serve."""
+
+    def work(kernel: Any, device: str) -> Finding:
+        def serves(case: Case) -> Trial | None:
+            served, _ = serving(kernel, case, device)
+            return None if served is None else trial_of(served, device)
+
+        words = find(kernel, serves)
+        return Finding(name, "pass" if words is None else "FAIL", words or "")
+
+    return Check(name, lambda kernel, device: told(name, lambda: work(kernel, device)))
+
+
+def check_answers(kernel: Any, device: str) -> Finding:
+    """`why_not`, asked of all problems in every phase, in one order and the reverse."""
+
+    def work() -> Finding:
+        cases = (SINGLE | MIXED | LARGE | HARD | CORNERS).values()
+        specs = [
+            dataclasses.replace(spec_of(case, device), phase=phase, dropout=dropout)
+            for case in cases
+            for phase in get_args(Phase)
+            for dropout in (0.0, RATE)
+        ]
+        some = [
+            served
+            for name in ("plain", "causal", "window", "soft-cap")
+            if (served := serving(kernel, SINGLE[name], device)[0]) is not None
+        ]
+        words = answers_fault(kernel, specs, [functools.partial(trial_of, c, device) for c in some])
+        return Finding("why_not", "pass" if words is None else "FAIL", words or "")
+
+    return told("why_not", work)
 
 
 def habit_check(name: str, find: Habit, make: Callable[[Any, str], Trial]) -> Check:
     """One habit on the trial that is made for a kernel and a device."""
-    return lambda kernel, device: check_habit(name, find, kernel, lambda: make(kernel, device))
+    return Check(
+        name, lambda kernel, device: check_habit(name, find, kernel, lambda: make(kernel, device))
+    )
 
 
 def case_check(name: str, case: Case) -> Check:
     """Parity on this attention problem."""
-    return lambda kernel, device: check_case(kernel, name, case, device)
+    return Check(name, lambda kernel, device: check_case(kernel, name, case, device))
 
 
 def long_check(name: str, case: Case) -> Check:
     """Parity on this attention problem with several whole tiles of the device at hand."""
-    return lambda kernel, device: check_case(kernel, name, whole_tiles(case, device), device)
+    return Check(
+        name,
+        lambda kernel, device: check_case(kernel, name, whole_tiles(case, device), device),
+    )
 
 
 def leak_check(kind: str) -> Check:
     """No leak through this kind of mask."""
-    return lambda kernel, device: check_leak(kernel, kind, device)
+    return Check(f"leak: {kind}", lambda kernel, device: check_leak(kernel, kind, device))
 
 
 def determinism_check(name: str) -> Check:
     """The same bits twice on this attention problem."""
-    return lambda kernel, device: check_determinism(
-        kernel, lambda: served_trial(kernel, name, device), f"determinism: {name}"
+    words = f"determinism: {name}"
+    return Check(
+        words,
+        lambda kernel, device: check_determinism(
+            kernel, lambda: served_trial(kernel, name, device), words
+        ),
     )
 
 
@@ -135,6 +193,9 @@ def check_case(kernel: Any, name: str, case: Case, device: str) -> Finding:
         words = fault(kernel, trial)
         if words is None:
             return Finding(name, "pass", what_was_tried(case, served))
+        if right_alone(kernel, trial):
+            words = f"it remembers earlier calls, without which it is right here: {words}"
+            return Finding(name, "FAIL", words)
         plain = dataclasses.replace(served, integers=torch.int64)
         if plain != served and fault(kernel, trial_of(plain, device)) is None:
             words = "it takes the integers of masks for int64; these are int32"
@@ -162,11 +223,12 @@ def check_dropout(kernel: Any, device: str) -> Finding:
     """What is dropped and how, forward and backward."""
 
     def work() -> Finding:
-        case = SINGLE["plain"]
-        reason = refusal_of(kernel, dataclasses.replace(spec_of(case, device), dropout=RATE))
-        if reason is not None:
-            return Finding("dropout", "refused", reason)
-        words = dropout_fault(kernel, device)
+        spec = dataclasses.replace(spec_of(SINGLE["plain"], device), dropout=RATE)
+        dtypes = (torch.float32, *NARROW)
+        reasons = [refusal_of(kernel, dataclasses.replace(spec, dtype=dtype)) for dtype in dtypes]
+        if None not in reasons:
+            return Finding("dropout", "refused", reasons[0] or "")
+        words = dropout_fault(kernel, device, dtypes[reasons.index(None)])
         return Finding("dropout", "pass" if words is None else "FAIL", words or "")
 
     return told("dropout", work)

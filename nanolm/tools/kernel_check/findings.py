@@ -10,9 +10,15 @@ from typing import Any
 import torch
 
 from nanolm.ops.contract import why_it_varies
+from nanolm.tools.kernel_check.answers import refusal_of
 from nanolm.tools.kernel_check.diagnosis import fault
 from nanolm.tools.kernel_check.habits import Habit, in_place
-from nanolm.tools.kernel_check.settings import CHANGED, SettingsChangedError, watched_settings
+from nanolm.tools.kernel_check.settings import (
+    CHANGED,
+    SettingsChangedError,
+    listening,
+    watched_settings,
+)
 from nanolm.tools.kernel_check.trial import Trial, execute, forget_graphs
 
 
@@ -30,32 +36,58 @@ OWN_UP = (
     "and nothing says that they may: add in one order, without atomics, or, where gradients alone "
     'differ, write down why: varies_on = {{"{}": "…"}} (kernels/README.md)'
 )
-Check = Callable[[Any, str], Finding]
-"""What is done with a kernel on a device."""
 
 
-def refusal_of(kernel: Any, spec: Any) -> str | None:
-    """What `why_not` says; raises TypeError when that is neither a sentence nor None."""
-    reason = kernel.why_not(spec)
-    if reason is not None and not (isinstance(reason, str) and reason.strip()):
-        raise TypeError(f"why_not returned {reason!r}: a sentence is due, or None for yes")
-    return reason
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """What is done with a kernel on a device, by the name of its finding."""
+
+    name: str
+    find: Callable[[Any, str], Finding]
+
+    def __call__(self, kernel: Any, device: str) -> Finding:
+        """The finding."""
+        return self.find(kernel, device)
+
+
+def right_alone(kernel: Any, trial: Trial) -> bool:
+    """Whether another object of the kernel's class, which has not been called yet, is right."""
+    try:
+        fresh = type(kernel)()
+    except TypeError:
+        return False  # it is made of something: no plug-in's class
+    return fault(fresh, trial) is None
 
 
 def told(name: str, work: Callable[[], Finding]) -> Finding:
     """The finding, or that the kernel raises, as a foreign one may raise anything, or ends the
-    process, or leaves torch otherwise than it was."""
+    process, or leaves it otherwise than it was, or prints."""
     forget_graphs()
-    with watched_settings() as written:
+    with listening() as (printed, warned), watched_settings() as written:
         try:
             finding = work()
         except SettingsChangedError as error:
             finding = Finding(name, "FAIL", str(error))
         except (Exception, SystemExit) as error:  # noqa: BLE001  (it is reported)
             finding = Finding(name, "FAIL", f"it raises {type(error).__name__}: {error}")
-    if not written:
-        return finding
-    return Finding(name, "FAIL", CHANGED.format(", ".join(written)))
+    faults = [finding.words] if finding.verdict == "FAIL" else []
+    if written:
+        faults.append(CHANGED.format(", ".join(written)))
+    if printed.getvalue().strip():
+        line = printed.getvalue().strip().splitlines()[0]
+        faults.append(f"it prints to standard output: {line!r}")
+    if faults:
+        return Finding(name, "FAIL", "; ".join(faults))
+    # torch's own come once a process, whichever check is the first to meet them.
+    said = [
+        str(warning.message)
+        for warning in warned
+        if issubclass(warning.category, UserWarning | RuntimeWarning)
+        and "Triggered internally" not in str(warning.message)
+    ]
+    if said and not finding.words:
+        return dataclasses.replace(finding, words=f"it warns: {said[0].splitlines()[0]}")
+    return finding
 
 
 def asked(
@@ -120,3 +152,11 @@ def check_determinism(kernel: Any, make: Callable[[], Trial], name: str = "deter
 def check_habit(name: str, find: Habit, kernel: Any, make: Callable[[], Trial]) -> Finding:
     """One habit on a trial."""
     return asked(name, kernel, make, lambda trial: find(kernel, trial))
+
+
+def parity(kernel: Any, trial: Trial) -> str | None:
+    """What is wrong on a trial, and whether it is right when nothing was called before."""
+    words = fault(kernel, trial)
+    if words is None or not right_alone(kernel, trial):
+        return words
+    return f"it remembers earlier calls, without which it is right here: {words}"

@@ -210,11 +210,40 @@ def overlapping(kernel: Any, trial: Trial) -> str | None:
     )
 
 
+def made_of_inputs(kernel: Any, trial: Trial, wanted: tuple[str, ...]) -> Tensor | None:
+    """A tensor that is alive after a call and is another one after a call with other numbers of the
+    same shapes. (What is the same after both, as places 0, 1, 2, … are, is no memory of a call.)"""
+    other = {name: x.flip(0).mul(-0.5) for name, x in trial.leaves.items()}
+
+    def left(called: Trial) -> list[Tensor]:
+        run(kernel, called, *wanted)
+        gc.collect()
+        return [x for x in gc.get_objects() if type(x) is Tensor and x.device.type != "meta"]
+
+    gc.freeze()  # what is older than the calls is not looked through
+    try:
+        once = [(x, x.detach().clone()) for x in left(trial)]
+        again = left(dataclasses.replace(trial, leaves=other))
+    finally:
+        gc.unfreeze()
+    kept = {id(x) for x, _ in once} | {id(copy) for _, copy in once}
+    changed = [x for x, copy in once if x.shape != copy.shape or not same(x.detach(), copy)]
+    constants = [copy for x, copy in once if not any(x is y for y in changed)]
+    new = [
+        x
+        for x in again
+        if id(x) not in kept
+        and not any(x.shape == y.shape and same(x.detach(), y) for y in constants)
+    ]
+    return next(iter(changed + new), None)
+
+
 def released(kernel: Any, trial: Trial) -> str | None:
     """What is alive of a call when nobody holds its results any more."""
+    wanted = tuple(trial.leaves) if trial.differentiable else ()
     gc.freeze()  # what is older than the call is not looked through
     try:
-        outputs, leaves = run(kernel, trial, *(trial.leaves if trial.differentiable else ()))
+        outputs, leaves = run(kernel, trial, *wanted)
         named = [*outputs.items(), *leaves.items()]
         watched = [(name, weakref.ref(x)) for name, x in named]
         given = [(name, weakref.ref(x)) for name, x in outputs.items()]
@@ -227,14 +256,20 @@ def released(kernel: Any, trial: Trial) -> str | None:
         gc.enable()
         gc.unfreeze()
     alive = living(watched)
-    if not alive and waiting:
+    if alive:
+        return f"it keeps {', '.join(alive)} after the call: memory grows with every step"
+    if waiting:
         return (
             f"it holds its {', '.join(waiting)} in a circle of references (an attribute of ctx; "
             f"ctx.save_for_backward makes none): memory waits for Python's garbage collector"
         )
-    if not alive:
+    kept = made_of_inputs(kernel, trial, wanted)
+    if kept is None:
         return None
-    return f"it keeps {', '.join(alive)} after the call: memory grows with every step"
+    return (
+        f"it keeps a tensor of {list(kept.shape)} after the call, made of its inputs: nothing is "
+        f"remembered from one call to the next"
+    )
 
 
 def living(watched: Sequence[tuple[str, weakref.ref[Tensor]]]) -> list[str]:

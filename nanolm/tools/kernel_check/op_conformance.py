@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from nanolm.tools.kernel_check.diagnosis import fault
+from nanolm.tools.kernel_check.answers import refusal_of
 from nanolm.tools.kernel_check.findings import (
     Check,
     Finding,
@@ -14,7 +14,7 @@ from nanolm.tools.kernel_check.findings import (
     check_determinism,
     check_habit,
     check_other_numbers,
-    refusal_of,
+    parity,
     told,
 )
 from nanolm.tools.kernel_check.habits import HABITS
@@ -43,11 +43,14 @@ def op_checks(op: str) -> list[Check]:
         *(many_check("sums", sums, SUMS[name]) for name in SUMS if name == op),
         *(many_check("long", long, LONG[name]) for name in LONG if name == op),
         *(options_check(op, number) for number in range(len(options_of(op, "cpu")))),
-        lambda kernel, device: check_answers(kernel, stock.all(device)),
-        each_check(stock, check_other_numbers),
-        lambda kernel, device: check_determinism(kernel, lambda: stock.take(0, device)),
+        Check("answers", lambda kernel, device: check_answers(kernel, stock.all(device))),
+        each_check("other numbers", stock, check_other_numbers),
+        Check(
+            "determinism",
+            lambda kernel, device: check_determinism(kernel, lambda: stock.take(0, device)),
+        ),
         *(
-            each_check(stock, functools.partial(check_habit, name, find))
+            each_check(name, stock, functools.partial(check_habit, name, find))
             for name, find in (HABITS | OP_HABITS.get(op, {})).items()
         ),
     ]
@@ -55,7 +58,10 @@ def op_checks(op: str) -> list[Check]:
 
 def trial_check(stock: Stock, number: int) -> Check:
     """Parity on the op's trial of this number."""
-    return lambda kernel, device: check_trial(kernel, stock.take(number, device))
+    return Check(
+        f"trial {number}",
+        lambda kernel, device: check_trial(kernel, stock.take(number, device)),
+    )
 
 
 def many_check(
@@ -69,7 +75,7 @@ def many_check(
 
         return asked(name, kernel, lambda: make(FEW, device), words)
 
-    return check
+    return Check(name, check)
 
 
 def options_check(op: str, number: int) -> Check:
@@ -88,7 +94,7 @@ def options_check(op: str, number: int) -> Check:
 
         return told("other options", work)
 
-    return check
+    return Check(f"other options {number}", check)
 
 
 def check_answers(kernel: Any, trials: Sequence[Trial]) -> Finding:
@@ -104,7 +110,9 @@ def check_answers(kernel: Any, trials: Sequence[Trial]) -> Finding:
     return told("answers", work)
 
 
-def each_check(stock: Stock, check: Callable[[Any, Callable[[], Trial]], Finding]) -> Check:
+def each_check(
+    name: str, stock: Stock, check: Callable[[Any, Callable[[], Trial]], Finding]
+) -> Check:
     """A check on each of the trials that habits are asked on: the first failure, else a pass."""
 
     def on_each(kernel: Any, device: str) -> Finding:
@@ -115,9 +123,9 @@ def each_check(stock: Stock, check: Callable[[Any, Callable[[], Trial]], Finding
                 return found[-1]
         return next((finding for finding in found if finding.verdict == "pass"), found[0])
 
-    return on_each
+    return Check(name, on_each)
 
 
 def check_trial(kernel: Any, trial: Trial) -> Finding:
     """Parity on one trial."""
-    return asked(trial.name, kernel, lambda: trial, lambda trial: fault(kernel, trial))
+    return asked(trial.name, kernel, lambda: trial, lambda trial: parity(kernel, trial))

@@ -6,7 +6,6 @@ the one whose output it is names the fault.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,105 +13,50 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanolm.ops.masks import Mask
 from nanolm.ops.reference import CrossEntropyOutput
+from nanolm.tools.kernel_check.attention_suspects import (
+    Suspect,
+    attention_suspects,
+    backward_suspects,
+)
 from nanolm.tools.kernel_check.trial import Trial, distance, execute, reference, reference_of
-
-
-@dataclasses.dataclass(frozen=True)
-class Suspect:
-    """What a kernel would do wrong, in words, and a kernel that does it."""
-
-    words: str
-    run: Callable[..., Any]
 
 
 def named(trial: Trial, outputs: dict[str, Tensor]) -> str | None:
     """The words of the suspect whose outputs these are, or None."""
-    right = execute(trial, reference_of(trial), torch.float64, backward=False).outputs
-    op = type(reference_of(trial)).__name__
-    for suspect in SUSPECTS.get(op, dict)():
+    return suspected(trial, outputs, SUSPECTS, backward=False)
+
+
+def named_backward(trial: Trial, tensors: dict[str, Tensor]) -> str | None:
+    """The words of the suspect whose outputs and gradients these are, or None."""
+    return suspected(trial, tensors, BACKWARD_SUSPECTS, backward=True)
+
+
+def suspected(
+    trial: Trial,
+    tensors: dict[str, Tensor],
+    suspects: dict[str, Callable[[], Iterator[Suspect]]],
+    *,
+    backward: bool,
+) -> str | None:
+    """The words of the first of an op's suspects that gives these tensors, or None."""
+    definition = reference_of(trial)
+    right = execute(trial, definition, torch.float64, backward=backward).tensors
+    for suspect in suspects.get(type(definition).__name__, dict)():
         try:
-            wrong = execute(trial, suspect, torch.float64, backward=False).outputs
-        except (ValueError, IndexError, RuntimeError, TypeError):
+            wrong = execute(trial, suspect, torch.float64, backward=backward).tensors
+        except (AttributeError, ValueError, IndexError, RuntimeError, TypeError):
             continue  # it cannot be run on this trial: it is not what the kernel does
         differs = any(
-            distance(wrong[name], x) > 2 * trial.tolerance(outputs[name].dtype)
+            distance(wrong[name], x) > 2 * trial.tolerance(tensors[name].dtype)
             for name, x in right.items()
         )
         if differs and all(
-            distance(outputs[name], x) < trial.tolerance(outputs[name].dtype)
+            distance(tensors[name], x) < trial.tolerance(tensors[name].dtype)
             for name, x in wrong.items()
         ):
             return suspect.words
     return None
-
-
-def without(mask: Mask, *fields: str, **others: Any) -> Mask:
-    """The mask with some fields as if they had not been given."""
-    left_out: dict[str, Any] = dict.fromkeys(fields)
-    return dataclasses.replace(mask, **left_out, **others)
-
-
-def attention_suspects() -> Iterator[Suspect]:
-    """Conditions and options that are ignored or taken otherwise."""
-    right = reference("attention").run
-
-    def masked(change: Callable[[Mask, int, int], Mask]) -> Callable[..., Any]:
-        def run(q: Tensor, k: Tensor, v: Tensor, mask: Mask, **options: Any) -> Any:
-            return right(q, k, v, change(mask, q.shape[1], k.shape[1]), **options)
-
-        return run
-
-    def optioned(**changed: Any) -> Callable[..., Any]:
-        return lambda *given, **options: right(*given, **(options | changed))
-
-    def usual_scale(q: Tensor, *given: Any, **options: Any) -> Any:
-        return right(q, *given, **(options | {"scale": q.shape[-1] ** -0.5}))
-
-    def other_heads(q: Tensor, k: Tensor, v: Tensor, mask: Mask, **options: Any) -> Any:
-        repeats = q.shape[2] // k.shape[2]
-        return right(q, k.repeat(1, 1, repeats, 1), v.repeat(1, 1, repeats, 1), mask, **options)
-
-    def top_left(q: Tensor, k: Tensor, v: Tensor, mask: Mask, **options: Any) -> Any:
-        n, m = q.shape[1], k.shape[1]
-        if m > n:  # queries at the end of the first n keys
-            return right(q, k[:, :n], v[:, :n], mask, **options)
-        padded = (F.pad(x, (0, 0, 0, 0, 0, n - m)) for x in (k, v))
-        lengths = torch.full((len(q),), m, device=q.device)
-        return right(q, *padded, dataclasses.replace(mask, key_lengths=lengths), **options)
-
-    def wider(by: int) -> Callable[[Mask, int, int], Mask]:
-        return lambda mask, *_: dataclasses.replace(mask, window=mask.window + by)
-
-    ignores = "it ignores {}: its output is that of attention without"
-    for words, change in (
-        ("key lengths (padding)", lambda m, *_: without(m, "key_lengths")),
-        ("documents", lambda m, *_: without(m, "documents", "key_documents")),
-        ("the prefix", lambda m, *_: without(m, "prefix_lengths")),
-        ("the order", lambda m, *_: without(m, "order", "key_order")),
-        ("causality", lambda m, *_: without(m, causal=False)),
-        ("the window", lambda m, *_: without(m, "window")),
-        ("the whole mask", lambda *_: Mask()),
-    ):
-        yield Suspect(ignores.format(words), masked(change))
-    yield Suspect(
-        "it takes a strict order for a loose one: a query sees its own place",
-        masked(lambda m, *_: dataclasses.replace(m, strict=False)),
-    )
-    yield Suspect("its window is one too wide", masked(wider(1)))
-    yield Suspect("its window is one too narrow", masked(wider(-1)))
-    yield Suspect(
-        "it puts queries at the beginning of the keys; they stand at the end (T != S)", top_left
-    )
-    yield Suspect(ignores.format("the soft-cap"), optioned(softcap=None))
-    yield Suspect(ignores.format("the bias"), optioned(bias=None))
-    yield Suspect("it ignores `scale`: it takes 1 / sqrt(K)", usual_scale)
-    yield Suspect("it ignores `scale`: its products are not scaled", optioned(scale=1.0))
-    yield Suspect(
-        "a query head reads the wrong key head: query head h belongs to key head h // (H / G)",
-        other_heads,
-    )
 
 
 def norm_suspects() -> Iterator[Suspect]:
@@ -305,3 +249,7 @@ SUSPECTS: dict[str, Callable[[], Iterator[Suspect]]] = {
     "ReferenceLinear": linear_suspects,
     "ReferenceSymmetricProduct": product_suspects,
 }
+BACKWARD_SUSPECTS: dict[str, Callable[[], Iterator[Suspect]]] = {
+    "ReferenceAttention": backward_suspects,
+}
+"""Of those whose output is right."""
