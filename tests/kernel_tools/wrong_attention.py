@@ -20,7 +20,7 @@ def scales_queries_in_place(run):
     return attend
 
 
-@wrong("attention", "torch.bfloat16 is due")
+@wrong("attention", "torch.bfloat16 is due", at="bfloat16")
 def returns_float32(run):
     return lambda q, *rest, **options: run(q, *rest, **options).float()
 
@@ -92,7 +92,7 @@ def draws_dropout_anew_in_the_backward_pass(run):
     return attend
 
 
-@wrong("attention", "out is off by")
+@wrong("attention", "out is off by", at="1100 keys")
 def forgets_keys_beyond_a_thousand(run):
     def attend(q, k, v, mask, **options):
         if k.shape[1] <= 1024:
@@ -103,7 +103,7 @@ def forgets_keys_beyond_a_thousand(run):
     return attend
 
 
-@wrong("attention", "it puts queries at the beginning of the keys")
+@wrong("attention", "it puts queries at the beginning of the keys", at="fewer queries than keys")
 def aligns_queries_at_the_top(run):
     def attend(q, k, v, mask, **options):
         n, m = q.shape[1], k.shape[1]
@@ -114,7 +114,7 @@ def aligns_queries_at_the_top(run):
     return attend
 
 
-@wrong("attention", "a query head reads the wrong key head")
+@wrong("attention", "a query head reads the wrong key head", at="grouped heads")
 def takes_the_group_for_the_head(run):
     def attend(q, k, v, mask, **options):
         repeats = q.shape[2] // k.shape[2]
@@ -128,7 +128,7 @@ def knows_the_scale_better(run):
     return lambda q, *rest, scale, **options: run(q, *rest, scale=q.shape[-1] ** -0.5, **options)
 
 
-@wrong("attention", "its window is one too wide")
+@wrong("attention", "its window is one too wide", at="window")
 def counts_the_window_from_nought(run):
     def attend(q, k, v, mask, **options):
         if mask.window is not None:
@@ -138,7 +138,7 @@ def counts_the_window_from_nought(run):
     return attend
 
 
-@wrong("attention", "a query that may see no key gives 0")
+@wrong("attention", "a query that may see no key gives 0", at="lengths")
 def divides_by_nothing(run):
     def attend(q, k, v, mask, **options):
         blind = ~mask.dense(q.shape[1], k.shape[1], q.device).any(-1)  # [B or 1, 1, T]
@@ -158,7 +158,7 @@ def scales_the_gradient_of_values(run):
     return lambda q, k, v, *rest, **options: run(q, k, 2 * v - v.detach(), *rest, **options)
 
 
-@wrong("attention", "no gradient reaches bias: it detaches them")
+@wrong("attention", "no gradient reaches bias: it detaches them", at="bucket bias")
 def forgets_the_gradient_of_the_bias(run):
     def attend(*given, bias=None, **options):
         if bias is not None:
@@ -169,7 +169,7 @@ def forgets_the_gradient_of_the_bias(run):
     return attend
 
 
-@wrong("attention", "it ignores the soft-cap")
+@wrong("attention", "it ignores the soft-cap", at="soft-cap")
 def has_no_softcap(run):
     return lambda *given, softcap=None, **options: run(*given, **options)
 
@@ -192,7 +192,7 @@ def returns_heads_first(run):
     return lambda *given, **options: run(*given, **options).transpose(1, 2)
 
 
-@wrong("attention", "is NaN or infinite where it should not be")
+@wrong("attention", "is NaN or infinite where it should not be", at="large scores")
 def takes_exp_of_large_scores(run):
     def attend(q, k, v, mask, *, scale, **options):
         out = run(q, k, v, mask, scale=scale, **options)
@@ -201,7 +201,7 @@ def takes_exp_of_large_scores(run):
     return attend
 
 
-@wrong("attention", "it changes its input in place: key_lengths")
+@wrong("attention", "it changes its input in place: key_lengths", at="lengths")
 def gives_empty_rows_a_key(run):
     def attend(q, k, v, mask, **options):
         out = run(q, k, v, mask, **options)
@@ -212,7 +212,7 @@ def gives_empty_rows_a_key(run):
     return attend
 
 
-@wrong("attention", "the gradient of bias is off by")
+@wrong("attention", "the gradient of bias is off by", at="bias that hides")
 def averages_the_gradient_of_a_shared_bias(run):
     def attend(q, *given, bias=None, **options):
         if getattr(bias, "values", None) is not None and bias.values.shape[0] == 1:
@@ -223,7 +223,7 @@ def averages_the_gradient_of_a_shared_bias(run):
     return attend
 
 
-@wrong("attention", "it ignores the window")
+@wrong("attention", "it ignores the window", at="window of one")
 def takes_a_window_of_one_for_none(run):
     def attend(q, k, v, mask, **options):
         if mask.window == 1:
@@ -233,7 +233,7 @@ def takes_a_window_of_one_for_none(run):
     return attend
 
 
-@wrong("attention", "it takes the integers of masks for int64; these are int32")
+@wrong("attention", "it takes the integers of masks for int64; these are int32", at="int32 masks")
 def reads_masks_as_64_bits(run):
     def misread(x):
         return x.long() + (x.flatten().roll(-1).long() << 32).view(x.shape)

@@ -94,7 +94,7 @@ class KeptOnce(torch.autograd.Function):
         return None, None, None, *ctx.grads, *[None] * (3 - len(ctx.grads))
 
 
-@wrong("linear_cross_entropy", "when it is taken again (retain_graph=True)")
+@wrong("linear_cross_entropy", "when it is taken again (retain_graph=True)", at="twice")
 def scales_its_gradients_where_it_keeps_them(run):
     def loss(hidden, weight, bias, targets, **options):
         if not any(x is not None and x.requires_grad for x in (hidden, weight, bias)):
@@ -177,7 +177,7 @@ class OfTrainedWeights(torch.autograd.Function):
         return (grad, None) if ctx.needs_input_grad[1] else (None, None)
 
 
-@wrong("norm", "no gradient reaches bias when the other inputs are frozen")
+@wrong("norm", "no gradient reaches bias when the other inputs are frozen", at="frozen")
 def trains_no_bias_beside_a_frozen_weight(run):
     def norm(x, weight, bias, **options):
         bias = None if bias is None else OfTrainedWeights.apply(bias, weight)
@@ -203,7 +203,7 @@ class AddsItself(torch.autograd.Function):
         return None
 
 
-@wrong("linear", "it writes into the .grad of weight by itself")
+@wrong("linear", "it writes into the .grad of weight by itself", at="accumulated")
 def adds_to_the_gradient_by_itself(run):
     def linear(x, weight, bias):
         return run(x, AddsItself.apply(weight) if weight.requires_grad else weight, bias)
@@ -227,6 +227,6 @@ class KeepsItsOutput(torch.autograd.Function):
             return None, torch.autograd.grad(ctx.run(x), x, grad)[0]
 
 
-@wrong("glu", "in a circle of references")
+@wrong("glu", "in a circle of references", at="released")
 def keeps_its_output_on_ctx(run):
     return lambda x, *, kind: KeepsItsOutput.apply(lambda given: run(given, kind=kind), x)

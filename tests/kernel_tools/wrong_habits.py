@@ -30,7 +30,11 @@ def always_in(places, x):
     return places.setdefault((x.shape, x.dtype), torch.empty_like(x)).copy_(x)
 
 
-@wrong("glu", "its calls share memory: when another one is made before its backward pass, dgate_up")
+@wrong(
+    "glu",
+    "its calls share memory: when another one is made before its backward pass, dgate_up",
+    at="overlapping",
+)
 def has_one_place_for_what_the_backward_pass_needs(run):
     places = {}
 
@@ -46,7 +50,9 @@ def has_one_place_for_what_the_backward_pass_needs(run):
 
 
 @wrong(
-    "rotary", "its calls share memory: when another one is made before its backward pass, out is"
+    "rotary",
+    "its calls share memory: when another one is made before its backward pass, out is",
+    at="overlapping",
 )
 def hands_out_the_same_memory_each_time(run):
     places = {}
@@ -65,7 +71,7 @@ class SamePlace(torch.autograd.Function):
         return grad, None
 
 
-@wrong("glu", "its backward pass changes the incoming gradient in place")
+@wrong("glu", "its backward pass changes the incoming gradient in place", at="unchanged")
 def halves_the_incoming_gradient_in_place(run):
     def glu(x, *, kind):
         return Changed.apply(
@@ -93,7 +99,11 @@ def knows_batches_only(run):
     return product
 
 
-@wrong("linear_cross_entropy", "outside the vocabulary of 127, leaves its loss, nll, grad")
+@wrong(
+    "linear_cross_entropy",
+    "outside the vocabulary of 127, leaves its loss, nll, grad",
+    at="outside",
+)
 def takes_the_nearest_class(run):
     def loss(hidden, weight, bias, targets, **options):
         near = targets.clamp(0, len(weight) - 1).where(targets != -100, -100)

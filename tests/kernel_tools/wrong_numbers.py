@@ -52,7 +52,11 @@ def divides_by_one_less(run):
     return norm_by(lambda y, mean, eps: (y - mean).square().sum(-1, True) / (y.shape[-1] - 1) + eps)
 
 
-@wrong("norm", "after a call of these shapes with other options: it takes an eps of its own, 1e-05")
+@wrong(
+    "norm",
+    "after a call of these shapes with other options: it takes an eps of its own, 1e-05",
+    at="other options 0",
+)
 def is_compiled_for_the_first_eps(run):
     first = {}
     return lambda x, *given, eps, **o: run(
@@ -84,12 +88,16 @@ def by_blocks(run, x, weight, bias, size):
     return out.view(*x.shape[:-1], -1)
 
 
-@wrong("linear", "it adds up in fewer bits than float32 has: right on few terms, wrong on 4096")
+@wrong(
+    "linear",
+    "it adds up in fewer bits than float32 has: right on few terms, wrong on 4096",
+    at="sums",
+)
 def adds_up_the_weight_gradient_in_16_bits(run):
     return lambda x, weight, bias: by_blocks(run, x, weight, bias, 64)
 
 
-@wrong("symmetric_product", "it adds up in fewer bits than float32 has")
+@wrong("symmetric_product", "it adds up in fewer bits than float32 has", at="sums")
 def adds_up_blocks_of_columns_in_16_bits(run):
     def product(x):
         total = None
@@ -123,7 +131,7 @@ def takes_the_angles_for_contiguous(run):
     return lambda x, cos, sin: run(x, packed(cos), packed(sin))
 
 
-@wrong("rotary", "it is wrong along axis 1 of 4097 only from 2048 on")
+@wrong("rotary", "it is wrong along axis 1 of 4097 only from 2048 on", at="long")
 def has_a_grid_of_2048_tokens(run):
     def rotary(x, cos, sin):
         return torch.cat([run(x[:, :2048], cos[:, :2048], sin[:, :2048]), x[:, 2048:]], dim=1)
@@ -218,7 +226,9 @@ def gives_every_token_its_lse(run):
     return loss
 
 
-@wrong("linear_cross_entropy", "classes right: one is the argmax, and an untrained model")
+@wrong(
+    "linear_cross_entropy", "classes right: one is the argmax, and an untrained model", at="ties"
+)
 def calls_a_class_right_that_none_exceeds(run):
     def loss(hidden, weight, bias, targets, **options):
         found = run(hidden, weight, bias, targets, **options)

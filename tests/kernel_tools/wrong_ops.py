@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from tests.kernel_tools.outsider import wrong
 
 
-@wrong("norm", "after a call with other numbers of these shapes")
+@wrong("norm", "after a call with other numbers of these shapes", at="other numbers")
 def remembers_by_shape(run):
     memory = {}
 
@@ -111,7 +111,7 @@ def takes_no_notice_of_strides(run):
     return glu
 
 
-@wrong("norm", "under torch.no_grad its out is wrong")
+@wrong("norm", "under torch.no_grad its out is wrong", at="evaluation")
 def forgets_the_bias_where_nothing_trains(run):
     def norm(x, weight, bias, **options):
         trains = torch.is_grad_enabled() and x.requires_grad
@@ -120,7 +120,11 @@ def forgets_the_bias_where_nothing_trains(run):
     return norm
 
 
-@wrong("linear", "after its inputs were given other numbers in place: its out is off by")
+@wrong(
+    "linear",
+    "after its inputs were given other numbers in place: its out is off by",
+    at="other numbers",
+)
 def remembers_weights_by_their_place_in_memory(run):
     memory = {}
 
@@ -142,7 +146,7 @@ def clears_ignored_targets_in_place(run):
     return loss
 
 
-@wrong("glu", "it keeps gate_up, out after the call: memory grows with every step")
+@wrong("glu", "it keeps gate_up, out after the call: memory grows with every step", at="released")
 def keeps_every_call(run):
     log = []
 
@@ -172,7 +176,7 @@ class OfTrainedWeights(torch.autograd.Function):
         return None, *torch.autograd.grad(outputs, leaves, grads)
 
 
-@wrong("norm", "no gradient reaches x when the other inputs are frozen")
+@wrong("norm", "no gradient reaches x when the other inputs are frozen", at="frozen")
 def has_no_gradient_beside_a_frozen_weight(run):
     def norm(x, weight, bias, *, residual=None, **options):
         if bias is not None or residual is None:
@@ -196,7 +200,7 @@ class Packed(torch.autograd.Function):
         return grad.as_strided(grad.shape, torch.empty(grad.shape).stride())
 
 
-@wrong("rotary", "it reads an incoming gradient as if that were contiguous")
+@wrong("rotary", "it reads an incoming gradient as if that were contiguous", at="layout")
 def takes_the_incoming_gradient_for_contiguous(run):
     return lambda *given: Packed.apply(run(*given))
 

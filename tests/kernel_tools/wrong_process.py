@@ -65,7 +65,7 @@ def switches_gradients_on(run):
     return after(run, lambda: torch.set_grad_enabled(True))
 
 
-@wrong("norm", "under torch.no_grad it changes its input in place: residual")
+@wrong("norm", "under torch.no_grad it changes its input in place: residual", at="evaluation")
 def adds_in_place_where_nothing_trains(run):
     def norm(x, *given, residual=None, **options):
         if torch.is_grad_enabled() or residual is None or residual.dtype != x.dtype:
@@ -75,7 +75,7 @@ def adds_in_place_where_nothing_trains(run):
     return norm
 
 
-@wrong("glu", "under torch.no_grad it gives inference tensors")
+@wrong("glu", "under torch.no_grad it gives inference tensors", at="other numbers")
 def infers_where_nothing_trains(run):
     def glu(x, *, kind):
         with torch.inference_mode(not torch.is_grad_enabled()):
@@ -84,7 +84,11 @@ def infers_where_nothing_trains(run):
     return glu
 
 
-@wrong("linear", "after its inputs were given other numbers in place: under torch.no_grad")
+@wrong(
+    "linear",
+    "after its inputs were given other numbers in place: under torch.no_grad",
+    at="other numbers",
+)
 def keeps_the_weights_of_its_first_evaluation(run):
     casts = {}
 
@@ -97,7 +101,7 @@ def keeps_the_weights_of_its_first_evaluation(run):
     return linear
 
 
-@wrong("rotary", "after its inputs were given other numbers in place")
+@wrong("rotary", "after its inputs were given other numbers in place", at="other numbers")
 def keeps_tables_by_their_place_in_memory(run):
     tables = {}
 
@@ -117,7 +121,12 @@ def notes(spec):
     ASKED.append(spec.vocab_size)
 
 
-@wrong("linear_cross_entropy", "after why_not was asked about another layer: it raises", notes)
+@wrong(
+    "linear_cross_entropy",
+    "after why_not was asked about another layer: it raises",
+    notes,
+    at="answers",
+)
 def takes_its_width_from_the_last_question(run):
     def loss(hidden, weight, *given, **options):
         if len(weight) != ASKED[-1]:
@@ -137,6 +146,6 @@ def once_only(spec):
 SEEN = []
 
 
-@wrong("norm", "when it is asked again about the same NormSpec", once_only)
+@wrong("norm", "when it is asked again about the same NormSpec", once_only, at="answers")
 def says_yes_a_few_times(run):
     return lambda *given, **options: run(*given, **options)
