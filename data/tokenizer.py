@@ -290,6 +290,8 @@ class Tokenizer:
         encode = functools.partial(self._processor.encode, return_type="numpy")
         try:
             if len(texts) < BATCH:
+                for text in texts:
+                    text.encode()  # half a surrogate pair: raised for a list, let through for a text
                 return [encode(text) for text in texts]
             return encode(texts, num_threads=1)
         except (UnicodeEncodeError, TypeError):  # half a surrogate pair, or a byte of no character
