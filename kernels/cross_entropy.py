@@ -53,6 +53,7 @@ def cross_entropy_kernel(
     """One program: one row of logits, replaced by the gradient of its loss if GRADIENT."""
     row = tl.program_id(0)
     logits += tl.cast(row, tl.int64) * stride
+    smoothing = tl.full([], smoothing, WIDE)  # beside an integer a plain number is float32
     target = tl.load(targets + row)
     keep = target != -100
     wrong = keep & ((target < 0) | (target >= n_columns))
