@@ -291,7 +291,7 @@ class Tokenizer:
         try:
             if len(texts) < BATCH:
                 for text in texts:
-                    text.encode()  # half a surrogate pair: raised for a list, let through for a text
+                    text.encode()  # half a surrogate pair is refused in a list alone
                 return [encode(text) for text in texts]
             return encode(texts, num_threads=1)
         except (UnicodeEncodeError, TypeError):  # half a surrogate pair, or a byte of no character

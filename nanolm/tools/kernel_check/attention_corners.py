@@ -71,6 +71,8 @@ CORNERS = {
     "large documents": Case(documents=True, numbers="large documents"),
     "places shared": Case(order="loose", numbers="places shared"),
     "large places": Case(order="loose", numbers="large places"),
+    "documents of queries and of keys": Case(n_queries=19, n_keys=40, documents=True),
+    "order of queries and of keys": Case(n_queries=19, n_keys=40, order="loose"),
     "masks with gaps": Case(
         causal=True, lengths=True, documents=True, prefix=True, order="loose", numbers="gaps"
     ),

@@ -50,6 +50,7 @@ from nanolm.tools.kernel_check.findings import (
 from nanolm.tools.kernel_check.habits import HABITS, Habit
 from nanolm.tools.kernel_check.leaks import KINDS, leak
 from nanolm.tools.kernel_check.main_loops import LONG, whole_tiles
+from nanolm.tools.kernel_check.narrowing import narrowed
 from nanolm.tools.kernel_check.op_conformance import op_checks
 from nanolm.tools.kernel_check.saved import what_is_saved
 from nanolm.tools.kernel_check.trial import Trial
@@ -183,25 +184,45 @@ def serving(kernel: Any, case: Case, device: str) -> tuple[Case | None, str]:
 
 
 def check_case(kernel: Any, name: str, case: Case, device: str) -> Finding:
-    """Parity on one attention problem, in the first phase that is served."""
+    """Parity on one attention problem, in the first phase that is served; of what the kernel
+    refuses as a whole on the part that it serves, where no other check asks that."""
 
     def work() -> Finding:
         served, reason = serving(kernel, case, device)
-        if served is None:
+        if served is not None:
+            words = case_fault(kernel, served, device)
+            tried = what_was_tried(case, served)
+            return Finding(name, "pass" if words is None else "FAIL", words or tried)
+        part = narrowed(case, lambda part: serving(kernel, part, device)[0] is not None)
+        if part is None or part[0] in (SINGLE | MIXED | LARGE | HARD | CORNERS).values():
             return Finding(name, "refused", reason)
-        trial = trial_of(served, device)
-        words = fault(kernel, trial)
-        if words is None:
-            return Finding(name, "pass", what_was_tried(case, served))
-        if right_alone(kernel, trial):
-            words = f"it remembers earlier calls, without which it is right here: {words}"
-            return Finding(name, "FAIL", words)
-        plain = dataclasses.replace(served, integers=torch.int64)
-        if plain != served and fault(kernel, trial_of(plain, device)) is None:
-            words = "it takes the integers of masks for int64; these are int32"
-        return Finding(name, "FAIL", words)
+        served, _ = serving(kernel, part[0], device)
+        assert served is not None  # `narrowed` has asked
+        words = case_fault(kernel, served, device)
+        tried = ", ".join(
+            filter(None, [f"without {' and '.join(part[1])}", what_was_tried(part[0], served)])
+        )
+        return (
+            Finding(name, "pass", tried)
+            if words is None
+            else (Finding(name, "FAIL", f"{words} ({tried})"))
+        )
 
     return told(name, work)
+
+
+def case_fault(kernel: Any, served: Case, device: str) -> str | None:
+    """What is wrong on an attention problem that the kernel serves."""
+    trial = trial_of(served, device)
+    words = fault(kernel, trial)
+    if words is None:
+        return None
+    if right_alone(kernel, trial):
+        return f"it remembers earlier calls, without which it is right here: {words}"
+    plain = dataclasses.replace(served, integers=torch.int64)
+    if plain != served and fault(kernel, trial_of(plain, device)) is None:
+        return "it takes the integers of masks for int64; these are int32"
+    return words
 
 
 def what_was_tried(case: Case, served: Case) -> str:

@@ -1,0 +1,122 @@
+"""A kernel that refuses a feature is asked about all others together."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from nanolm.tools.kernel_check.attention_cases import HARD, LARGE, MIXED, SINGLE, Case
+from nanolm.tools.kernel_check.attention_corners import CORNERS
+from nanolm.tools.kernel_check.attention_trials import spec_of, trial_of
+from nanolm.tools.kernel_check.conformance import check_case, checks_of
+from nanolm.tools.kernel_check.diagnosis import fault
+from nanolm.tools.kernel_check.narrowing import GIVEN_UP, narrowed, present, without
+from tests.kernel_tools.outsider import Outsider, right
+
+CASES = SINGLE | MIXED | LARGE | HARD | CORNERS
+REFUSALS = {
+    "biases": lambda spec: "it has no bias" if spec.bias else None,
+    "windows and soft-caps": lambda spec: (
+        "it has neither" if spec.window is not None or spec.softcap else None
+    ),
+    "orders and prefixes": lambda spec: "no" if spec.masks & {"order", "prefix"} else None,
+    "all but causal, padded and packed rows": lambda spec: (
+        "no" if spec.masks - {"lengths", "documents"} or spec.window or spec.bias or spec.softcap
+        else None
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_the_part_is_served_and_nothing_was_left_out_without_need(name):
+    def serves(case):
+        return REFUSALS[name](spec_of(case, "cpu")) is None
+
+    parts = 0
+    for case in CASES.values():
+        found = narrowed(case, serves)
+        if serves(case):
+            continue
+        if found is None:
+            names = present(case)
+            assert not names or not any(
+                serves(without(case, names[:i] + names[i + 1 :])) for i in range(len(names))
+            )
+            continue
+        part, left_out = found
+        parts += 1
+        assert serves(part) and without(case, left_out) == part
+        for kept in left_out:  # each had to go
+            assert not serves(without(case, [other for other in left_out if other != kept]))
+    assert parts >= 4
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_part_is_a_problem_like_others(name):
+    """The definition is right on it, and unusual numbers stay where they are the point."""
+    for feature in present(CASES[name]):
+        part = without(CASES[name], [feature])
+        assert part.numbers == CASES[name].numbers
+        if part.n_keys < 100 and feature in ("a bias", "documents", "an order"):
+            assert fault(Outsider(right("attention")), trial_of(part, "cpu")) is None
+
+
+def test_every_feature_of_a_spec_can_be_given_up():
+    """A mask, bias or soft-cap that a spec names and `GIVEN_UP` forgot would hide the others."""
+    everything = Case(
+        causal=True, window=7, lengths=True, documents=True, prefix=True, order="loose",
+        bias="dense", softcap=3.0,
+    )  # fmt: skip
+    assert without(everything, GIVEN_UP) == Case()
+    spec = spec_of(everything, "cpu")
+    plain = spec_of(Case(), "cpu")
+    differing = {
+        f.name for f in dataclasses.fields(spec) if getattr(spec, f.name) != getattr(plain, f.name)
+    }
+    assert differing == {"causal", "window", "masks", "bias", "softcap"}
+
+
+def only_padded_and_packed(spec):
+    return REFUSALS["all but causal, padded and packed rows"](spec)
+
+
+def narrow(fault):
+    """A kernel of causal, padded and packed rows, with a fault."""
+    plain = right("attention")
+
+    def run(q, k, v, mask, **options):
+        out = plain(q, k, v, mask, **options)
+        return out + 1 if fault(q, k, mask) else out
+
+    return Outsider(run, only_padded_and_packed)
+
+
+FAULTS = {
+    "one query beside many keys": lambda q, k, m: q.shape[1] == 1 < k.shape[1],
+    "lengths beside documents": lambda q, k, m: (
+        m.documents is not None and m.key_lengths is not None
+    ),
+    "documents of 32 bits": lambda q, k, m: (
+        m.documents is not None and m.documents.dtype == torch.int32
+    ),
+    "documents of queries and keys": lambda q, k, m: (
+        m.key_documents is not None and q.shape[1] != k.shape[1]
+    ),
+    "autocast": lambda q, k, m: torch.is_autocast_enabled("cpu"),
+    "queries before all keys": lambda q, k, m: q.shape[1] > k.shape[1] > 1 and m.causal,
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_narrow_kernel_is_asked_what_it_serves(name):
+    kernel = narrow(FAULTS[name])
+    cases = [check for check in checks_of("attention") if check.name in CASES]
+    assert any(check(kernel, "cpu").verdict == "FAIL" for check in cases)
+
+
+def test_a_right_narrow_kernel_passes_and_is_told_what_was_left_out():
+    kernel = narrow(lambda *_: False)
+    found = check_case(kernel, "int32 masks", CASES["int32 masks"], "cpu")
+    assert (found.verdict, found.words) == ("pass", "without an order and a prefix")
+    found = check_case(kernel, "alibi", CASES["alibi"], "cpu")
+    assert found.verdict == "refused"
