@@ -48,6 +48,33 @@ def test_twenty_faults_and_every_op_are_tried():
 
 
 @pytest.mark.parametrize("op", OPS)
+def test_float64_in_float32_is_noted_and_fails_no_kernel(op):
+    plain = right(op)
+
+    def narrow(*given, **options):
+        wide = given[0].dtype == torch.float64
+        floats = [
+            x.float() if isinstance(x, torch.Tensor) and x.dtype == torch.float64 else x
+            for x in given
+        ]
+        if isinstance(options.get("residual"), torch.Tensor) and wide:
+            options["residual"] = options["residual"].float()
+        found = plain(*floats, **options)
+        if not wide:
+            return found
+        if isinstance(found, torch.Tensor):
+            return found.double()
+        parts = [x.double() for x in found]
+        return type(found)(*parts) if hasattr(found, "_fields") else tuple(parts)
+
+    refuses = (lambda spec: "no bias" if spec.bias else None) if op == "attention" else None
+    kernel = Outsider(narrow, refuses) if refuses else Outsider(narrow)
+    found = check_kernel(op, kernel, quick=True)
+    assert [f.words for f in found if f.verdict == "FAIL"] == []
+    assert any("it computes in float32 what is float64" in f.words for f in found)
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_a_right_outsider_passes(op):
     assert failures(op, Outsider(right(op))) == []
     assert checks_of(op)

@@ -255,18 +255,6 @@ def caps_scores_and_bias(run):
     return attend
 
 
-@wrong("attention", "it computes in float32 what is float64", at="float64")
-def has_float32_alone(run):
-    def attend(q, k, v, mask, *, bias=None, **options):
-        added = bias and Added(bias.dense(q.shape[1], k.shape[1]).float())
-        if q.dtype == torch.float64:
-            q, k, v, bias = q.float(), k.float(), v.float(), added
-            return run(q, k, v, mask, bias=bias, **options).double()
-        return run(q, k, v, mask, bias=bias, **options)
-
-    return attend
-
-
 @wrong("attention", "NaN in a query gives numbers", at="NaN")
 def clears_what_is_not_a_number(run):
     return lambda *given, **options: torch.nan_to_num(run(*given, **options))

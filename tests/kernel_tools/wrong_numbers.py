@@ -139,13 +139,6 @@ def has_a_grid_of_2048_tokens(run):
     return rotary
 
 
-@wrong("rotary", "its numbers have been rounded to float32")
-def computes_float64_in_float32(run):
-    return lambda x, cos, sin: run(
-        x.float() if x.dtype == torch.float64 else x, cos.float(), sin.float()
-    ).to(x.dtype)
-
-
 @wrong("glu", "exp overflows at gates of hundreds")
 def divides_exp_by_exp(run):
     def glu(gate_up, *, kind):

@@ -36,7 +36,7 @@ from nanolm.tools.kernel_check.attention_cases import HARD, LARGE, MIXED, SINGLE
 from nanolm.tools.kernel_check.attention_corners import CORNERS
 from nanolm.tools.kernel_check.attention_habits import QUESTIONS, Question
 from nanolm.tools.kernel_check.attention_trials import spec_of, trial_of
-from nanolm.tools.kernel_check.diagnosis import fault
+from nanolm.tools.kernel_check.diagnosis import Remark, fault
 from nanolm.tools.kernel_check.dropout import RATE, dropout_fault
 from nanolm.tools.kernel_check.findings import (
     Check,
@@ -44,6 +44,7 @@ from nanolm.tools.kernel_check.findings import (
     check_determinism,
     check_habit,
     check_other_numbers,
+    finding_of,
     right_alone,
     told,
 )
@@ -191,22 +192,17 @@ def check_case(kernel: Any, name: str, case: Case, device: str) -> Finding:
         served, reason = serving(kernel, case, device)
         if served is not None:
             words = case_fault(kernel, served, device)
-            tried = what_was_tried(case, served)
-            return Finding(name, "pass" if words is None else "FAIL", words or tried)
+            return finding_of(name, words, what_was_tried(case, served))
         part = narrowed(case, lambda part: serving(kernel, part, device)[0] is not None)
         if part is None or part[0] in (SINGLE | MIXED | LARGE | HARD | CORNERS).values():
             return Finding(name, "refused", reason)
         served, _ = serving(kernel, part[0], device)
         assert served is not None  # `narrowed` has asked
         words = case_fault(kernel, served, device)
-        tried = ", ".join(
-            filter(None, [f"without {' and '.join(part[1])}", what_was_tried(part[0], served)])
-        )
-        return (
-            Finding(name, "pass", tried)
-            if words is None
-            else (Finding(name, "FAIL", f"{words} ({tried})"))
-        )
+        without = f"without {' and '.join(part[1])}"
+        tried = ", ".join(filter(None, [without, what_was_tried(part[0], served)]))
+        found = finding_of(name, words, tried)
+        return found if words is None else dataclasses.replace(found, words=f"{words} ({tried})")
 
     return told(name, work)
 
@@ -215,8 +211,8 @@ def case_fault(kernel: Any, served: Case, device: str) -> str | None:
     """What is wrong on an attention problem that the kernel serves."""
     trial = trial_of(served, device)
     words = fault(kernel, trial)
-    if words is None:
-        return None
+    if words is None or isinstance(words, Remark):
+        return words
     if right_alone(kernel, trial):
         return f"it remembers earlier calls, without which it is right here: {words}"
     plain = dataclasses.replace(served, integers=torch.int64)

@@ -19,6 +19,13 @@ from nanolm.tools.kernel_check.suspects import named, named_backward
 from nanolm.tools.kernel_check.trial import Result, Trial, excess, execute, reference_of
 from nanolm.tools.kernel_check.where import narrow_dtype, where
 
+IN_FLOAT32 = 1e-5
+"""What float32 may be off by in place of float64."""
+
+
+class Remark(str):
+    """A sentence that is noted and fails no kernel: nothing trains in float64."""
+
 
 def fault(kernel: Any, trial: Trial) -> str | None:
     """A sentence about the kernel on this trial, or None when it is right."""
@@ -41,6 +48,8 @@ def fault(kernel: Any, trial: Trial) -> str | None:
         return "it changes the state of torch's random numbers, and nothing here is random"
     right = execute(trial, reference_of(trial), torch.float64, backward=False).outputs
     words = kind_of_outputs(trial, found.outputs, right) or numbers(kernel, trial, found, right)
+    if isinstance(words, Remark):
+        return words
     if words is not None or still is found:
         hinted = words is not None and trial.hint and ("is off by" in words or "NaN" in words)
         return f"{words} ({trial.hint})" if hinted else words
@@ -99,12 +108,12 @@ def numbers(kernel: Any, trial: Trial, found: Result, right: Mapping[str, Tensor
     outputs = [name for name in wrong if name in found.outputs]
     worst = max(outputs or wrong, key=off.__getitem__)
     size = how_far(trial, found, worst, off[worst])
+    limit = trial.tolerance(found.tensors[worst].dtype)
+    farthest = max(off[name] * limit for name in wrong)
+    if trial.spec.dtype == torch.float64 and limit < farthest < IN_FLOAT32:
+        return Remark(f"it computes in float32 what is float64: its {worst} {size}")
     if outputs:
-        x = found.tensors[worst]
-        narrow = x.dtype == torch.float64 and off[worst] * trial.tolerance(x.dtype) < 1e-5
-        as_float32 = f"it computes in float32 what is float64: its {worst} {size}"
-        words = named(trial, dict(found.outputs))
-        return words or (as_float32 if narrow else f"its {worst} {size}")
+        return named(trial, dict(found.outputs)) or f"its {worst} {size}"
     if found.unreached:
         return f"no gradient reaches {', '.join(sorted(found.unreached))}: it detaches them"
     inputs = ", ".join(name.removeprefix("d") for name in wrong)

@@ -11,7 +11,7 @@ import torch
 
 from nanolm.ops.contract import why_it_varies
 from nanolm.tools.kernel_check.answers import refusal_of
-from nanolm.tools.kernel_check.diagnosis import fault
+from nanolm.tools.kernel_check.diagnosis import Remark, fault
 from nanolm.tools.kernel_check.habits import Habit, in_place
 from nanolm.tools.kernel_check.settings import (
     CHANGED,
@@ -48,6 +48,13 @@ class Check:
     def __call__(self, kernel: Any, device: str) -> Finding:
         """The finding."""
         return self.find(kernel, device)
+
+
+def finding_of(name: str, words: str | None, passed: str = "") -> Finding:
+    """What a sentence about a kernel, or none, comes to."""
+    if words is None:
+        return Finding(name, "pass", passed)
+    return Finding(name, "note" if isinstance(words, Remark) else "FAIL", str(words))
 
 
 def right_alone(kernel: Any, trial: Trial) -> bool:
@@ -100,8 +107,7 @@ def asked(
         reason = refusal_of(kernel, trial.spec)
         if reason is not None:
             return Finding(name, "refused", reason)
-        words = words_of(trial)
-        return Finding(name, "pass" if words is None else "FAIL", words or "")
+        return finding_of(name, words_of(trial))
 
     return told(name, work)
 
@@ -157,6 +163,6 @@ def check_habit(name: str, find: Habit, kernel: Any, make: Callable[[], Trial]) 
 def parity(kernel: Any, trial: Trial) -> str | None:
     """What is wrong on a trial, and whether it is right when nothing was called before."""
     words = fault(kernel, trial)
-    if words is None or not right_alone(kernel, trial):
+    if words is None or isinstance(words, Remark) or not right_alone(kernel, trial):
         return words
     return f"it remembers earlier calls, without which it is right here: {words}"

@@ -219,7 +219,7 @@ def cross_entropy_trial(
         f"{' of hundreds' * large}", spec,
         leaves, run, autocast=mix.autocast, computes=FP32 if exact else None,
         detached=frozenset({"nll", "lse", "correct"}),
-        dtypes=dict.fromkeys(("loss", "nll", "lse"), wide_of(dtype)) | {"correct": FP32},
+        dtypes={} if dtype == FP64 else dict.fromkeys(("loss", "nll", "lse", "correct"), FP32),
         constants={"targets": targets}, terms=softmax_terms if large else None,
         rounding=2e-5 * large,
     )  # fmt: skip
