@@ -55,8 +55,19 @@ OWN_UP = (
     'differ, write down why: varies_on = {{"{}": "…"}} (kernels/README.md)'
 )
 NARROW = (torch.float16, torch.bfloat16)
-Check = Callable[[Any, str], Finding]
-"""What is done with a kernel on a device."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """What is done with a kernel on a device, and its name, which is known before it is done: who
+    does it elsewhere says of a process that ended which check it was doing."""
+
+    name: str
+    work: Callable[[Any, str], Finding]
+
+    def __call__(self, kernel: Any, device: str) -> Finding:
+        """The check's finding."""
+        return self.work(kernel, device)
 
 
 def check_kernel(
@@ -72,11 +83,11 @@ def checks_of(op: str, *, quick: bool = False) -> list[Check]:
         raise ValueError(f"there is no op {op!r}; choose from {', '.join(OPS)}")
     if op != "attention":
         return [
-            *(trial_check(op, number) for number in range(len(op_trials(op)))),
-            lambda kernel, device: check_other_numbers(kernel, lambda: op_trials(op, device)[0]),
-            lambda kernel, device: check_determinism(kernel, lambda: op_trials(op, device)[0]),
+            *(trial_check(op, number, trial.name) for number, trial in enumerate(op_trials(op))),
+            Check("other numbers", lambda *on: check_other_numbers(on[0], first_trial(op, on[1]))),
+            Check("determinism", lambda *on: check_determinism(on[0], first_trial(op, on[1]))),
             *(
-                habit_check(name, find, lambda _, device: op_trials(op, device)[0])
+                habit_check(name, find, lambda _, device: first_trial(op, device)())
                 for name, find in (HABITS | OP_HABITS.get(op, {})).items()
             ),
         ]
@@ -85,13 +96,14 @@ def checks_of(op: str, *, quick: bool = False) -> list[Check]:
         *(case_check(name, case) for name, case in cases.items()),
         *(long_check(name, case) for name, case in LONG.items()),
         *(leak_check(kind) for kind in KINDS),
-        check_dropout,
-        lambda kernel, device: check_other_numbers(
-            kernel, lambda: served_trial(kernel, "causal", device)
+        Check("dropout", check_dropout),
+        Check(
+            "other numbers",
+            lambda *on: check_other_numbers(on[0], lambda: served_trial(on[0], "causal", on[1])),
         ),
         # With one tile of keys there is one order to add dQ in: the second has many.
         *(determinism_check(name) for name in ("causal", "1100 keys")),
-        check_memory,
+        Check("memory", check_memory),
         *(
             habit_check(name, find, lambda *on: served_trial(on[0], "causal", on[1]))
             for name, find in HABITS.items()
@@ -99,37 +111,49 @@ def checks_of(op: str, *, quick: bool = False) -> list[Check]:
     ]
 
 
+def first_trial(op: str, device: str) -> Callable[[], Trial]:
+    """What makes the trial that stands for an op where one is enough."""
+    return lambda: op_trials(op, device)[0]
+
+
 def habit_check(name: str, find: Habit, make: Callable[[Any, str], Trial]) -> Check:
     """One habit on the trial that is made for a kernel and a device."""
-    return lambda kernel, device: asked(
-        name, kernel, lambda: make(kernel, device), lambda trial: find(kernel, trial)
+    return Check(
+        name,
+        lambda kernel, device: asked(
+            name, kernel, lambda: make(kernel, device), lambda trial: find(kernel, trial)
+        ),
     )
 
 
-def trial_check(op: str, number: int) -> Check:
+def trial_check(op: str, number: int, name: str) -> Check:
     """Parity on the op's trial of this number."""
-    return lambda kernel, device: check_trial(kernel, op_trials(op, device)[number])
+    return Check(name, lambda *on: check_trial(on[0], op_trials(op, on[1])[number]))
 
 
 def case_check(name: str, case: Case) -> Check:
     """Parity on this attention problem."""
-    return lambda kernel, device: check_case(kernel, name, case, device)
+    return Check(name, lambda kernel, device: check_case(kernel, name, case, device))
 
 
 def long_check(name: str, case: Case) -> Check:
     """Parity on this attention problem with several whole tiles of the device at hand."""
-    return lambda kernel, device: check_case(kernel, name, whole_tiles(case, device), device)
+    return Check(name, lambda *on: check_case(on[0], name, whole_tiles(case, on[1]), on[1]))
 
 
 def leak_check(kind: str) -> Check:
     """No leak through this kind of mask."""
-    return lambda kernel, device: check_leak(kernel, kind, device)
+    return Check(f"leak: {kind}", lambda kernel, device: check_leak(kernel, kind, device))
 
 
 def determinism_check(name: str) -> Check:
     """The same bits twice on this attention problem."""
-    return lambda kernel, device: check_determinism(
-        kernel, lambda: served_trial(kernel, name, device), f"determinism: {name}"
+    told_as = f"determinism: {name}"
+    return Check(
+        told_as,
+        lambda kernel, device: check_determinism(
+            kernel, lambda: served_trial(kernel, name, device), told_as
+        ),
     )
 
 
