@@ -194,9 +194,7 @@ WHAT_SIGNALS_MEAN = {
 }
 
 
-def serve(
-    connection: Connection, device: str, plugins: Sequence[str], threads: int | None
-) -> None:
+def serve(connection: Connection, device: str, plugins: Sequence[str], threads: int | None) -> None:
     """The process: does errand after errand, until nobody is there to ask for one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who asks
     if threads is not None:

@@ -13,7 +13,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 
 from nanolm.config.load import import_plugins
-from nanolm.errors import UserError
+from nanolm.errors import NO_DRIVER, UserError
 from nanolm.ops.contract import candidates
 from nanolm.registry import KERNELS, OPS
 from nanolm.tools.kernel_check.apart import ProcessEndedError, Worker
@@ -23,8 +23,6 @@ from nanolm.tools.kernel_check.safety import UNSAFE, Began, watched_by
 
 MOST_ENDS = 5
 """Processes that one kernel may end; then the rest of its checks is left out."""
-NO_DRIVER = "active drivers"
-"""Of the error that Triton raises where there is no GPU to compile for."""
 INTERPRET = (
     "it is a Triton kernel, and there is no GPU here: interpret it, with TRITON_INTERPRET=1 before "
     "the command"
@@ -38,6 +36,10 @@ class Subject:
     op: str
     kernel: str
     triton: bool
+
+
+class NoKernelError(UserError):
+    """Modules were imported that register no kernel."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +65,19 @@ class Find:
             if name not in before[op] or type(kernel).__module__ in self.modules
         ]
         if not found:
-            raise UserError(registers_nothing(self.modules))
+            raise NoKernelError(registers_nothing(self.modules))
         return found
+
+
+def silent(modules: Sequence[str]) -> list[str]:
+    """Imports modules; a sentence about each that registers no kernel."""
+    sentences = []
+    for module in modules:
+        try:
+            Find((module,)).run()
+        except NoKernelError as error:
+            sentences.append(str(error))
+    return sentences
 
 
 def registers_nothing(modules: Sequence[str]) -> str:
@@ -94,7 +107,8 @@ class Errand:
 
     def run(self) -> Finding:
         """The check's finding."""
-        return suite(self.op, self.quick)[self.number](candidates(self.op)[self.kernel], self.device)
+        check = suite(self.op, self.quick)[self.number]
+        return check(candidates(self.op)[self.kernel], self.device)
 
 
 @functools.cache
@@ -111,7 +125,10 @@ def errands(op: str, kernel: str, device: str, *, quick: bool) -> list[Errand]:
 def done_by(worker: Worker, errand: Errand) -> tuple[Finding, bool]:
     """The errand's finding, and whether the process ended with it."""
     try:
-        return worker.ask(errand), False
+        finding = worker.ask(errand)
+        if NO_DRIVER in finding.words:
+            finding = dataclasses.replace(finding, words=INTERPRET)
+        return finding, False
     except ProcessEndedError as error:
         words = f"the process of this check {error}"
         return Finding(errand.name, "FAIL", words), True
@@ -139,9 +156,9 @@ def examine(
     for n, errand in enumerate(todo, start=1):
         began(errand.name)
         finding, ended = done_by(worker, errand)
-        no_driver = NO_DRIVER in finding.words
+        no_driver = finding.words == INTERPRET
         ends += ended
-        yield dataclasses.replace(finding, words=INTERPRET) if no_driver else finding
+        yield finding
         if (no_driver or ends == MOST_ENDS) and n < len(todo):
             why = "they would raise the same" if no_driver else f"it ended {ends} processes"
             yield Finding("the others", "note", f"{len(todo) - n} checks are left out: {why}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from nanolm.tables import GAP
 from nanolm.terminal import columns, say, table_width, wrapped
@@ -82,16 +82,20 @@ class Report:
     def close(self) -> None:
         """Prints what was repeated, and the counts."""
         self.status.clear()
-        groups: dict[tuple[str, str], list[Finding]] = collections.defaultdict(list)
-        for finding in self.found:
-            if finding.verdict != "pass":
-                groups[shape(finding)].append(finding)
-        for first, *others in groups.values():
+        for first, *others in grouped(f for f in self.found if f.verdict != "pass"):
             if others:
                 say(line(Finding(of_these(first, others), first.verdict)))
         say(f"  {counts(self.found)}")
         if not any(finding.verdict == "pass" for finding in self.found):
             say("  it passed no check: of a kernel that refuses everything nothing is known")
+
+
+def grouped(found: Iterable[Finding]) -> list[list[Finding]]:
+    """Findings that say the same together, in the order of their first ones."""
+    groups: dict[tuple[str, str], list[Finding]] = collections.defaultdict(list)
+    for finding in found:
+        groups[shape(finding)].append(finding)
+    return list(groups.values())
 
 
 def of_these(first: Finding, others: Sequence[Finding]) -> str:

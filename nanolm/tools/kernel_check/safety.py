@@ -52,11 +52,12 @@ def served(kernel: Any, trial: Trial) -> bool:
 @dataclasses.dataclass(frozen=True)
 class Seen:
     """What was seen on one trial: the launches of each Triton function, None when the kernel does
-    not serve it, and the verdict and words that end the watch."""
+    not serve it, and the verdict and words of a fault; `last` when nothing more can be watched."""
 
     launches: dict[str, int] | None = None
     verdict: str = ""
     words: str = ""
+    last: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +89,7 @@ def seen(kernel: Any, trial: Trial) -> Seen:
         words = memory_fault(kernel, trial, launches)
     except (Exception, SystemExit) as error:  # noqa: BLE001  (parity tells it; here it could not be watched)
         words = f"not watched: in the interpreter it raises {type(error).__name__}: {error}"
-        return Seen(launches, "refused", words)
+        return Seen(launches, "refused", words, last=True)
     return Seen(launches, "FAIL" if words else "", words or "")
 
 
@@ -107,27 +108,40 @@ def watched_by(worker: Worker, op: str, kernel: str, began: Began) -> Finding | 
             try:
                 yield trial.name, worker.ask(Watch(op, kernel, number))
             except ProcessEndedError as error:
-                yield trial.name, Seen({}, "FAIL", f"the process that interpreted it {error}")
+                words = f"the process that interprets it {error}"
+                yield trial.name, Seen({}, "FAIL", words, last=True)
 
     return verdict_of(all_seen())
 
 
 def verdict_of(trials: Iterable[tuple[str, Seen]]) -> Finding | None:
     """The finding about trials by their names, or None when the kernel launches nothing that could
-    be watched. The first fault ends it."""
+    be watched.
+
+    The first fault is told. The trials behind it are watched all the same for a store out of
+    bounds, which is told instead: a mask that one trial only reads beyond is one that another
+    writes beyond.
+    """
     launches: set[str] = set()
     n_watched = 0
+    fault: Finding | None = None
     for name, found in trials:
         if found.launches is None:
             continue
         if found.verdict:
-            return Finding(NAME, found.verdict, f"{name}: {found.words}")
+            this = Finding(NAME, found.verdict, f"{name}: {found.words}")
+            if found.words.endswith(UNSAFE):
+                return this
+            fault = fault or this
+            if found.last:
+                return fault
+            continue
         launches |= set(found.launches)
         if not launches:
             return None
         n_watched += 1
-    if not n_watched:
-        return None
+    if fault is not None or not n_watched:
+        return fault
     return Finding(NAME, "pass", f"{n_watched} trials of {', '.join(sorted(launches))} watched")
 
 

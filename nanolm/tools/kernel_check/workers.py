@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import concurrent.futures
 import queue
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 from nanolm.tools.kernel_check.apart import Elsewhere, Here, Worker
 from nanolm.tools.kernel_check.conformance import Finding
 from nanolm.tools.kernel_check.examination import Errand, done_by
 
 
-def findings(todo: Sequence[Errand], jobs: int, plugins: Sequence[str] = ()) -> Iterator[Finding]:
+def findings(
+    todo: Sequence[Errand], jobs: int, plugins: Sequence[str] = ()
+) -> Generator[Finding, None, None]:
     """The errands' findings, in their order, by as many processes, which import the plug-ins: with
     one job and no plug-in by this process.
 
@@ -27,8 +29,7 @@ def findings(todo: Sequence[Errand], jobs: int, plugins: Sequence[str] = ()) -> 
         threads = None if jobs == 1 else 1  # its siblings take the other cores
         device = todo[0].device if todo else "cpu"
         workers = [
-            Elsewhere(device, plugins, threads=threads)
-            for _ in range(min(jobs, max(1, len(todo))))
+            Elsewhere(device, plugins, threads=threads) for _ in range(min(jobs, max(1, len(todo))))
         ]
     if len(workers) == 1:
         try:
