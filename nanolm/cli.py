@@ -96,8 +96,8 @@ def no_such_command(argv: list[str]) -> str:
     group = [name for name in COMMANDS if name.startswith(f"{argv[0]} ")]
     words = [argv[0], *(word for word in argv[1:2] if not word.startswith("-"))]
     name = " ".join(words if group else words[:1])
-    near = difflib.get_close_matches(name, COMMANDS, n=1)
-    guess = f"did you mean {near[0]}? " if near and near[0] != argv[0] else ""
+    near = [] if group and len(words) == 1 else difflib.get_close_matches(name, COMMANDS, n=1)
+    guess = f"did you mean {near[0]}? " if near else ""
     return f"there is no command {name!r}; {guess}choose from {', '.join(group or COMMANDS)}"
 
 
