@@ -219,6 +219,19 @@ def test_equal_sentences_are_told_once_and_counted(capsys):
     assert "19 passed, 19 failed, 19 refused" in told
 
 
+@pytest.mark.parametrize("width", [60, 80])
+def test_findings_fit_a_terminal(monkeypatch, capsys, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    words = "it ignores key lengths (padding): " + "a long reason " * 20
+    report = Report("attention", "outsider", Status())
+    for name in ("lengths of keys and documents", "nine rows of odd lengths", "int32 lengths"):
+        report.add(Finding(name, "FAIL", words))
+    report.add(Finding("memory", "pass", "4096 bytes saved, 4096 for q, k, v, out and lse"))
+    report.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width and len(lines) > 8
+
+
 class Terminal:
     """What is written to a terminal."""
 

@@ -142,7 +142,8 @@ def found(tmp_path, monkeypatch):
     """What memory_finding says of a plug-in."""
     import importlib
 
-    from nanolm.tools.kernel_check.safety import memory_finding, prepare_interpreter
+    from nanolm.tools.kernel_check.interpreter import prepare_interpreter
+    from nanolm.tools.kernel_check.safety import memory_finding
 
     candidates("norm")
     prepare_interpreter()
