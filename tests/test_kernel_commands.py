@@ -150,6 +150,11 @@ def test_compile_refuses_to_compile_nothing():
             cli.run(["kernels", "compile", "--archs", "sm_90", *arguments])
 
 
+def test_compile_says_that_it_takes_no_plugin():
+    with pytest.raises(UserError, match="compiles this project's kernels alone"):
+        cli.run(["kernels", "compile", "--plugins", "outsider.attention"])
+
+
 def compare(archs, *, sample):
     recorded = {key(row): row for row in json.loads(RECORD.read_text())}
     for row in compile_elsewhere(archs, sample=sample):

@@ -148,7 +148,10 @@ class Launch:
         nearest = min(self.regions, key=lambda region: abs(region.distance(address)), default=None)
         where = "of which it was given none"
         if nearest is not None:
-            where = f"{nearest.distance(address):+d} elements from the nearest, {nearest.name}"
+            away = nearest.distance(address)
+            where = f"{away:+d} elements from the nearest, {nearest.name}"
+            if not away:
+                where = f"in a gap between the elements of {nearest.name}"
         return (
             f"{self.name}: {kind} of {addresses.size} elements out of bounds of its tensors"
             f"{', without a mask' * self.bare}, {where}, "
