@@ -7,13 +7,14 @@ command's own module is imported, so `nanolm prepare` needs no torch.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import io
 import os
 import signal
 import sys
 
-from nanolm.errors import UserError
+from nanolm.errors import NO_DRIVER, UserError
 from nanolm.files import refused_by_the_disk
 
 COMMANDS = {
@@ -77,7 +78,7 @@ def run(argv: list[str]) -> None:
     n_words = 2 if " ".join(argv[:2]) in COMMANDS else 1
     name = " ".join(argv[:n_words])
     if name not in COMMANDS:
-        raise UserError(f"there is no command {name!r}; choose from {', '.join(COMMANDS)}")
+        raise UserError(no_such_command(argv))
     module = importlib.import_module(COMMANDS[name][0])
     if hasattr(module, "main"):  # reads its own command line (the config of a run)
         module.main(argv[n_words:])
@@ -88,6 +89,16 @@ def run(argv: list[str]) -> None:
     module.run(
         parse(module.Arguments, argv[n_words:], prog=f"nanolm {name}", positional=positional)
     )
+
+
+def no_such_command(argv: list[str]) -> str:
+    """The sentence for words that begin no command: the commands of their group, or all."""
+    group = [name for name in COMMANDS if name.startswith(f"{argv[0]} ")]
+    words = [argv[0], *(word for word in argv[1:2] if not word.startswith("-"))]
+    name = " ".join(words if group else words[:1])
+    near = [] if group and len(words) == 1 else difflib.get_close_matches(name, COMMANDS, n=1)
+    guess = f"did you mean {near[0]}? " if near else ""
+    return f"there is no command {name!r}; {guess}choose from {', '.join(group or COMMANDS)}"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -125,10 +136,11 @@ def main(argv: list[str] | None = None) -> None:
         print(f"nanolm: {sentence}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     except (MemoryError, RuntimeError) as error:
-        if not lacks_memory(error):
+        sentence = lacked(error)
+        if sentence is None:
             raise
         told = str(error).splitlines()[:1]
-        print(f"nanolm: {OUT_OF_MEMORY} ({' '.join(told)})", file=sys.stderr, flush=True)
+        print(f"nanolm: {sentence} ({' '.join(told)})", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
 
 
@@ -136,6 +148,19 @@ OUT_OF_MEMORY = (
     "there is not enough memory for a model, a batch or a file of this size; make it smaller "
     "(of a run, `nanolm estimate CONFIG` says what it needs)"
 )
+
+
+NO_GPU = (
+    "a Triton kernel was called, and there is no GPU here: set TRITON_INTERPRET=1 before the "
+    "command, which interprets it slowly, or name another kernel under `kernels:`"
+)
+
+
+def lacked(error: Exception) -> str | None:
+    """What the machine lacks that the error is about, and the remedy; None for any other error."""
+    if lacks_memory(error):
+        return OUT_OF_MEMORY
+    return NO_GPU if NO_DRIVER in str(error) else None
 
 
 def lacks_memory(error: Exception) -> bool:

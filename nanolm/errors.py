@@ -42,3 +42,7 @@ def require_whole_path(key: str, path: str) -> None:
         f"{key}={path} begins with ~, which nothing expands here; write the whole path, or "
         f"./{path} for a folder of that name",
     )
+
+
+NO_DRIVER = "active drivers"
+"""Of the RuntimeError that Triton raises where there is no GPU that it could compile for."""

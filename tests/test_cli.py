@@ -23,8 +23,19 @@ def test_usage_names_every_command(capsys):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["trian"], "nanolm: there is no command 'trian'; choose from prepare, "),
-        (["data"], "nanolm: there is no command 'data'; choose from prepare, "),
+        (
+            ["trian"],
+            "nanolm: there is no command 'trian'; did you mean train? choose from prepare, ",
+        ),
+        (["data"], "nanolm: there is no command 'data'; choose from data inspect, data verify"),
+        (
+            ["kernels", "--help"],
+            "nanolm: there is no command 'kernels'; choose from kernels list, ",
+        ),
+        (
+            ["kernels", "chek"],
+            "nanolm: there is no command 'kernels chek'; did you mean kernels check?",
+        ),
         (["train", "--model.n_heads", "7"], "nanolm: model.n_heads=7 does not divide"),
         (["train"], "nanolm: no data: set data.path"),
         (["prepare", "x.txt"], "nanolm: out: a value is required"),

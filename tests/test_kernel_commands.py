@@ -47,7 +47,8 @@ def check(plugins, capsys):
     def run(module, *words):
         status = 0
         try:
-            cli.run(["kernels", "check", "--module", module, "--device", "cpu", *words])
+            given = ["--module", module, "--device", "cpu", "--apart", "false", *words]
+            cli.run(["kernels", "check", *given])
         except SystemExit as leaving:
             status = leaving.code
         return status, capsys.readouterr().out
@@ -76,18 +77,28 @@ def test_check_names_the_mask_that_a_careless_kernel_ignores(check):
     status, said = check("careless.attention", "--quick", "true")
     assert status == 1
     assert "it ignores key lengths (padding)" in said
-    failed = [line.split()[1] for line in said.splitlines() if "  FAIL" in line]
-    assert failed == ["lengths", "int32", "nine", "leak:"]
+    failed = [line.split()[1:] for line in said.splitlines() if "  FAIL" in line]
+    assert failed[0][0] == "lengths"  # told once, the others by their names
+    told = " ".join(word for words in failed for word in words)
+    assert all(name in told for name in ("lengths", "int32", "nine", "leak:")), told
 
 
 def test_check_refuses_what_it_cannot_find():
     for arguments, words in (
-        (["--module", "nanolm.ops.masks"], "registers no kernel"),
+        (
+            ["--module", "nanolm.ops.masks"],
+            "registers no kernel.*nanolm.ops.contract import kernel",
+        ),
         (["--module", "no.such"], "no.such"),
+        (["--module", "outsider/my_norm.py"], "a module's name is due, outsider.my_norm$"),
         ([], "name a kernel"),
+        (["--op", "nrm", "--name", "torch"], "there is no op 'nrm'; did you mean norm"),
+        (["--op", "norm"], "which kernel of norm.* one of reference, torch"),
+        (["--name", "torch"], "torch of which op"),
+        (["--op", "norm", "--name", "tor"], "no norm kernel 'tor'; choose from .*torch.*--module"),
     ):
         with pytest.raises(UserError, match=words):
-            cli.run(["kernels", "check", *arguments])
+            cli.run(["kernels", "check", "--apart", "false", *arguments])
 
 
 def test_outsider_trains_by_config(plugins, make_learner):
@@ -137,6 +148,11 @@ def test_compile_refuses_to_compile_nothing():
     for arguments in (["--only", "groupd"], ["--only", "bucket", "--sample", "true"]):
         with pytest.raises(UserError, match=r"only: nothing .*sm_90 has.*grouped"):
             cli.run(["kernels", "compile", "--archs", "sm_90", *arguments])
+
+
+def test_compile_says_that_it_takes_no_plugin():
+    with pytest.raises(UserError, match="compiles this project's kernels alone"):
+        cli.run(["kernels", "compile", "--plugins", "outsider.attention"])
 
 
 def compare(archs, *, sample):

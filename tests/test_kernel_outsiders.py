@@ -148,7 +148,9 @@ def test_a_kernel_that_refuses_everything_has_not_passed(tmp_path, monkeypatch, 
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(KERNELS["norm"], "_entries", dict(KERNELS["norm"]._entries))
     with pytest.raises(SystemExit) as leaving:
-        cli.run(["kernels", "check", "--module", "shy_plugin", "--device", "cpu"])
+        cli.run(
+            ["kernels", "check", "--module", "shy_plugin", "--device", "cpu", "--apart", "false"]
+        )
     assert leaving.value.code == 1
     assert "it passed no check" in capsys.readouterr().out
 

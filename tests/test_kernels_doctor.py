@@ -8,18 +8,18 @@ import pytest
 import torch
 
 from nanolm import cli
-from nanolm.errors import UserError
 from nanolm.ops.contract import candidates
 from nanolm.tools.kernel_check import survey
 from nanolm.tools.kernel_check.attention_cases import LARGE, MIXED, SINGLE
 from nanolm.tools.kernel_check.attention_corners import CORNERS
 from nanolm.tools.kernel_check.attention_habits import QUESTIONS
 from nanolm.tools.kernel_check.conformance import Finding, check_kernel, checks_of
+from nanolm.tools.kernel_check.examination import Errand, errands
 from nanolm.tools.kernel_check.habits import HABITS
 from nanolm.tools.kernel_check.leaks import KINDS
 from nanolm.tools.kernel_check.main_loops import LONG
 from nanolm.tools.kernel_check.survey import MOST_JOBS, Patient, default_jobs, describe
-from nanolm.tools.kernel_check.workers import Errand, errands, findings
+from nanolm.tools.kernel_check.workers import findings
 from tests.hidden import hide
 
 
@@ -67,8 +67,16 @@ def test_errands_are_done_elsewhere_and_come_back_in_order():
     assert [finding.verdict for finding in elsewhere] == [f.verdict for f in findings(whoami(7), 1)]
     assert str(os.getpid()) not in {finding.words for finding in elsewhere}
     assert {finding.words for finding in findings(whoami(2), 1)} == {str(os.getpid())}
-    with pytest.raises(UserError, match="--jobs 1 checks in one process"):
-        list(findings([*whoami(2), Deadly("norm", "torch", "cpu", True, 0)], 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_an_errand_that_ends_its_process_fails_and_the_others_do_not(jobs):
+    todo = [*whoami(2), Deadly("norm", "torch", "cpu", True, 2), *whoami(2)]
+    found = list(findings(todo, jobs, ["tests.hidden"]))
+    assert [finding.verdict for finding in found] == ["FAIL", "pass", "FAIL", "FAIL", "pass"]
+    assert found[2].check == todo[2].name
+    assert found[2].words == "the process of this check ended with status 3"
 
 
 def test_errands_of_a_kernel_are_its_whole_suite():
@@ -98,7 +106,8 @@ def test_failures_of_all_processes_are_counted_and_told(monkeypatch, capsys):
     assert leaving.value.code == 1
     printed = capsys.readouterr().out
     assert "2 passed   2 failed  <- auto" in printed
-    assert [line.split(":")[0].strip() for line in printed.splitlines()[2:]] == ["0", "3"]
+    (told,) = printed.splitlines()[2:]  # both failures say the same
+    assert told.split(":")[0].strip() == "0" and told.endswith("(1 more as 0: 3)")
 
 
 class Raising:

@@ -13,7 +13,6 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from nanolm import cli
-from nanolm.commands.kernels import check as check_kernels
 from nanolm.commands.kernels import compile as compile_kernels
 from nanolm.commands.runs import show as show_runs
 from nanolm.data.prepare.report import _split_tables
@@ -28,7 +27,6 @@ from nanolm.tools.bench import finetune_contest
 from nanolm.tools.bench import kernels as bench_kernels
 from nanolm.tools.bench import prepare as bench_prepare
 from nanolm.tools.bench.scaling import tables_of
-from nanolm.tools.kernel_check.conformance import Finding
 from nanolm.training.phases import PHASES
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -195,20 +193,12 @@ def of_compiled_kernels():
     return "\n".join([cells_of(list(widths), list(widths.values()), gap=1), *lines])
 
 
-def of_kernel_findings(capsys):
-    words = "it ignores key lengths (padding): " + "a long reason " * 20
-    finding = Finding("lengths of keys and documents", "refused", words)
-    check_kernels.show("attention", "outsider", [finding, Finding("memory", "pass")])
-    return capsys.readouterr().out
-
-
 MADE = {
     "nanolm/commands/kernels/list.py": lambda f: of_kernels("list", f["monkeypatch"], f["capsys"]),
     "nanolm/commands/kernels/roofline.py": lambda f: of_kernels(
         "roofline", f["monkeypatch"], f["capsys"]
     ),
     "nanolm/commands/kernels/compile.py": lambda f: of_compiled_kernels(),
-    "nanolm/commands/kernels/check.py": lambda f: of_kernel_findings(f["capsys"]),
     "nanolm/tools/bench/kernels.py": lambda f: of_a_kernel_bench(),
     "nanolm/commands/runs.py": lambda f: of_runs(),
     "nanolm/commands/compare.py": lambda f: of_compare(f["tmp_path"], f["capsys"]),

@@ -32,7 +32,13 @@ SIZES = ("--batch=1", "--length=16", "--heads=2", "--kv_heads=1", "--width=16", 
 SHAPE = ("--n_layers=1", "--d_model=32", "--n_heads=2", "--row_length=16", "--batch=4")
 CONTEST = ("--rounds=2", "--device=cpu", "--precisions=[fp32]", "--results=cells.json")
 MORE = {
-    "kernels check": ["--op=glu", "--name=reference", "--quick=true", "--device=cpu"],
+    "kernels check": [
+        "--op=glu",
+        "--name=reference",
+        "--quick=true",
+        "--device=cpu",
+        "--apart=false",
+    ],
     "kernels bench": [*SIZES, "--vocab_size=64", "--device=cpu", "--repetitions=1"],
     "kernels memory": ["--tokens=64", "--vocab_size=64", "--device=cpu"],
     "kernels doctor": ["--device=cpu"],

@@ -16,9 +16,12 @@ import argparse
 import dataclasses
 import importlib
 import os
+import pathlib
 import re
 import shutil
 import sys
+import sysconfig
+import traceback
 from typing import Any, TypeVar, overload
 
 from nanolm.config import strict_yaml
@@ -206,15 +209,55 @@ def import_plugins(names: Any) -> None:
     if names and not {"", os.getcwd()} & set(sys.path):
         sys.path.append(os.getcwd())
     for name in names:
+        refuse_path(name)
         try:
             importlib.import_module(name)
-        except (ImportError, ValueError) as error:  # ValueError: '' and '.x' name no module
-            raise UserError(f"plugins: cannot import {name}: {error}") from error
+        except UserError:  # of what it registers: that is said in a sentence of its own
+            raise
         except SyntaxError as error:
             raise UserError(
                 f"plugins: cannot import {name}: {error.msg} in {error.filename}, line "
                 f"{error.lineno}; correct that line"
             ) from error
+        except (Exception, SystemExit) as error:  # a stranger's module may raise anything
+            kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
+            raise UserError(
+                f"plugins: cannot import {name}: {kind}{error}{place_of(error)}"
+            ) from error
+
+
+def refuse_path(name: str) -> None:
+    """Raises UserError for what is no module's name but meant as one: a file, or several names."""
+    if "," in name:
+        apart = name.replace(",", " ").split()
+        raise UserError(
+            f"plugins: cannot import {name}: it is read as one name; write --plugins "
+            f"{' '.join(apart)}, and in a config plugins: [{', '.join(apart)}]"
+        )
+    if os.sep in name or name.endswith(".py"):
+        path = pathlib.PurePath(os.path.relpath(name) if os.path.isabs(name) else name)
+        parts = [part for part in path.with_suffix("").parts if part not in (".", "..")]
+        outside = ".." in path.parts
+        raise UserError(
+            f"plugins: cannot import {name}: that is a file, and a module's name is due, "
+            f"{parts[-1] if outside else '.'.join(parts)}"
+            f"{', with its folder in PYTHONPATH' * outside}"
+        )
+
+
+def place_of(error: BaseException) -> str:
+    """File and line at which importing a module went wrong: the last that is neither the import
+    system's nor a library's, else the last; nothing where no line of a module was reached."""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename != __file__
+        and not frame.filename.startswith("<frozen")
+        and frame.filename != importlib.__file__
+    ]
+    libraries = tuple(filter(None, map(sysconfig.get_path, ("stdlib", "purelib", "platlib"))))
+    own = [frame for frame in frames if not frame.filename.startswith(libraries)]
+    return "".join(f" ({f.filename}, line {f.lineno})" for f in (own or frames)[-1:])
 
 
 def help_text(schema: type, prog: str, positional: tuple[str, ...]) -> str:

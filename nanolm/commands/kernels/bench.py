@@ -7,7 +7,7 @@
     GB/s      of the bytes that must move: inputs, outputs and their gradients, each once
     MB        the most that a call holds beside its inputs
 
-On a CPU without the interpreter Triton is left out, with its reason.
+On a CPU Triton kernels, anyone's, are left out: there they run in its interpreter or not at all.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import dataclasses
 import re
 
 from nanolm.commands.json_file import write_json
-from nanolm.config.load import import_plugins
 from nanolm.config.ranges import Count
 from nanolm.errors import UserError
 from nanolm.ops.timings import save_timings
 from nanolm.tables import open_console
 from nanolm.terminal import say
 from nanolm.tools.bench.kernels import measure, show, timings
+from nanolm.tools.kernel_check.examination import silent
+from nanolm.tools.kernel_check.interpreter import prepare_interpreter
 from nanolm.tools.kernel_check.problems import PROBLEMS, Sizes
 
 
@@ -61,7 +62,9 @@ def matrix_size(word: str) -> tuple[int, int]:
 
 def run(arguments: Arguments) -> None:
     """Measure and print, op by op."""
-    import_plugins(arguments.plugins)
+    prepare_interpreter()
+    for sentence in silent(arguments.plugins):
+        say(sentence)
     if arguments.op not in ("all", *PROBLEMS):
         raise UserError(f"--op {arguments.op}: choose from all, {', '.join(PROBLEMS)}")
     if arguments.dtype not in ("float32", "bfloat16", "float16"):

@@ -1,7 +1,9 @@
 """`nanolm kernels compile`: registers, spills and shared memory on GPUs that need not be there.
 
 Compiles every Triton kernel as it would be launched and compares the rows with
-kernels/compile_matrix.json; exit status 1 when a row breaks its budget or got worse.
+kernels/compile_matrix.json; exit status 1 when a row breaks its budget or got worse. It compiles
+the kernels of this project alone: how a plug-in's are launched, for which sizes and with which
+options, nothing tells it.
 """
 
 from __future__ import annotations
@@ -40,8 +42,17 @@ class Arguments:
     write: bool = False
     """Put these rows into kernels/compile_matrix.json; without --only also drop other rows of
     these architectures."""
+    plugins: list[str] = dataclasses.field(default_factory=list)
+    """Refused: this project's kernels alone are compiled."""
     json: str | None = None
     """Also write the rows here."""
+
+    def __post_init__(self) -> None:
+        if self.plugins:
+            raise UserError(
+                "plugins: kernels compile compiles this project's kernels alone; on a GPU, what "
+                "Triton gives for a launch of yours has its n_regs and n_spills"
+            )
 
 
 COLUMNS = {
@@ -108,7 +119,8 @@ def refuse_empty(arguments: Arguments) -> None:
         raise UserError(
             f"only: nothing to compile for {', '.join(arguments.archs)} has {only!r} in "
             f"its name{' and is in the sample' * sample}; names are such as "
-            f"{BUILDS[0].name}, made of {', '.join(words)}"
+            f"{BUILDS[0].name}, made of {', '.join(words)} (it compiles this project's kernels "
+            f"alone, not a plug-in's)"
         )
 
 

@@ -9,16 +9,18 @@ checks, and say what one would.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 from nanolm.commands.json_file import write_json
-from nanolm.config.load import import_plugins
+from nanolm.commands.signals import ended_in_order
 from nanolm.config.ranges import Count
 from nanolm.distributed.devices import DeviceWord, device_type
 from nanolm.terminal import say
 from nanolm.tools.kernel_check.conformance import Finding
+from nanolm.tools.kernel_check.report import Status, grouped, of_these
 from nanolm.tools.kernel_check.survey import Patient, default_jobs, describe, survey
 
 
@@ -40,27 +42,43 @@ class Arguments:
 
 
 def verdict(patient: Patient, found: Sequence[Finding]) -> dict[str, Any]:
-    """Prints a kernel's line, and one for each failure; the row of the report."""
+    """Prints a kernel's line, and one for each failure, equal ones together; the row of the
+    report."""
     wrong = [finding for finding in found if finding.verdict == "FAIL"]
     passed = sum(finding.verdict == "pass" for finding in found)
     mark = "  <- auto" if patient.auto else ""
     counts = f"{passed:>3} passed {len(wrong):>3} failed{mark}"
     say(f"{patient.op:<21} {patient.kernel:<14} {counts}")
-    for finding in found:
-        if finding.verdict in ("FAIL", "note"):
-            note = "note: " if finding.verdict == "note" else ""
-            say(f"    {note}{finding.check}: {finding.words}")
+    told = [finding for finding in found if finding.verdict in ("FAIL", "note")]
+    for first, *others in grouped(told):
+        note = "note: " if first.verdict == "note" else ""
+        also = f" ({of_these(first, others)})" if others else ""
+        say(f"    {note}{first.check}: {first.words}{also}")
     return dataclasses.asdict(patient) | {"passed": passed, "failed": len(wrong)}
 
 
 def run(arguments: Arguments) -> None:
-    """Check and print; exits 1 when a kernel fails."""
+    """Check and print; exits 1 when a kernel fails. What was found until an interruption is kept
+    too."""
     device = device_type(arguments.device)
     say(describe(device))
     jobs = arguments.jobs or default_jobs(device)
-    import_plugins(arguments.plugins)
-    found = survey(device, quick=arguments.quick, jobs=jobs, plugins=arguments.plugins)
-    verdicts = [verdict(patient, told) for patient, told in found]
-    write_json(arguments.json, verdicts)
+    status = Status()
+    verdicts: list[dict[str, Any]] = []
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(ended_in_order())
+        stack.callback(lambda: write_json(arguments.json, verdicts))
+        stack.callback(status.clear)
+        found = survey(
+            device,
+            quick=arguments.quick,
+            jobs=jobs,
+            plugins=arguments.plugins,
+            began=status,
+            note=say,
+        )
+        for patient, told in found:
+            status.clear()
+            verdicts.append(verdict(patient, told))
     if any(row["failed"] for row in verdicts):
         raise SystemExit(1)

@@ -8,11 +8,12 @@ from typing import Literal
 import torch
 
 from nanolm.commands.json_file import write_json
-from nanolm.config.load import import_plugins
 from nanolm.config.ranges import Count
 from nanolm.ops.contract import AUTO, candidates, choose
 from nanolm.registry import OPS, SIZED
 from nanolm.tables import beside
+from nanolm.terminal import say
+from nanolm.tools.kernel_check.examination import silent
 from nanolm.tools.kernel_check.survey import typical
 
 
@@ -59,7 +60,8 @@ def when(op: str, name: str) -> str:
 
 def run(arguments: Arguments) -> None:
     """Print the kernels of each op, with what they are and whether they serve."""
-    import_plugins(arguments.plugins)
+    for sentence in silent(arguments.plugins):
+        say(sentence)
     table = rows(arguments)
     for op in dict.fromkeys(row["op"] for row in table):
         found = [row for row in table if row["op"] == op]

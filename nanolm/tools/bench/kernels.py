@@ -21,6 +21,7 @@ from nanolm.ops.kept import spec_record
 from nanolm.ops.timings import device_name
 from nanolm.tables import beside, tables
 from nanolm.tools.first_contact.device_time import milliseconds
+from nanolm.tools.kernel_check.interpreter import counted_launches, interpreted
 from nanolm.tools.kernel_check.problems import PROBLEMS, Problem, Sizes
 
 
@@ -77,7 +78,7 @@ def measure(op: str, sizes: Sizes, repetitions: int) -> list[dict[str, Any]]:
     table: list[dict[str, Any]] = []
     for name, kernel in candidates(op).items():
         reason = kernel.why_not(problem.spec)
-        if reason is None and a.device in getattr(kernel, "only_by_name_on", ()):
+        if reason is None and would_be_interpreted(problem, kernel, a):
             reason = "it would be interpreted here"
         if reason is None:
             serving[name] = kernel
@@ -111,6 +112,17 @@ def measure(op: str, sizes: Sizes, repetitions: int) -> list[dict[str, Any]]:
             }
         )
     return table
+
+
+def would_be_interpreted(problem: Problem, kernel: Any, sizes: Sizes) -> bool:
+    """Whether the kernel says so, or a call of it launches what Triton's interpreter runs."""
+    if sizes.device in getattr(kernel, "only_by_name_on", ()):
+        return True
+    if not interpreted():
+        return False
+    with counted_launches() as launches:
+        call(problem, kernel, sizes)
+    return bool(launches)
 
 
 def device_ms(function: Callable[[], Any], device: str, repetitions: int) -> float | None:

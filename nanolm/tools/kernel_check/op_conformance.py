@@ -39,7 +39,7 @@ def op_checks(op: str) -> list[Check]:
     """The suite of an op other than attention."""
     stock = Stock(op)
     return [
-        *(trial_check(stock, number) for number in range(len(stock.all("cpu")))),
+        *(trial_check(stock, number, trial.name) for number, trial in enumerate(stock.all("cpu"))),
         *(many_check("sums", sums, SUMS[name]) for name in SUMS if name == op),
         *(many_check("long", long, LONG[name]) for name in LONG if name == op),
         *(options_check(op, number) for number in range(len(options_of(op, "cpu")))),
@@ -56,12 +56,9 @@ def op_checks(op: str) -> list[Check]:
     ]
 
 
-def trial_check(stock: Stock, number: int) -> Check:
+def trial_check(stock: Stock, number: int, name: str) -> Check:
     """Parity on the op's trial of this number."""
-    return Check(
-        f"trial {number}",
-        lambda kernel, device: check_trial(kernel, stock.take(number, device)),
-    )
+    return Check(name, lambda kernel, device: check_trial(kernel, stock.take(number, device)))
 
 
 def many_check(

@@ -3,46 +3,30 @@
 A kernel may be right on the numbers that were tried and wrong all the same: it reads beyond a
 tensor, two of its programs write one element, or it counts on what lies in masked lanes. What a GPU
 does then is luck; in Triton's interpreter, on any CPU, it is seen. `memory_finding` watches the
-trials of an op in this process, which must have been started with TRITON_INTERPRET=1;
-`watched_elsewhere` starts one that is.
+trials of an op in this process, which must have been started with TRITON_INTERPRET=1; `watched_by`
+sends them, one by one, to a worker that is, before any other check: where a kernel writes over
+memory that is not its own, nothing that is found out after that means anything.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from nanolm.config.load import import_plugins
 from nanolm.ops.contract import candidates
-from nanolm.processes import python_path
+from nanolm.tools.kernel_check.apart import ProcessEndedError, Worker
 from nanolm.tools.kernel_check.attention_cases import HARD, LARGE, SINGLE
 from nanolm.tools.kernel_check.attention_trials import trial_of
 from nanolm.tools.kernel_check.conformance import Finding, refusal_of
 from nanolm.tools.kernel_check.op_suites import op_trials
 from nanolm.tools.kernel_check.trial import Trial, excess, execute
 
-NAME = "memory"
+NAME = "sanitizer"
+Began = Callable[[str], None]
+"""Is told the name of what begins."""
 UNSAFE = "the other checks are left out, as it would write over memory that is not its own"
-
-
-def interpreted() -> bool:
-    """Whether Triton, if it is there, runs kernels in its interpreter."""
-    installed = importlib.util.find_spec("triton") is not None
-    return installed and os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def prepare_interpreter() -> None:
-    """Makes the interpreter compute as a GPU does, before a kernel of anyone runs in it: as it
-    stands it multiplies the bit patterns of bfloat16."""
-    if interpreted():
-        importlib.import_module("nanolm.kernels.launch")
 
 
 def watched_trials(op: str) -> Iterator[Trial]:
@@ -65,28 +49,99 @@ def served(kernel: Any, trial: Trial) -> bool:
     return any(refusal_of(kernel, spec) is None for spec in specs)
 
 
-def memory_finding(op: str, kernel: Any) -> Finding | None:
-    """What the sanitizer sees, or None when the kernel launches nothing that it could watch.
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What was seen on one trial: the launches of each Triton function, None when the kernel does
+    not serve it, and the verdict and words of a fault; `last` when nothing more can be watched."""
 
-    The first fault ends it. Call it in a process with TRITON_INTERPRET=1.
-    """
+    launches: dict[str, int] | None = None
+    verdict: str = ""
+    words: str = ""
+    last: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Watch:
+    """One trial of a registered kernel under the sanitizer, as a process can be sent it."""
+
+    op: str
+    kernel: str
+    number: int
+    """Of the trial in `watched_trials`."""
+
+    def run(self) -> Seen:
+        """What is seen."""
+        return seen(candidates(self.op)[self.kernel], kept_trials(self.op)[self.number])
+
+
+@functools.cache
+def kept_trials(op: str) -> list[Trial]:
+    """The watched trials, made once."""
+    return list(watched_trials(op))
+
+
+def seen(kernel: Any, trial: Trial) -> Seen:
+    """What the sanitizer sees on one trial; in a process with TRITON_INTERPRET=1."""
     launches: dict[str, int] = {}
-    n_watched = 0
-    for trial in watched_trials(op):
+    try:
         if not served(kernel, trial):
+            return Seen()
+        words = memory_fault(kernel, trial, launches)
+    except (Exception, SystemExit) as error:  # noqa: BLE001  (parity tells it; here it could not be watched)
+        words = f"not watched: in the interpreter it raises {type(error).__name__}: {error}"
+        return Seen(launches, "refused", words, last=True)
+    return Seen(launches, "FAIL" if words else "", words or "")
+
+
+def memory_finding(op: str, kernel: Any) -> Finding | None:
+    """What the sanitizer sees of a kernel in this process, which has TRITON_INTERPRET=1."""
+    return verdict_of((trial.name, seen(kernel, trial)) for trial in watched_trials(op))
+
+
+def watched_by(worker: Worker, op: str, kernel: str, began: Began) -> Finding | None:
+    """What the sanitizer sees of a registered kernel, in a worker with TRITON_INTERPRET=1; `began`
+    is told the name of each trial."""
+
+    def all_seen() -> Iterator[tuple[str, Seen]]:
+        for number, trial in enumerate(kept_trials(op)):
+            began(f"{NAME}: {trial.name}")
+            try:
+                yield trial.name, worker.ask(Watch(op, kernel, number))
+            except ProcessEndedError as error:
+                words = f"the process that interprets it {error}"
+                yield trial.name, Seen({}, "FAIL", words, last=True)
+
+    return verdict_of(all_seen())
+
+
+def verdict_of(trials: Iterable[tuple[str, Seen]]) -> Finding | None:
+    """The finding about trials by their names, or None when the kernel launches nothing that could
+    be watched.
+
+    The first fault is told. The trials behind it are watched all the same for a store out of
+    bounds, which is told instead: a mask that one trial only reads beyond is one that another
+    writes beyond.
+    """
+    launches: set[str] = set()
+    n_watched = 0
+    fault: Finding | None = None
+    for name, found in trials:
+        if found.launches is None:
             continue
-        try:
-            words = memory_fault(kernel, trial, launches)
-        except (Exception, SystemExit) as error:  # noqa: BLE001  (parity tells it; here it could not be watched)
-            words = f"not watched: in the interpreter it raises {type(error).__name__}: {error}"
-            return Finding(NAME, "refused", f"{trial.name}: {words}")
-        if words is not None:
-            return Finding(NAME, "FAIL", f"{trial.name}: {words}")
+        if found.verdict:
+            this = Finding(NAME, found.verdict, f"{name}: {found.words}")
+            if found.words.endswith(UNSAFE):
+                return this
+            fault = fault or this
+            if found.last:
+                return fault
+            continue
+        launches |= set(found.launches)
         if not launches:
             return None
         n_watched += 1
-    if not n_watched:
-        return None
+    if fault is not None or not n_watched:
+        return fault
     return Finding(NAME, "pass", f"{n_watched} trials of {', '.join(sorted(launches))} watched")
 
 
@@ -114,42 +169,3 @@ def memory_fault(kernel: Any, trial: Trial, launches: dict[str, int]) -> str | N
         f"its {', '.join(wrong)} depend on masked lanes, which are undefined on a GPU: a load with "
         f"`mask` and without `other` whose hidden lanes are used"
     )
-
-
-def watched_elsewhere(module: str | None, op: str, name: str) -> Finding | None:
-    """`memory_finding` by a process of its own, in Triton's interpreter, without this one's GPU."""
-    words = [sys.executable, "-m", __name__, module or "", op, name]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": python_path()}
-    done = subprocess.run(words, env=environment, capture_output=True, text=True)
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
-        return Finding(
-            NAME, "refused", f"not watched: the process that interprets it ended: {last}"
-        )
-    found = json.loads(done.stdout.splitlines()[-1])
-    return None if found is None else Finding(**found)
-
-
-def has_triton(kernel: Any) -> bool:
-    """Whether a module of the kernel's package holds a Triton function."""
-    if "triton" not in sys.modules:
-        return False
-    kind = importlib.import_module("triton.runtime.jit").KernelInterface
-    package = type(kernel).__module__.partition(".")[0]
-    near = [m for name, m in list(sys.modules.items()) if name.partition(".")[0] == package]
-    return any(isinstance(value, kind) for module in near for value in vars(module).values())
-
-
-def main() -> None:
-    """The process of `watched_elsewhere`: prints the finding, as JSON, on its last line."""
-    module, op, name = sys.argv[1:]
-    prepare_interpreter()
-    candidates(op)
-    if module:
-        import_plugins([module])
-    finding = memory_finding(op, candidates(op)[name])
-    print("\n" + json.dumps(finding and dataclasses.asdict(finding)))
-
-
-if __name__ == "__main__":
-    main()

@@ -99,7 +99,12 @@ def sanitized(*, races: bool = True) -> Iterator[Traffic]:
     ) -> TensorHandle:
         launch = running[-1]
         addresses = launch.access("load", pointers, mask)
-        result = load(self, pointers, mask, other, *rest, **options)
+        reading = mask
+        if launch.outside:  # what lies out of bounds is not read: the launch fails at its end
+            at = np.asarray(pointers.data).astype(np.int64)
+            within = launch.known(at.ravel()).reshape(at.shape) & mask.data
+            reading = TensorHandle(within, mask.dtype)
+        result = load(self, pointers, reading, other, *rest, **options)
         traffic.add(traffic.loaded, launch.name, addresses.size * result.data.itemsize)
         defined = launch.has_other or other is not None  # of a descriptor: what it pads with
         if not defined and mask is not None and not mask.data.all():
@@ -151,7 +156,8 @@ def sanitized(*, races: bool = True) -> Iterator[Traffic]:
 
     def watched_arguments(self: GridExecutor, args: Any, kwargs: Any) -> Any:
         host_args, host_kwargs = initialise(self, args, kwargs)
-        running[-1].regions = list(regions_of([*host_args, *host_kwargs.values()]))
+        named = [*zip(self.arg_names, host_args, strict=False), *host_kwargs.items()]
+        running[-1].regions = [r for name, x in named for r in regions_of(x, name)]
         return host_args, host_kwargs
 
     def watched_launch(self: GridExecutor, *args: Any, **kwargs: Any) -> None:
@@ -161,9 +167,14 @@ def sanitized(*, races: bool = True) -> Iterator[Traffic]:
         try:
             execute(self, *args, **kwargs)
         except stock.InterpreterError as error:
-            raise fault_of(error) from None
+            fault = fault_of(error)
+            if launch.outside and not isinstance(fault, KernelFaultError):
+                raise KernelFaultError(launch.outside[0]) from None
+            raise fault from None
         finally:
             running.pop()
+        if launch.outside:
+            raise KernelFaultError(launch.outside[0])
         if races:
             launch.check_races()
 

@@ -6,15 +6,16 @@ checks, and find what one would.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
-import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from nanolm.errors import UserError
 from nanolm.ops.contract import (
     AttentionSpec,
     CrossEntropySpec,
@@ -28,8 +29,10 @@ from nanolm.ops.contract import (
     choose,
 )
 from nanolm.registry import OPS
+from nanolm.tools.kernel_check.apart import Elsewhere, Here, ProcessEndedError, Worker
 from nanolm.tools.kernel_check.conformance import Finding
-from nanolm.tools.kernel_check.workers import errands, findings
+from nanolm.tools.kernel_check.examination import errands, silent
+from nanolm.tools.kernel_check.workers import findings
 
 MOST_JOBS = 8
 """Processes that share a GPU unless `jobs` says otherwise: each holds a context there."""
@@ -92,15 +95,54 @@ def default_jobs(device: str) -> int:
     return 1 if device == "cpu" else min(os.cpu_count() or 1, MOST_JOBS)
 
 
+@dataclasses.dataclass(frozen=True)
+class Roll:
+    """Imports modules and finds the kernels to check, as a process can be sent it."""
+
+    device: str
+    plugins: tuple[str, ...]
+
+    def run(self) -> tuple[list[Patient], list[str]]:
+        """The kernels, and a sentence about each module that registers none."""
+        sentences = silent(self.plugins)
+        return patients(self.device), sentences
+
+
+def called(roll: Roll) -> tuple[list[Patient], list[str]]:
+    """What the roll gives, by a process of its own when strangers' modules are imported for it;
+    raises UserError when that ends the process."""
+    worker: Worker = Elsewhere(roll.device) if roll.plugins else Here()
+    try:
+        return worker.ask(roll)
+    except ProcessEndedError as error:
+        names = ", ".join(roll.plugins)
+        raise UserError(f"plugins: the process that imports {names} {error}") from None
+    finally:
+        worker.close()
+
+
 def survey(
-    device: str, *, quick: bool, jobs: int, plugins: Sequence[str] = ()
+    device: str,
+    *,
+    quick: bool,
+    jobs: int,
+    plugins: Sequence[str] = (),
+    began: Callable[[str], None] = lambda name: None,
+    note: Callable[[str], None] = lambda sentence: None,
 ) -> Iterator[tuple[Patient, list[Finding]]]:
     """Each kernel with its findings, in order, as they come; `jobs` processes share the checks, and
-    import the plug-ins."""
+    import the plug-ins. `began` is told what is waited for, `note` what there is to say first."""
+    found, sentences = called(Roll(device, tuple(plugins)))
+    for sentence in sentences:
+        note(sentence)
     waiting = {
-        patient: errands(patient.op, patient.kernel, device, quick=quick)
-        for patient in patients(device)
+        patient: errands(patient.op, patient.kernel, device, quick=quick) for patient in found
     }
     stream = findings([errand for todo in waiting.values() for errand in todo], jobs, plugins)
-    for patient, todo in waiting.items():
-        yield patient, list(itertools.islice(stream, len(todo)))
+    with contextlib.closing(stream):
+        for patient, todo in waiting.items():
+            told = []
+            for errand in todo:
+                began(f"{patient.op} {patient.kernel}: {errand.name}")
+                told.append(next(stream))
+            yield patient, told

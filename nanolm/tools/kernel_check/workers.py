@@ -8,75 +8,51 @@ The findings are those of one process, in the same order. Each process holds a c
 from __future__ import annotations
 
 import concurrent.futures
-import dataclasses
-import multiprocessing
-from collections.abc import Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
+import queue
+from collections.abc import Generator, Sequence
 
-import torch
-
-from nanolm.config.load import import_plugins
-from nanolm.errors import UserError
-from nanolm.ops.contract import candidates
-from nanolm.tools.kernel_check.conformance import Finding, checks_of
+from nanolm.tools.kernel_check.apart import Elsewhere, Here, Worker
+from nanolm.tools.kernel_check.conformance import Finding
+from nanolm.tools.kernel_check.examination import Errand, done_by
 
 
-@dataclasses.dataclass(frozen=True)
-class Errand:
-    """One check of one kernel, named by words and numbers, which a process can be sent."""
+def findings(
+    todo: Sequence[Errand], jobs: int, plugins: Sequence[str] = ()
+) -> Generator[Finding, None, None]:
+    """The errands' findings, in their order, by as many processes, which import the plug-ins: with
+    one job and no plug-in by this process.
 
-    op: str
-    kernel: str
-    device: str
-    quick: bool
-    number: int
-    """Of the check in `checks_of`."""
-
-    def run(self) -> Finding:
-        """The check's finding."""
-        check = checks_of(self.op, quick=self.quick)[self.number]
-        return check(candidates(self.op)[self.kernel], self.device)
-
-
-def errands(op: str, kernel: str, device: str, *, quick: bool) -> list[Errand]:
-    """All checks of a registered kernel."""
-    count = len(checks_of(op, quick=quick))
-    return [Errand(op, kernel, device, quick, number) for number in range(count)]
-
-
-def findings(todo: Sequence[Errand], jobs: int, plugins: Sequence[str] = ()) -> Iterator[Finding]:
-    """The errands' findings, in their order: by this process with one job, else by as many, which
-    import the plug-ins.
-
-    Raises UserError when a process ends before its check does.
+    An errand that ends its process fails, and another process takes the next.
     """
-    if jobs == 1:
-        yield from map(run, todo)
-        return
-    pool = concurrent.futures.ProcessPoolExecutor(
-        min(jobs, len(todo)),
-        multiprocessing.get_context("spawn"),  # CUDA does not outlive a fork
-        initializer=start,
-        initargs=(todo[0].device, plugins),
-    )
-    with pool:
+    workers: list[Worker] = [Here()]
+    if jobs > 1 or plugins:
+        threads = None if jobs == 1 else 1  # its siblings take the other cores
+        device = todo[0].device if todo else "cpu"
+        workers = [
+            Elsewhere(device, plugins, threads=threads) for _ in range(min(jobs, max(1, len(todo))))
+        ]
+    if len(workers) == 1:
         try:
-            yield from pool.map(run, todo)
-        except BrokenProcessPool:
-            raise UserError(
-                f"--jobs {jobs}: one of the processes ended before its check did (what it said "
-                f"stands above); --jobs 1 checks in one process"
-            ) from None
+            for errand in todo:
+                yield done_by(workers[0], errand)[0]
+        finally:
+            workers[0].close()
+        return
+    free: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+    for worker in workers:
+        free.put(worker)
 
+    def done(errand: Errand) -> Finding:
+        worker = free.get()
+        try:
+            return done_by(worker, errand)[0]
+        finally:
+            free.put(worker)
 
-def run(errand: Errand) -> Finding:
-    """The errand's finding; a function by itself, which can be sent to a process."""
-    return errand.run()
-
-
-def start(device: str, plugins: Sequence[str]) -> None:
-    """What a process does first: it takes one thread, since its siblings take the other cores,
-    reaches for the device, which may admit one process only, and imports the plug-ins."""
-    torch.set_num_threads(1)
-    torch.zeros(1, device=device)
-    import_plugins(list(plugins))
+    pool = concurrent.futures.ThreadPoolExecutor(len(workers))
+    try:
+        yield from pool.map(done, todo)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in workers:
+            worker.close()
