@@ -37,7 +37,6 @@ class Deadly:
         return None
 
     def run(self, x, cos, sin):
-        print("printed by the kernel")
         if x.shape[-1] == 68:
             {end}
         return ReferenceRotary().run(x, cos, sin)
@@ -50,7 +49,7 @@ def test_a_kernel_that_ends_its_process_fails_that_check_alone(tmp_path):
     assert done.returncode == 1, done.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     (wrong,) = [row for row in found if row["verdict"] == "FAIL"]
-    assert wrong["check"].startswith("17 heads of 68")
+    assert "17 heads of 68" in wrong["check"]
     assert wrong["words"].startswith("the process of this check was ended by SIGABRT (C's abort")
     assert f"{len(found) - 1} passed, 1 failed" in done.stdout and len(found) > 15
     assert "Traceback" not in done.stderr

@@ -271,7 +271,7 @@ PLAIN = {
     "nanolm/terminal.py": "is what the others use",
     "nanolm/commands/explain.py": "lines that are wrapped",
     "nanolm/commands/generate.py": "what a model writes, piece by piece",
-    "nanolm/commands/kernels/check.py": "rows of a table",
+    "nanolm/tools/kernel_check/report.py": "the check in progress, a line that is erased again",
     "nanolm/commands/kernels/list.py": "rows of a table, and an op's name",
     "nanolm/commands/kernels/compile.py": "rows of a table",
     "nanolm/tools/bench/kernels.py": "rows of a table",

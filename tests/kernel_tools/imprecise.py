@@ -115,7 +115,8 @@ class Imprecise:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
         allowed = self.steps.allowed(mask.dense(q.shape[2], k.shape[2]), mask.causal)
-        return Attention.apply(self.steps, q, k, v, allowed, scale).transpose(1, 2)
+        with torch.autocast(q.device.type, enabled=False):  # its float32 products stay float32
+            return Attention.apply(self.steps, q, k, v, allowed, scale).transpose(1, 2)
 
 
 RIGHT = Imprecise()
