@@ -14,8 +14,9 @@ from nanolm.tools.first_contact.sixteen_bits import DEFINITIONS, MODELS, Setting
 from nanolm.tools.kernel_check import main_loops
 from nanolm.tools.kernel_check.attention_cases import LARGE, MIXED, SINGLE, Case
 from nanolm.tools.kernel_check.attention_trials import trial_of
-from nanolm.tools.kernel_check.conformance import check_case, check_trial
+from nanolm.tools.kernel_check.conformance import check_case
 from nanolm.tools.kernel_check.main_loops import LONG, long_trials, whole_tiles
+from nanolm.tools.kernel_check.op_conformance import check_trial
 from nanolm.tools.kernel_check.op_trials import glu_trial, norm_trial, rotary_trial
 from nanolm.tools.kernel_check.trial import OP_OF, execute, reference
 
