@@ -149,6 +149,16 @@ def test_fastest_takes_what_was_timed_on_this_device_for_this_layer():
             fastest(rows[:1])
 
 
+def test_fastest_goes_on_with_the_kernel_of_the_checkpoint():
+    """It names no kernel: what was timed since then is for new runs."""
+    rows = [timing("sdpa", 1.0), timing("reference", 2.0)]
+    chooser = Chooser(kept_of("reference"), rows, "times.json")
+    kernels = Kernels({"attention": "fastest"}, decide=chooser.choose)
+    assert kernels.choose("attention", AttentionSpec, **HEADS, causal=True).name == "reference"
+    another = kernels.choose("attention", AttentionSpec, **HEADS, causal=True, window=4)
+    assert another.name == "sdpa"  # a kind of layer that the checkpoint does not know
+
+
 def test_fastest_without_timings_says_what_to_run_and_inference_needs_none():
     with pytest.raises(UserError, match=r"kernels\.timings=null.*--kernels\.timings FILE") as error:
         chooser = Chooser()

@@ -178,6 +178,19 @@ def test_a_bias_that_hides_a_whole_row_is_zero_in_every_kernel(name, hidden, dty
         assert all(grad.isfinite().all() for grad in grads) and (grads[0][0, 2] == 0).all()
 
 
+@pytest.mark.parametrize("common", [-5000.0, 5000.0])
+@pytest.mark.parametrize("name", ATTENTION)
+def test_what_all_scores_of_a_query_have_in_common_changes_nothing(name, common):
+    """A row's largest score is subtracted, however low or high it is."""
+    q, k, v = (draw(1, 5, 2, 16, seed=seed, grad=False) for seed in range(3))
+    run = kernel_of("attention", name).run
+    found, right = (
+        run(q, k, v, Mask(causal=True), bias=DenseBias(values), scale=0.25)
+        for values in (torch.full((5, 5), common, device=DEVICE), torch.zeros(5, 5, device=DEVICE))
+    )
+    torch.testing.assert_close(found, right, rtol=0, atol=5e-3)  # float32 rounds 5000 by 2e-4
+
+
 @pytest.mark.parametrize("shape", [(7,), (2, 5, 1), (2, 1, 1, 1), (1, 2, 5, 7)], ids=str)
 def test_a_dense_bias_of_any_shape_and_layout_has_its_gradient(shape):
     """It may broadcast over every axis, its last axis need not be the nearest in memory, and it may

@@ -104,6 +104,16 @@ def test_heads_that_are_too_many_for_32_bits(space, name):
     assert torch.equal(attended(name, far)[:, :, some], attended(name, x[:, :, some]))
 
 
+@pytest.mark.parametrize("name", ["triton", "triton_decode"])
+def test_places_that_are_too_many_for_32_bits(space, name):
+    """As above along a row: the last tile, of queries or of keys, begins beyond 2^31."""
+    x, one = draw(1, 321, 1, 16), draw(1, 1, 1, 16, seed=1)
+    far = placed(space, x, [16, 2**31 // 320 + 1, 16, 1])
+    run = kernel_of("attention", name).run
+    for wide, near in (((one, far, far), (one, x, x)), ((far, one, one), (x, one, one))):
+        assert torch.equal(run(*wide, Mask(), scale=0.25), run(*near, Mask(), scale=0.25))
+
+
 @pytest.mark.parametrize("condition", ["documents", "order"])
 def test_numbers_of_many_keys(condition):
     """Three rows of 2^30 keys, of which a window leaves the last twenty: the documents of the third

@@ -49,6 +49,36 @@ def test_kernel_equals_the_reference(op):
             check(kernel, trial)
 
 
+def drawn(*shape):
+    generator = torch.Generator().manual_seed(len(shape))
+    return torch.randn(shape, generator=generator).to(DEVICE).requires_grad_()
+
+
+NO_TARGETS = torch.zeros(0, dtype=torch.int64, device=DEVICE)
+NOTHING = {
+    "norm": ([(0, 24), (24,), (24,)], lambda run, *x: run(*x, kind="layernorm", eps=1e-5)[0]),
+    "rotary": ([(2, 0, 2, 16)], lambda run, x: run(x, *torch.ones(2, 1, 0, 6, device=DEVICE))),
+    "glu": ([(0, 24)], lambda run, x: run(x, kind="swiglu")),
+    "linear_cross_entropy": ([(0, 6), (31, 6), (31,)], lambda run, *x: run(*x, NO_TARGETS).loss),
+    "symmetric_product": ([(0, 5, 7)], lambda run, x: run(x)),
+}
+"""Shapes of leaves without rows, tokens or matrices, and what is made of them."""
+
+
+@pytest.mark.parametrize("op", TRITON)
+def test_of_nothing_outputs_and_gradients_are_zero(op):
+    """A sum of no terms, as the gradient of a weight, is written too: new memory is NaN here."""
+    shapes, function = NOTHING[op]
+    leaves = [drawn(*shape) for shape in shapes]
+    torch.use_deterministic_algorithms(True)  # fills new memory
+    try:
+        out = function(triton_kernel(op).run, *leaves)
+        gradients = torch.autograd.grad(out.sum(), leaves)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all((x == 0).all() for x in (out, *gradients))
+
+
 def mixed_trials(op):
     if op == "attention":
         return [trial_of(case, DEVICE) for case in MIXED_ATTENTION.values()]

@@ -10,6 +10,7 @@ if torch.cuda.is_available():
     pytest.skip("ranges are read in the interpreter", allow_module_level=True)
 
 LENGTHS = {"key_lengths": torch.tensor([37])}
+PREFIXES = (15, 16, 17, 21)
 PACKED = torch.tensor([3] * 14 + [1] * 2 + [2] * 20 + [-1] * 9 + [7] * 19)[None]
 MIXED = torch.arange(64)[None] * 5 % 11 // 3
 ORDER = (torch.arange(64)[None] * 37 + 11) % 64
@@ -32,8 +33,9 @@ def numbered(documents=None, order=None, **more):
 MASKS = {
     "none": Mask(),
     "causal": Mask(causal=True),
-    "lengths": Mask(**LENGTHS),
-    "prefix": Mask(causal=True, prefix_lengths=torch.tensor([21])),
+    # On a tile's last place, on its boundary and behind it.
+    **{f"lengths of {n}": Mask(key_lengths=torch.tensor([n])) for n in (31, 32, 33, 37)},
+    **{f"prefix of {n}": Mask(causal=True, prefix_lengths=torch.tensor([n])) for n in PREFIXES},
     **{f"window of {n}": Mask(window=n) for n in (1, 8, 9, 17, 25, 26, 40)},
     **{f"causal window of {n}": Mask(causal=True, window=n) for n in (1, 9, 17, 25, 40)},
     "documents": numbered(PACKED),

@@ -70,6 +70,32 @@ def test_linear_is_autocasts_to_its_rounding(dtype, bias):
     assert all(torch.equal(a, b) for a, b in zip(*exact, strict=True))  # no autocast, no rounding
 
 
+FLOAT_INPUTS = {
+    "linear": (
+        [(3, 5, 32), (16, 32), (16,)],
+        lambda *given: WideLinearKernel().run(*given),
+    ),
+    "attention": (
+        [(2, 7, 2, 8)] * 3,
+        lambda *given: WideAttention().run(*given, Mask(causal=True), scale=0.3),
+    ),
+    "linear_cross_entropy": (
+        [(30, 16), (40, 16), (40,)],
+        lambda *given: WideCrossEntropy().run(*given, torch.arange(30)).lse,
+    ),
+}
+
+
+@pytest.mark.parametrize("op", FLOAT_INPUTS)
+def test_every_input_is_rounded_before_it_is_used(op):
+    """As autocast does: then it is all the same whether they were rounded already."""
+    shapes, function = FLOAT_INPUTS[op]
+    torch.manual_seed(0)
+    inputs = [torch.randn(shape) for shape in shapes]
+    with torch.autocast("cpu", dtype=BF16):
+        assert torch.equal(function(*inputs), function(*(x.to(BF16).float() for x in inputs)))
+
+
 def test_linear_keeps_bf16_for_the_backward_pass():
     x, weight = torch.randn(4, 32), torch.randn(16, 32, requires_grad=True)
     kept = []

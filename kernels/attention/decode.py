@@ -29,7 +29,7 @@ from nanolm.kernels.attention.scores import LN2, scores_tile
 from nanolm.kernels.launch import processors, wide_dtype
 from nanolm.kernels.operators import register_autocast
 from nanolm.kernels.tiles import head_pointer, load_tile
-from nanolm.ops.bias import Bias
+from nanolm.ops.bias import AlibiBias, Bias
 from nanolm.ops.masks import Mask
 
 N_KEYS = 64  # keys of a tile
@@ -144,5 +144,7 @@ def attention_decode(
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out [B, T, H, K], lse [B, H, T]) for few queries and many keys; no gradient."""
+    if isinstance(bias, AlibiBias):  # constants here, whether or not they learn elsewhere
+        bias = AlibiBias(bias.slopes_H.detach())
     flat = flatten(q_BTHK, k_BSGK, v_BSGK, mask, bias, scale=scale, softcap=softcap)
     return attention_decode_op(*(x.detach() if isinstance(x, Tensor) else x for x in flat))
