@@ -95,7 +95,7 @@ def test_queries_keys_and_values(space, name, axis):
     assert torch.equal(attended(name, placed(space, x, stride)), attended_near(name))
 
 
-@pytest.mark.parametrize("name", ["triton", "triton_decode"])
+@pytest.mark.parametrize("name", ["triton", pytest.param("triton_decode", marks=pytest.mark.slow)])
 def test_heads_that_are_too_many_for_32_bits(space, name):
     """A view with large strides is copied first, one with a small stride of many heads is not."""
     x = draw(1, 2, 258, 16)  # the fewest whose view is not copied

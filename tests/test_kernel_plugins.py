@@ -121,6 +121,8 @@ def test_a_right_kernel_of_triton_passes_and_was_watched(tmp_path, monkeypatch, 
     assert any("pass" in line and "bfloat16" in line for line in lines)
 
 
+# Beside test_kernel_apart.py, which watches one process end.
+@pytest.mark.slow
 def test_where_kernels_are_compiled_a_process_of_its_own_watches(tmp_path):
     """As on a GPU; without one its other checks fail, since there is nothing to compile for."""
     text = PLUGIN.replace(*WRONG["a mask without other"][:2])

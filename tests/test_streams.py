@@ -82,6 +82,8 @@ def test_ctrl_c_while_predicting_leaves_the_output_as_it_was(classifier, tmp_pat
     assert out.read_text() == "before\n" and list(tmp_path.iterdir()) == [out]
 
 
+# Of Ctrl-C in a process that has begun, that in `prepare` stands in `make test`.
+@pytest.mark.slow
 def test_ctrl_c_while_writing_keeps_what_was_shown(tmp_path):
     long = ("--model.max_length=20000", "--train.steps=1", "--schedule.warmup=0")
     train(tmp_path / "run", *long, "--model.positions.name=rotary")
