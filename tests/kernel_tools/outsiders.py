@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from nanolm.tools.kernel_check.conformance import check_kernel
+from nanolm.tools.kernel_check.conformance import checks_of
 from tests.kernel_tools import (
     wrong_attention,
     wrong_calls,
@@ -33,7 +33,8 @@ __all__ = [
 
 def told(wrong):
     """What `kernels check` says of a wrong kernel: the sentence that names its fault, else all."""
-    found = check_kernel(wrong.op, wrong.kernel())
+    checks = [check for check in checks_of(wrong.op) if wrong.at in (None, check.name)]
+    found = [check(wrong.kernel(), "cpu") for check in checks]
     words = [finding.words for finding in found if finding.verdict == "FAIL"]
     return next((sentence for sentence in words if wrong.words in sentence), "; ".join(words))
 
