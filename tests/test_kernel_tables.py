@@ -10,11 +10,11 @@ from nanolm import cli
 from nanolm.ops.contract import AUTO, candidates, kernel
 from nanolm.registry import KERNELS, OPS, SIZED, TIMED
 from nanolm.tools.kernel_check import survey
+from nanolm.tools.kernel_check.examination import errands as errands_of
 from nanolm.tools.kernel_check.op_suites import LARGE, MIXED, TRIALS
 from nanolm.tools.kernel_check.problems import PROBLEMS
 from nanolm.tools.kernel_check.survey import patients, typical
 from nanolm.tools.kernel_check.trial import OP_OF
-from nanolm.tools.kernel_check.workers import errands as errands_of
 
 
 @pytest.fixture

@@ -62,7 +62,13 @@ def test_no_option_names_the_file_that_another_one_writes(command, written, othe
     module = importlib.import_module(cli.COMMANDS[command][0])
     words = [f"--{written}={tmp_path / 'link'}", f"--{other}={path}"]
     said = call([*command.split(), *words, *needed(module, written, other)])
-    named = other in ("only", "precisions", "objectives", "encoding")  # checked as names before
+    named = other in (
+        "only",
+        "precisions",
+        "objectives",
+        "encoding",
+        "plugins",
+    )  # checked as names before
     assert said.status == 2 and (named or "would be written over" in said.err)
     assert path.read_text() == "mine"
 

@@ -16,6 +16,7 @@ from nanolm.ops.chooser import Chooser
 from nanolm.ops.contract import Kernels, NormSpec, SymmetricProductSpec, choose
 from nanolm.ops.kept import records, spec_record
 from nanolm.ops.timings import device_name, read_timings
+from nanolm.tools.bench import kernels as timed
 from nanolm.tools.bench.kernels import call
 from nanolm.tools.kernel_check.problems import PROBLEMS
 from nanolm.training import optim
@@ -167,6 +168,7 @@ def test_bench_times_both_kernels_at_given_sizes_and_a_run_takes_what_it_saved(
 ):
     # The interpreted kernel stands for that of a GPU: `auto` may take it here.
     monkeypatch.setattr(TritonSymmetricProduct, "only_by_name_on", frozenset())
+    monkeypatch.setattr(timed, "would_be_interpreted", lambda *_: False)
     times = str(tmp_path / "times.json")
     run = ["--optim.name=muon", "--train.steps=1", "--schedule.warmup=1"]
     train(tmp_path / "untimed", *run)
