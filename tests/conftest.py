@@ -16,7 +16,6 @@ from nanolm.data.tokenizer import Tokenizer
 from nanolm.learner import Learner
 from nanolm.training import throughput
 
-
 # Imports and tests that are collected stay: looking through them again and again for garbage takes
 # a quarter of the time that collecting them takes.
 gc.disable()
