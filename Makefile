@@ -1,6 +1,6 @@
 # Two commands do everything on a fresh machine that has Python 3.11, 3.12 or 3.13 and make:
 #   make demo    install, prepare the embedded corpus, train, evaluate, sample, fine-tune (minutes)
-#   make test    install the development tools too, run the tests                 (about eleven minutes on two cores)
+#   make test    install the development tools too, run the tests                 (eleven to thirteen minutes on two cores)
 # make check is the full, long version of the tests (more than an hour).
 # make matrix runs them with other versions of Python and torch, make alone each file by itself.
 
