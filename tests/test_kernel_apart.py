@@ -91,7 +91,7 @@ def test_what_was_found_before_an_interruption_is_printed_and_written(tmp_path, 
     assert process.wait(60) == 128 + number
     found = json.loads((tmp_path / "found.json").read_text())
     assert [row["verdict"] for row in found] == ["pass"] * 6 + ["note"]
-    assert found[-1]["check"].startswith("17 heads of 68")
+    assert found[-1]["check"].endswith("17 heads of 68, 34 pairs torch.float32")
     assert any("6 passed" in line for line in read)
 
 

@@ -172,5 +172,6 @@ def bias_of_pair(bias: Bias, n_queries: int, n_keys: int) -> Callable[..., Any]:
         return lambda b, h, t, s: values_JH[t + shift - s + n_queries - 1, h]
     values = bias.dense(n_queries, n_keys)
     values = values.reshape([1] * (4 - values.ndim) + list(values.shape))
+    values = values.expand(-1, -1, n_queries, n_keys)  # a bias of keys alone has one row of queries
     has_rows, has_heads = values.shape[0] > 1, values.shape[1] > 1
     return lambda b, h, t, s: values[b if has_rows else 0, h if has_heads else 0, t, s]
