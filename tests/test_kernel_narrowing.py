@@ -120,3 +120,9 @@ def test_a_right_narrow_kernel_passes_and_is_told_what_was_left_out():
     assert (found.verdict, found.words) == ("pass", "without an order and a prefix")
     found = check_case(kernel, "alibi", CASES["alibi"], "cpu")
     assert found.verdict == "refused"
+
+
+def test_unusual_numbers_are_not_asked_without_what_they_number():
+    assert present(CASES["large documents"]) == []
+    assert present(CASES["places shared"]) == []
+    assert "documents" in present(CASES["masks with gaps"])
