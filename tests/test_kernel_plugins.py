@@ -44,7 +44,7 @@ class Rms(torch.autograd.Function):
         out = torch.zeros_like(rows)
         width = rows.shape[1]
         rms_kernel[(len(rows),)](
-            rows, weight, out, len(rows), eps, width, triton.next_power_of_2(width)
+            rows, weight.contiguous(), out, len(rows), eps, width, triton.next_power_of_2(width)
         )
         return out.view(x.shape)
 
@@ -85,12 +85,12 @@ WRONG = {
     "a store without a mask": (
         STORE,
         STORE.replace(", mask=inside", ""),
-        "store of 127 elements out of bounds of its tensors, without a mask, +",
+        "store of 8 elements out of bounds of its tensors, without a mask, +",
     ),
     "a mask that is forgotten": (  # reads beyond the rows first, and then writes there
         "inside = column < WIDTH",
         "inside = column >= 0",
-        "store of 127 elements out of bounds",
+        "store of 8 elements out of bounds",
     ),
     "programs that write one element": (
         STORE,

@@ -123,7 +123,7 @@ def notes(spec):
 
 @wrong(
     "linear_cross_entropy",
-    "after why_not was asked about another layer: it raises",
+    "that why_not was asked about last, and one kernel serves all layers: it raises",
     notes,
     at="answers",
 )
@@ -146,6 +146,6 @@ def once_only(spec):
 SEEN = []
 
 
-@wrong("norm", "when it is asked again about the same NormSpec", once_only, at="answers")
+@wrong("norm", "asked again after other specs", once_only, at="answers")
 def says_yes_a_few_times(run):
     return lambda *given, **options: run(*given, **options)

@@ -8,6 +8,7 @@ from typing import Any
 
 from nanolm.ops.contract import Spec
 from nanolm.tools.kernel_check.diagnosis import fault
+from nanolm.tools.kernel_check.settings import SettingsChangedError
 from nanolm.tools.kernel_check.trial import Trial
 
 
@@ -32,15 +33,25 @@ def answers_fault(
                 f"its why_not answers {first!r} and, asked again after other specs, {second!r}: "
                 f"it must go by the spec alone"
             )
-    made = [make() for make in served]
-    for trial, other in zip(made, [*made[1:], *made[:1]], strict=True):
+    trials = [make() for make in served]
+    for trial, other in zip(trials, [*trials[1:], *trials[:1]], strict=True):
         if refusal_of(kernel, trial.spec) is not None or fault(kernel, trial) is not None:
             continue  # wrong by itself, which parity tells
         refusal_of(kernel, other.spec)
-        words = fault(kernel, trial)
+        words = raised_or_wrong(kernel, trial)
         if words is not None:
             return (
                 f"its run goes by the spec that why_not was asked about last, and one kernel "
                 f"serves all layers: {words}"
             )
     return None
+
+
+def raised_or_wrong(kernel: Any, trial: Trial) -> str | None:
+    """What is wrong on a trial that the kernel was right on a moment ago."""
+    try:
+        return fault(kernel, trial)
+    except SettingsChangedError:
+        raise  # that is what it is told
+    except Exception as error:  # noqa: BLE001  (a foreign kernel may raise anything; it is told)
+        return f"it raises {type(error).__name__}: {error}"

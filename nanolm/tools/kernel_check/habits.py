@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from nanolm.tools.kernel_check.diagnosis import same
-from nanolm.tools.kernel_check.op_trials import spread
 from nanolm.tools.kernel_check.settings import one_call
 from nanolm.tools.kernel_check.trial import Result, Trial, excess, execute, like, upstream
+from nanolm.tools.kernel_check.variants import spread
 
 Habit = Callable[[Any, Trial], str | None]
 """A sentence about a kernel on a trial, or None."""

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from nanolm.tools.kernel_check.answers import refusal_of
+from nanolm.ops.contract import Spec
+from nanolm.tools.kernel_check.answers import answers_fault, refusal_of
 from nanolm.tools.kernel_check.findings import (
     Check,
     Finding,
-    asked,
     check_determinism,
     check_habit,
     check_other_numbers,
+    finding_of,
     parity,
     told,
 )
 from nanolm.tools.kernel_check.habits import HABITS
 from nanolm.tools.kernel_check.op_habits import OP_HABITS
+from nanolm.tools.kernel_check.op_narrowing import PHASES, Part, part_served
 from nanolm.tools.kernel_check.op_stock import (
     LONG,
     SUMS,
     Stock,
-    answers,
     long,
     options_of,
     other_options,
@@ -33,6 +35,8 @@ from nanolm.tools.kernel_check.trial import Trial
 
 FEW = 4
 """Terms of a sum that 16 bits still add up as they should."""
+KINDS = 4
+"""Of layers that one kernel serves in turn."""
 
 
 def op_checks(op: str) -> list[Check]:
@@ -47,7 +51,9 @@ def op_checks(op: str) -> list[Check]:
         each_check("other numbers", stock, check_other_numbers),
         Check(
             "determinism",
-            lambda kernel, device: check_determinism(kernel, lambda: stock.take(0, device)),
+            lambda kernel, device: check_determinism(
+                kernel, part_maker(kernel, stock.take(0, device))
+            ),
         ),
         *(
             each_check(name, stock, functools.partial(check_habit, name, find))
@@ -58,7 +64,35 @@ def op_checks(op: str) -> list[Check]:
 
 def trial_check(stock: Stock, number: int, name: str) -> Check:
     """Parity on the op's trial of this number."""
-    return Check(name, lambda kernel, device: check_trial(kernel, stock.take(number, device)))
+
+    def check(kernel: Any, device: str) -> Finding:
+        return check_trial(kernel, stock.take(number, device), stock.names(device))
+
+    return Check(name, check)
+
+
+def check_trial(kernel: Any, trial: Trial, others: Collection[str] = ()) -> Finding:
+    """Parity on one trial, or on the part of it that the kernel serves, where that is none of the
+    `others` that it is asked about."""
+
+    def work() -> Finding:
+        part, reason = part_served(kernel, trial)
+        if part is None:
+            return Finding(trial.name, "refused", reason)
+        made = part.of(trial)
+        if part.changes and made.name in others:
+            return Finding(trial.name, "refused", refusal_of(kernel, trial.spec) or "")
+        return found_on(part, trial.name, parity(kernel, made))
+
+    return told(trial.name, work)
+
+
+def found_on(part: Part, name: str, words: str | None) -> Finding:
+    """What a sentence about a kernel on a part of a trial, or none, comes to."""
+    found = finding_of(name, words, part.words)
+    if words is None or not part.words:
+        return found
+    return dataclasses.replace(found, words=f"{words} ({part.words})")
 
 
 def many_check(
@@ -67,10 +101,17 @@ def many_check(
     """Many rows, beside a few."""
 
     def check(kernel: Any, device: str) -> Finding:
-        def words(short: Trial) -> str | None:
-            return words_of(kernel, short, lambda n_rows: make(n_rows, device))
+        def work() -> Finding:
+            part, reason = part_served(kernel, make(FEW, device))
+            if part is None:
+                return Finding(name, "refused", reason)
 
-        return asked(name, kernel, lambda: make(FEW, device), words)
+            def of_rows(n_rows: int) -> Trial:
+                return part.of(make(n_rows, device))
+
+            return found_on(part, name, words_of(kernel, of_rows(FEW), of_rows))
+
+        return told(name, work)
 
     return Check(name, check)
 
@@ -79,15 +120,17 @@ def options_check(op: str, number: int) -> Check:
     """A call behind one with other options."""
 
     def check(kernel: Any, device: str) -> Finding:
-        three = options_of(op, device)[number]
-
         def work() -> Finding:
-            refusals = (refusal_of(kernel, trial.spec) for trial in three)
-            reason = next((reason for reason in refusals if reason is not None), None)
-            if reason is not None:
+            three = []
+            for trial in options_of(op, device)[number]:
+                part, reason = part_served(kernel, trial)
+                if part is None:
+                    return Finding("other options", "refused", reason)
+                three.append(part.of(trial))
+            if three[0].name == three[1].name:
+                reason = "of the two it serves what they have in common"
                 return Finding("other options", "refused", reason)
-            words = other_options(kernel, *three)
-            return Finding("other options", "pass" if words is None else "FAIL", words or "")
+            return finding_of("other options", other_options(kernel, *three))
 
         return told("other options", work)
 
@@ -95,14 +138,22 @@ def options_check(op: str, number: int) -> Check:
 
 
 def check_answers(kernel: Any, trials: Sequence[Trial]) -> Finding:
-    """What `why_not` says, asked in any order."""
+    """`why_not`, asked about all trials in every phase, in one order and the reverse, and what it
+    serves of layers of several kinds, each in turn."""
 
     def work() -> Finding:
-        reasons = [refusal_of(kernel, trial.spec) for trial in trials]
-        if None not in reasons:  # of a kernel that serves nothing no check is passed
-            return Finding("answers", "refused", reasons[0] or "")
-        words = answers(kernel, trials, refusal_of)
-        return Finding("answers", "pass" if words is None else "FAIL", words or "")
+        served: dict[Spec, Callable[[], Trial]] = {}
+        for trial in trials:
+            part, reason = part_served(kernel, trial)
+            if part is not None and len(served) < KINDS:
+                made = part.of(trial)
+                served.setdefault(made.spec, ready(made))
+        if not served:  # of a kernel that serves nothing no check is passed
+            return Finding("answers", "refused", reason)
+        specs = [
+            dataclasses.replace(trial.spec, phase=phase) for trial in trials for phase in PHASES
+        ]
+        return finding_of("answers", answers_fault(kernel, specs, list(served.values())))
 
     return told("answers", work)
 
@@ -110,12 +161,13 @@ def check_answers(kernel: Any, trials: Sequence[Trial]) -> Finding:
 def each_check(
     name: str, stock: Stock, check: Callable[[Any, Callable[[], Trial]], Finding]
 ) -> Check:
-    """A check on each of the trials that habits are asked on: the first failure, else a pass."""
+    """A check on each of the trials that habits are asked on, or on what the kernel serves of it:
+    the first failure, else a pass."""
 
     def on_each(kernel: Any, device: str) -> Finding:
         found = []
         for trial in stock.habits(device):
-            found.append(check(kernel, ready(trial)))
+            found.append(check(kernel, part_maker(kernel, trial)))
             if found[-1].verdict == "FAIL":
                 return found[-1]
         return next((finding for finding in found if finding.verdict == "pass"), found[0])
@@ -123,11 +175,17 @@ def each_check(
     return Check(name, on_each)
 
 
+def part_maker(kernel: Any, trial: Trial) -> Callable[[], Trial]:
+    """What makes the part of a trial that a kernel serves, or the whole of one that it refuses, for
+    the check to say so."""
+
+    def make() -> Trial:
+        part, _ = part_served(kernel, trial)
+        return trial if part is None else part.of(trial)
+
+    return make
+
+
 def ready(trial: Trial) -> Callable[[], Trial]:
     """What makes a trial that is there."""
     return lambda: trial
-
-
-def check_trial(kernel: Any, trial: Trial) -> Finding:
-    """Parity on one trial."""
-    return asked(trial.name, kernel, lambda: trial, lambda trial: parity(kernel, trial))

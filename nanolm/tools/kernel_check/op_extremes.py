@@ -20,6 +20,7 @@ from nanolm.tools.kernel_check.op_trials import (
     symmetric_trial,
 )
 from nanolm.tools.kernel_check.trial import Trial
+from nanolm.tools.kernel_check.variants import derived
 
 
 def single(device: str) -> dict[str, Any]:
@@ -29,7 +30,7 @@ def single(device: str) -> dict[str, Any]:
 
 def hinted(trial: Trial, hint: str) -> Trial:
     """The trial with what usually is at fault where it fails."""
-    return dataclasses.replace(trial, hint=hint)
+    return derived(trial, lambda trial: dataclasses.replace(trial, hint=hint))
 
 
 def extreme_norms(device: str) -> list[Trial]:

@@ -1,12 +1,12 @@
 """The trials of an op on the device at hand, made once for a whole suite, and what one trial alone
-does not show: sums of many terms, other options, and what `why_not` says when it is asked again."""
+does not show: sums of many terms, and a call behind one with other options."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,8 +26,8 @@ from nanolm.tools.kernel_check.op_trials import (
     rotary_trial,
     symmetric_trial,
 )
-from nanolm.tools.kernel_check.settings import SettingsChangedError
 from nanolm.tools.kernel_check.trial import Trial, execute
+from nanolm.tools.kernel_check.variants import remade
 
 
 class Stock:
@@ -55,6 +55,11 @@ class Stock:
         for name, x in inputs(trial).items():
             x.copy_(before[name])
         return trial
+
+    def names(self, device: str) -> frozenset[str]:
+        """Of all trials."""
+        self.all(device)
+        return frozenset(trial.name for trial in self.trials[device])
 
     def habits(self, device: str) -> list[Trial]:
         """The trials that habits are asked on: the first, those with the fewest and the most inputs
@@ -112,19 +117,22 @@ LONG: dict[str, Callable[[int, str], Trial]] = {"rotary": long_rotary, "glu": lo
 """Of ops that add up nothing over their rows."""
 
 
-def sum_of_norms(n_rows: int, device: str) -> Trial:
+@remade
+def sum_of_norms(
+    n_rows: int, device: str, *, kind: str = "layernorm", bias: bool = True,
+    dtype: torch.dtype = FP16,
+) -> Trial:  # fmt: skip
     """The gradients of weight and bias over many equal rows."""
-    whole = norm_trial(
-        "layernorm", 1, 8, bias=True, residual=False, dtype=FP16, device=device
-    )  # fmt: skip
+    whole = norm_trial(kind, 1, 8, bias=bias, residual=False, dtype=dtype, device=device)
     x = whole.leaves["x"].expand(n_rows, -1).contiguous()
     leaves = {name: x for name, x in whole.leaves.items() if name != "x"}
     return of_sums(whole, leaves, lambda given: given | {"x": x.to(given["weight"].dtype)})
 
 
-def sum_of_linears(n_rows: int, device: str) -> Trial:
+@remade
+def sum_of_linears(n_rows: int, device: str, *, dtype: torch.dtype = FP16) -> Trial:
     """The gradients of weight and bias over many equal rows."""
-    whole = linear_trial(1, 6, 5, bias=True, dtype=FP16, device=device)
+    whole = linear_trial(1, 6, 5, bias=True, dtype=dtype, device=device)
     x = whole.leaves["x"][:1].expand(1, n_rows, -1).contiguous()
     leaves = {name: x for name, x in whole.leaves.items() if name != "x"}
     return of_sums(whole, leaves, lambda given: given | {"x": x.to(given["weight"].dtype)})
@@ -144,10 +152,13 @@ def of_sums(
     return dataclasses.replace(trial, name=name, leaves=leaves, run=run, dtypes={}, computes=None)
 
 
-def sum_of_losses(n_rows: int, device: str) -> Trial:
+@remade
+def sum_of_losses(
+    n_rows: int, device: str, *, bias: bool = True, dtype: torch.dtype = FP16
+) -> Trial:  # fmt: skip
     """The gradients of weight and bias over many tokens that are all the same."""
     trial = cross_entropy_trial(
-        1, 8, bias=True, softcap=None, label_smoothing=0.0, z_loss=0.0, width=4, dtype=FP16,
+        1, 8, bias=bias, softcap=None, label_smoothing=0.0, z_loss=0.0, width=4, dtype=dtype,
         device=device,
     )  # fmt: skip
     hidden = trial.leaves["hidden"].expand(n_rows, -1).contiguous()
@@ -155,7 +166,8 @@ def sum_of_losses(n_rows: int, device: str) -> Trial:
 
     def run(kernel: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
         given_hidden = hidden.to(given["weight"].dtype)
-        return {"loss": kernel.run(given_hidden, given["weight"], given["bias"], targets).loss}
+        loss = kernel.run(given_hidden, given["weight"], given.get("bias"), targets).loss
+        return {"loss": loss}
 
     leaves = {name: x for name, x in trial.leaves.items() if name != "hidden"}
     name = f"sums of tokens {trial.name}"
@@ -164,10 +176,11 @@ def sum_of_losses(n_rows: int, device: str) -> Trial:
     )
 
 
-def sum_of_products(n_columns: int, device: str) -> Trial:
+@remade
+def sum_of_products(n_columns: int, device: str, *, dtype: torch.dtype = FP16) -> Trial:
     """Products of rows of many equal columns."""
-    trial = symmetric_trial(3, n_columns, dtype=FP16, device=device)
-    x = torch.tensor([0.7, -0.3, 0.55], dtype=FP16, device=device)[:, None].repeat(1, n_columns)
+    trial = symmetric_trial(3, n_columns, dtype=dtype, device=device)
+    x = torch.tensor([0.7, -0.3, 0.55], dtype=dtype, device=device)[:, None].repeat(1, n_columns)
     return dataclasses.replace(trial, name=f"sums {trial.name}", leaves={"x": x})
 
 
@@ -244,31 +257,3 @@ def other_options(kernel: Any, trial: Trial, before: Trial, alone: Trial) -> str
         return words
     words = fault(kernel, trial)
     return words and f"after a call of these shapes with other options: {words}"
-
-
-def answers(kernel: Any, trials: Sequence[Trial], refusal: Callable[..., str | None]) -> str | None:
-    """A model asks `why_not` for all its layers before it runs one, and more than once."""
-    specs = [trial.spec for trial in trials]
-    once = [refusal(kernel, spec) for spec in specs]
-    again = [refusal(kernel, spec) for spec in reversed(specs)][::-1]
-    for spec, first, second in zip(specs, once, again, strict=True):
-        if (first is None) != (second is None):
-            return (
-                f"why_not says {first!r}, and {second!r} when it is asked again about the same "
-                f"{type(spec).__name__}"
-            )
-    served = next((t for t, reason in zip(trials, once, strict=True) if reason is None), None)
-    if served is None:
-        return None
-    refusal(kernel, served.spec)
-    words = fault(kernel, served)
-    if words is not None:
-        return words
-    refusal(kernel, next((s for s in reversed(specs) if s != served.spec), served.spec))
-    try:
-        words = fault(kernel, served)
-    except SettingsChangedError:
-        raise
-    except Exception as error:  # noqa: BLE001  (a foreign kernel may raise anything; it is told)
-        words = f"it raises {type(error).__name__}: {error}"
-    return words and f"after why_not was asked about another layer: {words}"

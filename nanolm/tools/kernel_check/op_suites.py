@@ -21,11 +21,10 @@ from nanolm.tools.kernel_check.op_trials import (
     linear_trial,
     norm_trial,
     rotary_trial,
-    strided,
     symmetric_trial,
-    with_axes,
 )
 from nanolm.tools.kernel_check.trial import Trial
+from nanolm.tools.kernel_check.variants import strided, with_axes
 
 DTYPES = (FP32, BF16, FP16)
 MIXES = (

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from nanolm.ops.contract import (
     SymmetricProductSpec,
 )
 from nanolm.tools.kernel_check.trial import Trial
+from nanolm.tools.kernel_check.variants import remade, spread
 
 
 def normal(*shape: int, dtype: torch.dtype, seed: int, device: str) -> Tensor:
@@ -36,27 +36,6 @@ def eighths(*shape: int, dtype: torch.dtype, seed: int, device: str) -> Tensor:
     """-1/4, -1/8, … 1/4: of 16 products of such numbers times 8 every dtype holds the sum."""
     generator = torch.Generator().manual_seed(seed)
     return (torch.randint(-2, 3, shape, generator=generator) / 8).to(device, dtype)
-
-
-def spread(x: Tensor) -> Tensor:
-    """The same numbers with a gap behind each, as columns of a wider tensor have them."""
-    return torch.stack([x, torch.zeros_like(x)], dim=-1)[..., 0]
-
-
-def strided(trial: Trial) -> Trial:
-    """The trial with gaps between the numbers of all its leaves."""
-    leaves = {name: spread(x) for name, x in trial.leaves.items()}
-    return dataclasses.replace(trial, name=f"{trial.name} strides", leaves=leaves)
-
-
-def with_axes(trial: Trial, words: str, change: Callable[[Tensor], Tensor]) -> Trial:
-    """The trial with more or fewer axes before the last ones of its activations."""
-    moved = {name: change(x) for name, x in trial.leaves.items() if name in ACTIVATIONS}
-    name = f"{trial.name} with {words}"
-    return dataclasses.replace(trial, name=name, leaves=trial.leaves | moved)
-
-
-ACTIVATIONS = ("x", "residual", "gate_up")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +65,7 @@ def wide_of(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, FP32)
 
 
+@remade
 def norm_trial(
     kind: Any, n_rows: int, width: int, *, bias: bool, residual: bool, dtype: torch.dtype,
     device: str, size: float = 1.0, mean: float = 0.0, eps: float = 1e-5, mix: Mix | None = None,
@@ -121,6 +101,7 @@ def norm_trial(
     )  # fmt: skip
 
 
+@remade
 def rotary_trial(
     n_heads: int, width: int, n_pairs: int, *, per_row: bool, n_tokens: int = 7,
     dtype: torch.dtype, device: str, autocast: torch.dtype | None = None, cancels: bool = False,
@@ -151,6 +132,7 @@ def rotary_trial(
     )  # fmt: skip
 
 
+@remade
 def glu_trial(
     kind: Any, n_rows: int, width: int, *, dtype: torch.dtype, device: str,
     autocast: torch.dtype | None = None, large: bool = False,
@@ -171,6 +153,7 @@ def glu_trial(
     )  # fmt: skip
 
 
+@remade
 def cross_entropy_trial(
     n_tokens: int, vocab_size: int, *, bias: bool, softcap: float | None, label_smoothing: float,
     z_loss: float, width: int = 16, dtype: torch.dtype, device: str, mix: Mix | None = None,
@@ -180,7 +163,8 @@ def cross_entropy_trial(
     the targets are strided.
 
     `exact`: 16 bits hold all logits as they are, eighths below 16, so that the loss has to be as
-    exact as float32 and shows whatever is rounded behind the product. `ignored`: all targets are.
+    exact as float32 and shows whatever is rounded behind the product (but for the plain loss, which
+    torch's own function takes in 16 bits). `ignored`: all targets are.
     `large`: logits of hundreds, exact ones; their exponents are as exact as they are large.
     """
     mix = mix or Mix(dtype, dtype, dtype)
@@ -208,6 +192,7 @@ def cross_entropy_trial(
         fields = ("loss", "nll", "lse", "correct")
         return {field: getattr(result, field) for field in fields}
 
+    plain = dtype != FP32 and softcap is None and label_smoothing == z_loss == 0
     spec = CrossEntropySpec(
         width=width, vocab_size=vocab_size, bias=bias, softcap=softcap, dtype=dtype, device=device,
         z_loss=z_loss > 0, label_smoothing=label_smoothing > 0,
@@ -217,7 +202,7 @@ def cross_entropy_trial(
     return Trial(
         f"{n_tokens}x{vocab_size}{words}{kinds}{' exact' * exact}{' ignored' * ignored}"
         f"{' of hundreds' * large}", spec,
-        leaves, run, autocast=mix.autocast, computes=FP32 if exact else None,
+        leaves, run, autocast=mix.autocast, computes=FP32 if exact and not plain else None,
         detached=frozenset({"nll", "lse", "correct"}),
         dtypes={} if dtype == FP64 else dict.fromkeys(("loss", "nll", "lse", "correct"), FP32),
         constants={"targets": targets}, terms=softmax_terms if large else None,
@@ -231,6 +216,7 @@ def softmax_terms(leaves: dict[str, Tensor]) -> dict[str, float]:
     return {"dhidden": weight, "dweight": hidden, "dbias": 1.0}
 
 
+@remade
 def symmetric_trial(
     n_rows: int, n_columns: int, *, dtype: torch.dtype, device: str,
     autocast: torch.dtype | None = None,
@@ -250,6 +236,7 @@ def symmetric_trial(
     )  # fmt: skip
 
 
+@remade
 def linear_trial(
     n_rows: int, n_in: int, n_out: int, *, bias: bool, dtype: torch.dtype, device: str,
     mix: Mix | None = None,

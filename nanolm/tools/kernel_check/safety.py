@@ -15,11 +15,12 @@ import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from nanolm.ops.contract import candidates
+from nanolm.ops.contract import AttentionSpec, candidates
 from nanolm.tools.kernel_check.apart import ProcessEndedError, Worker
 from nanolm.tools.kernel_check.attention_cases import HARD, LARGE, SINGLE
 from nanolm.tools.kernel_check.attention_trials import trial_of
-from nanolm.tools.kernel_check.conformance import Finding, refusal_of
+from nanolm.tools.kernel_check.conformance import Finding
+from nanolm.tools.kernel_check.op_narrowing import PHASES, part_served
 from nanolm.tools.kernel_check.op_suites import op_trials
 from nanolm.tools.kernel_check.trial import Trial, excess, execute
 
@@ -43,10 +44,15 @@ def watched_trials(op: str) -> Iterator[Trial]:
                 yield dataclasses.replace(trial, name=name)
 
 
-def served(kernel: Any, trial: Trial) -> bool:
-    """Whether the kernel takes the trial's problem, here or on the GPU that it is meant for."""
-    specs = (trial.spec, dataclasses.replace(trial.spec, device="cuda"))
-    return any(refusal_of(kernel, spec) is None for spec in specs)
+def served(kernel: Any, trial: Trial) -> Trial | None:
+    """What the kernel takes of the trial's problem, here or on the GPU that it is meant for."""
+    # Of attention each phase is watched, of the other ops the first that is served.
+    phases = (trial.spec.phase,) if isinstance(trial.spec, AttentionSpec) else PHASES
+    for device in ("cpu", "cuda"):
+        part, _ = part_served(kernel, trial, phases, device)
+        if part is not None:
+            return part.of(trial)
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +90,10 @@ def seen(kernel: Any, trial: Trial) -> Seen:
     """What the sanitizer sees on one trial; in a process with TRITON_INTERPRET=1."""
     launches: dict[str, int] = {}
     try:
-        if not served(kernel, trial):
+        taken = served(kernel, trial)
+        if taken is None:
             return Seen()
-        words = memory_fault(kernel, trial, launches)
+        words = memory_fault(kernel, taken, launches)
     except (Exception, SystemExit) as error:  # noqa: BLE001  (parity tells it; here it could not be watched)
         words = f"not watched: in the interpreter it raises {type(error).__name__}: {error}"
         return Seen(launches, "refused", words, last=True)

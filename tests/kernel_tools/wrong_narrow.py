@@ -1,0 +1,106 @@
+"""Kernels that serve one kind of layer only and are wrong on it, each with the words that must name
+its fault: what they refuse is left out of the problems, and the rest is asked."""
+
+from __future__ import annotations
+
+import torch
+
+from tests.kernel_tools.outsider import wrong
+
+
+def rmsnorm_alone(spec):
+    return None if spec.kind == "rmsnorm" and not spec.bias else "it is an RMSNorm"
+
+
+def forward_alone(spec):
+    return "it has no backward pass" if spec.phase == "train" else None
+
+
+def bfloat16_alone(spec):
+    return None if spec.dtype == torch.bfloat16 else "it has tiles of bfloat16"
+
+
+def float16_alone(spec):
+    return None if spec.dtype == torch.float16 else "it has tiles of float16"
+
+
+def geglu_alone(spec):
+    return None if spec.kind == "geglu" else "it has one gate"
+
+
+def plain_losses_with_z(spec):
+    return "it has neither" if spec.softcap is not None or spec.label_smoothing else None
+
+
+@wrong("norm", "(without a bias, as RMSNorm)", rmsnorm_alone)
+def norms_its_first_1024_columns(run):
+    def norm(x, weight, bias, *, residual=None, **options):
+        out, total = run(x, weight, bias, residual=residual, **options)
+        return torch.cat([out[..., :1024], total[..., 1024:]], dim=-1), total
+
+    return norm
+
+
+@wrong("norm", "(forward only)", forward_alone, at="layernorm 300x8 bias residual torch.float32")
+def serves_256_rows(run):
+    def norm(x, *given, **options):
+        out, total = run(x, *given, **options)
+        return out * (torch.arange(len(out)) < 256)[:, None] if out.dim() == 2 else out, total
+
+    return norm
+
+
+@wrong("norm", "it adds up in fewer bits than float32 has", bfloat16_alone, at="sums")
+def adds_bfloat16_up_in_bfloat16(run):
+    """Of the weight and the bias, by rows of which each is repeated."""
+
+    def norm(x, weight, bias, **options):
+        rows = x.flatten(0, -2)
+        each = [run(row, weight, bias, **options | {"residual": None})[0] for row in rows]
+        if options.get("residual") is not None or len(rows) == 0:
+            return run(x, weight, bias, **options)
+        return torch.stack(each).view_as(x), x * 1
+
+    return norm
+
+
+@wrong("glu", "(as GEGLU)", geglu_alone)
+def gates_4096_columns(run):
+    def glu(gate_up, *, kind):
+        out = run(gate_up, kind=kind)
+        return out * (torch.arange(out.shape[-1]) < 4096)
+
+    return glu
+
+
+@wrong("linear_cross_entropy", "it ignores z_loss", plain_losses_with_z)
+def has_no_z_loss_beside_a_bias(run):
+    def loss(hidden, weight, bias, targets, *, z_loss=0.0, **options):
+        z_loss = z_loss if bias is None else 0.0
+        return run(hidden, weight, bias, targets, z_loss=z_loss, **options)
+
+    return loss
+
+
+@wrong("linear", "(in float16)", float16_alone)
+def adds_a_bias_to_256_columns(run):
+    def linear(x, weight, bias):
+        if bias is None:
+            return run(x, weight, None)
+        return run(x, weight, bias * (torch.arange(len(bias)) < 256))
+
+    return linear
+
+
+@wrong("rotary", "it changes its input in place", forward_alone)
+def turns_in_place(run):
+    def rotary(x, cos, sin):
+        with torch.no_grad():
+            return x.copy_(run(x, cos, sin)) if not x.requires_grad else run(x, cos, sin)
+
+    return rotary
+
+
+@wrong("symmetric_product", "(forward only)", forward_alone)
+def leaves_the_second_tile_out(run):
+    return lambda x: run(x) * (torch.arange(x.shape[-2]) < 128)

@@ -1,0 +1,125 @@
+"""A kernel of an op that serves a part of what its trials ask is asked that part."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from nanolm.ops import contract
+from nanolm.registry import OPS
+from nanolm.tools.kernel_check.conformance import checks_of
+from nanolm.tools.kernel_check.op_narrowing import GIVEN_UP, PHASES, part_served, parts
+from nanolm.tools.kernel_check.op_suites import op_trials
+from nanolm.tools.kernel_check.op_trials import norm_trial
+from nanolm.tools.kernel_check.safety import served, watched_trials
+from nanolm.tools.kernel_check.trial import excess, execute, reference
+from tests.kernel_tools import wrong_narrow
+from tests.kernel_tools.outsider import Outsider, right
+
+OTHERS = [op for op in OPS if op != "attention"]
+SIZES = {"width", "vocab_size", "head_dim", "rows", "columns"}
+
+
+def test_every_option_of_a_spec_can_be_given_up():
+    """One that `GIVEN_UP` forgot would hide the others of a kernel that refuses it."""
+    for name in ("LinearSpec", "CrossEntropySpec", "NormSpec", "RotarySpec", "GluSpec",
+                 "SymmetricProductSpec"):  # fmt: skip
+        fields = {f.name for f in dataclasses.fields(getattr(contract, name))}
+        options = fields - {"dtype", "device", "phase"} - SIZES
+        assert {option.field for option in GIVEN_UP.get(name, ())} == options
+
+
+@pytest.mark.parametrize("op", OTHERS)
+def test_the_definition_is_right_on_every_part(op):
+    """In 16 bits too, and what is made is what was asked about."""
+    definition = reference(op)
+    for trial in op_trials(op):
+        for spec, part in parts(trial, ("train",)):
+            made = part.of(trial)
+            assert made.spec == spec
+            if not part.changes or made.leaves[next(iter(made.leaves))].numel() > 9999:
+                continue  # the whole is asked elsewhere
+            off = excess(made, execute(made, definition, backward=True))
+            assert max(off.values()) < 1, (trial.name, part.words, off)
+
+
+def test_the_largest_part_comes_first():
+    trial = norm_trial(
+        "layernorm", 3, 8, bias=True, residual=True, dtype=torch.float32, device="cpu"
+    )
+    words = [part.words for _, part in parts(trial)]
+    assert words[0] == "" and words[1:3] == ["in bfloat16", "in float16"]
+    assert words[3] == "forward only"
+    assert words[9] == "without a residual" and len(words) == 9 * 8
+    kernel = Outsider(None, lambda spec: "no residual" if spec.residual else None)
+    part, reason = part_served(kernel, trial)
+    assert (part.words, reason) == ("without a residual", "")
+    assert part_served(Outsider(None, lambda spec: "never"), trial) == (None, "never")
+
+
+@pytest.mark.parametrize("again", [0, 1, 2])
+def test_what_was_done_to_a_trial_is_done_to_its_part(again):
+    """Strides, more axes and the hint stay when a trial is made with other arguments."""
+    named = {trial.name: trial for trial in op_trials("norm")}
+    endings = (" strides", " with an axis more", " around 30 torch.float32")
+    found = next(trial for name, trial in named.items() if name.endswith(endings[again]))
+    part, _ = part_served(Outsider(None, wrong_narrow.rmsnorm_alone), found)
+    made = part.of(found)
+    x, whole = made.leaves["x"], found.leaves["x"]
+    assert made.spec.kind == "rmsnorm"
+    assert (x.shape, x.stride(), made.hint) == (whole.shape, whole.stride(), found.hint)
+
+
+NARROW = [
+    ("norm", wrong_narrow.rmsnorm_alone),
+    ("glu", wrong_narrow.forward_alone),
+    ("rotary", wrong_narrow.bfloat16_alone),
+    ("linear", wrong_narrow.float16_alone),
+    ("symmetric_product", wrong_narrow.forward_alone),
+    ("linear_cross_entropy", wrong_narrow.plain_losses_with_z),
+]
+
+
+@pytest.mark.parametrize(("op", "refuses"), NARROW)
+def test_a_right_narrow_kernel_passes_nearly_all(op, refuses):
+    """What it is not asked are twins: parts that are trials of their own."""
+    found = [check(Outsider(right(op), refuses), "cpu") for check in checks_of(op)]
+    verdicts = [finding.verdict for finding in found]
+    assert "FAIL" not in verdicts, [f for f in found if f.verdict == "FAIL"]
+    assert verdicts.count("refused") <= len(found) // 3
+    for name in ("answers", "evaluation", "frozen", "layout", "overlapping", "determinism"):
+        assert {f.verdict for f in found if f.check == name} == {"pass"}
+
+
+def test_a_part_is_asked_once():
+    """`bfloat16_alone` has the float32 trials' twins among the trials."""
+    found = [
+        check(Outsider(right("glu"), wrong_narrow.bfloat16_alone), "cpu")
+        for check in checks_of("glu")
+        if check.name in ("swiglu 3x127 torch.float32", "swiglu 1x4500 torch.float32")
+    ]
+    assert [(f.verdict, f.words) for f in found] == [
+        ("refused", "it has tiles of bfloat16"),
+        ("pass", "in bfloat16"),
+    ]
+
+
+@pytest.mark.parametrize("op", ["attention", "norm"])
+def test_the_sanitizer_watches_a_kernel_of_16_bits(op):
+    """And of attention each phase as itself."""
+    kernel = Outsider(None, wrong_narrow.bfloat16_alone)
+    watched = [(trial, served(kernel, trial)) for trial in watched_trials(op)]
+    assert all(taken is None or taken.spec.dtype == torch.bfloat16 for _, taken in watched)
+    assert sum(taken is not None for _, taken in watched) >= 0.8 * len(watched)
+    forward = Outsider(None, wrong_narrow.forward_alone)
+    phases = {
+        trial.spec.phase: {taken.spec.phase for other in watched_trials(op)
+                           if other.spec.phase == trial.spec.phase
+                           and (taken := served(forward, other)) is not None}
+        for trial, _ in watched
+    }  # fmt: skip
+    assert phases == (
+        {"train": set(), "prefill": {"prefill"}, "decode": {"decode"}}
+        if op == "attention"
+        else {"train": {PHASES[1]}}
+    )
