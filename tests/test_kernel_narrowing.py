@@ -10,7 +10,10 @@ from nanolm.tools.kernel_check.attention_corners import CORNERS
 from nanolm.tools.kernel_check.attention_trials import spec_of, trial_of
 from nanolm.tools.kernel_check.conformance import check_case, checks_of
 from nanolm.tools.kernel_check.diagnosis import fault
-from nanolm.tools.kernel_check.narrowing import GIVEN_UP, narrowed, present, without
+from nanolm.tools.kernel_check.narrowing import GIVEN_UP, SHAPES, narrowed, present, without
+from nanolm.tools.kernel_check.safety import watched_trials
+from nanolm.tools.kernel_check.serving import Serving
+from tests.kernel_tools import wrong_narrow
 from tests.kernel_tools.outsider import Outsider, right
 
 CASES = SINGLE | MIXED | LARGE | HARD | CORNERS
@@ -64,16 +67,16 @@ def test_a_part_is_a_problem_like_others(name):
 def test_every_feature_of_a_spec_can_be_given_up():
     """A mask, bias or soft-cap that a spec names and `GIVEN_UP` forgot would hide the others."""
     everything = Case(
-        causal=True, window=7, lengths=True, documents=True, prefix=True, order="loose",
-        bias="dense", softcap=3.0,
+        n_kv_heads=1, n_queries=11, causal=True, window=7, lengths=True, documents=True,
+        prefix=True, order="loose", bias="dense", softcap=3.0,
     )  # fmt: skip
-    assert without(everything, GIVEN_UP) == Case()
+    assert without(everything, [*SHAPES, *GIVEN_UP]) == Case()
     spec = spec_of(everything, "cpu")
     plain = spec_of(Case(), "cpu")
     differing = {
         f.name for f in dataclasses.fields(spec) if getattr(spec, f.name) != getattr(plain, f.name)
     }
-    assert differing == {"causal", "window", "masks", "bias", "softcap"}
+    assert differing == {"n_kv_heads", "cross", "causal", "window", "masks", "bias", "softcap"}
 
 
 def only_padded_and_packed(spec):
@@ -120,6 +123,54 @@ def test_a_right_narrow_kernel_passes_and_is_told_what_was_left_out():
     assert (found.verdict, found.words) == ("pass", "without an order and a prefix")
     found = check_case(kernel, "alibi", CASES["alibi"], "cpu")
     assert found.verdict == "refused"
+
+
+HOMES = {
+    "heads of 64 or 128": (wrong_narrow.heads_of_64_or_128, {"width": 64}, 122),
+    "heads of 32 and no gradients": (
+        lambda spec: None if spec.head_dim == 32 and spec.phase != "train" else "no",
+        {"width": 32}, 120,
+    ),
+    "causal, in 16 bits": (wrong_narrow.causal_bfloat16, {"width": 64, "causal": True}, 113),
+    "as many heads of keys": (wrong_narrow.as_many_key_heads, {}, 119),
+    "no keys of their own": (lambda spec: "no" if spec.cross else None, {}, 118),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOMES)
+def test_a_kernel_of_few_layers_is_asked_all_that_others_are(name):
+    refuses, home, n_passed = HOMES[name]
+    kernel = Outsider(right("attention"), refuses)
+    assert Serving(kernel, "cpu").home == home
+    found = [check(kernel, "cpu") for check in checks_of("attention")]
+    assert not [finding for finding in found if finding.verdict == "FAIL"]
+    assert sum(finding.verdict == "pass" for finding in found) >= n_passed
+
+
+def test_the_sanitizer_watches_a_kernel_at_home():
+    """In each phase as itself."""
+    kernel = Outsider(None, wrong_narrow.heads_of_64_or_128)
+    watched = [problem.taken(kernel) for problem in watched_trials("attention")]
+    assert None not in watched
+    assert {trial.spec.head_dim for trial in watched} == {64}
+    phases = [trial.spec.phase for trial in watched]
+    assert {phase: phases.count(phase) for phase in phases} == {
+        "train": 26, "prefill": 26, "decode": 1
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("op", ["attention", "norm"])
+def test_the_sanitizer_watches_a_kernel_of_16_bits(op):
+    kernel = Outsider(None, wrong_narrow.bfloat16_alone)
+    watched = [problem.taken(kernel) for problem in watched_trials(op)]
+    taken = [trial for trial in watched if trial is not None]
+    assert {trial.spec.dtype for trial in taken} == {torch.bfloat16}
+    assert len(taken) >= 0.8 * len(watched)
+
+
+def test_a_kernel_of_nothing_is_refused_as_itself():
+    kernel = Outsider(None, lambda spec: f"not {spec.head_dim}")
+    assert Serving(kernel, "cpu")(Case(width=20)) == (None, "not 20")
 
 
 def test_unusual_numbers_are_not_asked_without_what_they_number():

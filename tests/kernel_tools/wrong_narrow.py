@@ -3,6 +3,8 @@ its fault: what they refuse is left out of the problems, and the rest is asked."
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from tests.kernel_tools.outsider import wrong
@@ -126,3 +128,48 @@ def evaluates_as_many_classes_as_it_was_asked_about(run):
         return run(hidden, known, bias, targets, **options)
 
     return loss
+
+
+def heads_of_64_or_128(spec):
+    return None if spec.head_dim in (64, 128) else "it has tiles of 64 and 128 columns"
+
+
+def causal_bfloat16(spec):
+    fits = spec.causal and spec.dtype == torch.bfloat16
+    return heads_of_64_or_128(spec) if fits else "it is a GPT's"
+
+
+def as_many_key_heads(spec):
+    return None if spec.n_heads == spec.n_kv_heads else "each head has keys of its own"
+
+
+@wrong("attention", "without (in heads of 64)", heads_of_64_or_128,
+       at="lengths")  # fmt: skip
+def has_no_padding_in_wide_heads(run):
+    return lambda q, k, v, mask, **options: run(
+        q, k, v, dataclasses.replace(mask, key_lengths=None), **options
+    )
+
+
+@wrong("attention", "(in bfloat16, in heads of 64, causal)", causal_bfloat16, at="documents")
+def packs_two_documents_at_most(run):
+    def attention(q, k, v, mask, **options):
+        if mask.documents is not None:
+            mask = dataclasses.replace(
+                mask, documents=mask.documents.clamp(max=1),
+                key_documents=None if mask.key_documents is None else
+                mask.key_documents.clamp(max=1),
+            )  # fmt: skip
+        return run(q, k, v, mask, **options)
+
+    return attention
+
+
+@wrong("attention", "(without groups of heads)", as_many_key_heads, at="one query, padded cache")
+def reads_a_padded_cache_to_its_end(run):
+    def attention(q, k, v, mask, **options):
+        if q.shape[1] == 1 < k.shape[1] and mask.window is None and options.get("bias") is None:
+            mask = dataclasses.replace(mask, key_lengths=None)
+        return run(q, k, v, mask, **options)
+
+    return attention

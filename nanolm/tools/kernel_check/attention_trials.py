@@ -223,7 +223,4 @@ def trial_of(
         terms=None if lse else functools.partial(sums_of_terms, case, used),
         rounding=exponent * largest_score(case, leaves),
         constants={name: x for name, x in vars(used).items() if isinstance(x, Tensor)},
-        again=lambda **changes: trial_of(
-            dataclasses.replace(case, **changes), device, mask=mask, lse=lse
-        ),
     )

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -44,7 +43,7 @@ from nanolm.tools.kernel_check.findings import (
     check_determinism,
     check_habit,
     check_other_numbers,
-    finding_of,
+    found_on,
     right_alone,
     told,
 )
@@ -54,9 +53,14 @@ from nanolm.tools.kernel_check.main_loops import LONG, whole_tiles
 from nanolm.tools.kernel_check.narrowing import narrowed
 from nanolm.tools.kernel_check.op_conformance import op_checks
 from nanolm.tools.kernel_check.saved import what_is_saved
+from nanolm.tools.kernel_check.serving import (
+    NARROW,
+    WIDTHS,
+    Serving,
+    served_trial,
+    what_was_tried,
+)
 from nanolm.tools.kernel_check.trial import Trial
-
-NARROW = (torch.float16, torch.bfloat16)
 
 
 def check_kernel(
@@ -100,8 +104,10 @@ def question_check(name: str, find: Question) -> Check:
     """What attention kernels alone are asked, of all problems that they serve."""
 
     def work(kernel: Any, device: str) -> Finding:
+        serving = Serving(kernel, device)
+
         def serves(case: Case) -> Trial | None:
-            served, _ = serving(kernel, case, device)
+            served, _ = serving(case)
             return None if served is None else trial_of(served, device)
 
         words = find(kernel, serves)
@@ -121,11 +127,13 @@ def check_answers(kernel: Any, device: str) -> Finding:
             for phase in get_args(Phase)
             for dropout in (0.0, RATE)
         ]
+        serving = Serving(kernel, device)
         some = [
             served
             for name in ("plain", "causal", "window", "soft-cap")
-            if (served := serving(kernel, SINGLE[name], device)[0]) is not None
+            if (served := serving(SINGLE[name])[0]) is not None
         ]
+        specs += [spec_of(served, device) for served in some]
         words = answers_fault(kernel, specs, [functools.partial(trial_of, c, device) for c in some])
         return Finding("why_not", "pass" if words is None else "FAIL", words or "")
 
@@ -168,41 +176,24 @@ def determinism_check(name: str) -> Check:
     )
 
 
-def serving(kernel: Any, case: Case, device: str) -> tuple[Case | None, str]:
-    """The case in the first phase that the kernel serves, or (None, its reason). One in float32 is
-    put to a kernel of 16 bits in these: it would be tried on a handful of cases otherwise."""
-    reason = ""
-    dtypes = (case.dtype, *(NARROW if case.dtype == torch.float32 else ()))
-    for phase, dtype in itertools.product(get_args(Phase), dtypes):
-        candidate = dataclasses.replace(case, phase=phase, dtype=dtype)
-        if phase == "decode" and case.n_queries != 1:
-            candidate = dataclasses.replace(candidate, n_queries=1)
-        refusal = refusal_of(kernel, spec_of(candidate, device))
-        if refusal is None:
-            return candidate, ""
-        reason = reason or refusal
-    return None, reason
-
-
 def check_case(kernel: Any, name: str, case: Case, device: str) -> Finding:
     """Parity on one attention problem, in the first phase that is served; of what the kernel
     refuses as a whole on the part that it serves, where no other check asks that."""
 
     def work() -> Finding:
-        served, reason = serving(kernel, case, device)
+        serving = Serving(kernel, device)
+        served, reason = serving(case)
         if served is not None:
-            words = case_fault(kernel, served, device)
-            return finding_of(name, words, what_was_tried(case, served))
-        part = narrowed(case, lambda part: serving(kernel, part, device)[0] is not None)
+            tried = what_was_tried(case, served)
+            return found_on(tried, name, case_fault(kernel, served, device))
+        part = narrowed(case, lambda part: serving(part)[0] is not None)
         if part is None or part[0] in (SINGLE | MIXED | LARGE | HARD | CORNERS).values():
             return Finding(name, "refused", reason)
-        served, _ = serving(kernel, part[0], device)
+        served, _ = serving(part[0])
         assert served is not None  # `narrowed` has asked
-        words = case_fault(kernel, served, device)
         without = f"without {' and '.join(part[1])}"
         tried = ", ".join(filter(None, [without, what_was_tried(part[0], served)]))
-        found = finding_of(name, words, tried)
-        return found if words is None else dataclasses.replace(found, words=f"{words} ({tried})")
+        return found_on(tried, name, case_fault(kernel, served, device))
 
     return told(name, work)
 
@@ -221,31 +212,18 @@ def case_fault(kernel: Any, served: Case, device: str) -> str | None:
     return words
 
 
-def what_was_tried(case: Case, served: Case) -> str:
-    """How the case that was served differs from the one that was asked for."""
-    words = [] if served.phase == "train" else ["forward only"]
-    if served.dtype != case.dtype:
-        words.insert(0, f"in {str(served.dtype).removeprefix('torch.')}")
-    return ", ".join(words)
-
-
-def served_trial(kernel: Any, name: str, device: str) -> Trial:
-    """An attention problem in the first phase that is served, or in training."""
-    case = (SINGLE | LARGE)[name]
-    served, _ = serving(kernel, case, device)
-    return trial_of(served or case, device)
-
-
 def check_dropout(kernel: Any, device: str) -> Finding:
     """What is dropped and how, forward and backward."""
 
     def work() -> Finding:
-        spec = dataclasses.replace(spec_of(SINGLE["plain"], device), dropout=RATE)
+        serving = Serving(kernel, device)
+        case = dataclasses.replace(SINGLE["plain"], width=serving.home.get("width", WIDTHS[0]))
+        spec = dataclasses.replace(spec_of(case, device), dropout=RATE)
         dtypes = (torch.float32, *NARROW)
         reasons = [refusal_of(kernel, dataclasses.replace(spec, dtype=dtype)) for dtype in dtypes]
         if None not in reasons:
             return Finding("dropout", "refused", reasons[0] or "")
-        words = dropout_fault(kernel, device, dtypes[reasons.index(None)])
+        words = dropout_fault(kernel, device, dtypes[reasons.index(None)], case.width)
         return Finding("dropout", "pass" if words is None else "FAIL", words or "")
 
     return told("dropout", work)
@@ -256,7 +234,7 @@ def check_leak(kernel: Any, kind: str, device: str) -> Finding:
     name = f"leak: {kind}"
 
     def work() -> Finding:
-        served, reason = serving(kernel, SINGLE[kind], device)
+        served, reason = Serving(kernel, device)(SINGLE[kind])
         if served is None or served.phase == "decode":
             return Finding(name, "refused", reason)
         words = leak(kernel, kind, device, served)
@@ -269,7 +247,7 @@ def check_memory(kernel: Any, device: str) -> Finding:
     """Bytes saved for the backward pass, against those of q, k, v, out and lse."""
 
     def work() -> Finding:
-        served, reason = serving(kernel, Case(n_rows=1, n_queries=128, n_keys=128), device)
+        served, reason = Serving(kernel, device)(Case(n_rows=1, n_queries=128, n_keys=128))
         if served is None or served.phase != "train":
             return Finding("memory", "refused", reason)
         return Finding("memory", "pass", what_is_saved(kernel, served, device))

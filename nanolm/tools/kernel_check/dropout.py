@@ -22,21 +22,26 @@ from torch import Tensor
 from nanolm.ops.masks import Mask
 
 RATE, OTHER_RATE = 0.25, 0.1
-SHAPE = (4, 64, 2, 16)  # [B, T, H, K]: 32,768 weights
+SHAPE = (4, 64, 2)  # [B, T, H]: 32,768 weights
 SEED = 1234
 LENGTH = 146
 """Queries and keys of the weights that are looked at one by one: more than a tile of 128."""
 WINDOWS = (0, 128)
-"""The first of so many keys as a head is wide, whose weights are looked at."""
+"""The first of so many keys whose weights are looked at."""
+LOOKED_AT = 16
+"""Keys of a window: no more than a head is wide."""
 
 
-def dropout_fault(kernel: Any, device: str, dtype: torch.dtype = torch.float32) -> str | None:
-    """A sentence about the kernel's dropout in a dtype, or None when it is right."""
+def dropout_fault(
+    kernel: Any, device: str, dtype: torch.dtype = torch.float32, width: int = LOOKED_AT
+) -> str | None:
+    """A sentence about the kernel's dropout in a dtype and heads of a width, or None when it is
+    right."""
     generator = torch.Generator().manual_seed(0)
     q, k, v, *directions = (
-        torch.randn(SHAPE, generator=generator).to(device, dtype) for _ in range(6)
+        torch.randn(*SHAPE, width, generator=generator).to(device, dtype) for _ in range(6)
     )
-    zeros = torch.zeros(2, LENGTH, *SHAPE[2:], device=device, dtype=dtype)
+    zeros = torch.zeros(2, LENGTH, SHAPE[2], width, device=device, dtype=dtype)
 
     def run(*given: Tensor, seed: int | None = SEED, rate: float = RATE) -> Tensor:
         if seed is not None:
@@ -54,12 +59,14 @@ def dropout_fault(kernel: Any, device: str, dtype: torch.dtype = torch.float32) 
 
 
 def weights(run: Callable[..., Tensor], zeros: Tensor, rate: float) -> Tensor:
-    """[B, H, T, K a window]: what is left of weights of 1, of a few keys by their places."""
+    """[B, H, T, 16 a window]: what is left of weights of 1, of a few keys by their places."""
     found = []
     for first in (first for first in WINDOWS if first < zeros.shape[1]):
-        values, width = torch.zeros_like(zeros), zeros.shape[-1]
-        values[:, first : first + width] = torch.eye(width, device=zeros.device)[:, None]
-        found.append(run(zeros, zeros, values, rate=rate).detach().float())
+        values = torch.zeros_like(zeros)
+        one_hot = torch.eye(LOOKED_AT, device=zeros.device)[:, None]
+        values[:, first : first + LOOKED_AT, :, :LOOKED_AT] = one_hot
+        out = run(zeros, zeros, values, rate=rate).detach().float()
+        found.append(out[..., :LOOKED_AT])
     return torch.cat(found, dim=-1).transpose(1, 2) * zeros.shape[1]
 
 
@@ -71,7 +78,7 @@ def kept_by_both(run: Callable[..., Tensor], zeros: Tensor) -> str | None:
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
     (grad,) = torch.autograd.grad(out, values, weight)
     right = (weights_BHTS.mT @ weight.float().transpose(1, 2)).transpose(1, 2)
-    found = torch.cat([grad[:, first : first + zeros.shape[-1]] for first in WINDOWS], dim=1)
+    found = torch.cat([grad[:, first : first + LOOKED_AT] for first in WINDOWS], dim=1)
     if (found.float() - right).abs().max() < 0.03 * right.abs().max():
         return None
     return "with dropout its gradient of v is not that of its output"
@@ -98,7 +105,7 @@ def looked_at(weights_BHTS: Tensor, rate: float) -> str | None:
     words = counted(weights_BHTS, rate)
     if words is not None:
         return words
-    dropped, width = weights_BHTS == 0, SHAPE[3]
+    dropped, width = weights_BHTS == 0, LOOKED_AT
     for words, a, b in (
         ("in all heads", dropped[:, :1], dropped[:, 1:]),
         ("in all rows of the batch", dropped[:1], dropped[1:]),
@@ -146,7 +153,8 @@ def drawn(run: Any, q: Tensor, k: Tensor, v: Tensor) -> str | None:
 
 def differentiated(run: Any, inputs: tuple[Tensor, ...], directions: list[Tensor]) -> str | None:
     """Whether the gradient is that of the weights which the forward pass kept."""
-    weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1)).to(inputs[0].device)
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(inputs[0].shape, generator=generator).to(inputs[0].device)
     leaves = [x.clone().requires_grad_() for x in inputs]
     out = run(*leaves)
     grads = torch.autograd.grad((out * weight).sum(), leaves, allow_unused=True)

@@ -57,6 +57,14 @@ def finding_of(name: str, words: str | None, passed: str = "") -> Finding:
     return Finding(name, "note" if isinstance(words, Remark) else "FAIL", str(words))
 
 
+def found_on(part: str, name: str, words: str | None) -> Finding:
+    """The same on a part of what is asked, described in words; of the whole they are empty."""
+    found = finding_of(name, words, part)
+    if words is None or not part:
+        return found
+    return dataclasses.replace(found, words=f"{words} ({part})")
+
+
 def right_alone(kernel: Any, trial: Trial) -> bool:
     """Whether another object of the kernel's class, which has not been called yet, is right."""
     try:

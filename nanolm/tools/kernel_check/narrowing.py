@@ -14,6 +14,11 @@ from typing import Any
 from nanolm.tools.kernel_check.attention_cases import Case
 from nanolm.tools.kernel_check.attention_corners import UNUSUAL
 
+SHAPES: dict[str, Callable[[Case], dict[str, Any]]] = {
+    "groups of heads": lambda case: {"n_kv_heads": case.n_heads},
+    "keys of their own": lambda case: {"n_queries": case.n_keys},
+}
+"""Shapes that a problem may be asked without, and the fields instead."""
 GIVEN_UP: dict[str, dict[str, Any]] = {
     "a bias": {"bias": "none", "bias_dtype": None},
     "a soft-cap": {"softcap": None},
@@ -24,15 +29,15 @@ GIVEN_UP: dict[str, dict[str, Any]] = {
     "lengths": {"lengths": False},
     "causality": {"causal": False},
 }
-"""What a problem may be asked without, the first given up before the others, and the fields that
-are then plain. (Groups of heads are not among them: fewer key heads are another shape.)"""
+"""Features that a problem may be asked without, the first given up before the others, and the
+fields that are then plain."""
 
 
 def without(case: Case, names: Collection[str]) -> Case:
     """The case without these features."""
     plain: dict[str, Any] = {}
     for name in names:
-        plain |= GIVEN_UP[name]
+        plain |= SHAPES[name](case) if name in SHAPES else GIVEN_UP[name]
     return dataclasses.replace(case, **plain)
 
 
@@ -40,7 +45,7 @@ def present(case: Case) -> list[str]:
     """What the case may be asked without. Where unusual numbers are its point, not without them."""
     point = UNUSUAL[case.numbers](1, 1)[0] if case.numbers in UNUSUAL else ""
     kept = {"documents": "documents", "order": "an order"}.get(point)
-    return [name for name in GIVEN_UP if name != kept and without(case, [name]) != case]
+    return [name for name in (*SHAPES, *GIVEN_UP) if name != kept and without(case, [name]) != case]
 
 
 def narrowed(case: Case, serves: Callable[[Case], bool]) -> tuple[Case, list[str]] | None:

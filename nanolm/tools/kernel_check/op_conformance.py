@@ -16,12 +16,13 @@ from nanolm.tools.kernel_check.findings import (
     check_habit,
     check_other_numbers,
     finding_of,
+    found_on,
     parity,
     told,
 )
 from nanolm.tools.kernel_check.habits import HABITS
 from nanolm.tools.kernel_check.op_habits import OP_HABITS
-from nanolm.tools.kernel_check.op_narrowing import PHASES, Part, part_served
+from nanolm.tools.kernel_check.op_narrowing import PHASES, part_served
 from nanolm.tools.kernel_check.op_stock import (
     LONG,
     SUMS,
@@ -82,17 +83,9 @@ def check_trial(kernel: Any, trial: Trial, others: Collection[str] = ()) -> Find
         made = part.of(trial)
         if part.changes and made.name in others:
             return Finding(trial.name, "refused", refusal_of(kernel, trial.spec) or "")
-        return found_on(part, trial.name, parity(kernel, made))
+        return found_on(part.words, trial.name, parity(kernel, made))
 
     return told(trial.name, work)
-
-
-def found_on(part: Part, name: str, words: str | None) -> Finding:
-    """What a sentence about a kernel on a part of a trial, or none, comes to."""
-    found = finding_of(name, words, part.words)
-    if words is None or not part.words:
-        return found
-    return dataclasses.replace(found, words=f"{words} ({part.words})")
 
 
 def many_check(
@@ -109,7 +102,7 @@ def many_check(
             def of_rows(n_rows: int) -> Trial:
                 return part.of(make(n_rows, device))
 
-            return found_on(part, name, words_of(kernel, of_rows(FEW), of_rows))
+            return found_on(part.words, name, words_of(kernel, of_rows(FEW), of_rows))
 
         return told(name, work)
 

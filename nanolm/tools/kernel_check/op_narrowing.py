@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
 import torch
@@ -78,7 +78,7 @@ def of_one_dtype(trial: Trial) -> bool:
 PHASES = get_args(Phase)
 
 
-def parts(trial: Trial, phases: Sequence[Phase] = PHASES) -> Iterator[tuple[Spec, Part]]:
+def parts(trial: Trial) -> Iterator[tuple[Spec, Part]]:
     """(spec, part) of every part of a trial, the whole first, then with fewer and fewer options."""
     spec = trial.spec
     options = [
@@ -92,7 +92,7 @@ def parts(trial: Trial, phases: Sequence[Phase] = PHASES) -> Iterator[tuple[Spec
     for count in range(len(options) + 1):
         for left_out in itertools.combinations(options, count):
             plain = dataclasses.replace(spec, **{o.field: o.plain for o in left_out})
-            for phase, dtype in itertools.product(phases, dtypes):
+            for phase, dtype in itertools.product(PHASES, dtypes):
                 changes = {o.field: o.argument for o in left_out}
                 words = [o.words for o in left_out]
                 if dtype != spec.dtype:
@@ -103,13 +103,11 @@ def parts(trial: Trial, phases: Sequence[Phase] = PHASES) -> Iterator[tuple[Spec
                 yield dataclasses.replace(plain, phase=phase, dtype=dtype), part
 
 
-def part_served(
-    kernel: Any, trial: Trial, phases: Sequence[Phase] = PHASES, device: str | None = None
-) -> tuple[Part | None, str]:
+def part_served(kernel: Any, trial: Trial, device: str | None = None) -> tuple[Part | None, str]:
     """(the first part that the kernel serves, "") or (None, why it refuses the whole); `device` is
     one that it is asked about instead of the trial's."""
     whole = ""
-    for spec, part in parts(trial, phases):
+    for spec, part in parts(trial):
         reason = refusal_of(kernel, dataclasses.replace(spec, device=device or spec.device))
         if reason is None:
             return part, ""

@@ -13,15 +13,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, get_args
 
-from nanolm.ops.contract import AttentionSpec, candidates
+from nanolm.ops.contract import Phase, candidates
 from nanolm.tools.kernel_check.apart import ProcessEndedError, Worker
-from nanolm.tools.kernel_check.attention_cases import HARD, LARGE, SINGLE
+from nanolm.tools.kernel_check.attention_cases import HARD, LARGE, SINGLE, Case
 from nanolm.tools.kernel_check.attention_trials import trial_of
 from nanolm.tools.kernel_check.conformance import Finding
-from nanolm.tools.kernel_check.op_narrowing import PHASES, part_served
+from nanolm.tools.kernel_check.op_narrowing import part_served
 from nanolm.tools.kernel_check.op_suites import op_trials
+from nanolm.tools.kernel_check.serving import Serving
 from nanolm.tools.kernel_check.trial import Trial, excess, execute
 
 NAME = "sanitizer"
@@ -30,29 +31,41 @@ Began = Callable[[str], None]
 UNSAFE = "the other checks are left out, as it would write over memory that is not its own"
 
 
-def watched_trials(op: str) -> Iterator[Trial]:
-    """The trials of an op that are watched: single features, odd widths, many rows and heads."""
+@dataclasses.dataclass(frozen=True)
+class Watched:
+    """A problem that a kernel is watched on, by name, and what it takes of it on a device."""
+
+    name: str
+    served: Callable[[Any, str], Trial | None]
+
+    def taken(self, kernel: Any) -> Trial | None:
+        """What the kernel takes, here or on the GPU that it is meant for."""
+        found = (self.served(kernel, device) for device in ("cpu", "cuda"))
+        return next((trial for trial in found if trial is not None), None)
+
+
+def watched_trials(op: str) -> Iterator[Watched]:
+    """Where kernels of an op are watched: single features, odd widths, many rows and heads."""
     if op != "attention":
-        yield from op_trials(op)
+        yield from (Watched(t.name, functools.partial(taken_of_op, t)) for t in op_trials(op))
         return
     others = ("head of 20", "one query, many keys", "nine rows", "eighteen heads")
-    cases = SINGLE | {name: (HARD | LARGE)[name] for name in others}
-    for name, case in cases.items():
-        for phase in ("train", "prefill", "decode"):
+    for name, case in (SINGLE | {name: (HARD | LARGE)[name] for name in others}).items():
+        for phase in get_args(Phase):
             if phase != "decode" or case.n_queries == 1:
-                trial = trial_of(dataclasses.replace(case, phase=phase))
-                yield dataclasses.replace(trial, name=name)
+                yield Watched(name, functools.partial(taken_of_attention, case, phase))
 
 
-def served(kernel: Any, trial: Trial) -> Trial | None:
-    """What the kernel takes of the trial's problem, here or on the GPU that it is meant for."""
-    # Of attention each phase is watched, of the other ops the first that is served.
-    phases = (trial.spec.phase,) if isinstance(trial.spec, AttentionSpec) else PHASES
-    for device in ("cpu", "cuda"):
-        part, _ = part_served(kernel, trial, phases, device)
-        if part is not None:
-            return part.of(trial)
-    return None
+def taken_of_op(trial: Trial, kernel: Any, device: str) -> Trial | None:
+    """What a kernel that is asked about this device serves of a trial."""
+    part, _ = part_served(kernel, trial, device)
+    return None if part is None else part.of(trial)
+
+
+def taken_of_attention(case: Case, phase: Phase, kernel: Any, device: str) -> Trial | None:
+    """What a kernel that is asked about this device serves of a case in a phase."""
+    served, _ = Serving(kernel, device, (phase,))(case)
+    return None if served is None else trial_of(served)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,16 +94,16 @@ class Watch:
 
 
 @functools.cache
-def kept_trials(op: str) -> list[Trial]:
+def kept_trials(op: str) -> list[Watched]:
     """The watched trials, made once."""
     return list(watched_trials(op))
 
 
-def seen(kernel: Any, trial: Trial) -> Seen:
+def seen(kernel: Any, watched: Watched) -> Seen:
     """What the sanitizer sees on one trial; in a process with TRITON_INTERPRET=1."""
     launches: dict[str, int] = {}
     try:
-        taken = served(kernel, trial)
+        taken = watched.taken(kernel)
         if taken is None:
             return Seen()
         words = memory_fault(kernel, taken, launches)
