@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from nanolm.registry import OPS
 from nanolm.tools.kernel_check.attention_cases import HARD, LARGE, MIXED, SINGLE, Case
 from nanolm.tools.kernel_check.attention_corners import CORNERS
 from nanolm.tools.kernel_check.attention_trials import spec_of, trial_of
@@ -133,7 +134,7 @@ HOMES = {
     ),
     "causal, in 16 bits": (wrong_narrow.causal_bfloat16, {"width": 64, "causal": True}, 113),
     "as many heads of keys": (wrong_narrow.as_many_key_heads, {}, 119),
-    "no keys of their own": (lambda spec: "no" if spec.cross else None, {}, 118),
+    "no keys of their own": (lambda spec: "no" if spec.cross else None, {}, 117),
 }  # fmt: skip
 
 
@@ -166,6 +167,12 @@ def test_the_sanitizer_watches_a_kernel_of_16_bits(op):
     taken = [trial for trial in watched if trial is not None]
     assert {trial.spec.dtype for trial in taken} == {torch.bfloat16}
     assert len(taken) >= 0.8 * len(watched)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_kernel_that_refuses_everything_passes_nothing(op):
+    found = [check(Outsider(None, lambda spec: "never"), "cpu") for check in checks_of(op)]
+    assert {(finding.verdict, finding.words) for finding in found} == {("refused", "never")}
 
 
 def test_a_kernel_of_nothing_is_refused_as_itself():

@@ -43,6 +43,7 @@ from nanolm.tools.kernel_check.findings import (
     check_determinism,
     check_habit,
     check_other_numbers,
+    finding_of,
     found_on,
     right_alone,
     told,
@@ -105,13 +106,17 @@ def question_check(name: str, find: Question) -> Check:
 
     def work(kernel: Any, device: str) -> Finding:
         serving = Serving(kernel, device)
+        reasons: list[str] = []  # empty for each case that is served
 
         def serves(case: Case) -> Trial | None:
-            served, _ = serving(case)
+            served, reason = serving(case)
+            reasons.append(reason)
             return None if served is None else trial_of(served, device)
 
         words = find(kernel, serves)
-        return Finding(name, "pass" if words is None else "FAIL", words or "")
+        if all(reasons):
+            return Finding(name, "refused", reasons[0])
+        return finding_of(name, words)
 
     return Check(name, lambda kernel, device: told(name, lambda: work(kernel, device)))
 
@@ -135,7 +140,9 @@ def check_answers(kernel: Any, device: str) -> Finding:
         ]
         specs += [spec_of(served, device) for served in some]
         words = answers_fault(kernel, specs, [functools.partial(trial_of, c, device) for c in some])
-        return Finding("why_not", "pass" if words is None else "FAIL", words or "")
+        if words is None and not some:  # of a kernel that serves nothing no check is passed
+            return Finding("why_not", "refused", refusal_of(kernel, specs[0]) or "")
+        return finding_of("why_not", words)
 
     return told("why_not", work)
 
