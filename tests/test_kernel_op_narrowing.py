@@ -85,21 +85,32 @@ NARROW = [
     ("linear", wrong_narrow.float16_alone),
     ("symmetric_product", wrong_narrow.forward_alone),
     ("linear_cross_entropy", wrong_narrow.plain_losses_with_z),
+    ("linear_cross_entropy", wrong_narrow.forward_alone),
 ]
 
 
 @pytest.mark.parametrize(("op", "refuses"), NARROW)
 def test_a_right_narrow_kernel_passes_nearly_all(op, refuses):
     """What it is not asked are twins: parts that are trials of their own."""
-    found = [check(Outsider(right(op), refuses), "cpu") for check in checks_of(op)]
+    run = right(op) if refuses is not wrong_narrow.forward_alone else torch.no_grad()(right(op))
+    found = [check(Outsider(run, refuses), "cpu") for check in checks_of(op)]
     verdicts = [finding.verdict for finding in found]
     assert "FAIL" not in verdicts, [f for f in found if f.verdict == "FAIL"]
     assert verdicts.count("refused") <= len(found) // 3
     options = [f.words for f in found if f.check == "other options" and f.verdict == "refused"]
     if refuses is wrong_narrow.rmsnorm_alone:
         assert options == ["of the two it serves what they have in common"]
-    for name in ("answers", "evaluation", "frozen", "layout", "overlapping", "determinism"):
+    for name in ("answers", "evaluation", "overlapping", "determinism", "released"):
         assert {f.verdict for f in found if f.check == name} == {"pass"}
+    for name in (
+        "frozen",
+        "layout",
+        "unchanged",
+        "accumulated",
+        "twice",
+    ):  # without a backward pass
+        due = "refused" if refuses is wrong_narrow.forward_alone else "pass"
+        assert {f.verdict for f in found if f.check == name} == {due}
 
 
 def test_a_part_is_asked_once():

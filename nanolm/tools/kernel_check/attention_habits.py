@@ -45,11 +45,6 @@ def trials(serves: Serves, *cases: Case) -> Iterator[Trial]:
     yield from (trial for case in cases if (trial := serves(case)) is not None)
 
 
-def trained(serves: Serves, *cases: Case) -> Iterator[Trial]:
-    """Those that are served in training."""
-    yield from (trial for trial in trials(serves, *cases) if trial.differentiable)
-
-
 def weight_of(trial: Trial, out: Tensor) -> Tensor:
     """The incoming gradient that `execute` hands to a trial's output."""
     return upstream({"out": out}, trial.detached)["out"].to(out.dtype)
@@ -58,7 +53,7 @@ def weight_of(trial: Trial, out: Tensor) -> Tensor:
 def frozen_biases(kernel: Any, serves: Serves) -> str | None:
     """Of a learned table and of a dense bias."""
     cases = (Case(bias="bucket"), Case(bias="dense_by_head"), Case(bias="learned_alibi"))
-    found = (frozen(kernel, trial) for trial in trained(serves, *cases))
+    found = (frozen(kernel, trial) for trial in trials(serves, *cases))
     return next((words for words in found if words is not None), None)
 
 
@@ -97,7 +92,7 @@ def decoding(kernel: Any, serves: Serves) -> str | None:
 
 def graph_kept(kernel: Any, serves: Serves) -> str | None:
     """Two losses of one step go through the same graph, one after the other."""
-    for trial in trained(serves, CAUSAL, Case(bias="bucket")):
+    for trial in trials(serves, CAUSAL, Case(bias="bucket")):
         outputs, leaves = run(kernel, trial, *trial.leaves)
         out, inputs = outputs["out"], list(leaves.values())
         weight = weight_of(trial, out)
@@ -115,7 +110,7 @@ def graph_kept(kernel: Any, serves: Serves) -> str | None:
 
 def written_over(kernel: Any, serves: Serves) -> str | None:
     """The output or an input, changed in place between the two passes."""
-    for trial in trained(serves, CAUSAL):
+    for trial in trials(serves, CAUSAL):
         right = execute(trial, kernel, backward=True).gradients
         for name in ("out", *trial.leaves):
             outputs, leaves = run(kernel, trial, *trial.leaves)
@@ -213,12 +208,16 @@ def other_masks(kernel: Any, serves: Serves) -> str | None:
     return None
 
 
-QUESTIONS: dict[str, Question] = {
+OF_TRAINING: dict[str, Question] = {
     "frozen biases": frozen_biases,
-    "own memory": own_memory,
-    "decoding": decoding,
     "graph kept": graph_kept,
     "written over": written_over,
+}
+"""Of a backward pass: asked of what is served in training."""
+QUESTIONS: dict[str, Question] = {
+    **OF_TRAINING,
+    "own memory": own_memory,
+    "decoding": decoding,
     "NaN": not_a_number,
     "inference mode": inference_mode,
     "other options": other_options,

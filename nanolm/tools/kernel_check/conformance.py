@@ -33,7 +33,7 @@ from nanolm.registry import OPS
 from nanolm.tools.kernel_check.answers import answers_fault, refusal_of
 from nanolm.tools.kernel_check.attention_cases import HARD, LARGE, MIXED, SINGLE, Case
 from nanolm.tools.kernel_check.attention_corners import CORNERS
-from nanolm.tools.kernel_check.attention_habits import QUESTIONS, Question
+from nanolm.tools.kernel_check.attention_habits import OF_TRAINING, QUESTIONS, Question
 from nanolm.tools.kernel_check.attention_trials import spec_of, trial_of
 from nanolm.tools.kernel_check.diagnosis import Remark, fault
 from nanolm.tools.kernel_check.dropout import RATE, dropout_fault
@@ -105,7 +105,8 @@ def question_check(name: str, find: Question) -> Check:
     """What attention kernels alone are asked, of all problems that they serve."""
 
     def work(kernel: Any, device: str) -> Finding:
-        serving = Serving(kernel, device)
+        phases = ("train",) if name in OF_TRAINING else get_args(Phase)
+        serving = Serving(kernel, device, phases)
         reasons: list[str] = []  # empty for each case that is served
 
         def serves(case: Case) -> Trial | None:

@@ -12,7 +12,7 @@ import torch
 from nanolm.ops.contract import why_it_varies
 from nanolm.tools.kernel_check.answers import refusal_of
 from nanolm.tools.kernel_check.diagnosis import Remark, fault
-from nanolm.tools.kernel_check.habits import Habit, in_place
+from nanolm.tools.kernel_check.habits import OF_TRAINING, Habit, in_place
 from nanolm.tools.kernel_check.settings import (
     CHANGED,
     SettingsChangedError,
@@ -164,8 +164,15 @@ def check_determinism(kernel: Any, make: Callable[[], Trial], name: str = "deter
 
 
 def check_habit(name: str, find: Habit, kernel: Any, make: Callable[[], Trial]) -> Finding:
-    """One habit on a trial."""
-    return asked(name, kernel, make, lambda trial: find(kernel, trial))
+    """One habit on a trial; one of training on a trial in training."""
+
+    def make_one() -> Trial:
+        trial = make()
+        if name not in OF_TRAINING:
+            return trial
+        return dataclasses.replace(trial, spec=dataclasses.replace(trial.spec, phase="train"))
+
+    return asked(name, kernel, make_one, lambda trial: find(kernel, trial))
 
 
 def parity(kernel: Any, trial: Trial) -> str | None:

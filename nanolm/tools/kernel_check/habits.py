@@ -101,7 +101,7 @@ def evaluation(kernel: Any, trial: Trial) -> str | None:
 
 def frozen(kernel: Any, trial: Trial) -> str | None:
     """The gradient of each input when the others have none."""
-    for name in trial.leaves if trial.differentiable else ():
+    for name in trial.leaves:
         result, missed = differentiated(kernel, trial, (name,), lambda x: x)
         if missed:
             return f"no gradient reaches {name} when the other inputs are frozen"
@@ -112,8 +112,6 @@ def frozen(kernel: Any, trial: Trial) -> str | None:
 
 def layout(kernel: Any, trial: Trial) -> str | None:
     """Gradients when the incoming one has gaps between its numbers."""
-    if not trial.differentiable:
-        return None
     wanted = tuple(trial.leaves)
     names = wrong(trial, differentiated(kernel, trial, wanted, spread)[0])
     if not names or wrong(trial, differentiated(kernel, trial, wanted, lambda x: x)[0]):
@@ -132,8 +130,7 @@ def unchanged(kernel: Any, trial: Trial) -> str | None:
         handed.append((x, x.clone()))
         return x
 
-    if trial.differentiable:
-        differentiated(kernel, trial, tuple(trial.leaves), noted)
+    differentiated(kernel, trial, tuple(trial.leaves), noted)
     if all(torch.equal(x, before) for x, before in handed):
         return None
     return "its backward pass changes the incoming gradient in place: others read that too"
@@ -148,7 +145,7 @@ def taken(outputs: Mapping[str, Tensor], trial: Trial) -> tuple[list[Tensor], li
 
 def accumulated(kernel: Any, trial: Trial) -> str | None:
     """What stands in `.grad` is autograd's to add to: the backward pass returns its gradients."""
-    for standing in (False, True) if trial.differentiable else ():
+    for standing in (False, True):
         outputs, leaves = run(kernel, trial, *trial.leaves, standing=standing)
         roots, given = taken(outputs, trial)
         if roots:
@@ -166,8 +163,6 @@ def accumulated(kernel: Any, trial: Trial) -> str | None:
 def twice(kernel: Any, trial: Trial) -> str | None:
     """A second backward pass through one call: the same gradients, unless it says that there are
     none."""
-    if not trial.differentiable:
-        return None
     outputs, leaves = run(kernel, trial, *trial.leaves)
     roots, given = taken(outputs, trial)
     if not roots:
@@ -277,11 +272,12 @@ def living(watched: Sequence[tuple[str, weakref.ref[Tensor]]]) -> list[str]:
     return sorted({name for name, reference in watched if reference() is not None})
 
 
+OF_TRAINING: dict[str, Habit] = {
+    habit.__name__: habit for habit in (frozen, layout, unchanged, accumulated, twice)
+}
+"""Of a backward pass: a kernel that has none is not asked about them."""
 HABITS: dict[str, Habit] = {
-    habit.__name__: habit
-    for habit in (
-        evaluation, frozen, layout, unchanged, accumulated, twice, overlapping, released
-    )
+    "evaluation": evaluation, **OF_TRAINING, "overlapping": overlapping, "released": released
 }  # fmt: skip
 
 

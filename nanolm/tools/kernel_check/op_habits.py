@@ -18,9 +18,11 @@ def outside(kernel: Any, trial: Trial) -> str | None:
     try:
         for target in (vocab_size, -1):
             targets[0] = target
-            outputs, leaves = run(kernel, trial, "hidden")
-            (grad,) = torch.autograd.grad(outputs["loss"], [leaves["hidden"]])
-            values = {"loss": outputs["loss"], "nll": outputs["nll"][0], "gradient": grad[0]}
+            outputs, leaves = run(kernel, trial, *(["hidden"] if trial.differentiable else []))
+            values = {"loss": outputs["loss"], "nll": outputs["nll"][0]}
+            if trial.differentiable:
+                (grad,) = torch.autograd.grad(outputs["loss"], [leaves["hidden"]])
+                values["gradient"] = grad[0]
             finite = [name for name, x in values.items() if not x.isnan().any()]
             if finite:
                 return (
