@@ -7,6 +7,7 @@ import dataclasses
 
 import torch
 
+from nanolm.tools.kernel_check.op_narrowing import SIZES
 from tests.kernel_tools.outsider import wrong
 
 
@@ -32,6 +33,11 @@ def geglu_alone(spec):
 
 def plain_losses_with_z(spec):
     return "it has neither" if spec.softcap is not None or spec.label_smoothing else None
+
+
+def whole_blocks(spec):
+    sizes = [getattr(spec, field) for field in SIZES[type(spec).__name__]]
+    return None if all(size % 128 == 0 for size in sizes) else "it has blocks of 128"
 
 
 @wrong("norm", "(without a bias, as RMSNorm)", rmsnorm_alone)
@@ -173,3 +179,28 @@ def reads_a_padded_cache_to_its_end(run):
         return run(q, k, v, mask, **options)
 
     return attention
+
+
+@wrong(
+    "norm", "(at multiples of 128)", whole_blocks, at="layernorm 1x5000 bias residual torch.float32"
+)
+def norms_its_first_4096_columns(run):
+    def norm(x, weight, bias, **options):
+        out, total = run(x, weight, bias, **options)
+        return torch.cat([out[..., :4096], total[..., 4096:]], dim=-1), total
+
+    return norm
+
+
+@wrong("linear_cross_entropy", "it ignores label_smoothing", whole_blocks)
+def does_not_smooth_whole_blocks(run):
+    return lambda *given, label_smoothing=0.0, **options: run(*given, **options)
+
+
+@wrong("glu", "(at multiples of 128)", whole_blocks)
+def gates_128_rows(run):
+    def glu(gate_up, *, kind):
+        out = run(gate_up, kind=kind)
+        return out * (torch.arange(out.shape[-2]) < 128)[:, None]
+
+    return glu

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 import torch
@@ -17,6 +17,7 @@ from nanolm.ops.contract import Phase, Spec
 from nanolm.tools.kernel_check.answers import refusal_of
 from nanolm.tools.kernel_check.trial import Trial
 
+FP32 = torch.float32
 NARROW = (torch.bfloat16, torch.float16)
 
 
@@ -47,6 +48,17 @@ GIVEN_UP = {
 }
 """By spec, the first given up before the others."""
 
+SIZES = {
+    "NormSpec": {"width": "width"},
+    "GluSpec": {"width": "width"},
+    "CrossEntropySpec": {"width": "width", "vocab_size": "vocab_size"},
+    "RotarySpec": {"head_dim": "width"},
+    "SymmetricProductSpec": {"rows": "n_rows", "columns": "n_columns"},
+}
+"""By spec, the fields that are sizes, and the arguments that trials are made with."""
+STEPS = (1, 64, 128, 1024)
+"""What sizes are rounded up to a multiple of, for kernels of whole blocks."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Part:
@@ -61,7 +73,7 @@ class Part:
     def of(self, trial: Trial) -> Trial:
         """This part of a trial of the same options."""
         if self.changes:
-            assert trial.again is not None  # `candidates` has asked
+            assert trial.again is not None  # `parts` changes what is among its arguments
             trial = trial.again(**self.changes)
         if self.phase == trial.spec.phase:
             return trial
@@ -82,25 +94,43 @@ def parts(trial: Trial) -> Iterator[tuple[Spec, Part]]:
     """(spec, part) of every part of a trial, the whole first, then with fewer and fewer options."""
     spec = trial.spec
     options = [
-        o for o in GIVEN_UP.get(type(spec).__name__, ()) if getattr(spec, o.field) != o.plain
+        option
+        for option in GIVEN_UP.get(type(spec).__name__, ())
+        if getattr(spec, option.field) != option.plain and option.field in trial.arguments
     ]
     dtypes = [spec.dtype]
-    if trial.again is None:
-        options = []
-    elif of_one_dtype(trial) and spec.dtype in (torch.float32, *NARROW):
+    if "dtype" in trial.arguments and of_one_dtype(trial) and spec.dtype in (FP32, *NARROW):
         dtypes += [dtype for dtype in NARROW if dtype != spec.dtype]
+    steps = list(STEPS) if set(sizes_of(spec).values()) <= trial.arguments else [1]
     for count in range(len(options) + 1):
         for left_out in itertools.combinations(options, count):
-            plain = dataclasses.replace(spec, **{o.field: o.plain for o in left_out})
-            for phase, dtype in itertools.product(PHASES, dtypes):
-                changes = {o.field: o.argument for o in left_out}
-                words = [o.words for o in left_out]
-                if dtype != spec.dtype:
-                    changes["dtype"] = dtype
-                    words.append(f"in {str(dtype).removeprefix('torch.')}")
-                words += ["forward only"] * (phase != spec.phase)
-                part = Part(changes, phase, ", ".join(words))
-                yield dataclasses.replace(plain, phase=phase, dtype=dtype), part
+            for step, phase, dtype in itertools.product(steps, PHASES, dtypes):
+                yield part_of(trial, left_out, step, phase, dtype)
+
+
+def sizes_of(spec: Spec) -> Mapping[str, str]:
+    """The spec's fields that are sizes, and the arguments that trials are made with."""
+    return SIZES.get(type(spec).__name__, {})
+
+
+def part_of(
+    trial: Trial, left_out: Sequence[Option], step: int, phase: Phase, dtype: torch.dtype
+) -> tuple[Spec, Part]:
+    """(spec, part) of a trial without these options, at multiples of a step."""
+    spec = trial.spec
+    larger = {field: -(-getattr(spec, field) // step) * step for field in sizes_of(spec)}
+    moved = {field: size for field, size in larger.items() if size != getattr(spec, field)}
+    changes: dict[str, Any] = {option.field: option.argument for option in left_out}
+    changes |= {sizes_of(spec)[field]: size for field, size in moved.items()}
+    words = [option.words for option in left_out]
+    words += [f"at multiples of {step}"] * bool(moved)
+    if dtype != spec.dtype:
+        changes["dtype"] = dtype
+        words.append(f"in {str(dtype).removeprefix('torch.')}")
+    words += ["forward only"] * (phase != spec.phase)
+    fields: dict[str, Any] = {option.field: option.plain for option in left_out}
+    fields |= moved | {"phase": phase, "dtype": dtype}
+    return dataclasses.replace(spec, **fields), Part(changes, phase, ", ".join(words))
 
 
 def part_served(kernel: Any, trial: Trial, device: str | None = None) -> tuple[Part | None, str]:

@@ -119,11 +119,11 @@ LONG: dict[str, Callable[[int, str], Trial]] = {"rotary": long_rotary, "glu": lo
 
 @remade
 def sum_of_norms(
-    n_rows: int, device: str, *, kind: str = "layernorm", bias: bool = True,
+    n_rows: int, device: str, *, kind: str = "layernorm", bias: bool = True, width: int = 8,
     dtype: torch.dtype = FP16,
 ) -> Trial:  # fmt: skip
     """The gradients of weight and bias over many equal rows."""
-    whole = norm_trial(kind, 1, 8, bias=bias, residual=False, dtype=dtype, device=device)
+    whole = norm_trial(kind, 1, width, bias=bias, residual=False, dtype=dtype, device=device)
     x = whole.leaves["x"].expand(n_rows, -1).contiguous()
     leaves = {name: x for name, x in whole.leaves.items() if name != "x"}
     return of_sums(whole, leaves, lambda given: given | {"x": x.to(given["weight"].dtype)})
@@ -154,12 +154,13 @@ def of_sums(
 
 @remade
 def sum_of_losses(
-    n_rows: int, device: str, *, bias: bool = True, dtype: torch.dtype = FP16
+    n_rows: int, device: str, *, bias: bool = True, dtype: torch.dtype = FP16,
+    width: int = 4, vocab_size: int = 8,
 ) -> Trial:  # fmt: skip
     """The gradients of weight and bias over many tokens that are all the same."""
     trial = cross_entropy_trial(
-        1, 8, bias=bias, softcap=None, label_smoothing=0.0, z_loss=0.0, width=4, dtype=dtype,
-        device=device,
+        1, vocab_size, bias=bias, softcap=None, label_smoothing=0.0, z_loss=0.0, width=width,
+        dtype=dtype, device=device,
     )  # fmt: skip
     hidden = trial.leaves["hidden"].expand(n_rows, -1).contiguous()
     targets = torch.full((n_rows,), 3, device=device)

@@ -50,8 +50,8 @@ class Trial:
     the size of what is added up to each output and gradient, for those that cancel, and `rounding`
     how far each term may be off for its own part, beside the rounding of its dtype (attention: an
     exponent is as exact as the scores are large). `hint` says what usually is at fault where
-    numbers are wrong on this trial. `again(**changes)` makes it with other arguments than it was
-    made with (op_narrowing.py).
+    numbers are wrong on this trial. `again(**changes)` makes it with other ones of its `arguments`
+    (op_narrowing.py).
     """
 
     name: str
@@ -67,6 +67,7 @@ class Trial:
     constants: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     hint: str = ""
     again: Callable[..., Trial] | None = None
+    arguments: frozenset[str] = frozenset()
 
     @property
     def differentiable(self) -> bool:

@@ -30,7 +30,8 @@ def remade(make: Callable[..., Trial]) -> Callable[..., Trial]:
         def again(**changes: Any) -> Trial:
             return made(**(arguments | changes))
 
-        return dataclasses.replace(make(*given, **options), again=again)
+        trial = make(*given, **options)
+        return dataclasses.replace(trial, again=again, arguments=frozenset(names.parameters))
 
     return made
 
