@@ -3,6 +3,7 @@
 import functools
 import gc
 import pathlib
+import signal
 import sysconfig
 from unittest import mock
 
@@ -15,6 +16,11 @@ from nanolm.data.prepare.tokenizer_training import sentences, train_tokenizer
 from nanolm.data.tokenizer import Tokenizer
 from nanolm.learner import Learner
 from nanolm.training import throughput
+
+# A shell starts what it puts into the background with Ctrl-C ignored, and what a test starts and
+# interrupts would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Imports and tests that are collected stay: looking through them again and again for garbage takes
 # a quarter of the time that collecting them takes.
