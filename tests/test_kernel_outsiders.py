@@ -80,6 +80,22 @@ def test_a_right_outsider_passes(op):
     assert checks_of(op)
 
 
+OF_TORCH = [
+    ("attention", "sdpa"),
+    ("linear_cross_entropy", "chunked"),
+    ("linear_cross_entropy", "torch"),
+    ("norm", "torch"),
+]
+"""Kernels of this project that are neither definitions nor Triton's (flex: test_kernel_flex.py)."""
+
+
+@pytest.mark.parametrize(("op", "name"), OF_TORCH)
+def test_a_kernel_of_torch_passes_what_outsiders_are_asked(op, name):
+    found = check_kernel(op, candidates(op)[name])
+    assert [f for f in found if f.verdict == "FAIL"] == []
+    assert sum(f.verdict == "refused" for f in found) <= 1
+
+
 @pytest.mark.parametrize("name", ["many queries, one key", "one query, one key"])
 @pytest.mark.parametrize("kernel", ["triton", "sdpa", "reference"])
 def test_gradients_that_cancel_are_measured_by_their_terms(kernel, name):
