@@ -1,7 +1,7 @@
 # Two commands do everything on a fresh machine that has Python 3.11, 3.12 or 3.13 and make:
 #   make demo    install, prepare the embedded corpus, train, evaluate, sample, fine-tune (minutes)
-#   make test    install the development tools too, run the tests                 (eleven to thirteen minutes on two cores)
-# make check is the full, long version of the tests (more than an hour).
+#   make test    install the development tools too, run the tests                 (six to thirteen minutes on two cores)
+# make check is the full, long version of the tests (half an hour to an hour).
 # make matrix runs them with other versions of Python and torch, make alone each file by itself.
 
 # The pins of constraints.txt were made with Python 3.11, so it comes first; PYTHON=… overrides it.
