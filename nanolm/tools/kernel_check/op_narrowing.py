@@ -1,7 +1,9 @@
-"""A trial of an op cut down to what a kernel serves: fewer options, a forward pass alone, 16 bits.
+"""A trial of an op cut down to what a kernel serves: fewer options, sizes of whole blocks, 16 bits,
+a forward pass alone.
 
-Most trials combine options, and all are of float32 training unless they are about something else: a
-kernel of RMSNorm alone, of bfloat16, or for evaluation would be asked next to nothing.
+Most trials combine options, their sizes are odd, and all are of float32 training unless they are
+about something else: a kernel of RMSNorm alone, of widths by 128, of bfloat16, or for evaluation
+would be asked next to nothing.
 """
 
 from __future__ import annotations
