@@ -129,3 +129,16 @@ def test_a_part_is_asked_once():
         ("refused", "it has tiles of bfloat16"),
         ("pass", "in bfloat16"),
     ]
+
+
+def test_exact_logits_stay_exact_in_wide_layers():
+    """A kernel of whole blocks that keeps logits in 16 bits is right on them too."""
+    exact = [trial for trial in op_trials("linear_cross_entropy") if "exact" in trial.name]
+    for trial in exact:
+        for width in (16, 64, 1024):
+            leaves = trial.again(width=width, vocab_size=1024).leaves
+            logits = leaves["hidden"].float() @ leaves["weight"].float().T
+            assert logits.abs().max() > 1
+            if trial.spec.dtype != torch.float32:
+                assert torch.equal(logits.to(trial.spec.dtype).float(), logits)
+    assert len(exact) >= 5

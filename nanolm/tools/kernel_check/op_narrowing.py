@@ -17,10 +17,10 @@ import torch
 
 from nanolm.ops.contract import Phase, Spec
 from nanolm.tools.kernel_check.answers import refusal_of
+from nanolm.tools.kernel_check.op_trials import BF16, FP16, FP32
 from nanolm.tools.kernel_check.trial import Trial
 
-FP32 = torch.float32
-NARROW = (torch.bfloat16, torch.float16)
+NARROW = (BF16, FP16)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,10 +32,6 @@ def normal(*shape: int, dtype: torch.dtype, seed: int, device: str) -> Tensor:
     return torch.randn(shape, generator=generator).to(device, dtype)
 
 
-EXACT = 16
-"""Products of eighths whose sum every dtype holds."""
-
-
 def eighths(*shape: int, dtype: torch.dtype, seed: int, device: str) -> Tensor:
     """-1/4, -1/8, … 1/4: of 16 products of such numbers times 8 every dtype holds the sum."""
     generator = torch.Generator().manual_seed(seed)
@@ -166,9 +162,9 @@ def cross_entropy_trial(
     """The projected loss of logits with a deviation of 1.2, some targets ignored; beside a bias
     the targets are strided.
 
-    `exact`: 16 bits hold all logits as they are, eighths below 16, of 16 columns, so that the loss
-    has to be as exact as float32 and shows whatever is rounded behind the product (but for the
-    plain loss, which torch's own function takes in 16 bits). `ignored`: all targets are.
+    `exact`: 16 bits hold all logits as they are, eighths below 32, so that the loss has to be as
+    exact as float32 and shows whatever is rounded behind the product (but for the plain loss, which
+    torch's own function takes in 16 bits). `ignored`: all targets are.
     `large`: logits of hundreds, exact ones; their exponents are as exact as they are large.
     """
     mix = mix or Mix(dtype, dtype, dtype)
@@ -180,7 +176,6 @@ def cross_entropy_trial(
     }
     if exact:
         leaves["hidden"] *= 256.0 if large else 4.0  # quarters times halves
-        leaves["hidden"][:, EXACT:] = 0
     if bias:
         leaves["bias"] = draw(vocab_size, dtype=mix.weight, seed=2, device=device)
     generator = torch.Generator().manual_seed(3)

@@ -39,7 +39,7 @@ def remade(make: Callable[..., Trial]) -> Callable[..., Trial]:
 def derived(trial: Trial, change: Callable[[Trial], Trial]) -> Trial:
     """The trial after a change, which stays when it is made again with other arguments."""
     again = trial.again
-    assert again is not None  # all of this file have it
+    assert again is not None  # of trials whose function is `remade`, as all of ops are
 
     def changed_again(**changes: Any) -> Trial:
         return derived(again(**changes), change)
